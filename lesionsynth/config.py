@@ -1,0 +1,186 @@
+"""What to synthesise: the paper's distributions (PAPER.md III-C) as frozen dataclasses.
+
+Nothing is drawn here. `lesionsynth.plan` draws from these ranges and `lesionsynth.synthesizer` renders what was drawn.
+Every ``(low, high)`` pair is the closed range of a uniform distribution.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Literal
+
+Range = tuple[float, float]
+"""Bounds of a uniform distribution."""
+
+CONNECTIVITIES = (6, 18, 26)
+"""Voxel neighbourhoods: faces, faces and edges, faces and edges and corners."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlobClass:
+    """Ellipsoids of one size class (PAPER.md III-C.1).
+
+    Exactly one of `count` and `probability` is given.
+    """
+
+    radius: Range
+    """Semi-axes; each of the three is drawn on its own (all three together when `spherical`)."""
+    count: Range | None = None
+    """N = round(U[low * λ, high * λ]) ellipsoids."""
+    probability: float | None = None
+    """One ellipsoid with this probability, times λ."""
+    scale_by_lung: bool = True
+    """Multiply `count` or `probability` by λ, the slab's share of the largest lung."""
+    spherical: bool = False
+    """Draw one radius for all three semi-axes."""
+
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        _check_range("radius", self.radius, above=0.0)
+        if (self.count is None) == (self.probability is None):
+            raise ValueError(
+                f"exactly one of count and probability must be given, got count={self.count}, "
+                f"probability={self.probability}"
+            )
+        if self.count is not None:
+            _check_range("count", self.count, least=0.0)
+        if self.probability is not None and not 0.0 <= self.probability <= 1.0:
+            raise ValueError(f"probability must be in [0, 1], got {self.probability}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Warp:
+    """Smooth random displacement of a blob, in units of its radius (geometric mean of the semi-axes).
+
+    The paper says "elastic transformation with random parameters" and gives none: these are ours (docs/generator.md).
+    """
+
+    amplitude: Range = (0.2, 1.0)
+    """Bound of each displacement component. Its standard deviation is about a fifth of this."""
+    correlation: Range = (0.5, 1.2)
+    """Spacing of the B-spline control lattice: the length over which the displacement changes."""
+
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        _check_range("warp.amplitude", self.amplitude, least=0.0)
+        # Below a tenth of the radius the lattice is finer than a voxel for the paper's blobs, and grows as its cube.
+        _check_range("warp.correlation", self.correlation, least=0.1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Texture:
+    """Salt noise, filtered and scaled (PAPER.md III-C.2, eq. 2-8)."""
+
+    sigma_a: Range = (2.0, 20.0)
+    """Standard deviation of the Gaussian that makes a2 from white noise (eq. 7)."""
+    a_range: Range = (0.0, 0.3)
+    """Range of a_L and a_U, the bounds of the salt probability a(x) (eq. 8)."""
+    a_min_gap: float = 0.15
+    """Least a_U - a_L."""
+    sigma_b_low: Range = (0.8, 2.0)
+    """Standard deviation of the Gaussian on the salt noise, the common case (eq. 4)."""
+    sigma_b_high: Range = (2.0, 5.0)
+    """The same, the rare case."""
+    p_sigma_b_low: float = 0.7
+    """Probability of the common case."""
+    mu0: Range = (0.4, 0.8)
+    """Mean intensity that the voxels above `mean_threshold` are scaled to (eq. 6)."""
+    mean_threshold: float = 0.2
+    """Threshold t of mean_t in eq. 6."""
+
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        _check_range("texture.sigma_a", self.sigma_a, above=0.0)
+        _check_range("texture.sigma_b_low", self.sigma_b_low, above=0.0)
+        _check_range("texture.sigma_b_high", self.sigma_b_high, above=0.0)
+        _check_range("texture.mu0", self.mu0, above=0.0, most=1.0)
+        _check_range("texture.a_range", self.a_range, least=0.0, most=1.0)
+        low, high = self.a_range
+        if not 0.0 <= self.a_min_gap <= high - low:
+            raise ValueError(
+                f"texture.a_min_gap must be in [0, {high - low}], the width of a_range, got {self.a_min_gap}"
+            )
+        if not 0.0 <= self.p_sigma_b_low <= 1.0:
+            raise ValueError(f"texture.p_sigma_b_low must be in [0, 1], got {self.p_sigma_b_low}")
+        if not 0.0 < self.mean_threshold < 1.0:
+            raise ValueError(f"texture.mean_threshold must be in (0, 1), got {self.mean_threshold}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LesionConfig:
+    """Distribution of synthetic lesions; the defaults are the paper's.
+
+    Raises
+    ------
+    ValueError
+        A range is reversed or leaves its domain; the message names the field, the rule and the value.
+    """
+
+    small: BlobClass | None = field(default_factory=lambda: BlobClass(count=(5.0, 10.0), radius=(3.0, 10.0)))
+    """Small ellipsoids, N_s ~ U[5λ, 10λ]."""
+    medium: BlobClass | None = field(default_factory=lambda: BlobClass(count=(5.0, 10.0), radius=(10.0, 32.0)))
+    """Medium ellipsoids, N_m ~ U[5λ, 10λ]."""
+    large: BlobClass | None = field(default_factory=lambda: BlobClass(probability=0.2, radius=(32.0, 64.0)))
+    """One large ellipsoid with probability 0.2λ."""
+    warp: Warp = field(default_factory=Warp)
+    """Elastic deformation."""
+    texture: Texture = field(default_factory=Texture)
+    """Salt noise and its filters."""
+    connectivity: int = 26
+    """Blobs that touch in this neighbourhood become one (6, 18 or 26)."""
+    hu_range: Range = (-800.0, 100.0)
+    """Window that maps HU to [0, 1] (PAPER.md III-A)."""
+    hu_threshold: float = -500.0
+    """T: voxels at or above it are the tissue to recover (eq. 1)."""
+    lengths: Literal["voxel", "mm"] = "voxel"
+    """Unit of every radius and sigma. With "mm", `spacing` converts, so thick slices keep lesions round."""
+    spacing: tuple[float, float, float] = (1.0, 0.8, 0.8)
+    """Voxel size (z, y, x) in mm; the paper's. Used only where `lengths` is "mm"; calls can override it."""
+
+    def __post_init__(self) -> None:
+        """Check what the parts cannot."""
+        if self.connectivity not in CONNECTIVITIES:
+            raise ValueError(f"connectivity must be one of {CONNECTIVITIES}, got {self.connectivity}")
+        _check_range("hu_range", self.hu_range)
+        low, high = self.hu_range
+        if low == high or not low < self.hu_threshold < high:
+            raise ValueError(f"hu_threshold must lie inside hu_range {self.hu_range}, got {self.hu_threshold}")
+        if self.lengths not in ("voxel", "mm"):
+            raise ValueError(f"lengths must be 'voxel' or 'mm', got {self.lengths!r}")
+        check_spacing(self.spacing)
+
+    @property
+    def tau(self) -> float:
+        """`hu_threshold` on the [0, 1] scale: (T - low) / (high - low), 1/3 by default."""
+        low, high = self.hu_range
+        return (self.hu_threshold - low) / (high - low)
+
+    @property
+    def blob_classes(self) -> tuple[BlobClass, ...]:
+        """The classes in use, in the order in which blobs are numbered: small, medium, large."""
+        return tuple(c for c in (self.small, self.medium, self.large) if c is not None)
+
+
+def check_spacing(spacing: tuple[float, float, float]) -> None:
+    """Raise `ValueError` unless `spacing` is three positive, finite lengths (z, y, x) in mm."""
+    if len(spacing) != 3 or not all(math.isfinite(s) and s > 0 for s in spacing):
+        raise ValueError(f"spacing must be three positive lengths (z, y, x) in mm, got {spacing!r}")
+
+
+def _check_range(
+    name: str, value: Range, *, least: float | None = None, above: float | None = None, most: float | None = None
+) -> None:
+    if not isinstance(value, tuple) or len(value) != 2:
+        raise ValueError(f"{name} must be a (low, high) pair, got {value!r}")
+    low, high = value
+    if not (math.isfinite(low) and math.isfinite(high)):
+        raise ValueError(f"{name} must be finite, got {value}")
+    if low > high:
+        raise ValueError(f"{name} must be (low, high) with low <= high, got {value}")
+    if least is not None and low < least:
+        raise ValueError(f"{name} must be >= {least:g}, got {value}")
+    if above is not None and low <= above:
+        raise ValueError(f"{name} must be > {above:g}, got {value}")
+    if most is not None and high > most:
+        raise ValueError(f"{name} must be <= {most:g}, got {value}")

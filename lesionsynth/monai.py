@@ -1,0 +1,112 @@
+"""MONAI dictionary transform: ``lesionsynth.monai.RandLesiond``.
+
+MONAI is never imported here. Whoever composes MONAI transforms has loaded it, and the class is built on first use
+from the base classes found in ``sys.modules``: `MapTransform` and `Randomizable`. The second matters, because MONAI's
+caching datasets freeze every transform that is not randomizable, and frozen lesions ruin training (PAPER.md Table V).
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Hashable, Mapping
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+from lesionsynth.config import LesionConfig
+from lesionsynth.presets import covid_lung
+from lesionsynth.synthesizer import LesionSynthesizer
+
+__all__ = ["RandLesiond"]
+
+if TYPE_CHECKING:
+    RandLesiond: Any
+
+
+def __getattr__(name: str) -> Any:
+    if name == "RandLesiond":
+        return _rand_lesiond()
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+@cache
+def _rand_lesiond() -> type:
+    transforms = sys.modules.get("monai.transforms")
+    utils = sys.modules.get("monai.utils")
+    if transforms is None or utils is None:
+        raise ImportError("lesionsynth.monai.RandLesiond builds on MONAI: run `import monai.transforms` first")
+
+    class RandLesiond(transforms.MapTransform, transforms.Randomizable):  # type: ignore[name-defined, misc]
+        r"""Inject synthetic lesions into a healthy, channel-first item; add the target and the labels.
+
+        Parameters
+        ----------
+        image_key, mask_key : str
+            Entries (1, z, y, x): healthy image in [0, 1], and lung mask. The image entry is replaced.
+        target_key, labels_key : str
+            Entries that are added: healthy tissue (bool) and merged lesions (int32), (1, z, y, x).
+        config : LesionConfig, optional
+            `lesionsynth.presets.covid_lung()` where omitted.
+        seed : int
+            Seed of the synthesizer.
+        index_key : str, optional
+            Entry that holds the sample index. Where omitted, each call draws one from MONAI's random state (`R`).
+        lung_fraction_key : str, optional
+            Entry that holds λ; 1 where omitted.
+        spacing : (3,) floats, optional
+            Voxel size in mm along the array's spatial axes, for configurations in mm.
+
+        Notes
+        -----
+        ``data["lesion_index"]`` tells the index used: `LesionSynthesizer` gives the same pair from it. MONAI loads
+        NIfTI with axes (x, y, z); lengths in voxels do not care, `spacing` must follow the array.
+        """
+
+        def __init__(
+            self,
+            image_key: str = "image",
+            mask_key: str = "lung_mask",
+            *,
+            target_key: str = "target",
+            labels_key: str = "labels",
+            config: LesionConfig | None = None,
+            seed: int = 0,
+            index_key: str | None = None,
+            lung_fraction_key: str | None = None,
+            spacing: tuple[float, float, float] | None = None,
+        ) -> None:
+            super().__init__([image_key, mask_key])
+            self.image_key, self.mask_key = image_key, mask_key
+            self.target_key, self.labels_key = target_key, labels_key
+            self.index_key, self.lung_fraction_key = index_key, lung_fraction_key
+            self.spacing = spacing
+            self.synthesizer = LesionSynthesizer(covid_lung() if config is None else config, seed=seed)
+            self.index = 0
+
+        def randomize(self, data: Any = None) -> None:
+            """Draw the sample index from `R`."""
+            self.index = int(self.R.randint(2**32, dtype="uint32"))
+
+        def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+            """Return a new dictionary; the arrays of `data` are not written."""
+            out = dict(data)
+            image, mask = out[self.image_key], out[self.mask_key]
+            if len(image.shape) != 4 or image.shape[0] != 1:
+                raise ValueError(f"{self.image_key} must be (1, z, y, x), got shape {tuple(image.shape)}")
+            if self.index_key is None:
+                self.randomize()
+            else:
+                self.index = int(out[self.index_key])
+            fraction = 1.0 if self.lung_fraction_key is None else float(out[self.lung_fraction_key])
+            pair = self.synthesizer(
+                image, mask, index=[self.index], lung_fraction=fraction, spacing=self.spacing
+            )
+            same = utils.convert_to_dst_type  # keeps MetaTensor and its affine
+            out[self.image_key] = same(pair.image, dst=image, dtype=pair.image.dtype)[0]
+            out[self.target_key] = same(pair.target, dst=image, dtype=pair.target.dtype)[0]
+            out[self.labels_key] = same(pair.labels, dst=image, dtype=pair.labels.dtype)[0]
+            out["lesion_index"] = self.index
+            return out
+
+    RandLesiond.__module__ = __name__
+    RandLesiond.__qualname__ = "RandLesiond"
+    return RandLesiond

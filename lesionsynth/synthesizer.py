@@ -1,0 +1,262 @@
+"""Plan -> place -> shapes -> merge -> pair -> texture -> inject: the generator of PAPER.md III-C, read downwards."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from lesionsynth._backend import Backend, CpuBackend
+from lesionsynth._dlpack import accept, library_of
+from lesionsynth.config import LesionConfig, check_spacing
+from lesionsynth.plan import LesionPlan, Triple, check_lung_fraction, check_word
+from lesionsynth.sampling import sample_plan
+
+
+@dataclass(frozen=True)
+class LesionPair:
+    """A training pair: image with synthetic lesions, and the healthy tissue to recover.
+
+    Arrays have the library and the shape, (z, y, x) or (b, z, y, x), of the image that went in.
+    """
+
+    image: Any
+    """A, float: max(H, B) inside lesions, H elsewhere; the dtype of the input."""
+    target: Any
+    """GT, bool: (H >= τ) & ~lesions."""
+    labels: Any
+    """Merged lesions, int32: 0 background, 1..n."""
+    plan: LesionPlan | tuple[LesionPlan, ...]
+    """What was drawn, with the lesions it became; one per item of a batch."""
+
+
+class LesionSynthesizer:
+    """Turn healthy slabs into training pairs, reproducibly from (seed, index).
+
+    Parameters
+    ----------
+    config : LesionConfig
+        What to synthesise; `lesionsynth.presets.covid_lung()` is the paper's.
+    seed : int
+        In [0, 2**32). Two seeds share no noise.
+    threads : int, optional
+        CPU threads; all cores, or ``NUMBA_NUM_THREADS``, where omitted. Results do not depend on it.
+
+    Raises
+    ------
+    TypeError, ValueError
+        An argument is of the wrong kind or out of range.
+
+    Examples
+    --------
+    >>> import lesionsynth as ls
+    >>> chest = ls.phantom.chest_ct(shape=(16, 96, 96), seed=1)
+    >>> image = ls.window_hu(chest.hu) * chest.lung_mask
+    >>> synth = ls.LesionSynthesizer(ls.presets.covid_lung(), seed=0)
+    >>> pair = synth(image, chest.lung_mask, index=17, lung_fraction=0.3)
+    >>> bool((pair.image >= image).all())
+    True
+    """
+
+    def __init__(self, config: LesionConfig, *, seed: int = 0, threads: int | None = None) -> None:
+        if not isinstance(config, LesionConfig):
+            raise TypeError(f"config must be a LesionConfig, got {type(config).__name__}")
+        check_word("seed", seed)
+        if threads is not None and (isinstance(threads, bool) or not isinstance(threads, int) or threads < 1):
+            raise ValueError(f"threads must be an integer >= 1, got {threads!r}")
+        self.config = config
+        self.seed = seed
+        self._backend: Backend = CpuBackend(threads)
+
+    def __call__(
+        self,
+        image: Any,
+        lung_mask: Any,
+        *,
+        index: int | Sequence[int],
+        lung_fraction: float | Sequence[float] = 1.0,
+        spacing: Triple | None = None,
+    ) -> LesionPair:
+        """Draw and render: `sample`, then `render`.
+
+        Parameters
+        ----------
+        image : (z, y, x) or (b, z, y, x) float32 or float64 array
+            Healthy image H in [0, 1]; NumPy or a CPU DLPack library. Never written.
+        lung_mask : array of the same shape
+            M: bool, or numbers 0 and 1.
+        index : int or sequence of int
+            Name of the sample; one per item of a batch.
+        lung_fraction : float or sequence of float
+            λ in (0, 1].
+        spacing : (3,) floats, optional
+            Voxel size (z, y, x) in mm, for configurations in mm; the configuration's where omitted.
+
+        Returns
+        -------
+        LesionPair
+
+        Raises
+        ------
+        TypeError, ValueError
+            See `sample` and `render`.
+        """
+        plan = self.sample(index=index, lung_fraction=lung_fraction, shape=_shape_of(image), spacing=spacing)
+        return self.render(plan, image, lung_mask)
+
+    def sample(
+        self,
+        *,
+        index: int | Sequence[int],
+        lung_fraction: float | Sequence[float] = 1.0,
+        shape: Sequence[int] | None = None,
+        spacing: Triple | None = None,
+    ) -> Any:
+        """Draw the random parameters of one sample, or of each item of a batch.
+
+        Parameters
+        ----------
+        index, lung_fraction, spacing
+            See `__call__`.
+        shape : sequence of int, optional
+            Shape of the image, (z, y, x) or (b, z, y, x); checked again by `render`.
+
+        Returns
+        -------
+        LesionPlan or tuple of LesionPlan
+            A tuple when `index` is a sequence or `shape` has a batch axis.
+
+        Raises
+        ------
+        TypeError, ValueError
+            An index outside [0, 2**32), λ outside (0, 1], lengths that differ from the batch, spacing <= 0.
+        """
+        if spacing is not None:
+            check_spacing(spacing)
+        spacing = self.config.spacing if spacing is None else (spacing[0], spacing[1], spacing[2])
+        shape = None if shape is None else tuple(int(n) for n in shape)
+        if shape is not None and len(shape) not in (3, 4):
+            raise ValueError(f"shape must be (z, y, x) or (b, z, y, x), got {shape}")
+        batched = not _is_scalar(index) or (shape is not None and len(shape) == 4)
+        if not batched:
+            return self._sample_one(index, lung_fraction, shape, spacing)
+        indices = _per_item("index", index, shape[0] if shape is not None and len(shape) == 4 else None)
+        fractions = _per_item("lung_fraction", lung_fraction, len(indices), spread=True)
+        volume = None if shape is None else shape[-3:]
+        return tuple(self._sample_one(i, f, volume, spacing) for i, f in zip(indices, fractions, strict=True))
+
+    def render(self, plan: LesionPlan | Sequence[LesionPlan], image: Any, lung_mask: Any) -> LesionPair:
+        """Render a plan: the same plan, image and mask give the same pair, bit for bit.
+
+        Parameters
+        ----------
+        plan : LesionPlan or sequence of LesionPlan
+            One per item of a batch.
+        image, lung_mask
+            See `__call__`.
+
+        Returns
+        -------
+        LesionPair
+
+        Raises
+        ------
+        TypeError
+            `image` or `lung_mask` is no array, they belong to different libraries, or `image` is not float.
+        ValueError
+            Rank or shapes differ from each other or from the plan; the mask is empty or not binary; a voxel is NaN,
+            infinite or outside [0, 1].
+        """
+        healthy, mask, restore = _accept_pair(image, lung_mask)
+        if healthy.ndim == 3:
+            if not isinstance(plan, LesionPlan):
+                raise TypeError(f"plan must be one LesionPlan for a (z, y, x) image, got {type(plan).__name__}")
+            a, target, labels, rendered = self._render_one(plan, healthy, mask)
+            return LesionPair(restore(a), restore(target), restore(labels), rendered)
+        plans = _per_item("plan", plan, len(healthy))
+        a = np.empty(healthy.shape, healthy.dtype)
+        target, labels = np.empty(healthy.shape, np.bool_), np.empty(healthy.shape, np.int32)
+        rendered_plans = []
+        for k, item in enumerate(plans):
+            a[k], target[k], labels[k], rendered = self._render_one(item, healthy[k], mask[k])
+            rendered_plans.append(rendered)
+        return LesionPair(restore(a), restore(target), restore(labels), tuple(rendered_plans))
+
+    def _sample_one(self, index: Any, lung_fraction: Any, shape: Any, spacing: Triple) -> LesionPlan:
+        index, lung_fraction = _plain(index), _plain(lung_fraction)
+        check_word("index", index)
+        check_lung_fraction(lung_fraction)
+        return sample_plan(self.config, self.seed, index, float(lung_fraction), shape, spacing)
+
+    def _render_one(
+        self, plan: LesionPlan, healthy: npt.NDArray[Any], mask: npt.NDArray[np.bool_]
+    ) -> tuple[npt.NDArray[Any], npt.NDArray[np.bool_], npt.NDArray[np.int32], LesionPlan]:
+        if plan.shape is not None and plan.shape != healthy.shape:
+            raise ValueError(f"plan was drawn for a volume of shape {plan.shape}, image has {healthy.shape}")
+        stages = self._backend
+        centers = stages.place(plan, mask)
+        labels, lesions = stages.draw_and_merge(plan, centers, mask)
+        image, target = stages.base_pair(healthy, labels, plan.tau)
+        components = stages.fill(plan, lesions, labels, image)
+        return image, target, labels, replace(plan, components=components)
+
+
+def _accept_pair(image: Any, lung_mask: Any) -> tuple[npt.NDArray[Any], npt.NDArray[np.bool_], Any]:
+    """Check what a caller handed in and make it C-contiguous; a copy only where it is not."""
+    healthy, restore = accept(image, "image")
+    mask, _ = accept(lung_mask, "lung_mask")
+    if library_of(image) != library_of(lung_mask):
+        raise TypeError(
+            f"image and lung_mask must be arrays of one library, got {library_of(image)} and {library_of(lung_mask)}"
+        )
+    if healthy.ndim not in (3, 4):
+        raise ValueError(f"image must be (z, y, x) or (b, z, y, x), got shape {healthy.shape}")
+    if healthy.shape != mask.shape:
+        raise ValueError(f"lung_mask must have the shape of image, got {mask.shape} and {healthy.shape}")
+    if healthy.size == 0:
+        raise ValueError(f"image must have at least one voxel, got shape {healthy.shape}")
+    if healthy.dtype not in (np.float32, np.float64):
+        hint = "; for Hounsfield units use lesionsynth.window_hu first" if healthy.dtype.kind in "iu" else ""
+        raise TypeError(f"image must be float32 or float64 in [0, 1], got {healthy.dtype}{hint}")
+    return np.ascontiguousarray(healthy), np.ascontiguousarray(_binary(mask)), restore
+
+
+def _binary(mask: npt.NDArray[Any]) -> npt.NDArray[np.bool_]:
+    if mask.dtype == np.bool_:
+        return mask
+    if mask.dtype.kind not in "iuf":
+        raise TypeError(f"lung_mask must be bool or numbers 0 and 1, got {mask.dtype}")
+    ones = mask == 1
+    strange = ~(ones | (mask == 0))
+    if strange.any():
+        raise ValueError(f"lung_mask must be binary (bool, or 0 and 1), got the value {mask[strange].flat[0]}")
+    return ones
+
+
+def _shape_of(image: Any) -> Sequence[int] | None:
+    """Shape where the argument has one; `render` refuses what is no array."""
+    shape = getattr(image, "shape", None)
+    return tuple(shape) if shape is not None and len(shape) in (3, 4) else None
+
+
+def _is_scalar(value: Any) -> bool:
+    return not isinstance(value, Sequence | np.ndarray) or isinstance(value, str) or getattr(value, "ndim", 1) == 0
+
+
+def _plain(value: Any) -> Any:
+    """A NumPy scalar as the Python number it stands for."""
+    return value.item() if isinstance(value, np.generic) else value
+
+
+def _per_item(name: str, value: Any, count: int | None, *, spread: bool = False) -> list[Any]:
+    if _is_scalar(value) or isinstance(value, LesionPlan):
+        if spread and count is not None:
+            return [value] * count
+        raise ValueError(f"{name} must have one entry per item of the batch, got a single {type(value).__name__}")
+    items = list(value)
+    if count is not None and len(items) != count:
+        raise ValueError(f"{name} must have one entry per item of the batch ({count}), got {len(items)}")
+    return items

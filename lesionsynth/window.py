@@ -1,0 +1,60 @@
+"""HU to [0, 1] and the bright-tissue threshold (PAPER.md III-A)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from lesionsynth._dlpack import accept
+from lesionsynth.config import Range
+
+HU_RANGE: Range = (-800.0, 100.0)
+"""The paper's window."""
+
+
+def window_hu(hu: Any, hu_range: Range = HU_RANGE) -> Any:
+    r"""Clip Hounsfield units to a window and scale them to [0, 1].
+
+    Parameters
+    ----------
+    hu : array, any shape
+        Hounsfield units, integer or float; NumPy or a CPU DLPack object. Never modified.
+    hu_range : (2,) floats
+        HU that become 0 and 1.
+
+    Returns
+    -------
+    float32 array
+        :math:`\mathrm{clip}((hu - low) / (high - low), 0, 1)`; the library of `hu`.
+
+    Raises
+    ------
+    ValueError
+        `hu_range` is not increasing.
+    """
+    low, high = hu_range
+    if not low < high:
+        raise ValueError(f"hu_range must be (low, high) with low < high, got {hu_range}")
+    values, restore = accept(hu, "hu")
+    scaled = values.astype(np.float32)
+    np.clip(scaled, np.float32(low), np.float32(high), out=scaled)
+    scaled -= np.float32(low)
+    scaled /= np.float32(high - low)
+    return restore(scaled)
+
+
+def threshold(hu: float = -500.0, hu_range: Range = HU_RANGE) -> float:
+    """Return τ, the HU value `hu` on the [0, 1] scale of `window_hu`: 1/3 for -500 HU.
+
+    Raises
+    ------
+    ValueError
+        `hu_range` is not increasing or `hu` lies outside it.
+    """
+    low, high = hu_range
+    if not low < high:
+        raise ValueError(f"hu_range must be (low, high) with low < high, got {hu_range}")
+    if not low <= hu <= high:
+        raise ValueError(f"hu must lie in hu_range {hu_range}, got {hu}")
+    return (hu - low) / (high - low)
