@@ -1,0 +1,385 @@
+"""Read chest CT in the formats it comes in, in one orientation, and write results on the file's own grid.
+
+NIfTI, NRRD and MetaImage files and DICOM folders all become (z, y, x) arrays of Hounsfield units in LPS index
+order: z from feet to head, y from front to back, x from the patient's right to left. Reading needs SimpleITK
+(``pip install lesionsynth[io]``); importing this module does not.
+"""
+
+from __future__ import annotations
+
+import gzip
+import itertools
+import os
+import tempfile
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from lesionsynth._dicom import find_series
+
+__all__ = ["CTVolume", "Grid", "read_ct", "read_mask"]
+
+AIR_HU = -1024
+"""Lowest value kept; scanners pad with -2000 or -3024 outside the field of view."""
+_SUFFIXES = (".nii", ".nii.gz", ".nrrd", ".nhdr", ".mhd", ".mha")
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Where a file's voxels lie, and how its axes map to LPS order.
+
+    Attributes
+    ----------
+    size, spacing, origin : 3-tuples
+        Of the file, axis order (x, y, z) of the file; mm, LPS coordinates.
+    direction : 9-tuple of floats
+        ITK direction cosines, row-major.
+    axes : 3-tuple of int
+        ``file_array.transpose(axes)`` has its axes nearest to S, P, L.
+    flips : 3-tuple of bool
+        Axes (after the transposition) that run against S, P or L.
+    """
+
+    size: tuple[int, int, int]
+    spacing: tuple[float, float, float]
+    origin: tuple[float, float, float]
+    direction: tuple[float, ...]
+    axes: tuple[int, int, int]
+    flips: tuple[bool, bool, bool]
+
+    @classmethod
+    def of(
+        cls,
+        size: Sequence[int],
+        spacing: Sequence[float],
+        origin: Sequence[float],
+        direction: Sequence[float],
+    ) -> Grid:
+        """Work out the axis map of a file's geometry (oblique grids take the nearest axes)."""
+        cosines = np.asarray(direction, float).reshape(3, 3)
+        # column i: where file axis i (x, y, z) points; choose the assignment that keeps most of the cosines
+        best = max(
+            itertools.permutations(range(3)), key=lambda p: sum(abs(cosines[w, p[w]]) for w in range(3))
+        )
+        axes = tuple(2 - best[world] for world in (2, 1, 0))
+        flips = tuple(bool(cosines[world, best[world]] < 0) for world in (2, 1, 0))
+        return cls(
+            _three(size, int),
+            _three(spacing, float),
+            _three(origin, float),
+            tuple(float(v) for v in direction),
+            (axes[0], axes[1], axes[2]),
+            (flips[0], flips[1], flips[2]),
+        )
+
+    @property
+    def lps_spacing(self) -> tuple[float, float, float]:
+        """Voxel size in mm in (z, y, x) LPS order."""
+        return _three([self.spacing[2 - axis] for axis in self.axes], float)
+
+    def to_lps(self, array: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        """Bring an array in the file's (z, y, x) order to LPS order (a contiguous copy)."""
+        flipped = tuple(slice(None, None, -1 if flip else 1) for flip in self.flips)
+        return np.ascontiguousarray(array.transpose(self.axes)[flipped])
+
+    def from_lps(self, array: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        """Inverse of `to_lps`."""
+        flipped = tuple(slice(None, None, -1 if flip else 1) for flip in self.flips)
+        return np.ascontiguousarray(array[flipped].transpose(np.argsort(self.axes)))
+
+    def corners(self) -> npt.NDArray[np.float64]:
+        """World positions (8, 3) in mm of the corner voxels, in LPS index order of the corners."""
+        last = np.array(self.size, float) - 1
+        ends = np.array(list(itertools.product((0.0, 1.0), repeat=3)))  # S, P, L: far end or near end
+        index = np.empty_like(ends)
+        for place, (axis, flip) in enumerate(zip(self.axes, self.flips, strict=True)):
+            index[:, 2 - axis] = (1 - ends[:, place] if flip else ends[:, place]) * last[2 - axis]
+        cosines = np.array(self.direction).reshape(3, 3)
+        return np.asarray(np.array(self.origin) + (index * np.array(self.spacing)) @ cosines.T)
+
+
+@dataclass(frozen=True, eq=False)
+class CTVolume:
+    """A CT volume in LPS index order.
+
+    Attributes
+    ----------
+    hu : (Z, Y, X) int16 array
+        Hounsfield units, at least -1024.
+    spacing : (3,) floats
+        Voxel size in mm, axis order z, y, x.
+    path : Path
+        Where it was read from.
+    grid : Grid
+        The file's own geometry.
+    """
+
+    hu: npt.NDArray[np.int16]
+    spacing: tuple[float, float, float]
+    path: Path
+    grid: Grid
+
+    @property
+    def name(self) -> str:
+        """File or folder name without the format's suffix."""
+        return case_name(self.path)
+
+    def world(self, points: npt.ArrayLike) -> npt.NDArray[np.float64]:
+        """LPS coordinates (n, 3: x, y, z) in mm to voxel positions (n, 3: z, y, x) in this volume.
+
+        LUNA16's annotations are such coordinates.
+        """
+        cosines = np.array(self.grid.direction).reshape(3, 3)
+        offset = np.atleast_2d(np.asarray(points, float)) - np.array(self.grid.origin)
+        index = (offset @ np.linalg.inv(cosines).T) / np.array(self.grid.spacing)  # file order x, y, z
+        out: npt.NDArray[np.float64] = np.empty_like(index)
+        for place, (axis, flip) in enumerate(zip(self.grid.axes, self.grid.flips, strict=True)):
+            along = index[:, 2 - axis]
+            out[:, place] = self.grid.size[2 - axis] - 1 - along if flip else along
+        return out
+
+    def write_like(self, array: npt.NDArray[Any], path: str | os.PathLike[str]) -> Path:
+        """Write an array of this volume's shape as NIfTI on the input file's own grid.
+
+        Parameters
+        ----------
+        array : (Z, Y, X) bool, integer or float array
+            In LPS order, as `hu`; stored as uint8 (bool), its own integer type, or float32.
+        path : path
+            Ends in ``.nii`` or ``.nii.gz``. Replaced atomically; folders are created.
+
+        Returns
+        -------
+        Path
+            `path`.
+
+        Raises
+        ------
+        ValueError
+            Wrong shape or suffix.
+        TypeError
+            The array is neither bool, integer nor float.
+        """
+        sitk = _simpleitk()
+        array = np.asarray(array)
+        target = Path(path)
+        if array.shape != self.hu.shape:
+            raise ValueError(f"array must have the volume's shape {self.hu.shape}, got {array.shape}")
+        if not target.name.endswith((".nii", ".nii.gz")):
+            raise ValueError(f"path must end in .nii or .nii.gz, got {target}")
+        image = sitk.GetImageFromArray(
+            self.grid.from_lps(array.astype(_storage_type(array.dtype), copy=False))
+        )
+        image.SetSpacing(self.grid.spacing)
+        image.SetOrigin(self.grid.origin)
+        image.SetDirection(self.grid.direction)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        suffix = ".nii.gz" if target.name.endswith(".gz") else ".nii"
+        # the temporary lies in the target's folder: os.replace is atomic only within a file system
+        handle, temporary = tempfile.mkstemp(suffix=suffix, prefix=f".{target.name}.", dir=target.parent)
+        os.close(handle)
+        try:
+            sitk.WriteImage(image, temporary)
+            os.chmod(temporary, 0o666 & ~_umask())  # mkstemp made it private
+            os.replace(temporary, target)
+        except BaseException:
+            Path(temporary).unlink(missing_ok=True)
+            raise
+        return target
+
+
+def read_ct(path: str | os.PathLike[str]) -> CTVolume:
+    """Read a chest CT volume.
+
+    Parameters
+    ----------
+    path : path
+        ``.nii``, ``.nii.gz``, ``.nrrd``, ``.nhdr``, ``.mhd``, ``.mha``, a folder with a DICOM series, or one
+        ``.dcm`` file of a series. Of a folder with several series the one with most slices is read; a warning
+        names it.
+
+    Returns
+    -------
+    CTVolume
+        LPS index order, rescale slope and intercept applied, rounded to int16, padding raised to -1024 HU.
+
+    Raises
+    ------
+    FileNotFoundError
+        Nothing is there.
+    ValueError
+        Unreadable or truncated; not one 3-D scalar volume; NaN; values that are not Hounsfield units; a DICOM
+        series with missing slices, irregular spacing or gantry tilt.
+    ImportError
+        SimpleITK is not installed.
+
+    Notes
+    -----
+    Values count as Hounsfield units where some are below -300 (lung, air) and some above -200 (tissue), and
+    none above 65535. That catches images scaled to [0, 1] or [0, 255], and stored values without their
+    intercept.
+    """
+    sitk = _simpleitk()
+    source = Path(path)
+    image = _load(source, sitk)
+    values = _scalar_array(source, image, sitk)
+    low, high = float(values.min()), float(values.max())
+    if low > -300 or high < -200 or high > 65535:
+        raise ValueError(
+            f"{source}: not a CT in Hounsfield units: values must reach below -300 (air) and above -200 "
+            f"(tissue), at most 65535; got {low:g} to {high:g}"
+        )
+    grid = _grid(image)
+    hu = grid.to_lps(
+        np.clip(np.rint(values) if values.dtype.kind == "f" else values, AIR_HU, 32767).astype(np.int16)
+    )
+    return CTVolume(hu, grid.lps_spacing, source, grid)
+
+
+def read_mask(path: str | os.PathLike[str], like: CTVolume) -> npt.NDArray[np.bool_]:
+    """Read a label map that belongs to a CT volume; what is above zero is in the mask.
+
+    Parameters
+    ----------
+    path : path
+        A file in one of the formats of `read_ct`, DICOM excepted. Its axes may be stored in another order
+        than the CT's.
+    like : CTVolume
+        The CT it must lie on.
+
+    Returns
+    -------
+    (Z, Y, X) bool array
+        In the order of ``like.hu``.
+
+    Raises
+    ------
+    FileNotFoundError, ValueError
+        As `read_ct`; also where the grids differ by more than a tenth of a voxel at a corner of the volume.
+    """
+    sitk = _simpleitk()
+    source = Path(path)
+    if source.is_dir() or source.suffix.lower() == ".dcm":
+        raise ValueError(f"{source}: a mask must be one file of {', '.join(_SUFFIXES)}")
+    image = _load(source, sitk)
+    values = _scalar_array(source, image, sitk)
+    grid = _grid(image)
+    mask: npt.NDArray[np.bool_] = grid.to_lps(values > 0)
+    if mask.shape != like.hu.shape:
+        raise ValueError(
+            f"{source}: the mask's shape must be that of {like.path}, {like.hu.shape}, got {mask.shape}"
+        )
+    apart = float(np.abs(grid.corners() - like.grid.corners()).max())
+    if apart > 0.1 * min(like.spacing):
+        raise ValueError(
+            f"{source}: the mask must lie on the grid of {like.path}; their corners are {apart:.2f} mm "
+            f"apart (spacing {grid.lps_spacing} against {like.spacing})"
+        )
+    return mask
+
+
+def case_name(path: Path) -> str:
+    """Name of a case: the file or folder name without the suffix of its format."""
+    name = path.name or path.resolve().name
+    for suffix in sorted((*_SUFFIXES, ".dcm"), key=len, reverse=True):
+        if name.lower().endswith(suffix) and len(name) > len(suffix):
+            return name[: -len(suffix)]
+    return name
+
+
+def _simpleitk() -> ModuleType:
+    try:
+        import SimpleITK
+    except ImportError as error:
+        raise ImportError("reading and writing CT needs SimpleITK: pip install 'lesionsynth[io]'") from error
+    module: ModuleType = SimpleITK
+    return module
+
+
+def _load(path: Path, sitk: Any) -> Any:
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: no such file or folder")
+    try:
+        if path.is_dir() or path.suffix.lower() == ".dcm":
+            return _load_series(path, sitk)
+        if not path.name.lower().endswith(_SUFFIXES):
+            raise ValueError(
+                f"{path}: not a known CT format; read are {', '.join(_SUFFIXES)} and DICOM folders"
+            )
+        _check_gzip(path)
+        return sitk.ReadImage(str(path))
+    except RuntimeError as error:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        raise ValueError(f"{path}: unreadable: {lines[-1] if lines else error}") from error
+
+
+def _load_series(path: Path, sitk: Any) -> Any:
+    series = find_series(path, sitk)
+    reader = sitk.ImageSeriesReader()
+    reader.SetFileNames(series.files)
+    image = reader.Execute()
+    image.SetSpacing((*image.GetSpacing()[:2], series.slice_distance))
+    image.SetDirection(series.direction)
+    return image
+
+
+def _check_gzip(path: Path) -> None:
+    """Refuse a damaged .gz: the NIfTI reader fills what is missing with zeros (which are soft tissue)."""
+    if not path.name.lower().endswith(".gz"):
+        return
+    try:
+        with gzip.open(path) as stream:
+            while stream.read(1 << 22):
+                pass
+    except (EOFError, OSError, zlib.error) as error:
+        raise ValueError(f"{path}: damaged or truncated gzip file ({error})") from error
+
+
+def _scalar_array(path: Path, image: Any, sitk: Any) -> npt.NDArray[Any]:
+    if image.GetNumberOfComponentsPerPixel() != 1:
+        raise ValueError(
+            f"{path}: a volume must have one value per voxel, got {image.GetNumberOfComponentsPerPixel()}"
+            " (a colour picture?)"
+        )
+    if image.GetDimension() != 3 or min(image.GetSize()) < 2:
+        raise ValueError(
+            f"{path}: a volume must be 3-D with at least two voxels along each axis, got size "
+            f"{image.GetSize()} (x, y, z)"
+        )
+    values: npt.NDArray[Any] = sitk.GetArrayViewFromImage(image)
+    if values.dtype.kind not in "iuf":
+        raise ValueError(f"{path}: voxels must be integers or floats, got {values.dtype}")
+    if values.dtype.kind == "f" and not np.isfinite(values).all():
+        raise ValueError(f"{path}: voxels must be finite, found NaN or infinity")
+    return values
+
+
+def _grid(image: Any) -> Grid:
+    return Grid.of(image.GetSize(), image.GetSpacing(), image.GetOrigin(), image.GetDirection())
+
+
+def _three(values: Sequence[Any], kind: Any) -> tuple[Any, Any, Any]:
+    a, b, c = values
+    return kind(a), kind(b), kind(c)
+
+
+def _storage_type(dtype: np.dtype[Any]) -> Any:
+    if dtype.kind == "b":
+        return np.uint8
+    if dtype.kind == "f":
+        return np.float32
+    if dtype.kind in "iu":
+        return np.int32 if dtype.itemsize > 4 else dtype
+    raise TypeError(f"array must be bool, integer or float, got {dtype}")
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
