@@ -1,0 +1,85 @@
+"""Fixtures that every test module may use.
+
+The small lungs here are drawn with plain NumPy, not with ``lesionsynth.phantom``, so that a fault in the phantom
+cannot hide a fault in the generator and the other way round.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, settings
+
+settings.register_profile(
+    "default", derandomize=True, deadline=None, max_examples=20, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.register_profile(
+    "ci", derandomize=True, deadline=None, max_examples=40, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.load_profile("ci" if os.environ.get("CI") else "default")
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """Folder of real CT volumes that lies beside the repository; the test is skipped where it is absent."""
+    folder = REPOSITORY.parent / "shared" / "data"
+    if not folder.is_dir():
+        pytest.skip(f"real CT volumes are not installed: {folder} does not exist")
+    return folder
+
+
+def draw_lungs(
+    shape: tuple[int, int, int] = (12, 40, 44), seed: int = 0, vessels: int = 12
+) -> tuple[np.ndarray, np.ndarray]:
+    """Two ellipsoidal lungs with bright random tubes in noisy dark tissue.
+
+    Returns
+    -------
+    image : (Z, Y, X) float32 array
+        Values in [0, 1]; exactly 0 outside the mask, as H = H' * M is.
+    mask : (Z, Y, X) bool array
+    """
+    rng = np.random.default_rng(seed)
+    z, y, x = np.meshgrid(*(np.arange(n) for n in shape), indexing="ij")
+    mask = np.zeros(shape, bool)
+    for centre_x in (0.27, 0.73):
+        mask |= (
+            ((z - 0.5 * (shape[0] - 1)) / (0.62 * shape[0])) ** 2
+            + ((y - 0.5 * (shape[1] - 1)) / (0.44 * shape[1])) ** 2
+            + ((x - centre_x * (shape[2] - 1)) / (0.2 * shape[2])) ** 2
+        ) <= 1
+    image = 0.08 + 0.03 * rng.standard_normal(shape)
+    points = np.stack([z, y, x], -1).astype(float)
+    for _ in range(vessels):
+        start = rng.random(3) * shape
+        way = rng.standard_normal(3)
+        way /= np.linalg.norm(way)
+        offset = points - start
+        along = offset @ way
+        distance = np.sqrt(np.maximum((offset**2).sum(-1) - along**2, 0))
+        image = np.where(distance < rng.uniform(0.6, 1.6), rng.uniform(0.4, 0.95), image)
+    return (np.clip(image, 0, 1) * mask).astype(np.float32), mask
+
+
+@pytest.fixture(scope="session")
+def lungs() -> tuple[np.ndarray, np.ndarray]:
+    """Read-only (image float32, mask bool) of 12 x 40 x 44 voxels."""
+    image, mask = draw_lungs()
+    image.setflags(write=False)
+    mask.setflags(write=False)
+    return image, mask
+
+
+@pytest.fixture(scope="session")
+def lung_batch() -> tuple[np.ndarray, np.ndarray]:
+    """Three different pairs of lungs, (3, 12, 40, 44), read-only."""
+    pairs = [draw_lungs(seed=seed) for seed in (1, 2, 3)]
+    images, masks = np.stack([p[0] for p in pairs]), np.stack([p[1] for p in pairs])
+    images.setflags(write=False)
+    masks.setflags(write=False)
+    return images, masks
