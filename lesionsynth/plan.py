@@ -52,7 +52,7 @@ class Blob:
 
     def __post_init__(self) -> None:
         """Check that an edited blob can be rendered."""
-        _check_word("component", self.component)
+        check_word("component", self.component)
         _check_all("semi_axes", self.semi_axes, 3, lambda v: v > 0, "> 0")
         _check_all("rotation", self.rotation, 4, math.isfinite, "finite")
         norm = math.sqrt(sum(v * v for v in self.rotation))
@@ -62,8 +62,7 @@ class Blob:
             raise ValueError(f"position must be in [0, 1), got {self.position}")
         if self.center is not None:
             _check_all("center", self.center, 3, lambda v: v >= 0, ">= 0")
-        for name in ("warp_amplitude",):
-            _check_number(name, getattr(self, name), lambda v: v >= 0, ">= 0")
+        _check_number("warp_amplitude", self.warp_amplitude, lambda v: v >= 0, ">= 0")
         _check_number("warp_correlation", self.warp_correlation, lambda v: v >= 0.1, ">= 0.1")
         for name in ("sigma_a", "sigma_b", "mu0"):
             _check_number(name, getattr(self, name), lambda v: v > 0, "> 0")
@@ -167,7 +166,10 @@ class LesionPlan:
 
 def check_word(name: str, value: Any) -> None:
     """Raise unless `value` is an integer in [0, 2**32)."""
-    _check_word(name, value)
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an integer, got {type(value).__name__}")
+    if not 0 <= value < WORD:
+        raise ValueError(f"{name} must be in [0, 2**32), got {value}")
 
 
 def check_lung_fraction(value: Any) -> None:
@@ -176,13 +178,6 @@ def check_lung_fraction(value: Any) -> None:
         raise TypeError(f"lung_fraction must be a number, got {type(value).__name__}")
     if not 0.0 < value <= 1.0:
         raise ValueError(f"lung_fraction must be in (0, 1], got {value}")
-
-
-def _check_word(name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be an integer, got {type(value).__name__}")
-    if not 0 <= value < WORD:
-        raise ValueError(f"{name} must be in [0, 2**32), got {value}")
 
 
 def _check_number(name: str, value: Any, rule: Any, text: str) -> None:
@@ -210,12 +205,12 @@ def _fields_of(cls: type, record: Any, where: str) -> dict[str, Any]:
     if not isinstance(record, dict):
         raise ValueError(f"{where} must be a JSON object, got {type(record).__name__}")
     names = {f.name for f in fields(cls)}
-    for missing in sorted(names - record.keys()):
-        raise ValueError(f"{where} lacks the field {missing!r}")
-    for unknown in sorted(record.keys() - names):
-        raise ValueError(f"{where} has an unknown field {unknown!r}")
-    return {name: value if name in ("blobs", "components") and cls is LesionPlan else _tuples(value)
-            for name, value in record.items()}
+    if missing := sorted(names - record.keys()):
+        raise ValueError(f"{where} lacks the field {missing[0]!r}")
+    if unknown := sorted(record.keys() - names):
+        raise ValueError(f"{where} has an unknown field {unknown[0]!r}")
+    nested = ("blobs", "components")  # lists of objects, read by the caller
+    return {name: value if name in nested and cls is LesionPlan else _tuples(value) for name, value in record.items()}
 
 
 def _tuples(value: Any) -> Any:

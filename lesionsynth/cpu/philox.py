@@ -1,0 +1,117 @@
+"""Philox4x32-10 (Salmon et al., SC 2011): counter-based noise with no state.
+
+    key     = (seed, stream)
+    counter = (x >> 2, (z << 16) | y, sample index, component)
+
+One call gives the words of four voxels along x; word x & 3 belongs to voxel x. A draw depends on the voxel's
+coordinate and on nothing else, so neither launch shape, batch, worker nor crop can change it. A word becomes the
+float32 uniform (word >> 8) * 2**-24, exact on every device.
+"""
+
+from __future__ import annotations
+
+from enum import IntEnum
+from typing import Any
+
+import numba
+import numpy as np
+import numpy.typing as npt
+
+MULTIPLIER_0, MULTIPLIER_1 = np.uint64(0xD2511F53), np.uint64(0xCD9E8D57)
+WEYL_0, WEYL_1 = np.uint32(0x9E3779B9), np.uint32(0xBB67AE85)
+ROUNDS = 10
+UNIT = np.float32(2.0**-24)
+
+
+class Stream(IntEnum):
+    """Second key word: what the noise is for."""
+
+    PLAN = 0
+    WARP = 1
+    PROBABILITY = 2
+    SALT = 3
+    FREE = 16
+
+
+@numba.njit(nogil=True, cache=True, inline="always")
+def philox4x32_10(c0: Any, c1: Any, c2: Any, c3: Any, k0: Any, k1: Any) -> Any:
+    """Return the four words of a counter (c0, c1, c2, c3) under the key (k0, k1); all uint32."""
+    c0, c1, c2, c3, k0, k1 = (
+        np.uint32(c0), np.uint32(c1), np.uint32(c2), np.uint32(c3), np.uint32(k0), np.uint32(k1),
+    )  # fmt: skip
+    for _ in range(ROUNDS):
+        p0 = MULTIPLIER_0 * np.uint64(c0)
+        p1 = MULTIPLIER_1 * np.uint64(c2)
+        c0, c1, c2, c3 = (
+            np.uint32(np.uint32(p1 >> np.uint64(32)) ^ c1 ^ k0),
+            np.uint32(p1 & np.uint64(0xFFFFFFFF)),
+            np.uint32(np.uint32(p0 >> np.uint64(32)) ^ c3 ^ k1),
+            np.uint32(p0 & np.uint64(0xFFFFFFFF)),
+        )
+        k0 = np.uint32(k0 + WEYL_0)
+        k1 = np.uint32(k1 + WEYL_1)
+    return c0, c1, c2, c3
+
+
+def philox_words(c0: Any, c1: Any, c2: Any, c3: Any, k0: Any, k1: Any) -> npt.NDArray[np.uint32]:
+    """Philox4x32-10 of broadcast arrays of counters and keys, in NumPy.
+
+    Parameters
+    ----------
+    c0, c1, c2, c3, k0, k1 : integers or integer arrays
+        Counter and key words, taken modulo 2**32; broadcast against each other.
+
+    Returns
+    -------
+    (..., 4) uint32 array
+        The four words of each counter.
+    """
+    low = np.uint64(0xFFFFFFFF)
+    words = np.broadcast_arrays(*(np.asarray(w).astype(np.uint64) & low for w in (c0, c1, c2, c3, k0, k1)))
+    a, b, c, d, key0, key1 = words
+    for _ in range(ROUNDS):
+        p0, p1 = MULTIPLIER_0 * a, MULTIPLIER_1 * c
+        a, b, c, d = (p1 >> np.uint64(32)) ^ b ^ key0, p1 & low, (p0 >> np.uint64(32)) ^ d ^ key1, p0 & low
+        key0, key1 = (key0 + np.uint64(WEYL_0)) & low, (key1 + np.uint64(WEYL_1)) & low
+    return np.stack([a, b, c, d], axis=-1).astype(np.uint32)
+
+
+def fill_uniform(
+    out: npt.NDArray[np.float32], seed: int, stream: int, sample: int, component: int, z0: int, y0: int, x0: int
+) -> None:
+    """Fill a box with the uniforms in [0, 1) of its voxels.
+
+    Parameters
+    ----------
+    out : (z, y, x) float32 array
+        Written.
+    seed, stream : int
+        Key words.
+    sample, component : int
+        Counter words.
+    z0, y0, x0 : int
+        Coordinate of ``out[0, 0, 0]``; z and y stay below 2**16.
+    """
+    words = (np.uint32(w) for w in (seed, stream, sample, component, z0, y0, x0))
+    _fill_uniform(out, *words)
+
+
+@numba.njit(nogil=True, cache=True)
+def _fill_uniform(
+    out: Any, seed: Any, stream: Any, sample: Any, component: Any, z0: Any, y0: Any, x0: Any
+) -> None:
+    depth, height, width = out.shape
+    first, last = x0 >> np.uint32(2), (x0 + np.uint32(width) - np.uint32(1)) >> np.uint32(2)
+    skip = np.int64(x0) - 4 * np.int64(first)  # voxels of the first quad that lie before the box
+    row = np.empty(4 * (np.int64(last) - np.int64(first) + 1), dtype=np.float32)
+    for z in range(depth):
+        for y in range(height):
+            plane = ((z0 + np.uint32(z)) << np.uint32(16)) | (y0 + np.uint32(y))
+            for k in range(row.size // 4):
+                a, b, c, d = philox4x32_10(first + np.uint32(k), plane, sample, component, seed, stream)
+                row[4 * k] = np.float32(a >> np.uint32(8)) * UNIT
+                row[4 * k + 1] = np.float32(b >> np.uint32(8)) * UNIT
+                row[4 * k + 2] = np.float32(c >> np.uint32(8)) * UNIT
+                row[4 * k + 3] = np.float32(d >> np.uint32(8)) * UNIT
+            for x in range(width):
+                out[z, y, x] = row[skip + x]
