@@ -1,0 +1,1 @@
+"""Tests; a package, so that test modules share `tests.oracles` and `tests.tolerances`."""
