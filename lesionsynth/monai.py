@@ -30,12 +30,12 @@ def __getattr__(name: str) -> Any:
 
 @cache
 def _rand_lesiond() -> type:
-    transforms = sys.modules.get("monai.transforms")
-    utils = sys.modules.get("monai.utils")
+    transforms: Any = sys.modules.get("monai.transforms")
+    utils: Any = sys.modules.get("monai.utils")
     if transforms is None or utils is None:
         raise ImportError("lesionsynth.monai.RandLesiond builds on MONAI: run `import monai.transforms` first")
 
-    class RandLesiond(transforms.MapTransform, transforms.Randomizable):  # type: ignore[name-defined, misc]
+    class RandLesiond(transforms.MapTransform, transforms.Randomizable):  # type: ignore[misc]
         r"""Inject synthetic lesions into a healthy, channel-first item; add the target and the labels.
 
         Parameters

@@ -233,7 +233,7 @@ def _binary(mask: npt.NDArray[Any]) -> npt.NDArray[np.bool_]:
     strange = ~(ones | (mask == 0))
     if strange.any():
         raise ValueError(f"lung_mask must be binary (bool, or 0 and 1), got the value {mask[strange].flat[0]}")
-    return ones
+    return np.asarray(ones)
 
 
 def _shape_of(image: Any) -> Sequence[int] | None:

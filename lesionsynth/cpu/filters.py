@@ -39,7 +39,7 @@ def gaussian_taps(sigma: float, truncate: float = 4.0) -> Float32:
         return np.ones(1, dtype=np.float32)
     k = np.arange(radius + 1, dtype=np.float64)
     weights = np.exp(-0.5 * (k / sigma) ** 2)
-    return (weights / (weights[0] + 2.0 * weights[1:].sum())).astype(np.float32)
+    return np.asarray(weights / (weights[0] + 2.0 * weights[1:].sum()), dtype=np.float32)
 
 
 def gaussian_filter(

@@ -8,8 +8,7 @@ from numba.core import types
 from numba.extending import intrinsic
 
 
-@intrinsic  # type: ignore[untyped-decorator]
-def fma(typingctx: Any, a: Any, b: Any, c: Any) -> Any:
+def _fma(typingctx: Any, a: Any, b: Any, c: Any) -> Any:
     """Return ``a * b + c`` rounded once; the three operands have one floating-point type."""
     if not (isinstance(a, types.Float) and a == b == c):
         return None
@@ -18,3 +17,6 @@ def fma(typingctx: Any, a: Any, b: Any, c: Any) -> Any:
         return builder.fma(*args)
 
     return a(a, b, c), codegen
+
+
+fma: Any = intrinsic(_fma)

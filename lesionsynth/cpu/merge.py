@@ -39,10 +39,10 @@ def merge(shapes: list[Shape], shape: tuple[int, ...], connectivity: int) -> tup
     labels = np.zeros(shape, dtype=np.int32)
     parent = np.arange(len(shapes) + 1, dtype=np.int32)
     for k, blob in enumerate(shapes):
-        _paint(labels, blob.inside, *blob.start, k + 1, parent)
+        _paint(labels, blob.inside, blob.start, k + 1, parent)
     offsets = _half_neighbourhood(connectivity)
     for blob in shapes:
-        _join_touching(labels, *blob.start, *blob.inside.shape, offsets, parent)
+        _join_touching(labels, blob.start, blob.inside.shape, offsets, parent)
     occupied = [bool(blob.inside.any()) for blob in shapes]
     roots = [_find(parent, k + 1) if occupied[k] else 0 for k in range(len(shapes))]
     order = sorted({root for root in roots if root})
@@ -51,9 +51,9 @@ def merge(shapes: list[Shape], shape: tuple[int, ...], connectivity: int) -> tup
     for label, blobs in enumerate(members, start=1):
         final[np.array(blobs) + 1] = label
     for blob in shapes:
-        _rename(labels, *blob.start, *blob.inside.shape, final)
+        _rename(labels, blob.start, blob.inside.shape, final)
     for blob in shapes:
-        _negate(labels, *blob.start, *blob.inside.shape)
+        _negate(labels, blob.start, blob.inside.shape)
     return labels, members
 
 
@@ -81,7 +81,8 @@ def _unite(parent: Any, a: int, b: int) -> None:
 
 
 @numba.njit(nogil=True, cache=True)
-def _paint(labels: Any, inside: Any, z0: int, y0: int, x0: int, number: int, parent: Any) -> None:
+def _paint(labels: Any, inside: Any, start: Any, number: int, parent: Any) -> None:
+    z0, y0, x0 = start
     nz, ny, nx = inside.shape
     for z in range(nz):
         for y in range(ny):
@@ -95,9 +96,8 @@ def _paint(labels: Any, inside: Any, z0: int, y0: int, x0: int, number: int, par
 
 
 @numba.njit(nogil=True, cache=True)
-def _join_touching(
-    labels: Any, z0: int, y0: int, x0: int, nz: int, ny: int, nx: int, offsets: Any, parent: Any
-) -> None:
+def _join_touching(labels: Any, start: Any, size: Any, offsets: Any, parent: Any) -> None:
+    (z0, y0, x0), (nz, ny, nx) = start, size
     depth, height, width = labels.shape
     for z in range(z0, z0 + nz):
         for y in range(y0, y0 + ny):
@@ -114,8 +114,9 @@ def _join_touching(
 
 
 @numba.njit(nogil=True, cache=True)
-def _rename(labels: Any, z0: int, y0: int, x0: int, nz: int, ny: int, nx: int, final: Any) -> None:
+def _rename(labels: Any, start: Any, size: Any, final: Any) -> None:
     """Blob numbers to negated lesion numbers: the sign marks a voxel of an overlapping box as done."""
+    (z0, y0, x0), (nz, ny, nx) = start, size
     for z in range(z0, z0 + nz):
         for y in range(y0, y0 + ny):
             for x in range(x0, x0 + nx):
@@ -124,7 +125,8 @@ def _rename(labels: Any, z0: int, y0: int, x0: int, nz: int, ny: int, nx: int, f
 
 
 @numba.njit(nogil=True, cache=True)
-def _negate(labels: Any, z0: int, y0: int, x0: int, nz: int, ny: int, nx: int) -> None:
+def _negate(labels: Any, start: Any, size: Any) -> None:
+    (z0, y0, x0), (nz, ny, nx) = start, size
     for z in range(z0, z0 + nz):
         for y in range(y0, y0 + ny):
             for x in range(x0, x0 + nx):

@@ -117,7 +117,7 @@ def _passing_sum(b2: Any, labels: Any, label: int, threshold: Any) -> tuple[int,
                     if b2[z, y, x] > threshold:
                         passing += 1
                         total += np.int64(math.floor(np.float64(b2[z, y, x]) * FIXED_POINT + 0.5))
-    return voxels, passing, total
+    return voxels, passing, int(total)
 
 
 @numba.njit(nogil=True, cache=True)
