@@ -1,0 +1,1 @@
+"""Prepare chest CT for training and prediction."""

@@ -1,0 +1,256 @@
+"""Segment the lungs of a chest CT by thresholds and morphology, so that no hand-made mask is needed.
+
+What is lung, airway or bowel gas is decided on a coarse grid of about 2 mm, where a whole chest is a few
+million voxels; the outline is then found on the volume's own grid. The steps, in order: body (no scanner
+table), air in the body, trachea and main bronchi, the two lungs, closing per lung (vessels at the hilum,
+nodules, consolidation), outline.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from scipy import ndimage
+
+from normnet.prepare.airways import Airways, grow_airways
+from normnet.prepare.morphology import (
+    Mask,
+    Spacing,
+    block_mean,
+    bounding_box,
+    closed,
+    fill_enclosed,
+    fill_slices,
+    largest,
+    plane_dilated,
+    plane_opened,
+    spread,
+)
+
+AIR_HU = -320
+"""Below is air or aerated lung; ground glass lies below, consolidation and vessels above."""
+COARSE_MM = 2.0
+CLOSING_MM = 10.0
+"""Ball of the closing per lung: wider than nodules, narrower than the curvature of the heart."""
+THICK_MM = 4.0
+"""From this slice distance on, neighbouring slices differ too much to close across them."""
+MIN_LUNG_ML = 30.0
+MIN_LUNG_RATIO = 0.08
+"""Least volume of the second lung, of the first: a collapsed lung, not a stomach beside it."""
+APART_MM = 40.0
+"""Distance of the two lungs' centres from right to left."""
+SPLIT_DEPTHS_MM = (0.0, 2.5, 4.5, 6.5, 9.0, 12.0)
+"""Tried in turn: the lungs touch in front of and behind the mediastinum, where they are thin."""
+REACH_MM, DEPTH_MM, RIM_MM = 2.5, 3.0, 1.5
+HOLE_MM2 = 150.0
+"""Holes of a slice filled: vessels; larger ones, open above or below, are the liver's dome or the hilum."""
+
+
+@dataclass(frozen=True)
+class Lungs:
+    """The two lungs on one grid.
+
+    Attributes
+    ----------
+    right, left : (Z, Y, X) bool array
+        The patient's right lung (low x in LPS order) and left lung; disjoint, one may be empty.
+    """
+
+    right: Mask
+    left: Mask
+
+
+def segment_lungs(hu: npt.NDArray[np.int16], spacing: Spacing) -> Mask:
+    """Segment both lungs.
+
+    Parameters
+    ----------
+    hu : (Z, Y, X) int16 array
+        Hounsfield units in LPS index order (z from feet to head, y front to back, x right to left).
+    spacing : (3,) floats
+        Voxel size in mm, axis order z, y, x.
+
+    Returns
+    -------
+    (Z, Y, X) bool array
+        Lungs with their vessels, nodules and most of their consolidations; without trachea, main bronchi,
+        bowel gas, air outside the body and the scanner table.
+
+    Raises
+    ------
+    ValueError
+        `hu` is not 3-D, `spacing` is not positive, or no lung is found.
+    """
+    lungs = split_lungs(hu, spacing)
+    return lungs.right | lungs.left
+
+
+def split_lungs(hu: npt.NDArray[np.int16], spacing: Spacing) -> Lungs:
+    """Segment the lungs and tell right from left; arguments and errors as `segment_lungs`."""
+    if hu.ndim != 3:
+        raise ValueError(f"hu must be 3-D (z, y, x), got shape {hu.shape}")
+    if len(spacing) != 3 or not all(np.isfinite(s) and s > 0 for s in spacing):
+        raise ValueError(f"spacing must be three positive lengths in mm, got {spacing}")
+    fz, fy, fx = (max(1, round(COARSE_MM / s)) for s in spacing)
+    coarse = block_mean(hu, (fz, fy, fx))
+    mm = (spacing[0] * fz, spacing[1] * fy, spacing[2] * fx)
+    body = body_mask(coarse, mm)
+    box = bounding_box(body)
+    if box is None:
+        raise ValueError("no lung found: no body in the volume (no tissue thicker than 8 mm)")
+    right, left, airway = (np.zeros(coarse.shape, bool) for _ in range(3))
+    cropped = grow_airways(coarse[box], body[box], mm)
+    airway[box] = cropped.large
+    right[box], left[box] = close_lungs(
+        *find_lungs(coarse[box], body[box], cropped, mm), body[box], cropped, mm
+    )
+    return outline(hu, spacing, (right, left), airway, (fz, fy, fx))
+
+
+def body_mask(coarse: npt.NDArray[np.float32], mm: Spacing) -> Mask:
+    """Fill the patient: tissue left by an opening (tables are thin shells), largest piece, holes filled."""
+    tissue = coarse >= AIR_HU
+    core = largest(plane_opened(tissue, 4.2, mm))
+    # the opening rounds corners off: take back tissue close to the core
+    core = largest(plane_dilated(core, 4.2, mm) & tissue)
+    return fill_slices(core)
+
+
+def find_lungs(
+    coarse: npt.NDArray[np.float32], body: Mask, airways: Airways, mm: Spacing
+) -> tuple[Mask, Mask]:
+    """Choose the air spaces that are lung and tell right from left.
+
+    Bowel and stomach gas is told by its place: it ends below the middle of the largest lung. Small separate
+    air spaces are no loss: `close_lungs` takes those back that a lung surrounds.
+    """
+    ml = mm[0] * mm[1] * mm[2] / 1000
+    labels, count = ndimage.label((coarse < AIR_HU) & body & ~airways.tree & ~airways.large)
+    volumes = np.bincount(labels.ravel(), minlength=count + 1) * ml
+    volumes[0] = 0
+    first = int(volumes.argmax())
+    if volumes[first] < MIN_LUNG_ML:
+        raise ValueError(
+            f"no lung found: the largest air space inside the body has {volumes.max():.0f} ml, expected "
+            f"at least {MIN_LUNG_ML:.0f}"
+        )
+    one: Mask = labels == first
+    parts = split_two(one, mm)
+    if parts is None:
+        second = _opposite(labels, volumes, one, mm)
+        parts = (one, second)
+    middle = float(body.sum(axis=(0, 1)) @ np.arange(body.shape[2]) / body.sum())
+    centres = [_centre_x(part) for part in parts]
+    if np.isnan(centres[1]):
+        return parts if centres[0] < middle else (parts[1], parts[0])
+    return parts if centres[0] < centres[1] else (parts[1], parts[0])
+
+
+def _centre_x(mask: Mask) -> float:
+    total = int(mask.sum())
+    return float(mask.sum(axis=(0, 1)) @ np.arange(mask.shape[2]) / total) if total else float("nan")
+
+
+def _opposite(
+    labels: npt.NDArray[Any], volumes: npt.NDArray[Any], one: Mask, mm: Spacing
+) -> Mask:
+    """Find the second lung: beside the first, reaching above its middle height; empty where there is none."""
+    z = np.arange(one.shape[0])
+    half = float(one.sum(axis=(1, 2)) @ z / one.sum())
+    for number in np.argsort(-volumes):
+        if volumes[number] < max(MIN_LUNG_ML, MIN_LUNG_RATIO * volumes.max()):
+            break
+        part: Mask = labels == number
+        top = int(np.flatnonzero(part.any(axis=(1, 2)))[-1])
+        if top >= half and abs(_centre_x(part) - _centre_x(one)) * mm[2] > APART_MM:
+            return part
+    return np.zeros(one.shape, bool)
+
+
+def split_two(mask: Mask, mm: Spacing) -> tuple[Mask, Mask] | None:
+    """Part an air space, where it is thin, into two halves side by side; None where it is one lung."""
+    deep = ndimage.distance_transform_edt(mask, sampling=mm)
+    for depth in SPLIT_DEPTHS_MM:
+        labels, count = ndimage.label(deep > depth)
+        if count < 2:
+            continue
+        sizes = np.bincount(labels.ravel())
+        sizes[0] = 0
+        a, b = (int(n) for n in np.argsort(-sizes)[:2])
+        if sizes[b] < 0.1 * sizes[a]:
+            continue
+        markers = np.where(labels == a, 1, np.where(labels == b, 2, 0))
+        if abs(_centre_x(markers == 1) - _centre_x(markers == 2)) * mm[2] < APART_MM:
+            continue
+        nearest = ndimage.distance_transform_edt(
+            markers == 0, sampling=mm, return_distances=False, return_indices=True
+        )
+        owner = markers[tuple(nearest)]
+        return mask & (owner == 1), mask & (owner == 2)
+    return None
+
+
+def close_lungs(right: Mask, left: Mask, body: Mask, airways: Airways, mm: Spacing) -> tuple[Mask, Mask]:
+    """Close each lung with a ball: hilar vessels, nodules and consolidations join it, the airways do not."""
+    allowed = body & ~airways.large
+    reach = (mm[0] if mm[0] < THICK_MM else 2 * CLOSING_MM, mm[1], mm[2])
+    a, b = (closed(lung, CLOSING_MM, reach) & allowed for lung in (right, left))
+    both = a & b & ~right & ~left  # tissue between the lungs that both closings claim: mediastinum
+    return a & ~left & ~both, b & ~right & ~both
+
+
+def outline(
+    hu: npt.NDArray[np.int16],
+    spacing: Spacing,
+    lungs: tuple[Mask, Mask],
+    airway: Mask,
+    factors: tuple[int, int, int],
+) -> Lungs:
+    """Bring the coarse lungs to the volume's own grid and set their outline by the air threshold there.
+
+    Air counts as lung up to `REACH_MM` outside the coarse outline; tissue only from `DEPTH_MM` inside it, or
+    where it is thick: a rim of chest wall (partial volume) is left out, a consolidation at the pleura stays.
+    """
+    mm = (spacing[0] * factors[0], spacing[1] * factors[1], spacing[2] * factors[2])
+    around = bounding_box(lungs[0] | lungs[1])
+    if around is None:
+        raise ValueError("no lung found: nothing is left of the air spaces")
+    box = tuple(
+        slice(max(s.start - 3, 0), min(s.stop + 3, n)) for s, n in zip(around, airway.shape, strict=True)
+    )
+    fine = tuple(
+        slice(s.start * f, min(s.stop * f, n)) for s, f, n in zip(box, factors, hu.shape, strict=True)
+    )
+    part = hu[fine]
+    air = part < AIR_HU
+    bronchi = spread(_signed(airway[box], mm), factors, part.shape) > 0
+    found = []
+    taken = np.zeros(part.shape, bool)
+    for lung in lungs:
+        whole = np.zeros(hu.shape, bool)
+        if lung.any():
+            distance = spread(_signed(lung[box], mm), factors, part.shape)
+            tissue = plane_opened((distance > 0) & ~air, RIM_MM, spacing)
+            mask = (air & (distance > -REACH_MM)) | (distance > DEPTH_MM) | tissue
+            mask &= ~bronchi & ~taken
+            mask = fill_slices(fill_enclosed(mask), round(HOLE_MM2 / (spacing[1] * spacing[2])))
+            mask = largest(mask & ~bronchi & ~taken)
+            taken |= mask
+            whole[fine] = mask
+        found.append(whole)
+    return Lungs(found[0], found[1])
+
+
+def _signed(mask: Mask, mm: Spacing) -> npt.NDArray[np.float32]:
+    """Distance in mm to the outline: positive inside; far away where the mask is empty."""
+    if not mask.any():
+        return np.full(mask.shape, -1e3, np.float32)
+    half = min(mm) / 2  # distances run between voxel centres, the outline lies half-way
+    out = ndimage.distance_transform_edt(mask, sampling=mm) - ndimage.distance_transform_edt(
+        ~mask, sampling=mm
+    )
+    signed: npt.NDArray[np.float32] = (out - half * np.sign(out)).astype(np.float32)
+    return signed
