@@ -26,8 +26,8 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
-    """Folder of real CT volumes that lies beside the repository; the test is skipped where it is absent."""
-    folder = REPOSITORY.parent / "shared" / "data"
+    """Folder of real CT volumes, in ``LESIONSYNTH_SHARED`` or ``shared`` beside the repository; skips without it."""
+    folder = Path(os.environ.get("LESIONSYNTH_SHARED", REPOSITORY.parent / "shared")) / "data"
     if not folder.is_dir():
         pytest.skip(f"real CT volumes are not installed: {folder} does not exist")
     return folder
