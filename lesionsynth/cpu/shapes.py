@@ -2,7 +2,7 @@
 
 With p = (voxel - centre) * scale, d the displacement and R the rotation, a voxel belongs to the blob where
 
-    q = R^T (p + d(p)),    (q_0 / s_0)^2 + (q_1 / s_1)^2 + (q_2 / s_2)^2 <= 1.
+    q = R^T (p + d(p)),    (q_0 / s_0)^2 + (q_1 / s_1)^2 + (q_2 / s_2)^2 <= 1 (to rounding, see `SURFACE`).
 
 d is a cubic B-spline: d_i(p) = amplitude r sum_n B(p / h - n) c_i(n), with r the geometric mean of the semi-axes, h =
 correlation r the lattice spacing, and c_i(n) = 2 u - 1 the Philox uniform of lattice node n (stream WARP, component
@@ -28,6 +28,10 @@ from lesionsynth.plan import Blob, LesionPlan
 
 NODE_OFFSET = (32768, 32768, 1 << 20)
 """Added to a lattice node (z, y, x) to make the unsigned Philox counter."""
+
+SURFACE = 1.0 + 1e-9
+"""Level of the surface. The points of a sphere of whole radius that lie on voxels (30 for radius 12) must not hang on the
+rounding of a rotation, about 1e-15."""
 
 Float64 = npt.NDArray[np.float64]
 
@@ -192,4 +196,4 @@ def _inside(
                 for j in range(3):  # column j of R is the direction of semi-axis j
                     q = (rotation[0, j] * vz + rotation[1, j] * vy + rotation[2, j] * vx) * inverse[j]
                     total += q * q
-                out[z, y, x] = total <= 1.0
+                out[z, y, x] = total <= SURFACE
