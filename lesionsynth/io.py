@@ -130,7 +130,7 @@ class CTVolume:
         """File or folder name without the format's suffix."""
         return case_name(self.path)
 
-    def world(self, points: npt.ArrayLike) -> npt.NDArray[np.float64]:
+    def index_of(self, points: npt.ArrayLike) -> npt.NDArray[np.float64]:
         """LPS coordinates (n, 3: x, y, z) in mm to voxel positions (n, 3: z, y, x) in this volume.
 
         LUNA16's annotations are such coordinates.

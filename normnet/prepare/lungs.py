@@ -154,9 +154,7 @@ def _centre_x(mask: Mask) -> float:
     return float(mask.sum(axis=(0, 1)) @ np.arange(mask.shape[2]) / total) if total else float("nan")
 
 
-def _opposite(
-    labels: npt.NDArray[Any], volumes: npt.NDArray[Any], one: Mask, mm: Spacing
-) -> Mask:
+def _opposite(labels: npt.NDArray[Any], volumes: npt.NDArray[Any], one: Mask, mm: Spacing) -> Mask:
     """Find the second lung: beside the first, reaching above its middle height; empty where there is none."""
     z = np.arange(one.shape[0])
     half = float(one.sum(axis=(1, 2)) @ z / one.sum())
@@ -254,3 +252,38 @@ def _signed(mask: Mask, mm: Spacing) -> npt.NDArray[np.float32]:
     )
     signed: npt.NDArray[np.float32] = (out - half * np.sign(out)).astype(np.float32)
     return signed
+
+
+def split_mask(mask: Mask, spacing: Spacing) -> Lungs:
+    """Tell right from left in a given lung mask.
+
+    Parameters
+    ----------
+    mask : (Z, Y, X) bool array
+        Both lungs, LPS index order.
+    spacing : (3,) floats
+        Voxel size in mm, axis order z, y, x.
+
+    Returns
+    -------
+    Lungs
+        Every voxel of the mask on one side; parts that are not attached go with the nearer lung.
+
+    Raises
+    ------
+    ValueError
+        The mask does not show two lungs side by side.
+    """
+    fz, fy, fx = (max(1, round(COARSE_MM / s)) for s in spacing)
+    mm = (spacing[0] * fz, spacing[1] * fy, spacing[2] * fx)
+    coarse: Mask = block_mean(mask.view(np.uint8), (fz, fy, fx)) >= 0.5
+    parts = split_two(coarse, mm)
+    if parts is None:
+        raise ValueError("the lung mask must show two lungs side by side, to tell right from left")
+    if _centre_x(parts[0]) > _centre_x(parts[1]):
+        parts = (parts[1], parts[0])
+    # signed distances also cover the voxels that the coarse mask lost
+    nearer_right = spread(_signed(parts[0], mm), (fz, fy, fx), mask.shape) >= spread(
+        _signed(parts[1], mm), (fz, fy, fx), mask.shape
+    )
+    return Lungs(mask & nearer_right, mask & ~nearer_right)

@@ -1,0 +1,117 @@
+"""One CT in memory on the working grid, with its lung mask and the way back."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from lesionsynth.io import CTVolume, read_ct, read_mask
+from normnet.prepare.lungs import Lungs, split_lungs, split_mask
+from normnet.prepare.morphology import Mask, Spacing
+from normnet.prepare.read import IsoGrid
+
+ISO_SPACING: Spacing = (1.0, 0.8, 0.8)
+"""Working voxel in mm, axis order z, y, x (PAPER.md IV-B)."""
+Side = Literal["both", "right", "left"]
+
+
+@dataclass(frozen=True, eq=False)
+class LoadedCase:
+    """A CT around its lungs on the working grid.
+
+    Attributes
+    ----------
+    hu : (Z, Y, X) int16 array
+        Raw HU, resampled linearly; -1024 outside the file.
+    mask : (Z, Y, X) bool array
+        Lung mask, nearest voxel.
+    volume : CTVolume
+        The CT as read; ``volume.write_like`` writes a result.
+    native_mask : bool array
+        The lung mask on the CT's own grid.
+    grid : IsoGrid
+        How the two grids lie.
+    """
+
+    hu: npt.NDArray[np.int16]
+    mask: Mask
+    volume: CTVolume
+    native_mask: Mask
+    grid: IsoGrid
+
+    @property
+    def spacing(self) -> Spacing:
+        """Voxel size of `hu` and `mask` in mm, axis order z, y, x."""
+        return self.grid.spacing
+
+    def to_native(self, array: npt.NDArray[Any], fill: float = 0) -> npt.NDArray[Any]:
+        """Bring a mask (nearest voxel) or floats (linear) from the working grid to the CT's own."""
+        return self.grid.to_native(array, fill)
+
+
+def load_case(
+    path: str | os.PathLike[str],
+    mask_path: str | os.PathLike[str] | None = None,
+    *,
+    spacing: Spacing = ISO_SPACING,
+    size: int | None = None,
+    margin: int = 4,
+    keep_lung: Side = "both",
+) -> LoadedCase:
+    """Read a CT, find its lungs and resample both.
+
+    Parameters
+    ----------
+    path : path
+        What `lesionsynth.io.read_ct` takes.
+    mask_path : path, optional
+        Lung mask on the CT's grid; the lungs are segmented where it is omitted.
+    spacing : (3,) floats
+        Working voxel size in mm, axis order z, y, x.
+    size : int, optional
+        In-plane size in voxels: the lungs are centred, padded or cropped. The lungs' box where omitted.
+    margin : int
+        Voxels of the working grid around the lungs' box (in z only, where `size` is given).
+    keep_lung : {"both", "right", "left"}
+        Keep one lung only.
+
+    Raises
+    ------
+    FileNotFoundError, ValueError
+        As `read_ct`, `read_mask` and `segment_lungs`; an empty lung mask; a bad `spacing`, `size` or
+        `keep_lung`.
+    """
+    if len(spacing) != 3 or not all(np.isfinite(s) and s > 0 for s in spacing):
+        raise ValueError(f"spacing must be three positive lengths in mm, got {spacing}")
+    if size is not None and size < 1:
+        raise ValueError(f"size must be at least 1 voxel, got {size}")
+    if keep_lung not in ("both", "right", "left"):
+        raise ValueError(f"keep_lung must be both, right or left, got {keep_lung!r}")
+    volume = read_ct(path)
+    native = _lungs(volume, mask_path, keep_lung)
+    grid = IsoGrid.around(native, volume.spacing, spacing, margin=margin, size=size)
+    return LoadedCase(grid.to_iso(volume.hu), grid.to_iso(native), volume, native, grid)
+
+
+def _lungs(volume: CTVolume, mask_path: str | os.PathLike[str] | None, keep_lung: Side) -> Mask:
+    try:
+        if mask_path is None:
+            return _side(split_lungs(volume.hu, volume.spacing), keep_lung)
+        mask = read_mask(mask_path, volume)
+        if not mask.any():
+            raise ValueError(f"the lung mask {os.fspath(mask_path)} must not be empty")
+        return mask if keep_lung == "both" else _side(split_mask(mask, volume.spacing), keep_lung)
+    except ValueError as error:
+        name = str(volume.path)
+        raise error if name in str(error) else ValueError(f"{name}: {error}") from error
+
+
+def _side(lungs: Lungs, keep_lung: Side) -> Mask:
+    mask = {"right": lungs.right, "left": lungs.left, "both": lungs.right | lungs.left}[keep_lung]
+    if not mask.any():
+        raise ValueError(f"no {keep_lung} lung found")
+    return mask
