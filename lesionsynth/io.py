@@ -23,7 +23,7 @@ import numpy.typing as npt
 
 from lesionsynth._dicom import find_series
 
-__all__ = ["CTVolume", "Grid", "read_ct", "read_mask"]
+__all__ = ["CTVolume", "Grid", "read_ct", "read_map", "read_mask"]
 
 AIR_HU = -1024
 """Lowest value kept; scanners pad with -2000 or -3024 outside the field of view."""
@@ -263,25 +263,51 @@ def read_mask(path: str | os.PathLike[str], like: CTVolume) -> npt.NDArray[np.bo
     FileNotFoundError, ValueError
         As `read_ct`; also where the grids differ by more than a tenth of a voxel at a corner of the volume.
     """
+    return np.asarray(_read_on_grid(path, like, "mask") > 0)
+
+
+def read_map(path: str | os.PathLike[str], like: CTVolume) -> npt.NDArray[np.float32]:
+    """Read a map of numbers that belongs to a CT volume, such as a probability.
+
+    Parameters
+    ----------
+    path, like
+        See `read_mask`.
+
+    Returns
+    -------
+    (Z, Y, X) float32 array
+        In the order of ``like.hu``.
+
+    Raises
+    ------
+    FileNotFoundError, ValueError
+        As `read_mask`.
+    """
+    return _read_on_grid(path, like, "map").astype(np.float32)
+
+
+def _read_on_grid(path: str | os.PathLike[str], like: CTVolume, what: str) -> npt.NDArray[Any]:
+    """Values of a file that must lie on a CT's grid, in the CT's order; `what` names it in errors."""
     sitk = _simpleitk()
     source = Path(path)
     if source.is_dir() or source.suffix.lower() == ".dcm":
-        raise ValueError(f"{source}: a mask must be one file of {', '.join(_SUFFIXES)}")
+        raise ValueError(f"{source}: a {what} must be one file of {', '.join(_SUFFIXES)}")
     image = _load(source, sitk)
     values = _scalar_array(source, image, sitk)
     grid = _grid(image)
-    mask: npt.NDArray[np.bool_] = grid.to_lps(values > 0)
-    if mask.shape != like.hu.shape:
+    ordered = grid.to_lps(values)
+    if ordered.shape != like.hu.shape:
         raise ValueError(
-            f"{source}: the mask's shape must be that of {like.path}, {like.hu.shape}, got {mask.shape}"
+            f"{source}: the {what}'s shape must be that of {like.path}, {like.hu.shape}, got {ordered.shape}"
         )
     apart = float(np.abs(grid.corners() - like.grid.corners()).max())
     if apart > 0.1 * min(like.spacing):
         raise ValueError(
-            f"{source}: the mask must lie on the grid of {like.path}; their corners are {apart:.2f} mm "
+            f"{source}: the {what} must lie on the grid of {like.path}; their corners are {apart:.2f} mm "
             f"apart (spacing {grid.lps_spacing} against {like.spacing})"
         )
-    return mask
+    return ordered
 
 
 def case_name(path: Path) -> str:
