@@ -24,11 +24,13 @@ from normnet.prepare.exclude import (
     read_exclusions,
     runs,
 )
-from normnet.prepare.morphology import Mask, Spacing, bounding_box
+from normnet.prepare.morphology import Mask, Spacing, bounding_box, plane_eroded
 from normnet.prepare.qc import write_picture
 from normnet.prepare.store import Store
 
 _LOG = logging.getLogger(__name__)
+EDGE_MM = 3.2
+"""Depth in which erroneous edges may lie: twice the shell of two voxels that tells them."""
 MARGIN_SLICES = 4
 """Slices kept above and below the lungs."""
 _MASK_ENDINGS = ("", "_lung", "_lungs", "_mask", "_lung_mask", "-lung", "_lobes")
@@ -256,7 +258,10 @@ def _prepare_one(work: _Work, store: Store, spacing: Spacing, size: int) -> dict
 
 
 def _without_edges(case: LoadedCase) -> tuple[Mask, Mask]:
-    """Take the erroneous edges (III-B) out of the lung mask; (mask, removed)."""
+    """Take the erroneous edges (III-B) out of the lung mask; (mask, removed).
+
+    Where a vessel tree hangs on the rim, the whole component counts as an edge; its part deep in the lung stays.
+    """
     box = bounding_box(case.mask)
     if box is None:
         raise ValueError(f"{case.volume.path}: the lung mask has no voxel on the working grid")
@@ -264,7 +269,7 @@ def _without_edges(case: LoadedCase) -> tuple[Mask, Mask]:
     image = ls.window_hu(np.ascontiguousarray(case.hu[box])) * inner
     _, cleaned = ls.remove_erroneous_edges(image, inner)
     mask = np.zeros(case.mask.shape, bool)
-    mask[box] = cleaned
+    mask[box] = cleaned | plane_eroded(inner, EDGE_MM, case.spacing)
     return mask, case.mask & ~mask
 
 
