@@ -1,7 +1,7 @@
 """Fixtures that every test module may use.
 
-The small lungs here are drawn with plain NumPy, not with ``lesionsynth.phantom``, so that a fault in the phantom
-cannot hide a fault in the generator and the other way round.
+The small lungs here are drawn with plain NumPy, not with ``lesionsynth.phantom``, so that a fault in the
+phantom cannot hide a fault in the generator and the other way round.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
-    """Folder of real CT volumes, in ``LESIONSYNTH_SHARED`` or ``shared`` beside the repository; skips without it."""
+    """Real CT volumes, in ``LESIONSYNTH_SHARED`` or ``shared`` beside the repository; skips without."""
     folder = Path(os.environ.get("LESIONSYNTH_SHARED", REPOSITORY.parent / "shared")) / "data"
     if not folder.is_dir():
         pytest.skip(f"real CT volumes are not installed: {folder} does not exist")

@@ -1,14 +1,16 @@
 """The generator again, slowly and in float64, from PAPER.md III-C and DESIGN.md section 2 alone.
 
-Nothing here imports `lesionsynth` or shares an algorithm with it: blobs are evaluated over the whole volume and not in
-boxes, the displacement is a product of full B-spline matrices, adjacency is binary dilation, filters are SciPy's.
+Nothing here imports `lesionsynth` or shares an algorithm with it: blobs are evaluated over the whole volume
+and not in boxes, the displacement is a product of full B-spline matrices, adjacency is binary dilation,
+filters are SciPy's.
 
-Labels and the target are decided by float64 comparisons and must be *equal*. The image cannot be: the salt noise is
-``v < a``, the implementation has a in float32, and where v and a agree to the rounding of a either answer is right. One
-such voxel moves b2 around it, the mean of b2 and so the whole lesion. Instead of forgiving such voxels, `texture` encloses
-the answer. It evaluates b1 with a lowered and raised by its rounding error; the Gaussian has positive taps and so keeps the
-order; the extreme means give the extreme β. The image must lie in the enclosure, which without a tie is as narrow
-as the tolerance itself (`tests/test_generator_oracle.py` checks that it mostly is).
+Labels and the target are decided by float64 comparisons and must be *equal*. The image cannot be: the salt
+noise is ``v < a``, the implementation has a in float32, and where v and a agree to the rounding of a either
+answer is right. One such voxel moves b2 around it, the mean of b2 and so the whole lesion. Instead of
+forgiving such voxels, `texture` encloses the answer. It evaluates b1 with a lowered and raised by its
+rounding error; the Gaussian has positive taps and so keeps the order; the extreme means give the extreme β.
+The image must lie in the enclosure, which without a tie is as narrow as the tolerance itself
+(`tests/test_generator_oracle.py` checks that it mostly is).
 """
 
 from __future__ import annotations
@@ -22,7 +24,8 @@ from scipy.sparse import csgraph
 
 from tests.tolerances import A2_ERROR, B2_ERROR, IMAGE, SURFACE
 
-# --- Philox4x32-10 (Salmon, Moraes, Dror, Shaw: Parallel random numbers: as easy as 1, 2, 3. SC 2011, section 3.3) ---
+# --- Philox4x32-10 (Salmon, Moraes, Dror, Shaw: Parallel random numbers: as easy as 1, 2, 3. SC 2011,
+# section 3.3) ---
 
 LOW = np.uint64(0xFFFFFFFF)
 SHIFT = np.uint64(32)
@@ -119,7 +122,7 @@ def blob_voxels(plan: Any, blob: Any, mask: np.ndarray) -> np.ndarray:
 
 
 def merge(blobs: list[np.ndarray], connectivity: int) -> list[tuple[int, ...]]:
-    """Groups of touching blobs, each ascending, in the order of their first member; empty blobs are in none."""
+    """Groups of touching blobs, ascending, in the order of their first; empty blobs are in none."""
     structure = ndimage.generate_binary_structure(3, {6: 1, 18: 2, 26: 3}[connectivity])
     grown = [ndimage.binary_dilation(b, structure) for b in blobs]
     touch = np.array([[bool((g & b).any()) for b in blobs] for g in grown]).reshape(len(blobs), len(blobs))

@@ -18,7 +18,9 @@ from tests.plans import SHAPE, blob, plan, renderer, small_config, voxel
 from tests.tolerances import A2_ERROR, B2_ERROR, BETA_RELATIVE, IMAGE
 
 
-def agree(drawn: ls.LesionPlan, image: np.ndarray, mask: np.ndarray) -> tuple[ls.LesionPair, oracles.OraclePair]:
+def agree(
+    drawn: ls.LesionPlan, image: np.ndarray, mask: np.ndarray
+) -> tuple[ls.LesionPair, oracles.OraclePair]:
     """Render `drawn` both ways and compare everything that comes out."""
     pair = renderer().render(drawn, image, mask)
     expected = oracles.oracle_render(drawn, image, mask)
@@ -26,9 +28,13 @@ def agree(drawn: ls.LesionPlan, image: np.ndarray, mask: np.ndarray) -> tuple[ls
     assert_array_equal(pair.target, expected.target)
     assert_array_equal(pair.image[pair.labels == 0], image[pair.labels == 0])
     below, above = expected.image_low - pair.image, pair.image - expected.image_high
-    assert max(below.max(), above.max()) <= 0, f"image leaves the enclosure by {max(below.max(), above.max())}"
+    assert max(below.max(), above.max()) <= 0, (
+        f"image leaves the enclosure by {max(below.max(), above.max())}"
+    )
     assert [c.blobs for c in pair.plan.components] == expected.groups
-    for label, (component, b) in enumerate(zip(pair.plan.components, expected.textures, strict=True), start=1):
+    for label, (component, b) in enumerate(
+        zip(pair.plan.components, expected.textures, strict=True), start=1
+    ):
         assert component.label == label
         assert component.voxels == (expected.labels == label).sum()
         assert component.box == tuple((s.start, s.stop) for s in expected.boxes[label - 1])
@@ -99,7 +105,12 @@ def test_position_counts_mask_voxels_in_c_order(lungs) -> None:
     image, mask = lungs
     inside = np.argwhere(mask)
     count = len(inside)
-    for u, k in ((0.0, 0), (1 - 2**-53, count - 1), ((count // 3 + 0.5) / count, count // 3), (0.5, count // 2)):
+    for u, k in (
+        (0.0, 0),
+        (1 - 2**-53, count - 1),
+        ((count // 3 + 0.5) / count, count // 3),
+        (0.5, count // 2),
+    ):
         one = plan(replace(voxel(0, (0, 0, 0)), center=None, position=u))
         labels = renderer().render(one, image, mask).labels
         assert_array_equal(np.argwhere(labels), inside[k : k + 1])
@@ -109,7 +120,9 @@ def test_position_counts_mask_voxels_in_c_order(lungs) -> None:
 
 TURN = (0.8, 0.36, -0.48, 0.0)
 CROWD = tuple(
-    voxel(k, (2 + 4 * (k // 25), 8 + 6 * (k // 5 % 5), 6 + 3 * (k % 5))) if k % 3 else blob(k, center=(1 + k % 11, 20, 32))
+    voxel(k, (2 + 4 * (k // 25), 8 + 6 * (k // 5 % 5), 6 + 3 * (k % 5)))
+    if k % 3
+    else blob(k, center=(1 + k % 11, 20, 32))
     for k in range(70)
 )
 BY_HAND = {
@@ -133,7 +146,8 @@ BY_HAND = {
     "all outside": plan(blob(0, center=(0, 0, 0), semi_axes=(2.0, 2.0, 2.0))),
     "half outside the lung": plan(blob(0, center=(6, 4, 12), semi_axes=(3.0, 8.0, 8.0))),
     "cut by two faces of the volume": plan(
-        blob(0, center=(0, 20, 9), semi_axes=(5.0, 5.0, 9.0), warp_amplitude=0.8), blob(1, center=(11, 20, 35))
+        blob(0, center=(0, 20, 9), semi_axes=(5.0, 5.0, 9.0), warp_amplitude=0.8),
+        blob(1, center=(11, 20, 35)),
     ),
     "one voxel": plan(voxel(0, (6, 20, 12)), voxel(1, (6, 20, 30), a_low=0.0, a_high=0.3)),
     "one voxel, surely bright": plan(voxel(0, (6, 20, 12), a_low=1.0, a_high=1.0)),
@@ -145,7 +159,9 @@ BY_HAND = {
     "seventy blobs": plan(*CROWD),
     "forty blobs": plan(*CROWD[:40]),
     "lengths in mm": plan(
-        blob(0, semi_axes=(9.0, 7.0, 8.0), warp_amplitude=0.6), blob(1, center=(6, 20, 33)), scale=(2.5, 0.7, 0.9)
+        blob(0, semi_axes=(9.0, 7.0, 8.0), warp_amplitude=0.6),
+        blob(1, center=(6, 20, 33)),
+        scale=(2.5, 0.7, 0.9),
     ),
     "largest seed and index": plan(blob(0, warp_amplitude=0.7), seed=2**32 - 1, index=2**32 - 1),
     "no volume named": plan(blob(0), shape=None),
@@ -184,7 +200,9 @@ def test_hand_plans_do_what_their_names_say(lungs) -> None:
     assert len(groups["seventy blobs"]) > 32
 
 
-@pytest.mark.parametrize(("step", "joined_by"), [((0, 0, 1), 6), ((0, 1, 1), 18), ((1, -1, 0), 18), ((-1, 1, -1), 26)])
+@pytest.mark.parametrize(
+    ("step", "joined_by"), [((0, 0, 1), 6), ((0, 1, 1), 18), ((1, -1, 0), 18), ((-1, 1, -1), 26)]
+)
 @pytest.mark.parametrize("connectivity", [6, 18, 26])
 def test_connectivity(step, joined_by, connectivity, lungs) -> None:
     """Voxels that share a face, an edge or a corner merge from connectivity 6, 18 or 26 on."""
@@ -203,7 +221,7 @@ def test_blobs_two_voxels_apart_stay_apart(lungs) -> None:
 
 
 def test_surface_of_the_table_v_sphere() -> None:
-    """Radius 12, any rotation: the 7153 lattice points with |p|^2 <= 144, of which 30 lie on the surface exactly."""
+    """Radius 12, any rotation: the lattice points with |p|^2 <= 144, 30 of them on the surface exactly."""
     n = np.arange(-14, 15)
     square = n[:, None, None] ** 2 + n[:, None] ** 2 + n**2
     assert (square == 144).sum() == 30
@@ -245,7 +263,7 @@ def test_preset(name) -> None:
 
 
 def test_enclosure_is_seldom_wider_than_the_tolerance(lungs) -> None:
-    """Otherwise `agree` would forgive too much: nine lesion voxels in ten are pinned to twice the tolerance."""
+    """Else `agree` would forgive too much: nine lesion voxels in ten are held to twice the tolerance."""
     image, mask = lungs
     synth = ls.LesionSynthesizer(small_config(), seed=11)
     widths = []

@@ -1,12 +1,14 @@
 """Distributions of what is drawn, against PAPER.md III-C and DESIGN.md section 2.
 
-Fixed seeds, so each test passes or fails for good; `KS_LEVEL` bounds the chance that a correct generator with another
-layout of its random words would fail. Sampling draws no voxel, so thousands of plans are cheap.
+Fixed seeds, so each test passes or fails for good; `KS_LEVEL` bounds the chance that a correct generator
+with another layout of its random words would fail. Sampling draws no voxel, so thousands of plans are
+cheap.
 """
 
 from __future__ import annotations
 
 from functools import cache
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -131,7 +133,7 @@ def test_sphere_preset() -> None:
 
 
 def test_rotation_is_uniform() -> None:
-    """Haar measure: each column of R uniform on the sphere, the angle's law (θ - sin θ) / π, columns uncorrelated."""
+    """Haar measure: every entry of R is U[-1, 1], the angle's law is (θ - sin θ) / π."""
     quaternions = every("rotation")
     np.testing.assert_allclose((quaternions**2).sum(1), 1, atol=QUATERNION_NORM)
     matrices = np.array([oracles.rotation_matrix(q) for q in quaternions])
@@ -220,9 +222,11 @@ def test_neighbours_share_no_randomness(neighbour) -> None:
     """Sample i against i + 1, seed s against s + 1, blob k against k + 1."""
     plans = drawn(1.0)
     if neighbour == "index":
-        pairs = [(a.blobs[0], b.blobs[0]) for a, b in zip(plans, plans[1:], strict=False)]
+        pairs = [(a.blobs[0], b.blobs[0]) for a, b in pairwise(plans)]
     elif neighbour == "seed":
-        pairs = [(a.blobs[0], b.blobs[0]) for a, b in zip(drawn(1.0, 0, 1500), drawn(1.0, 1, 1500), strict=True)]
+        pairs = [
+            (a.blobs[0], b.blobs[0]) for a, b in zip(drawn(1.0, 0, 1500), drawn(1.0, 1, 1500), strict=True)
+        ]
     else:
         pairs = [(a.blobs[0], a.blobs[1]) for a in plans]
     for name in ("position", "sigma_a", "mu0", "warp_amplitude"):
@@ -256,7 +260,7 @@ def one_voxel_at(position: float) -> ls.Blob:
 
 
 def test_salt_has_the_probability_of_its_map() -> None:
-    """β b2 with a Gaussian too narrow to blur is β at a salt voxel, 0 elsewhere: the share of salt is the mean of a."""
+    """With a Gaussian too narrow to blur, B is bright at salt voxels alone: their share is a."""
     image, mask = draw_lungs((12, 40, 44), seed=9)
     image = np.zeros_like(image)
     for share in (0.05, 0.2):
@@ -288,7 +292,9 @@ def test_warp_moves_the_surface_but_not_the_size_on_average() -> None:
                 "warp_correlation": 0.8,
             }
         )
-        volumes.append(int((renderer().render(plan(blob, shape=shape, index=index), image, mask).labels > 0).sum()))
+        volumes.append(
+            int((renderer().render(plan(blob, shape=shape, index=index), image, mask).labels > 0).sum())
+        )
     assert len(set(volumes)) > 30
     assert 0.85 < np.mean(volumes) / (4 / 3 * np.pi * 7**3) < 1.15
 
@@ -302,7 +308,7 @@ def test_lesions_differ_between_samples() -> None:
 
 @pytest.mark.slow
 def test_numbers_of_the_design() -> None:
-    """DESIGN.md section 6, 32 x 512 x 512 at λ = 1 with lungs of real size: 15 blobs in 12 components, 0.28 M voxels."""
+    """DESIGN.md section 6, real size at λ = 1: 15 blobs in 12 components, 0.28 M voxels."""
     shape = (32, 512, 512)
     z, y, x = np.ogrid[: shape[0], : shape[1], : shape[2]]
     # 0.8 mm voxels: each lung 120 mm wide and 200 mm deep, 3.2 cm of the middle of the chest.
@@ -319,11 +325,13 @@ def test_numbers_of_the_design() -> None:
         voxels.append(sum(c.voxels for c in rendered.components))
         boxes.append(sum(np.prod([b - a for a, b in c.box]) for c in rendered.components))
         fallback.extend(c.beta_fallback for c in rendered.components)
-    # Ranges cover the standard error of 60 samples (about 5 % for the voxels) and lungs a fifth larger or smaller.
+    # Ranges cover the standard error of 60 samples (about 5 % for the voxels) and lungs a fifth larger or
+    # smaller.
     assert 14.5 < np.mean(blobs) < 16
     assert 10 < np.mean(components) < 13.5
     assert 0.2e6 < np.mean(voxels) < 0.36e6
     assert 0.35e6 < np.mean(boxes) < 0.75e6
-    # DESIGN.md section 2 says about one blob in twenty; plain NumPy on undeformed ellipsoids gives 14 % of the small
+    # DESIGN.md section 2 says about one blob in twenty; plain NumPy on undeformed ellipsoids gives 14 % of
+    # the small
     # and 8 % of the medium ones, and clipping at the lung's edge makes more small pieces.
     assert 0.07 < np.mean(fallback) < 0.2
