@@ -1,0 +1,245 @@
+"""Every setting, as frozen dataclasses with the paper's value as default and its section cited.
+
+Presets are values: `paper`, `laptop` and `phantom`. A run writes its configuration as JSON beside its weights.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import types
+import typing
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from lesionsynth import presets as lesion_presets
+
+Config = TypeVar("Config")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """MONAI's 3-D `UNet` (PAPER.md IV-B.3); the paper does not print its widths, these are MONAI's usual ones."""
+
+    channels: tuple[int, ...] = (16, 32, 64, 128, 256)
+    """Feature maps of each level."""
+    strides: tuple[int, ...] = (2, 2, 2, 2)
+    """Down-sampling between levels, the same on the three axes."""
+    residual_units: int = 2
+    """Residual units of a level; 0 gives plain convolutions."""
+    norm: Literal["batch", "instance"] = "batch"
+    """Normalisation. Instance norm would tie a voxel's answer to the content of its window."""
+
+    def __post_init__(self) -> None:
+        """Check sizes."""
+        if len(self.channels) < 2 or min(self.channels) < 1:
+            raise ValueError(f"model.channels must be at least two positive widths, got {self.channels}")
+        if len(self.strides) != len(self.channels) - 1 or min(self.strides) < 1:
+            raise ValueError(f"model.strides must be {len(self.channels) - 1} positive integers, got {self.strides}")
+        if self.residual_units < 0:
+            raise ValueError(f"model.residual_units must be >= 0, got {self.residual_units}")
+        if self.norm not in ("batch", "instance"):
+            raise ValueError(f"model.norm must be 'batch' or 'instance', got {self.norm!r}")
+
+    @property
+    def multiple(self) -> int:
+        """Every axis of an input must be a multiple of this."""
+        product = 1
+        for stride in self.strides:
+            product *= stride
+        return product
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """One training run (PAPER.md IV-B.3)."""
+
+    data: Path | None = None
+    """Store written by `normnet.prepare`; the built-in phantom where omitted."""
+    output: Path = Path("runs/normnet")
+    """Run folder: weights, configuration, metrics."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    """Network."""
+    lesions: str = "covid_lung"
+    """Preset of `lesionsynth.presets`: the paper's generator or a Table V switch."""
+    iterations: int = 3500
+    """Optimiser steps (IV-B.3)."""
+    minutes: float | None = None
+    """Stop after this much training time, should it come first."""
+    batch_size: int = 8
+    """Pairs of a step (IV-B.3)."""
+    learning_rate: float = 3e-4
+    """Adam's, constant (IV-B.3)."""
+    slab: int = 32
+    """Slices of a training slab (III-C.1)."""
+    crop: int | None = None
+    """In-plane size of a crop around a lung voxel; None takes the whole slice, the paper's 512."""
+    mirror: bool = False
+    """Flip half of the slabs left to right. The paper needs no augmentation with 453 volumes; few volumes do."""
+    average: float = 0.0
+    """Decay of a running average of the weights, which is what is saved; 0 saves the last weights, as the paper."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """Arithmetic of the network; "auto" takes bf16 where the hardware has it."""
+    device: str = "auto"
+    """"auto" takes CUDA where there is some, else the CPU."""
+    seed: int = 0
+    """Of initial weights, slabs and lesions; ensembles use several."""
+    held_out: int = 1
+    """Volumes kept for validation on synthetic pairs."""
+    validate_every: int = 250
+    """Iterations between validations; 0 for none but the last."""
+    validation_pairs: int = 8
+    """Synthetic pairs of a validation."""
+    checkpoint_every: int = 100
+    """Iterations between saves of the state that `resume` continues from."""
+    resume: bool = False
+    """Continue the run in `output`; the result equals an uninterrupted run's."""
+    threads: int | None = None
+    """CPU threads; all cores where omitted."""
+    phantoms: int = 6
+    """Phantom volumes to train on, without `data`."""
+    phantom_shape: tuple[int, int, int] = (64, 512, 512)
+    """Their size (z, y, x)."""
+    phantom_spacing: tuple[float, float, float] = (1.0, 0.8, 0.8)
+    """Their voxel size (z, y, x) in mm."""
+
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        for name in ("iterations", "batch_size", "slab", "validation_pairs", "checkpoint_every", "phantoms"):
+            _check(name, getattr(self, name), getattr(self, name) >= 1, ">= 1")
+        for name in ("held_out", "validate_every"):
+            _check(name, getattr(self, name), getattr(self, name) >= 0, ">= 0")
+        _check("minutes", self.minutes, self.minutes is None or self.minutes > 0, "> 0")
+        _check("learning_rate", self.learning_rate, self.learning_rate > 0, "> 0")
+        _check("average", self.average, 0 <= self.average < 1, "in [0, 1)")
+        _check("seed", self.seed, 0 <= self.seed < 2**32, "in [0, 2**32)")
+        _check("threads", self.threads, self.threads is None or self.threads >= 1, ">= 1")
+        _check("lesions", self.lesions, self.lesions in lesion_presets.BY_NAME, f"one of {list(lesion_presets.BY_NAME)}")
+        _check("precision", self.precision, self.precision in ("auto", "fp32", "bf16"), "auto, fp32 or bf16")
+        multiple = self.model.multiple
+        _check("slab", self.slab, self.slab % multiple == 0, f"a multiple of {multiple} (product of model.strides)")
+        if self.crop is not None:
+            fits = self.crop >= multiple and self.crop % multiple == 0
+            _check("crop", self.crop, fits, f"a multiple of {multiple} (product of model.strides)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PostprocessConfig:
+    """From healthy voxels to lesions (PAPER.md III-D, IV-B.3)."""
+
+    threshold_hu: float = -500.0
+    """T: bright voxels are at or above it."""
+    bright_size: int = 9
+    """Mean filter on the bright lesion voxels (Fig. 4d to 4e)."""
+    bright_threshold: float = 0.2
+    """Its threshold."""
+    full_size: int = 7
+    """Mean filter on all lung voxels that are not healthy, as intensities (Fig. 4f to 4g)."""
+    full_threshold: float = 0.15
+    """Its threshold."""
+    growth_iterations: int = 3
+    """Steps that 4e grows inside 4g; 0 for none, negative until nothing changes. The paper prints no number."""
+    connectivity: int = 6
+    """Neighbourhood of one step: 6, 18 or 26."""
+
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        for name in ("bright_size", "full_size"):
+            _check(name, getattr(self, name), getattr(self, name) >= 1, ">= 1")
+        for name in ("bright_threshold", "full_threshold"):
+            _check(name, getattr(self, name), 0 <= getattr(self, name) <= 1, "in [0, 1]")
+        _check("connectivity", self.connectivity, self.connectivity in (6, 18, 26), "6, 18 or 26")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PredictConfig:
+    """From a volume to lesions (PAPER.md III-A, IV-B.3)."""
+
+    probability: float = 0.95
+    """A voxel is healthy for a model where its probability exceeds this."""
+    slab: int = 32
+    """Slices the network sees at once, as in training."""
+    overlap: float = 0.5
+    """Share of a slab that the next one sees again; probabilities are averaged."""
+    postprocess: PostprocessConfig = field(default_factory=PostprocessConfig)
+    """What follows the vote."""
+
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        _check("probability", self.probability, 0 < self.probability < 1, "in (0, 1)")
+        _check("slab", self.slab, self.slab >= 1, ">= 1")
+        _check("overlap", self.overlap, 0 <= self.overlap < 1, "in [0, 1)")
+
+
+def paper() -> TrainConfig:
+    """The paper's settings: a GPU's work."""
+    return TrainConfig()
+
+
+def laptop() -> TrainConfig:
+    """A 1.2 M-parameter network on crops: 15 minutes on two CPU cores."""
+    return replace(
+        paper(),
+        model=ModelConfig(channels=(16, 32, 64, 128), strides=(2, 2, 2)),
+        crop=144,
+        batch_size=4,
+        iterations=100_000,
+        minutes=15.0,
+        learning_rate=1e-3,
+        mirror=True,
+        average=0.995,
+    )
+
+
+def phantom() -> TrainConfig:
+    """The embedded default: `laptop` for four minutes on the built-in phantom."""
+    return replace(laptop(), minutes=4.0, phantoms=4, phantom_shape=(64, 320, 400))
+
+
+PRESETS: dict[str, Callable[[], TrainConfig]] = {"paper": paper, "laptop": laptop, "phantom": phantom}
+"""Every preset, by the name the command line uses."""
+
+
+def to_json(config: Any) -> str:
+    """Return a configuration as JSON; `from_json` gives back an equal one."""
+    return json.dumps(dataclasses.asdict(config), indent=2, default=str)
+
+
+def from_json(cls: type[Config], text: str) -> Config:
+    """Read a configuration written by `to_json`.
+
+    Raises
+    ------
+    ValueError
+        `text` is not a JSON object, a field is unknown, or a value is out of its range.
+    """
+    try:
+        record = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"a configuration must be JSON: {error}") from error
+    return _build(cls, record, cls.__name__)
+
+
+def _build(cls: type[Config], record: Any, where: str) -> Config:
+    if not isinstance(record, dict):
+        raise ValueError(f"{where} must be a JSON object, got {type(record).__name__}")
+    hints = typing.get_type_hints(cls)
+    if unknown := sorted(record.keys() - hints.keys()):
+        raise ValueError(f"{where} has no field {unknown[0]!r}; it has {', '.join(hints)}")
+    return cls(**{name: _value(hints[name], value, f"{where}.{name}") for name, value in record.items()})
+
+
+def _value(hint: Any, value: Any, where: str) -> Any:
+    if dataclasses.is_dataclass(hint):
+        return _build(typing.cast("type[Any]", hint), value, where)
+    kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    if Path in kinds and isinstance(value, str):
+        return Path(value)
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _check(name: str, value: Any, holds: bool, rule: str) -> None:
+    if not holds:
+        raise ValueError(f"{name} must be {rule}, got {value}")

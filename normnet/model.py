@@ -1,0 +1,130 @@
+"""The network, and weights as safetensors with their configuration: loading runs no code."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import torch
+from monai.networks.nets import UNet
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+
+from normnet.config import ModelConfig, from_json, to_json
+
+WEIGHTS = "model.safetensors"
+"""Name of the weights in a run folder."""
+
+
+def build_unet(config: ModelConfig) -> torch.nn.Module:
+    """Build the network: (b, 1, z, y, x) image in, (b, 1, z, y, x) logit of "healthy bright tissue" out."""
+    return UNet(
+        spatial_dims=3,
+        in_channels=1,
+        out_channels=1,
+        channels=config.channels,
+        strides=config.strides,
+        num_res_units=config.residual_units,
+        norm=config.norm,
+    )
+
+
+def save_model(path: Path, model: torch.nn.Module, config: ModelConfig) -> None:
+    """Write weights and architecture into one file, atomically."""
+    write_tensors(path, model.state_dict(), {"model": to_json(config)})
+
+
+def load_model(path: str | os.PathLike[str]) -> torch.nn.Module:
+    """Load a network for prediction.
+
+    Parameters
+    ----------
+    path : path
+        A run folder, or a weights file written by `save_model`.
+
+    Returns
+    -------
+    torch.nn.Module
+        In evaluation mode, on the CPU; `model.config` is its `ModelConfig`.
+
+    Raises
+    ------
+    ValueError
+        There are no weights at `path`, or they are not ours.
+    """
+    file = weights_file(Path(path))
+    tensors, metadata = read_tensors(file)
+    if "model" not in metadata:
+        raise ValueError(f"{file}: not a normnet model (its header names no architecture)")
+    config = from_json(ModelConfig, metadata["model"])
+    model = build_unet(config)
+    try:
+        model.load_state_dict(tensors)
+    except RuntimeError as error:
+        raise ValueError(f"{file}: weights do not fit the architecture in the header: {error}") from error
+    model.config = config  # type: ignore[assignment]  # nn.Module types every attribute as a tensor or a module
+    return model.eval()
+
+
+def weights_file(path: Path) -> Path:
+    """Return the weights file of a run folder, or `path` itself.
+
+    Raises
+    ------
+    ValueError
+        There is none.
+    """
+    file = path / WEIGHTS if path.is_dir() else path
+    if not file.is_file():
+        raise ValueError(f"{path}: models must be weights files or run folders with {WEIGHTS}")
+    return file
+
+
+def find_models(paths: Iterable[str | os.PathLike[str]]) -> list[Path]:
+    """Return the weights files of run folders, folders of runs (an ensemble) and files.
+
+    Raises
+    ------
+    ValueError
+        A path holds no model, or no path is given.
+    """
+    found: list[Path] = []
+    for path in map(Path, paths):
+        inside = sorted(path.glob(f"*/{WEIGHTS}")) if path.is_dir() and not (path / WEIGHTS).exists() else []
+        found += inside or [weights_file(path)]
+    if not found:
+        raise ValueError("models must name at least one weights file or run folder, got none")
+    return found
+
+
+def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> None:
+    """Write a safetensors file beside its place and rename it: a reader sees the old file or the new one."""
+    content = save({k: v.detach().contiguous().cpu() for k, v in tensors.items()}, dict(metadata))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as temporary:
+        try:
+            temporary.write(content)
+            temporary.flush()
+            os.fsync(temporary.fileno())
+            os.replace(temporary.name, path)
+        except BaseException:
+            Path(temporary.name).unlink(missing_ok=True)
+            raise
+
+
+def read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """Read a safetensors file and the metadata of its header.
+
+    Raises
+    ------
+    ValueError
+        The file is missing, truncated or of another kind.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
+    except (OSError, SafetensorError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path}: not a readable safetensors file: {error}") from error
