@@ -23,7 +23,7 @@ import numpy.typing as npt
 
 from lesionsynth._dicom import find_series
 
-__all__ = ["CTVolume", "Grid", "read_ct", "read_map", "read_mask"]
+__all__ = ["AIR_HU", "CTVolume", "Grid", "case_name", "read_ct", "read_map", "read_mask"]
 
 AIR_HU = -1024
 """Lowest value kept; scanners pad with -2000 or -3024 outside the field of view."""
@@ -86,7 +86,8 @@ class Grid:
     def to_lps(self, array: npt.NDArray[Any]) -> npt.NDArray[Any]:
         """Bring an array in the file's (z, y, x) order to LPS order (a contiguous copy)."""
         flipped = tuple(slice(None, None, -1 if flip else 1) for flip in self.flips)
-        return np.ascontiguousarray(array.transpose(self.axes)[flipped])
+        # always a copy: the array may be a view of a SimpleITK image that is about to be freed
+        return np.array(array.transpose(self.axes)[flipped], order="C")
 
     def from_lps(self, array: npt.NDArray[Any]) -> npt.NDArray[Any]:
         """Inverse of `to_lps`."""
