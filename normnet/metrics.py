@@ -1,0 +1,305 @@
+"""The figures of PAPER.md IV-B and its Tables II and III, for one volume and over volumes.
+
+Table III compares the final segmentation with the truth over the whole volume; lesions are the positive
+class. Table II asks how well the network alone tells healthy from diseased among the bright voxels of the
+lung. There the *healthy* voxels are the positive class: the paper says that at a threshold of 0.95 "the high
+specificity ensures that most of the lesions are treated as anomaly", so a true negative is a lesion voxel
+that is not called healthy. Precision is then the share of truly healthy voxels among those called healthy;
+sensitivity the share of healthy voxels that were called so. The area under the ROC curve is the same
+whichever class is called positive.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, TypedDict
+
+import numpy as np
+import numpy.typing as npt
+
+import lesionsynth as ls
+
+Array = npt.NDArray[Any]
+
+HEALTHY_THRESHOLD = 0.95
+"""A voxel is called healthy where its probability exceeds this (PAPER.md IV-B)."""
+CONTROL_VOXELS = 100
+"""Fewer lesion voxels make a lesion-free control: the paper leaves Radiopaedia 6 ("about 70") out."""
+
+SCORES = ("dsc", "psc", "sen")
+"""Table III."""
+BRIGHT = ("bright_precision", "bright_sensitivity", "bright_specificity", "bright_auc")
+"""Table II."""
+
+
+class CaseScores(TypedDict):
+    """What `evaluate_case` returns; scores are fractions, NaN where undefined (`notes` say why)."""
+
+    tp: int
+    fp: int
+    fn: int
+    dsc: float
+    psc: float
+    sen: float
+    lesion_ml: float
+    predicted_ml: float
+    false_positive_ml: float
+    control: bool
+    bright_healthy_voxels: int
+    bright_lesion_voxels: int
+    bright_precision: float
+    bright_sensitivity: float
+    bright_specificity: float
+    bright_auc: float
+    notes: list[str]
+
+
+def roc_auc(positive: Array, negative: Array) -> float:
+    r"""Area under the ROC curve, exactly.
+
+    Parameters
+    ----------
+    positive, negative : 1-D arrays
+        Scores of the two classes; higher means more like the positive class.
+
+    Returns
+    -------
+    float
+        :math:`P(p > n) + P(p = n) / 2` over all pairs (Mann-Whitney); NaN where a class is empty.
+
+    Raises
+    ------
+    ValueError
+        A score is NaN.
+
+    Notes
+    -----
+    Counts are integers, so the result does not depend on the order of the voxels; O(n log n).
+    """
+    positive, negative = np.ravel(positive), np.ravel(negative)
+    for name, scores in (("positive", positive), ("negative", negative)):
+        if scores.dtype.kind == "f" and np.isnan(scores).any():
+            raise ValueError(f"{name} scores must be numbers, got NaN")
+    if not positive.size or not negative.size:
+        return float("nan")
+    ordered = np.sort(negative)
+    # sorted queries walk through memory in order
+    queries = np.sort(positive)
+    below = int(np.searchsorted(ordered, queries, "left").sum(dtype=np.int64))
+    upto = int(np.searchsorted(ordered, queries, "right").sum(dtype=np.int64))
+    return (below + upto) / (2 * positive.size * negative.size)
+
+
+def evaluate_case(
+    prediction: Array,
+    lesion_truth: Array,
+    lung_mask: Array,
+    hu: Array,
+    healthy_probability: Array | None = None,
+    *,
+    healthy: Array | None = None,
+    spacing: Sequence[float] = (1.0, 1.0, 1.0),
+    healthy_threshold: float = HEALTHY_THRESHOLD,
+    control_voxels: int = CONTROL_VOXELS,
+) -> CaseScores:
+    """Compare a prediction with the truth.
+
+    Parameters
+    ----------
+    prediction : (Z, Y, X) bool array
+        Final lesion map.
+    lesion_truth, lung_mask : (Z, Y, X) bool arrays
+        Annotated lesions; lungs including lesions. Lesions outside `lung_mask` count in Table III.
+    hu : (Z, Y, X) array
+        Hounsfield units; bright voxels are those of `lung_mask` at or above -500 HU (tau = 1/3).
+    healthy_probability : (Z, Y, X) float array, optional
+        The network's healthy probability; 0 where it says nothing. Without it Table II is NaN.
+    healthy : (Z, Y, X) bool array, optional
+        Voxels that the vote called healthy; where omitted, ``healthy_probability > healthy_threshold``.
+    spacing : (3,) floats
+        Voxel size (z, y, x) in mm.
+    healthy_threshold : float
+        In [0, 1].
+    control_voxels : int
+        A truth with fewer lesion voxels is a control, which `summarise` keeps out of its means.
+
+    Returns
+    -------
+    CaseScores
+
+    Raises
+    ------
+    TypeError
+        A mask is not bool.
+    ValueError
+        Shapes differ, the lung mask is empty, a probability is NaN or outside [0, 1], or a setting is out of
+        range.
+    """
+    volumes = {
+        "prediction": prediction,
+        "lesion_truth": lesion_truth,
+        "lung_mask": lung_mask,
+        "healthy": healthy,
+    }
+    _check_inputs({**volumes, "hu": hu, "healthy_probability": healthy_probability})
+    for name, mask in volumes.items():
+        if mask is not None and mask.dtype != np.bool_:
+            raise TypeError(f"{name} must be a bool array, got {mask.dtype}")
+    if not lung_mask.any():
+        raise ValueError("lung_mask must have at least one voxel, got an empty mask")
+    if not 0 <= healthy_threshold <= 1:
+        raise ValueError(f"healthy_threshold must lie in [0, 1], got {healthy_threshold}")
+    if len(spacing) != 3 or not min(spacing) > 0:
+        raise ValueError(f"spacing must be three lengths > 0 in mm (z, y, x), got {tuple(spacing)}")
+    notes: list[str] = []
+    tp = int(np.count_nonzero(prediction & lesion_truth))
+    fp = int(np.count_nonzero(prediction)) - tp
+    fn = int(np.count_nonzero(lesion_truth)) - tp
+    ml = float(np.prod(spacing)) / 1000
+    if tp + fn == 0:
+        notes.append("no lesion in the truth: SEN undefined")
+    if tp + fp == 0:
+        notes.append("nothing predicted: PSC undefined")
+    bright = lung_mask & (ls.window_hu(hu) >= np.float32(ls.threshold()))
+    lesion, well = bright & lesion_truth, bright & ~lesion_truth
+    scores = _bright_scores(lesion, well, healthy_probability, healthy, healthy_threshold, notes)
+    return {
+        "tp": tp,
+        "fp": fp,
+        "fn": fn,
+        "dsc": _ratio(2 * tp, 2 * tp + fp + fn),
+        "psc": _ratio(tp, tp + fp),
+        "sen": _ratio(tp, tp + fn),
+        "lesion_ml": (tp + fn) * ml,
+        "predicted_ml": (tp + fp) * ml,
+        "false_positive_ml": fp * ml,
+        "control": tp + fn < control_voxels,
+        "bright_healthy_voxels": int(np.count_nonzero(well)),
+        "bright_lesion_voxels": int(np.count_nonzero(lesion)),
+        "bright_precision": scores[0],
+        "bright_sensitivity": scores[1],
+        "bright_specificity": scores[2],
+        "bright_auc": scores[3],
+        "notes": notes,
+    }
+
+
+def summarise(cases: Sequence[CaseScores]) -> dict[str, dict[str, float]]:
+    """Mean and standard deviation over volumes, as in Tables II and III.
+
+    Parameters
+    ----------
+    cases : sequence of CaseScores
+        Controls do not count; a score that is NaN in one volume leaves that volume out of this score.
+
+    Returns
+    -------
+    dict
+        For each score ``mean``, ``sd`` (of the sample, n - 1; NaN for fewer than two volumes) and ``n``.
+    """
+    patients: list[Mapping[str, Any]] = [case for case in cases if not case["control"]]
+    summary: dict[str, dict[str, float]] = {}
+    for name in (*SCORES, *BRIGHT):
+        values = np.array([case[name] for case in patients], np.float64)
+        values = values[~np.isnan(values)]
+        summary[name] = {
+            "mean": float(values.mean()) if values.size else float("nan"),
+            "sd": float(values.std(ddof=1)) if values.size > 1 else float("nan"),
+            "n": int(values.size),
+        }
+    return summary
+
+
+def threshold_counts(lesion_truth: Array, lung_mask: Array, hu: Array, healthy_probability: Array) -> Array:
+    """Tell what each threshold of the healthy probability would give on bright lung voxels.
+
+    Parameters
+    ----------
+    lesion_truth, lung_mask, hu, healthy_probability
+        See `evaluate_case`.
+
+    Returns
+    -------
+    (101, 3) int64 array
+        tp, fp and fn of "lesion where the probability is at most t", for t = 0, 0.01, ... 1.
+    """
+    bright = lung_mask & (ls.window_hu(hu) >= np.float32(ls.threshold()))
+    thresholds = (np.arange(101) / 100).astype(healthy_probability.dtype)
+    # a voxel is a lesion from the first t that reaches its probability
+    first = np.searchsorted(thresholds, healthy_probability[bright], "left")
+    truth = lesion_truth[bright]
+    tp = np.cumsum(np.bincount(first[truth], minlength=101))
+    fp = np.cumsum(np.bincount(first[~truth], minlength=101))
+    return np.stack([tp, fp, np.count_nonzero(lesion_truth) - tp], axis=1)
+
+
+def oracle_threshold(counts: Sequence[Array]) -> dict[str, float]:
+    """Find the threshold with the best mean DSC over volumes: a search on the test set, an upper bound.
+
+    Parameters
+    ----------
+    counts : sequence of (101, 3) arrays
+        From `threshold_counts`, one per volume that is no control.
+
+    Returns
+    -------
+    dict
+        ``threshold`` of the healthy probability and ``mean_dsc``, without post-processing (PAPER.md IV-C
+        grants the baselines such a search). Never to be mixed with scores at a fixed threshold.
+    """
+    if not counts:
+        return {"threshold": float("nan"), "mean_dsc": float("nan")}
+    dsc = np.mean([2 * c[:, 0] / np.maximum(2 * c[:, 0] + c[:, 1] + c[:, 2], 1) for c in counts], axis=0)
+    best = int(dsc.argmax())
+    return {"threshold": best / 100, "mean_dsc": float(dsc[best])}
+
+
+def _bright_scores(
+    lesion: Array,
+    well: Array,
+    probability: Array | None,
+    healthy: Array | None,
+    threshold: float,
+    notes: list[str],
+) -> tuple[float, float, float, float]:
+    """Table II: precision, sensitivity, specificity (healthy is positive) and AUC."""
+    if not lesion.any():
+        notes.append("no bright lesion voxel: specificity and AUC undefined")
+    if not well.any():
+        notes.append("no bright healthy voxel: sensitivity and AUC undefined")
+    called = healthy
+    if called is None:
+        if probability is None:
+            notes.append("no healthy probability: Table II not computed")
+            nan = float("nan")
+            return nan, nan, nan, nan
+        called = probability > threshold
+    tp, fp = int(np.count_nonzero(called & well)), int(np.count_nonzero(called & lesion))
+    if tp + fp == 0:
+        notes.append("no bright voxel called healthy: bright precision undefined")
+    n_well, n_lesion = int(np.count_nonzero(well)), int(np.count_nonzero(lesion))
+    auc = float("nan") if probability is None else roc_auc(probability[well], probability[lesion])
+    return _ratio(tp, tp + fp), _ratio(tp, n_well), _ratio(n_lesion - fp, n_lesion), auc
+
+
+def _check_inputs(volumes: dict[str, Array | None]) -> None:
+    shape = None
+    for name, volume in volumes.items():
+        if volume is None:
+            continue
+        if not isinstance(volume, np.ndarray):
+            raise TypeError(f"{name} must be a NumPy array, got {type(volume).__name__}")
+        if volume.ndim != 3:
+            raise ValueError(f"{name} must be (z, y, x), got shape {volume.shape}")
+        shape = volume.shape if shape is None else shape
+        if volume.shape != shape:
+            raise ValueError(f"{name} must have the shape of prediction, {shape}, got {volume.shape}")
+    probability = volumes["healthy_probability"]
+    if probability is not None:
+        low, high = float(probability.min()), float(probability.max())  # NaN wins both
+        if not (low >= 0 and high <= 1):
+            raise ValueError(f"healthy_probability must lie in [0, 1], got {low:g} to {high:g}")
+
+
+def _ratio(part: int, whole: int) -> float:
+    return part / whole if whole else float("nan")

@@ -1,0 +1,210 @@
+"""Find the files that belong to one case: by name, or from a CSV table.
+
+``radiopaedia_4_hu.nii.gz``, ``radiopaedia_4_lung.nii.gz`` and ``radiopaedia_4_lesion.nii.gz`` are the CT,
+lungs and truth of the case ``radiopaedia_4``: the last word of a name tells the role, the rest the case.
+"""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from lesionsynth.io import case_name
+
+ROLE_WORDS: Mapping[str, frozenset[str]] = {
+    "ct": frozenset({"hu", "ct", "image", "img", "0000"}),
+    "lung": frozenset({"lung", "lungs"}),
+    "lesion": frozenset({"lesion", "lesions", "infection", "truth", "gt", "label", "labels", "seg"}),
+    "prediction": frozenset({"pred", "prediction"}),
+    "probability": frozenset({"prob", "probability"}),
+}
+"""Last words of a file's name, after ``_`` or ``-``, and what they say it is."""
+_MASKS = frozenset({"mask", "msk"})
+_SUFFIXES = (".nii", ".nii.gz", ".nrrd", ".nhdr", ".mhd", ".mha")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CaseFiles:
+    """The files of one case.
+
+    Attributes
+    ----------
+    case : str
+        Its name.
+    ct, lesion, prediction : Path
+        CT, annotated lesions, and predicted lesions.
+    lung, probability : Path or None
+        Lungs, and the network's healthy probability.
+    """
+
+    case: str
+    ct: Path
+    lesion: Path
+    prediction: Path
+    lung: Path | None = None
+    probability: Path | None = None
+
+
+def split_name(path: Path) -> tuple[str, str | None]:
+    """Split a file name into case and role.
+
+    Parameters
+    ----------
+    path : Path
+        ``covid/r4_lung_mask.nii.gz``
+
+    Returns
+    -------
+    case : str
+        ``r4``
+    role : str or None
+        ``lung``; None where the name says nothing. With several words the last one that says something
+        counts: ``r4_hu_prob`` is a probability.
+    """
+    name, role = case_name(path), None
+    while True:
+        cut = max(name.rfind("_"), name.rfind("-"))
+        word = name[cut + 1 :].lower()
+        known = next((r for r, words in ROLE_WORDS.items() if word in words), None)
+        if cut <= 0 or (known is None and word not in _MASKS):
+            return name, role
+        role = role or known
+        name = name[:cut]
+
+
+def find_cases(
+    *,
+    predictions: Sequence[Path],
+    truth: Sequence[Path],
+    ct: Sequence[Path],
+    lungs: Sequence[Path] = (),
+) -> list[CaseFiles]:
+    """Pair files by the names of their cases.
+
+    Parameters
+    ----------
+    predictions : sequence of Path
+        Predicted lesions and probabilities (``..._prob``): files, or folders of files. Their cases are those
+        evaluated.
+    truth, ct, lungs : sequence of Path
+        Files, or folders, which may be one and the same: roles are told by the last word of a name.
+
+    Returns
+    -------
+    list of CaseFiles
+        Sorted by case.
+
+    Raises
+    ------
+    FileNotFoundError
+        A path does not exist.
+    ValueError
+        No prediction, a prediction without truth or CT, or two files for one role of a case.
+    """
+    files = _listed(predictions)
+    probabilities = _by_case(
+        "probability", [f for f in files if split_name(f)[1] == "probability"], {"probability"}
+    )
+    predicted = _by_case("prediction", files, {None, "prediction", "ct", "lesion"})
+    if not predicted:
+        raise ValueError(
+            f"predictions must hold at least one lesion map, found none in {_names(predictions)}"
+        )
+    truths = _by_case("lesion", _listed(truth), {None, "lesion"})
+    images = _by_case("ct", _listed(ct, folders=True), {None, "ct"})
+    lung_masks = _by_case("lung", _listed(lungs), {None, "lung"})
+    for role, table, given in (("truth", truths, truth), ("ct", images, ct), ("lungs", lung_masks, lungs)):
+        missing = sorted(set(predicted) - set(table))
+        if missing and (role != "lungs" or lungs):
+            raise ValueError(
+                f"{role} must have a file for each prediction; {missing} not found in {_names(given)}"
+            )
+    return [
+        CaseFiles(
+            case=case,
+            ct=images[case],
+            lesion=truths[case],
+            prediction=path,
+            lung=lung_masks.get(case),
+            probability=probabilities.get(case),
+        )
+        for case, path in sorted(predicted.items())
+    ]
+
+
+def read_table(path: Path) -> list[CaseFiles]:
+    """Read a CSV with the columns case, ct, lesion, prediction and, optionally, lung and probability.
+
+    Parameters
+    ----------
+    path : Path
+        Relative paths in it are relative to its folder; an optional cell may be empty.
+
+    Returns
+    -------
+    list of CaseFiles
+
+    Raises
+    ------
+    ValueError
+        A column or a cell is missing, a case occurs twice, or there is no row.
+    """
+    with path.open(newline="", encoding="utf-8-sig") as stream:
+        rows = list(csv.DictReader(stream))
+    if not rows:
+        raise ValueError(f"{path} must have at least one row below its header")
+    needed = ("case", "ct", "lesion", "prediction")
+    cases: dict[str, CaseFiles] = {}
+    for number, row in enumerate(rows, start=2):
+        lacking = [name for name in needed if not row.get(name)]
+        if lacking:
+            raise ValueError(
+                f"{path}, line {number}: columns {', '.join(needed)} must be filled, missing {lacking}"
+            )
+        if row["case"] in cases:
+            raise ValueError(f"{path}, line {number}: case {row['case']!r} occurs twice")
+        lung, probability = row.get("lung"), row.get("probability")
+        cases[row["case"]] = CaseFiles(
+            case=row["case"],
+            ct=path.parent / row["ct"],
+            lesion=path.parent / row["lesion"],
+            prediction=path.parent / row["prediction"],
+            lung=path.parent / lung if lung else None,
+            probability=path.parent / probability if probability else None,
+        )
+    return list(cases.values())
+
+
+def _listed(paths: Iterable[Path], *, folders: bool = False) -> list[Path]:
+    """Files, and the volumes inside folders; with `folders`, one without volumes is a DICOM series."""
+    found: list[Path] = []
+    for path in paths:
+        if not path.exists():
+            raise FileNotFoundError(f"{path}: no such file or folder")
+        if not path.is_dir():
+            found.append(path)
+            continue
+        inside = sorted(p for p in path.iterdir() if p.name.lower().endswith(_SUFFIXES) and p.name[0] != ".")
+        found.extend(inside if inside or not folders else [path])
+    return found
+
+
+def _by_case(role: str, files: Iterable[Path], roles: set[str | None]) -> dict[str, Path]:
+    """Files of the accepted roles by case; one that names `role` itself wins over one that says nothing."""
+    table: dict[str, Path] = {}
+    for path in files:
+        case, own = split_name(path)
+        if own not in roles:
+            continue
+        other = table.get(case)
+        if other is None or (own == role and split_name(other)[1] != role):
+            table[case] = path
+        elif own == role or split_name(other)[1] != role:
+            raise ValueError(f"{role} of case {case!r} must be one file, got {other} and {path}")
+    return table
+
+
+def _names(paths: Sequence[Path]) -> str:
+    return ", ".join(str(p) for p in paths) or "nothing"

@@ -1,0 +1,280 @@
+"""Overlays as in PAPER.md Fig. 5, and reports that are one HTML file: pictures inside, nothing fetched.
+
+Colours: green is found (true positive), blue missed (false negative), red wrongly marked (false positive).
+"""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from normnet.prepare.store import write_atomically
+
+Array = npt.NDArray[Any]
+RGB = npt.NDArray[np.uint8]
+
+TRUE_POSITIVE, FALSE_NEGATIVE, FALSE_POSITIVE = (60, 200, 80), (60, 120, 255), (240, 70, 60)
+LUNG_WINDOW = (-1100.0, 200.0)
+"""HU shown as black and white; wider than the network's, so that both vessels and haze are visible."""
+_STYLE = """
+body{font:15px/1.5 system-ui,sans-serif;max-width:72rem;margin:2rem auto;padding:0
+1rem;color:#1a1a1a;background:#fff} h1{font-size:1.6rem} h2{font-size:1.2rem;margin-top:2.2rem}
+table{border-collapse:collapse;margin:1rem 0} td,th{padding:.25rem .8rem;border-bottom:1px solid
+#ddd;text-align:right} td:first-child,th:first-child{text-align:left} th{border-bottom:2px solid #888}
+figure{display:inline-block;margin:.5rem .8rem .8rem 0;vertical-align:top} figure
+img{max-width:100%;border-radius:3px} figcaption{font-size:.85rem;color:#555}
+.note{color:#555;font-size:.9rem} .tp{color:#1b8a35}.fn{color:#2456d6}.fp{color:#c8281c}
+"""
+
+
+class Report:
+    """A self-contained HTML page, built from top to bottom.
+
+    Parameters
+    ----------
+    title : str
+        Heading and window title.
+    """
+
+    def __init__(self, title: str) -> None:
+        self._title = title
+        self._parts: list[str] = []
+
+    def heading(self, text: str) -> None:
+        """Start a section."""
+        self._parts.append(f"<h2>{html.escape(text)}</h2>")
+
+    def paragraph(self, text: str, *, note: bool = False) -> None:
+        """Add text; a note is set smaller."""
+        self._parts.append(f"<p{' class=note' if note else ''}>{html.escape(text)}</p>")
+
+    def legend(self) -> None:
+        """Explain the colours of the overlays."""
+        self._parts.append(
+            "<p class=note><b class=tp>green</b>: lesion that was found; <b class=fn>blue</b>: missed; "
+            "<b class=fp>red</b>: marked where the truth has none.</p>"
+        )
+
+    def table(self, header: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+        """Add a table; its first column is set to the left."""
+        head = "".join(f"<th>{html.escape(cell)}</th>" for cell in header)
+        body = "".join(
+            "<tr>" + "".join(f"<td>{html.escape(str(cell))}</td>" for cell in row) + "</tr>" for row in rows
+        )
+        self._parts.append(f"<table><tr>{head}</tr>{body}</table>")
+
+    def picture(self, png: bytes, caption: str, *, width: int | None = None) -> None:
+        """Add a PNG picture with a caption; `width` in CSS pixels, its own size where omitted."""
+        data = base64.b64encode(png).decode()
+        size = f' width="{width}"' if width else ""
+        text = html.escape(caption, quote=True)
+        self._parts.append(
+            f'<figure><img{size} alt="{text}" src="data:image/png;base64,{data}">'
+            f"<figcaption>{text}</figcaption></figure>"
+        )
+
+    def write(self, path: Path) -> Path:
+        """Write the page atomically; folders are created."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        title = html.escape(self._title)
+        page = (
+            f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
+            f"<style>{_STYLE}</style></head><body><h1>{title}</h1>{''.join(self._parts)}</body></html>"
+        )
+        write_atomically(path, page)
+        return path
+
+
+def grey(values: Array, window: tuple[float, float]) -> RGB:
+    """Show a slice in grey.
+
+    Parameters
+    ----------
+    values : (Y, X) array
+        HU, or an image in [0, 1].
+    window : (2,) floats
+        Values shown as black and white.
+
+    Returns
+    -------
+    (Y, X, 3) uint8 array
+
+    Raises
+    ------
+    ValueError
+        The slice is not 2-D or the window is not increasing.
+    """
+    low, high = window
+    if values.ndim != 2:
+        raise ValueError(f"values must be one slice (y, x), got shape {values.shape}")
+    if not low < high:
+        raise ValueError(f"window must be (low, high) with low < high, got {window}")
+    scaled = np.clip((np.asarray(values, np.float32) - low) / (high - low), 0, 1)
+    return np.repeat((255 * scaled + 0.5).astype(np.uint8)[..., None], 3, axis=-1)
+
+
+def overlay(background: RGB, prediction: Array, truth: Array, *, opacity: float = 0.45) -> RGB:
+    """Colour what was found, missed and wrongly marked (PAPER.md Fig. 5d).
+
+    Parameters
+    ----------
+    background : (Y, X, 3) uint8 array
+        From `grey`. Not modified.
+    prediction, truth : (Y, X) bool arrays
+        Lesions.
+    opacity : float
+        Of the colours, in [0, 1].
+
+    Returns
+    -------
+    (Y, X, 3) uint8 array
+
+    Raises
+    ------
+    ValueError
+        Shapes differ or the opacity is out of range.
+    """
+    if prediction.shape != background.shape[:2] or truth.shape != background.shape[:2]:
+        raise ValueError(
+            f"prediction and truth must have the shape of background, {background.shape[:2]}, "
+            f"got {prediction.shape} and {truth.shape}"
+        )
+    if not 0 <= opacity <= 1:
+        raise ValueError(f"opacity must lie in [0, 1], got {opacity}")
+    picture = background.astype(np.float32)
+    for region, colour in (
+        (prediction & truth, TRUE_POSITIVE),
+        (~prediction & truth, FALSE_NEGATIVE),
+        (prediction & ~truth, FALSE_POSITIVE),
+    ):
+        picture[region] = (1 - opacity) * picture[region] + opacity * np.array(colour, np.float32)
+    return (picture + 0.5).astype(np.uint8)
+
+
+def worst_slices(prediction: Array, truth: Array, count: int) -> list[int]:
+    """Slices with most wrong voxels, worst first, kept apart so that neighbours do not repeat each other.
+
+    Parameters
+    ----------
+    prediction, truth : (Z, Y, X) bool arrays
+        Lesions.
+    count : int
+        At most so many.
+
+    Returns
+    -------
+    list of int
+        Slice indices; a slice without any lesion or error is never listed, fewer than `count` where there are
+        none.
+    """
+    wrong = np.count_nonzero(prediction ^ truth, axis=(1, 2))
+    marked = np.count_nonzero(prediction | truth, axis=(1, 2))
+    apart = max(1, len(wrong) // (3 * max(count, 1)))
+    chosen: list[int] = []
+    # lexsort: most errors first, then most lesion, then the lowest slice
+    for z in np.lexsort((np.arange(len(wrong)), -marked, -wrong)):
+        if marked[z] and len(chosen) < count and all(abs(int(z) - other) >= apart for other in chosen):
+            chosen.append(int(z))
+    return chosen
+
+
+def png(picture: RGB, *, scale: int = 1) -> bytes:
+    """Encode a picture; each pixel becomes `scale` x `scale` pixels."""
+    from matplotlib.image import imsave
+
+    big = picture.repeat(scale, axis=0).repeat(scale, axis=1)
+    stream = io.BytesIO()
+    imsave(stream, big, format="png")
+    return stream.getvalue()
+
+
+def side_by_side(pictures: Sequence[RGB], *, gap: int = 3) -> RGB:
+    """Join pictures of one height from left to right, with white gaps of `gap` pixels."""
+    height = pictures[0].shape[0]
+    if any(p.shape[0] != height for p in pictures):
+        raise ValueError(f"pictures must have one height, got {[p.shape[0] for p in pictures]}")
+    white = np.full((height, gap, 3), 255, np.uint8)
+    parts = [part for p in pictures for part in (p, white)][:-1]
+    return np.concatenate(parts, axis=1)
+
+
+def lung_box(lung_mask: Array, margin: int = 6) -> tuple[slice, slice]:
+    """In-plane box (y, x) around the lungs of a (Z, Y, X) mask; the whole plane where it is empty."""
+    sides = []
+    for axis in (1, 2):
+        line = np.flatnonzero(lung_mask.any(axis=tuple({0, 1, 2} - {axis})))
+        stop = lung_mask.shape[axis]
+        sides.append(
+            slice(max(int(line[0]) - margin, 0), min(int(line[-1]) + 1 + margin, stop))
+            if line.size
+            else slice(0, stop)
+        )
+    return sides[0], sides[1]
+
+
+def case_pictures(
+    hu: Array, prediction: Array, truth: Array, lung_mask: Array, *, count: int = 3
+) -> list[tuple[int, bytes]]:
+    """Pictures of a case's worst slices: CT beside overlay, cropped to the lungs.
+
+    Parameters
+    ----------
+    hu : (Z, Y, X) array
+        Hounsfield units.
+    prediction, truth, lung_mask : (Z, Y, X) bool arrays
+        Lesions and lungs.
+    count : int
+        Pictures at most.
+
+    Returns
+    -------
+    list of (slice index, PNG)
+        Worst first.
+    """
+    rows, columns = lung_box(lung_mask)
+    pictures = []
+    for z in worst_slices(prediction, truth, count):
+        ct = grey(hu[z, rows, columns], LUNG_WINDOW)
+        marked = overlay(ct, prediction[z, rows, columns], truth[z, rows, columns])
+        joined = side_by_side([ct, marked])
+        pictures.append((z, png(joined, scale=max(1, round(600 / joined.shape[1])))))
+    return pictures
+
+
+def curve(series: Mapping[str, tuple[Array, Array]], *, xlabel: str, ylabel: str) -> bytes:
+    """Draw lines as PNG.
+
+    Parameters
+    ----------
+    series : mapping of str to (x, y)
+        Lines by the names in the legend; NaN leaves a gap.
+    xlabel, ylabel : str
+        Axis labels.
+    """
+    from matplotlib.figure import Figure  # no pyplot: no global state, no display
+
+    figure = Figure(figsize=(6.4, 2.8), dpi=110, layout="constrained")
+    axes = figure.subplots()
+    for name, (x, y) in series.items():
+        axes.plot(x, y, label=name, linewidth=1.3)
+    axes.set(xlabel=xlabel, ylabel=ylabel)
+    axes.grid(alpha=0.3)
+    if len(series) > 1:
+        axes.legend()
+    stream = io.BytesIO()
+    figure.savefig(stream, format="png")
+    return stream.getvalue()
+
+
+def percent(mean: float, sd: float | None = None) -> str:
+    """Write a fraction as the paper's tables do: ``68.7``, ``68.7±15.8`` with a deviation, ``–`` for NaN."""
+    if np.isnan(mean):
+        return "–"
+    return f"{100 * mean:.1f}" + ("" if sd is None or np.isnan(sd) else f"±{100 * sd:.1f}")
