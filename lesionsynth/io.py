@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import gzip
 import itertools
+import math
 import os
+import struct
 import tempfile
 import zlib
 from collections.abc import Sequence
@@ -27,6 +29,7 @@ __all__ = ["AIR_HU", "CTVolume", "Grid", "case_name", "read_ct", "read_map", "re
 
 AIR_HU = -1024
 """Lowest value kept; scanners pad with -2000 or -3024 outside the field of view."""
+_NIFTI_HEADER = 348
 _SUFFIXES = (".nii", ".nii.gz", ".nrrd", ".nhdr", ".mhd", ".mha")
 
 
@@ -201,9 +204,9 @@ def read_ct(path: str | os.PathLike[str]) -> CTVolume:
     Parameters
     ----------
     path : path
-        ``.nii``, ``.nii.gz``, ``.nrrd``, ``.nhdr``, ``.mhd``, ``.mha``, a folder with a DICOM series, or one
-        ``.dcm`` file of a series. Of a folder with several series the one with most slices is read; a warning
-        names it.
+        ``.nii``, ``.nii.gz`` (NIfTI-1), ``.nrrd``, ``.nhdr``, ``.mhd``, ``.mha``, a folder with a DICOM
+        series, or one ``.dcm`` file of a series. Of a folder with several series the one with most slices is
+        read; a warning names it.
 
     Returns
     -------
@@ -339,7 +342,7 @@ def _load(path: Path, sitk: Any) -> Any:
             raise ValueError(
                 f"{path}: not a known CT format; read are {', '.join(_SUFFIXES)} and DICOM folders"
             )
-        _check_gzip(path)
+        _check_nifti(path)
         return sitk.ReadImage(str(path))
     except RuntimeError as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
@@ -356,16 +359,39 @@ def _load_series(path: Path, sitk: Any) -> Any:
     return image
 
 
-def _check_gzip(path: Path) -> None:
-    """Refuse a damaged .gz: the NIfTI reader fills what is missing with zeros (which are soft tissue)."""
-    if not path.name.lower().endswith(".gz"):
+def _check_nifti(path: Path) -> None:
+    """Refuse a damaged NIfTI file: the reader fills what is missing with zeros (which are soft tissue)."""
+    packed = path.name.lower().endswith(".gz")
+    if not packed and not path.name.lower().endswith(".nii"):
         return
+    length = 0
     try:
-        with gzip.open(path) as stream:
-            while stream.read(1 << 22):
-                pass
+        with gzip.open(path) if packed else path.open("rb") as stream:
+            head = stream.read(_NIFTI_HEADER)
+            if packed:
+                length = len(head)
+                while block := stream.read(1 << 22):
+                    length += len(block)
+            else:
+                length = path.stat().st_size
     except (EOFError, OSError, zlib.error) as error:
         raise ValueError(f"{path}: damaged or truncated gzip file ({error})") from error
+    needed = _nifti_length(head)
+    if length < needed:
+        raise ValueError(f"{path}: truncated: {length} bytes of the {needed} that its header announces")
+
+
+def _nifti_length(head: bytes) -> int:
+    """Bytes of a NIfTI-1 file (uncompressed) by its header; 0 where it is none."""
+    for order in "<>":
+        if len(head) == _NIFTI_HEADER and struct.unpack_from(f"{order}i", head)[0] == _NIFTI_HEADER:
+            dim = struct.unpack_from(f"{order}8h", head, 40)
+            (bits,), (offset,) = (
+                struct.unpack_from(f"{order}h", head, 72),
+                struct.unpack_from(f"{order}f", head, 108),
+            )
+            return int(offset) + math.prod(dim[1 : 1 + max(0, min(dim[0], 7))]) * int(bits) // 8
+    return 0
 
 
 def _scalar_array(path: Path, image: Any, sitk: Any) -> npt.NDArray[Any]:
