@@ -8,13 +8,11 @@ order: z from feet to head, y from front to back, x from the patient's right to 
 from __future__ import annotations
 
 import gzip
-import itertools
 import math
 import os
 import struct
 import tempfile
 import zlib
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -24,6 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lesionsynth._dicom import find_series
+from lesionsynth._grid import Grid
 
 __all__ = ["AIR_HU", "CTVolume", "Grid", "case_name", "read_ct", "read_map", "read_mask"]
 
@@ -31,81 +30,6 @@ AIR_HU = -1024
 """Lowest value kept; scanners pad with -2000 or -3024 outside the field of view."""
 _NIFTI_HEADER = 348
 _SUFFIXES = (".nii", ".nii.gz", ".nrrd", ".nhdr", ".mhd", ".mha")
-
-
-@dataclass(frozen=True)
-class Grid:
-    """Where a file's voxels lie, and how its axes map to LPS order.
-
-    Attributes
-    ----------
-    size, spacing, origin : 3-tuples
-        Of the file, axis order (x, y, z) of the file; mm, LPS coordinates.
-    direction : 9-tuple of floats
-        ITK direction cosines, row-major.
-    axes : 3-tuple of int
-        ``file_array.transpose(axes)`` has its axes nearest to S, P, L.
-    flips : 3-tuple of bool
-        Axes (after the transposition) that run against S, P or L.
-    """
-
-    size: tuple[int, int, int]
-    spacing: tuple[float, float, float]
-    origin: tuple[float, float, float]
-    direction: tuple[float, ...]
-    axes: tuple[int, int, int]
-    flips: tuple[bool, bool, bool]
-
-    @classmethod
-    def of(
-        cls,
-        size: Sequence[int],
-        spacing: Sequence[float],
-        origin: Sequence[float],
-        direction: Sequence[float],
-    ) -> Grid:
-        """Work out the axis map of a file's geometry (oblique grids take the nearest axes)."""
-        cosines = np.asarray(direction, float).reshape(3, 3)
-        # column i: where file axis i (x, y, z) points; choose the assignment that keeps most of the cosines
-        best = max(
-            itertools.permutations(range(3)), key=lambda p: sum(abs(cosines[w, p[w]]) for w in range(3))
-        )
-        axes = tuple(2 - best[world] for world in (2, 1, 0))
-        flips = tuple(bool(cosines[world, best[world]] < 0) for world in (2, 1, 0))
-        return cls(
-            _three(size, int),
-            _three(spacing, float),
-            _three(origin, float),
-            tuple(float(v) for v in direction),
-            (axes[0], axes[1], axes[2]),
-            (flips[0], flips[1], flips[2]),
-        )
-
-    @property
-    def lps_spacing(self) -> tuple[float, float, float]:
-        """Voxel size in mm in (z, y, x) LPS order."""
-        return _three([self.spacing[2 - axis] for axis in self.axes], float)
-
-    def to_lps(self, array: npt.NDArray[Any]) -> npt.NDArray[Any]:
-        """Bring an array in the file's (z, y, x) order to LPS order (a contiguous copy)."""
-        flipped = tuple(slice(None, None, -1 if flip else 1) for flip in self.flips)
-        # always a copy: the array may be a view of a SimpleITK image that is about to be freed
-        return np.array(array.transpose(self.axes)[flipped], order="C")
-
-    def from_lps(self, array: npt.NDArray[Any]) -> npt.NDArray[Any]:
-        """Inverse of `to_lps`."""
-        flipped = tuple(slice(None, None, -1 if flip else 1) for flip in self.flips)
-        return np.ascontiguousarray(array[flipped].transpose(np.argsort(self.axes)))
-
-    def corners(self) -> npt.NDArray[np.float64]:
-        """World positions (8, 3) in mm of the corner voxels, in LPS index order of the corners."""
-        last = np.array(self.size, float) - 1
-        ends = np.array(list(itertools.product((0.0, 1.0), repeat=3)))  # S, P, L: far end or near end
-        index = np.empty_like(ends)
-        for place, (axis, flip) in enumerate(zip(self.axes, self.flips, strict=True)):
-            index[:, 2 - axis] = (1 - ends[:, place] if flip else ends[:, place]) * last[2 - axis]
-        cosines = np.array(self.direction).reshape(3, 3)
-        return np.asarray(np.array(self.origin) + (index * np.array(self.spacing)) @ cosines.T)
 
 
 @dataclass(frozen=True, eq=False)
@@ -385,12 +309,10 @@ def _nifti_length(head: bytes) -> int:
     """Bytes of a NIfTI-1 file (uncompressed) by its header; 0 where it is none."""
     for order in "<>":
         if len(head) == _NIFTI_HEADER and struct.unpack_from(f"{order}i", head)[0] == _NIFTI_HEADER:
-            dim = struct.unpack_from(f"{order}8h", head, 40)
-            (bits,), (offset,) = (
-                struct.unpack_from(f"{order}h", head, 72),
-                struct.unpack_from(f"{order}f", head, 108),
-            )
-            return int(offset) + math.prod(dim[1 : 1 + max(0, min(dim[0], 7))]) * int(bits) // 8
+            dim = [int(n) for n in struct.unpack_from(f"{order}8h", head, 40)]
+            bits = int(struct.unpack_from(f"{order}h", head, 72)[0])
+            offset = int(struct.unpack_from(f"{order}f", head, 108)[0])
+            return offset + math.prod(dim[1 : 1 + max(0, min(dim[0], 7))]) * bits // 8
     return 0
 
 
@@ -415,11 +337,6 @@ def _scalar_array(path: Path, image: Any, sitk: Any) -> npt.NDArray[Any]:
 
 def _grid(image: Any) -> Grid:
     return Grid.of(image.GetSize(), image.GetSpacing(), image.GetOrigin(), image.GetDirection())
-
-
-def _three(values: Sequence[Any], kind: Any) -> tuple[Any, Any, Any]:
-    a, b, c = values
-    return kind(a), kind(b), kind(c)
 
 
 def _storage_type(dtype: np.dtype[Any]) -> Any:
