@@ -1,0 +1,300 @@
+"""Command line: ``python -m lesionsynth preview | synth | replay | info``.
+
+Exit codes: 0 done; 1 a replay that differs from its record; 2 a wrong option or bad input, with one line on stderr.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import importlib.util
+import os
+import platform
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+import lesionsynth
+from lesionsynth import presets
+from lesionsynth._cases import Case, load_case
+from lesionsynth._samples import checksums, read_plan, read_record, write_sample
+from lesionsynth.config import LesionConfig
+from lesionsynth.cpu._threads import default_threads
+from lesionsynth.preview import save_preview
+from lesionsynth.synthesizer import LesionPair, LesionSynthesizer
+from lesionsynth.window import window_hu
+
+DIFFERS = 1
+BAD_INPUT = 2
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Parameters
+    ----------
+    argv : sequence of str, optional
+        Arguments without the program's name; those of the process where omitted.
+
+    Returns
+    -------
+    int
+        Exit code.
+    """
+    arguments = build_parser().parse_args(argv)
+    try:
+        code: int = arguments.run(arguments)
+    except (ValueError, OSError, ImportError) as error:
+        message = " ".join(str(error).split()) or type(error).__name__
+        print(f"lesionsynth {arguments.command}: error: {message}", file=sys.stderr)
+        return BAD_INPUT
+    return code
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser of all commands."""
+    parser = argparse.ArgumentParser(
+        prog="lesionsynth", description="Synthetic lesions for label-free lesion segmentation in lung CT."
+    )
+    parser.add_argument("--version", action="version", version=f"lesionsynth {lesionsynth.__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    _add_preview(commands)
+    _add_synth(commands)
+    _add_replay(commands)
+    info = commands.add_parser("info", help="versions, backends, threads and caches")
+    info.set_defaults(run=_info)
+    return parser
+
+
+def _add_preview(commands: Any) -> None:
+    parser = commands.add_parser(
+        "preview",
+        help="picture of a training pair",
+        description="PNG with a row per slice: input, with lesions, target, labels.",
+        formatter_class=_Formatter,
+    )
+    _add_input(parser)
+    _add_generator(parser)
+    parser.add_argument("--output", type=Path, default=Path("preview.png"), metavar="PNG", help="picture to write")
+    parser.add_argument("--rows", type=int, default=3, metavar="N", help="slices shown")
+    parser.set_defaults(run=_preview)
+
+
+def _add_synth(commands: Any) -> None:
+    parser = commands.add_parser(
+        "synth",
+        help="write training pairs",
+        description="Write a folder per sample with image, target and labels, plan.json and record.json.",
+        formatter_class=_Formatter,
+    )
+    _add_input(parser)
+    _add_generator(parser)
+    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder of the samples")
+    parser.add_argument("--count", type=int, default=1, metavar="N", help="samples, from --index on")
+    _add_format(parser)
+    parser.set_defaults(run=_synth)
+
+
+def _add_replay(commands: Any) -> None:
+    parser = commands.add_parser(
+        "replay",
+        help="render a saved plan again",
+        description=(
+            "Render plan.json again and compare with the checksums of the record.json beside it. The slab is that of "
+            "the record, where there is one. Exit code 1 where a checksum differs."
+        ),
+        formatter_class=_Formatter,
+    )
+    parser.add_argument("plan", type=Path, metavar="PLAN.json", help="plan written by synth, or edited")
+    _add_input(parser)
+    parser.add_argument("--output", type=Path, metavar="DIR", help="folder for the pair; none is written if omitted")
+    _add_format(parser)
+    parser.add_argument("--threads", type=int, metavar="N", help="CPU threads; all cores if omitted")
+    parser.set_defaults(run=_replay)
+
+
+class _Formatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Appends "(default: ...)" only where a default says something."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        if action.default is None or isinstance(action.default, bool):
+            return action.help
+        return super()._get_help_string(action)
+
+
+def _add_input(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "input", nargs="?", metavar="INPUT", help="NIfTI, NRRD or MetaImage file or DICOM folder; the phantom if omitted"
+    )
+    parser.add_argument("--mask", metavar="FILE", help="lung mask on the grid of INPUT; needed with INPUT")
+    parser.add_argument(
+        "--slice", type=int, metavar="Z", help="middle slice, from 0 at the feet; the slab with most lung if omitted"
+    )
+    parser.add_argument("--depth", type=int, default=32, metavar="N", help="slices of the slab; 0 for all")
+    parser.add_argument("--phantom-seed", type=int, default=0, metavar="N", help="which phantom, without INPUT")
+
+
+def _add_generator(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--index", type=int, default=0, metavar="N", help="sample: same seed and index, same lesions")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the generator")
+    parser.add_argument("--preset", choices=sorted(presets.BY_NAME), default="covid_lung", help="what to synthesise")
+    parser.add_argument(
+        "--lengths", choices=("mm", "voxel"), default="mm", help="unit of the preset's radii and sigmas (paper: voxel)"
+    )
+    parser.add_argument(
+        "--lung-fraction", type=float, default=1.0, metavar="F", help="lung of this slab over the largest of its data set"
+    )
+    parser.add_argument("--threads", type=int, metavar="N", help="CPU threads; all cores if omitted")
+
+
+def _add_format(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--format", choices=("npz", "nifti"), default="npz", help="one pair.npz, or three .nii.gz")
+    parser.add_argument("--overwrite", action="store_true", help="replace folders that exist")
+
+
+def _preview(arguments: argparse.Namespace) -> int:
+    case, synth = _case(arguments), _synthesizer(arguments)
+    healthy = _healthy(case, synth.config.hu_range)
+    pair = _sample(synth, case, healthy, arguments.index, arguments.lung_fraction)
+    title = f"{case.name}, slices {case.slab[0]}-{case.slab[1] - 1}, {arguments.preset}, seed {arguments.seed}, "
+    save_preview(
+        arguments.output,
+        case.hu,
+        case.lung_mask,
+        healthy,
+        pair,
+        spacing=case.spacing,
+        rows=arguments.rows,
+        title=f"{title}index {arguments.index}",
+    )
+    print(f"{arguments.output}: {int(pair.labels.max())} lesions in slices {case.slab[0]} to {case.slab[1] - 1}")
+    return 0
+
+
+def _synth(arguments: argparse.Namespace) -> int:
+    if arguments.count < 1:
+        raise ValueError(f"--count must be >= 1, got {arguments.count}")
+    case, synth = _case(arguments), _synthesizer(arguments)
+    healthy = _healthy(case, synth.config.hu_range)
+    settings = {
+        "preset": arguments.preset,
+        "lengths": arguments.lengths,
+        "hu_range": list(synth.config.hu_range),
+    }
+    for index in range(arguments.index, arguments.index + arguments.count):
+        folder = arguments.output / f"{case.name}_{index:06d}"
+        pair = _sample(synth, case, healthy, index, arguments.lung_fraction)
+        write_sample(
+            folder, case, pair, file_format=arguments.format, settings=settings, overwrite=arguments.overwrite
+        )
+        print(f"{folder}: {int(pair.labels.max())} lesions, {(pair.labels > 0).sum()} voxels")
+    return 0
+
+
+def _replay(arguments: argparse.Namespace) -> int:
+    plan = read_plan(arguments.plan)
+    beside = arguments.plan.parent / "record.json"
+    record = read_record(beside) if beside.exists() else {}
+    slab = None
+    if "slab" in record and arguments.slice is None:
+        slab = (int(record["slab"][0]), int(record["slab"][1]))
+    if arguments.input is None and "input" in record.get("source", {}):
+        raise ValueError(f"{arguments.plan} was drawn on {record['source']['input']}: give it as INPUT, with --mask")
+    if arguments.input is None:
+        arguments.phantom_seed = record.get("source", {}).get("phantom_seed", arguments.phantom_seed)
+    case = _case(arguments, slab)
+    low, high = record.get("hu_range", LesionConfig().hu_range)
+    synth = LesionSynthesizer(LesionConfig(), threads=arguments.threads)
+    pair = synth.render(plan, _healthy(case, (low, high)), case.lung_mask)
+    if arguments.output is not None:
+        settings = {key: record[key] for key in ("preset", "lengths") if key in record} | {"hu_range": [low, high]}
+        write_sample(
+            arguments.output,
+            case,
+            pair,
+            file_format=arguments.format,
+            settings=settings,
+            overwrite=arguments.overwrite,
+        )
+    return _compare(record.get("checksums"), checksums(case, pair))
+
+
+def _compare(stored: dict[str, str] | None, found: dict[str, str]) -> int:
+    """Say which checksums agree."""
+    if not stored:
+        print("no record.json beside the plan: nothing to compare with")
+        return 0
+    different = [name for name, value in found.items() if stored.get(name) != value]
+    if different:
+        print(f"differs from the record: {', '.join(different)}")
+        return DIFFERS
+    print(f"agrees with the record: {', '.join(found)}")
+    return 0
+
+
+def _case(arguments: argparse.Namespace, slab: tuple[int, int] | None = None) -> Case:
+    return load_case(
+        arguments.input,
+        arguments.mask,
+        phantom_seed=arguments.phantom_seed,
+        slab=slab,
+        middle=arguments.slice,
+        depth=arguments.depth,
+    )
+
+
+def _synthesizer(arguments: argparse.Namespace) -> LesionSynthesizer:
+    config = replace(presets.get(arguments.preset), lengths=arguments.lengths)
+    return LesionSynthesizer(config, seed=arguments.seed, threads=arguments.threads)
+
+
+def _healthy(case: Case, hu_range: tuple[float, float]) -> npt.NDArray[np.float32]:
+    """H = H' M."""
+    out: npt.NDArray[np.float32] = window_hu(case.hu, hu_range) * case.lung_mask
+    return out
+
+
+def _sample(
+    synth: LesionSynthesizer, case: Case, healthy: npt.NDArray[np.float32], index: int, lung_fraction: float
+) -> LesionPair:
+    return synth(healthy, case.lung_mask, index=index, lung_fraction=lung_fraction, spacing=case.spacing)
+
+
+def _info(arguments: argparse.Namespace) -> int:
+    import numba
+
+    print(f"lesionsynth  {lesionsynth.__version__} in {Path(lesionsynth.__file__).parent}")
+    print(f"python       {platform.python_version()} on {platform.system()} {platform.machine()}")
+    for name in ("numpy", "scipy", "numba", "SimpleITK", "matplotlib", "cupy"):
+        print(f"{name:<12} {_version(name)}")
+    print(f"cpu          Numba kernels, {default_threads()} threads of {os.cpu_count()} cores")
+    print(f"kernel cache {numba.config.CACHE_DIR or '__pycache__ beside each module (NUMBA_CACHE_DIR moves it)'}")
+    print(f"cuda         {_cuda()}")
+    print(f"presets      {', '.join(presets.BY_NAME)}")
+    return 0
+
+
+def _version(name: str) -> str:
+    """Return a distribution's version without importing it."""
+    names = [name] if name != "cupy" else ["cupy-cuda13x", "cupy-cuda12x", "cupy"]
+    for candidate in names:
+        try:
+            return importlib.metadata.version(candidate)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return "not installed" + (" (pip install 'lesionsynth[io]')" if name in ("SimpleITK", "matplotlib") else "")
+
+
+def _cuda() -> str:
+    """Say whether arrays on a GPU can be used; nothing is initialised before this is asked."""
+    if importlib.util.find_spec("lesionsynth.cuda") is None:
+        return "no CUDA backend in this version"
+    if importlib.util.find_spec("cupy") is None:
+        return "not usable: CuPy is not installed (pip install 'lesionsynth[cuda13]')"
+    cupy = importlib.import_module("cupy")
+    return "usable" if cupy.is_available() else "not usable: no driver or no device"
