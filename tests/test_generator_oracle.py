@@ -92,12 +92,23 @@ def test_uniform_field_matches(start, key) -> None:
 @pytest.mark.parametrize("shape", [(12, 30, 26), (1, 7, 40), (3, 2, 2)])
 def test_filters_stay_within_the_error_the_oracle_assumes(sigma, shape) -> None:
     """Kernels far longer than the box too: they reflect several times."""
-    for noise, error in ((oracles.uniform_field(1, 2, 3, 4, *map(np.arange, shape)), A2_ERROR),):
-        salt = (noise < 0.2).astype(np.float64)
-        for volume, bound in ((noise, error), (salt, B2_ERROR)):
-            got = gaussian_filter(volume.astype(np.float32), sigma)
-            expected = ndimage.gaussian_filter(volume, sigma, mode="reflect", truncate=4.0)
-            assert np.abs(got - expected).max() <= bound
+    noise = oracles.uniform_field(1, 2, 3, 4, *map(np.arange, shape))
+    for volume in (noise, (noise < 0.2).astype(np.float64), np.ones(shape)):
+        got = gaussian_filter(volume.astype(np.float32), sigma)
+        expected = ndimage.gaussian_filter(volume, sigma, mode="reflect", truncate=4.0)
+        assert np.abs(got - expected).max() <= B2_ERROR
+
+
+@pytest.mark.parametrize("sigma", [(2.0, 2.0, 2.0), (5.0, 5.0, 5.0), (20.0, 20.0, 20.0), (0.4, 12.0, 2.3)])
+@pytest.mark.parametrize("shape", [(12, 30, 26), (1, 7, 40), (5, 8, 9)])
+def test_rescaled_noise_stays_within_the_error_the_oracle_assumes(sigma, shape) -> None:
+    """What `oracles.probability_map` allows for: a2 but for a shift and a scale."""
+    noise = oracles.uniform_field(1, 2, 3, 4, *map(np.arange, shape)) - 0.5
+    got = gaussian_filter(noise.astype(np.float32), sigma).astype(np.float64)
+    expected = ndimage.gaussian_filter(noise, sigma, mode="reflect", truncate=4.0)
+    spread = np.ptp(expected)
+    rescaled = (got - got.min()) / np.ptp(got) * spread
+    assert np.abs(rescaled - (expected - expected.min())).max() <= 4 * A2_ERROR
 
 
 def test_position_counts_mask_voxels_in_c_order(lungs) -> None:

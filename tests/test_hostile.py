@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -250,6 +251,7 @@ def test_batch_lengths() -> None:
     check((TypeError, ValueError), ["plan"], lambda: SYNTH.render(SYNTH.sample(index=0), volume, lungs))
     check((TypeError, ValueError), ["plan"], lambda: SYNTH.render([SYNTH.sample(index=0)], image(), mask()))
     check((TypeError, ValueError), ["plan"], lambda: SYNTH.render("no plan", image(), mask()))
+    check((TypeError, ValueError), ["plan"], lambda: SYNTH.render([1, 2, 3], volume, lungs))
 
 
 def test_plan_of_another_shape() -> None:
@@ -264,6 +266,20 @@ def test_centre_outside_the_volume() -> None:
     check(ValueError, ["center", r"4, 3, 3", r"4, 10, 12"], lambda: renderer().render(away, image(), mask()))
 
 
+@pytest.mark.parametrize("radius", [0.05, 1e-4, 1e-9])
+def test_blobs_far_smaller_than_a_voxel(radius) -> None:
+    """One voxel, at once: the lattice of a warp is as fine as the blob and must not be laid over whole voxels."""
+    tiny = blob(semi_axes=(radius,) * 3, warp_amplitude=0.0, warp_correlation=0.1, center=(1, 2, 3))
+    tracemalloc.start()
+    try:
+        pair = renderer().render(plan(tiny, shape=None), image(), mask())
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert pair.labels.sum() == pair.labels[1, 2, 3] == 1
+    assert peak < 64e6
+
+
 @pytest.mark.parametrize(
     "value", [(0.0, 1.0, 1.0), (1.0, -1.0, 1.0), (1.0, 1.0), (1.0, float("nan"), 1.0), (1, 1, float("inf"))]
 )
@@ -274,6 +290,13 @@ def test_spacing(value) -> None:
     thick = ls.LesionSynthesizer(small_config(lengths="mm"), seed=0)
     check(ValueError, words, lambda: thick.sample(index=0, spacing=value))
     check(ValueError, words, lambda: thick(image(), mask(), index=0, spacing=value))
+
+
+@pytest.mark.parametrize("value", [1.0, "abc", ("1", 1.0, 1.0), [1.0, 1.0]])
+def test_spacing_that_is_none(value) -> None:
+    """One number for three axes, text, a list of two."""
+    check((TypeError, ValueError), ["spacing"], lambda: small_config(lengths="mm", spacing=value))
+    check((TypeError, ValueError), ["spacing"], lambda: SYNTH.sample(index=0, spacing=value))
 
 
 @pytest.mark.parametrize("value", [-1, 0, 1.5, "2"])
@@ -347,6 +370,21 @@ def test_config(name) -> None:
     check(ValueError, words, make)
 
 
+PARTS = {
+    "small": lambda: ls.LesionConfig(small=3),
+    "texture": lambda: ls.LesionConfig(texture=None),
+    "warp": lambda: ls.LesionConfig(warp=1.0),
+    "radius": lambda: ls.BlobClass(count=(1, 2), radius=("1", 2)),
+    "blobs": lambda: plan(blobs=(1,)),
+}
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_parts_of_a_wrong_type(name) -> None:
+    """A number where a part of the configuration or plan belongs is named when it is put there."""
+    check((TypeError, ValueError), [name], PARTS[name])
+
+
 def test_window() -> None:
     """`window_hu` and `threshold` refuse a window that is none."""
     for bad in ((100.0, -800.0), (5.0, 5.0)):
@@ -385,6 +423,8 @@ BLOBS = {
     "mu0 negative": ({"mu0": -0.2}, ["mu0", r"-0\.2"]),
     "mu0 infinite": ({"mu0": float("inf")}, ["mu0", "inf"]),
     "component negative": ({"component": -1}, ["component", "-1"]),
+    "component too large": ({"component": 2**32 - 1}, ["component", str(2**32 - 1)]),
+    "a none": ({"a_low": None}, ["a_low"]),
     "sigma_a text": ({"sigma_a": "2"}, ["sigma_a", "number", "str"]),
     "axis text": ({"semi_axes": ("1", 1.0, 1.0)}, ["semi_axes"]),
     "position none": ({"position": None}, ["position"]),
