@@ -147,6 +147,13 @@ def test_empty_classes_give_nan_and_a_note():
     assert math.isnan(s["dsc"])
 
 
+def test_control_means_fewer_lesion_voxels_than_asked():
+    case = random_case()
+    voxels = int(case["lesion_truth"].sum())
+    assert evaluate_case(**case, control_voxels=voxels + 1)["control"]
+    assert not evaluate_case(**case, control_voxels=voxels)["control"]
+
+
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
