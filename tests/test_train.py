@@ -1,0 +1,283 @@
+"""Training: a resumed run equals an uninterrupted one, batches depend on the step alone, bad settings are refused."""
+
+from __future__ import annotations
+
+import csv
+import os
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("monai")
+
+import lesionsynth as ls  # noqa: E402
+from normnet import data, train  # noqa: E402
+from normnet.config import (  # noqa: E402
+    PRESETS,
+    ModelConfig,
+    PostprocessConfig,
+    PredictConfig,
+    TrainConfig,
+    from_json,
+    to_json,
+)
+from normnet.model import build_unet, find_models, load_model, read_tensors, save_model, write_tensors  # noqa: E402
+
+TINY = TrainConfig(
+    model=ModelConfig(channels=(4, 8), strides=(2,), residual_units=1),
+    iterations=6,
+    batch_size=2,
+    slab=8,
+    crop=32,
+    mirror=True,
+    average=0.9,
+    precision="fp32",
+    device="cpu",
+    threads=1,
+    held_out=1,
+    validate_every=2,
+    validation_pairs=2,
+    checkpoint_every=3,
+    phantoms=1,
+    phantom_shape=(16, 64, 80),
+    phantom_spacing=(4.0, 5.0, 5.0),
+)
+
+
+class Segments:
+    """A volume of random tissue whose slices 10-13 are left out."""
+
+    name = "segments"
+    segments = [(0, 10), (14, 24)]  # noqa: RUF012
+
+    def __init__(self) -> None:
+        rng = np.random.default_rng(0)
+        self.mask = np.zeros((24, 40, 48), bool)
+        self.mask[:, 8:30, 10:40] = True
+        self.mask[10:14] = False
+        self.hu = np.where(self.mask, rng.integers(-900, 0, self.mask.shape), -1000).astype(np.int16)
+        self.mask_counts = self.mask.sum(axis=(1, 2))
+
+    def slab(self, z0: int, z1: int) -> tuple[np.ndarray, np.ndarray]:
+        return self.hu[z0:z1], self.mask[z0:z1]
+
+
+def stream(**changes) -> data.PairStream:
+    settings = {"batch_size": 2, "slab": 8, "crop": 24, "multiple": 8, **changes}
+    synthesizer = ls.LesionSynthesizer(ls.presets.covid_lung(), seed=settings.pop("seed", 0), threads=1)
+    return data.PairStream([Segments()], synthesizer, **settings)
+
+
+def weights(folder) -> bytes:
+    return (folder / "model.safetensors").read_bytes()
+
+
+def losses(folder) -> list[tuple[str, str]]:
+    rows = csv.DictReader((folder / "metrics.csv").read_text().splitlines())
+    return [(r["iteration"], r["loss"]) for r in rows if r["loss"]]
+
+
+def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path):
+    train.train(replace(TINY, output=tmp_path / "whole"))
+    train.train(replace(TINY, output=tmp_path / "parts", iterations=3))
+    assert weights(tmp_path / "parts") != weights(tmp_path / "whole")
+    train.train(replace(TINY, output=tmp_path / "parts", resume=True))
+    assert weights(tmp_path / "parts") == weights(tmp_path / "whole")
+    assert losses(tmp_path / "whole") == losses(tmp_path / "parts")
+    assert [i for i, _ in losses(tmp_path / "whole")] == ["1", "2", "3", "4", "5", "6"]
+
+
+def test_training_lowers_the_loss_and_reports_its_shares(tmp_path):
+    result = train.train(replace(TINY, output=tmp_path / "run", iterations=30, learning_rate=1e-2, validate_every=0))
+    values = [float(loss) for _, loss in losses(tmp_path / "run")]
+    assert np.mean(values[-5:]) < np.mean(values[:5]) - 0.05
+    assert result.iterations == 30
+    assert 0 <= result.waiting_share <= 1
+    assert result.synthesis_share > 0
+    assert {"val_loss", "val_dice", "val_auc"} == result.validation.keys()
+    assert any(f.name.startswith("events.") for f in (tmp_path / "run").iterdir())
+
+
+def test_average_zero_saves_the_last_weights(tmp_path):
+    train.train(replace(TINY, output=tmp_path / "run", iterations=2, average=0.0))
+    tensors, _ = read_tensors(tmp_path / "run/state.safetensors")
+    model = load_model(tmp_path / "run").state_dict()
+    assert all(torch.equal(model[name], tensors[f"model.{name}"]) for name in model)
+
+
+def test_minutes_end_a_run(tmp_path):
+    result = train.train(replace(TINY, output=tmp_path / "run", iterations=10**6, minutes=0.02))
+    assert 0 < result.iterations < 10**6
+    assert result.seconds >= 1.2
+
+
+def test_trains_on_a_store(tmp_path):
+    store = pytest.importorskip("normnet.prepare.store")
+    made = store.Store.create(tmp_path / "store", {"spacing": [1.0, 0.8, 0.8], "size": 48})
+    volume = Segments()
+    for name in ("a", "b"):
+        meta = {"spacing": [1.0, 0.8, 0.8], "segments": volume.segments}
+        made.add(name, volume.hu, volume.mask, meta)
+    result = train.train(replace(TINY, data=tmp_path / "store", output=tmp_path / "run", iterations=2))
+    assert result.iterations == 2
+    assert from_json(TrainConfig, (tmp_path / "run/config.json").read_text()).data == tmp_path / "store"
+
+
+def test_a_batch_depends_on_its_step_alone():
+    one, other = stream(), stream()
+    other.batch(0)
+    for name in ("image", "target", "lesions"):
+        assert torch.equal(getattr(one.batch(3), name), getattr(other.batch(3), name))
+    assert not torch.equal(one.batch(3).image, one.batch(4).image)
+    assert not torch.equal(one.batch(3).image, stream(seed=1).batch(3).image)
+
+
+def test_a_pair_is_that_of_the_synthesizer():
+    volume = Segments()
+    batch = stream(batch_size=1, crop=None).batch(5)
+    candidates = []
+    for z in data.slab_starts(volume, 8):
+        hu, mask = volume.slab(z, z + 8)
+        healthy = ls.window_hu(hu) * mask
+        synth = ls.LesionSynthesizer(ls.presets.covid_lung(), seed=0)
+        share = mask.sum() / data.largest_slab([volume], 8)
+        candidates.append(synth(healthy, mask, index=5, lung_fraction=min(1.0, float(share))).image)
+    assert any(np.array_equal(batch.image[0, 0].numpy(), c) for c in candidates)
+
+
+def test_slabs_stay_inside_segments():
+    assert data.slab_starts(Segments(), 8) == [0, 1, 2, 14, 15, 16]
+
+
+def test_crops_hold_lung_and_mirroring_flips_half():
+    plain, flipped = stream(batch_size=16), stream(batch_size=16, mirror=True)
+    a, b = plain.batch(0), flipped.batch(0)
+    assert a.image.shape == (16, 1, 8, 24, 24)
+    assert a.target.dtype == torch.bool
+    assert (a.image.amax(dim=(1, 2, 3, 4)) > 0).all()
+    assert 2 <= sum(not torch.equal(x, y) for x, y in zip(a.image, b.image, strict=True)) <= 14
+
+
+def test_an_error_of_the_background_thread_is_raised():
+    broken = stream()
+    broken._choices = []
+    batches = data.Prefetcher(broken, range(3))
+    with pytest.raises(IndexError):
+        next(iter(batches))
+    batches.close()
+
+
+def test_held_out_volumes_are_the_smallest():
+    small, large = Segments(), Segments()
+    small.segments, small.name = [(0, 9)], "small"
+    training, validation = data.split([small, large], 1, 8)
+    assert [v.name for v in training] == ["segments"]
+    assert [v.name for v in validation] == ["small"]
+    with pytest.raises(ValueError, match=r"more than held_out=2 volumes with 8 usable slices in a row, got 2 of 2"):
+        data.split([small, large], 2, 8)
+
+
+def test_a_run_is_not_overwritten(tmp_path):
+    train.train(replace(TINY, output=tmp_path / "run", iterations=1))
+    with pytest.raises(ValueError, match="already holds a run"):
+        train.train(replace(TINY, output=tmp_path / "run"))
+    with pytest.raises(ValueError, match="the settings differ"):
+        train.train(replace(TINY, output=tmp_path / "run", resume=True, learning_rate=1.0))
+    with pytest.raises(ValueError, match="holds no state to continue from"):
+        train.train(replace(TINY, output=tmp_path / "empty", resume=True))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
+def test_cuda_where_there_is_none():
+    with pytest.raises(ValueError, match="device must be available, got 'cuda'"):
+        train.choose_device("cuda")
+
+
+def test_device_must_be_one():
+    with pytest.raises(ValueError, match="device must be auto, cpu, cuda or cuda:N, got 'gpu9'"):
+        train.choose_device("gpu9")
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_round_trip_as_json(name):
+    config = PRESETS[name]()
+    assert from_json(TrainConfig, to_json(config)) == config
+
+
+def test_the_paper_s_values_are_the_defaults():
+    config, predict, post = TrainConfig(), PredictConfig(), PostprocessConfig()
+    assert (config.iterations, config.batch_size, config.learning_rate, config.slab) == (3500, 8, 3e-4, 32)
+    assert (predict.probability, post.threshold_hu) == (0.95, -500.0)
+    assert (post.bright_size, post.full_size, post.bright_threshold, post.full_threshold) == (9, 7, 0.2, 0.15)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"iterations": 0}, "iterations must be >= 1, got 0"),
+        ({"minutes": 0.0}, "minutes must be > 0, got 0.0"),
+        ({"average": 1.0}, r"average must be in \[0, 1\), got 1.0"),
+        ({"slab": 31}, r"slab must be a multiple of 16"),
+        ({"crop": 100}, r"crop must be a multiple of 16"),
+        ({"lesions": "none"}, "lesions must be one of .*covid_lung.*, got none"),
+        ({"seed": -1}, r"seed must be in \[0, 2\*\*32\), got -1"),
+    ],
+)
+def test_bad_settings(changes, message):
+    with pytest.raises(ValueError, match=message):
+        TrainConfig(**changes)
+
+
+def test_bad_json():
+    with pytest.raises(ValueError, match="TrainConfig has no field 'learning'"):
+        from_json(TrainConfig, '{"learning": 1}')
+    with pytest.raises(ValueError, match="a configuration must be JSON"):
+        from_json(TrainConfig, "{")
+    with pytest.raises(ValueError, match=r"TrainConfig\.model must be a JSON object, got int"):
+        from_json(TrainConfig, '{"model": 1}')
+
+
+def test_command_line(tmp_path, capsys):
+    config = train.parse(["--preset", "paper", "--seed", "3", "--model.channels", "8", "16", "--model.strides", "2"])
+    assert config == replace(TrainConfig(), seed=3, model=ModelConfig(channels=(8, 16), strides=(2,)))
+    assert train.parse([]) == PRESETS["phantom"]()
+    assert train.parse(["--data", "x"]).crop == PRESETS["laptop"]().crop
+    assert train.main(["--preset=nothing"]) == 2
+    assert "preset must be one of paper, laptop, phantom, got 'nothing'" in capsys.readouterr().err
+    assert train.main(["--data", str(tmp_path / "nowhere"), "--output", str(tmp_path / "o")]) == 2
+    assert "nowhere" in capsys.readouterr().err
+
+
+def test_model_round_trip_and_errors(tmp_path):
+    config = ModelConfig(channels=(4, 8), strides=(2,))
+    model = build_unet(config).eval()
+    save_model(tmp_path / "run/model.safetensors", model, config)
+    loaded = load_model(tmp_path / "run")
+    x = torch.rand(1, 1, 4, 8, 8)
+    assert torch.equal(model(x), loaded(x))
+    assert loaded.config == config
+    assert find_models([tmp_path]) == find_models([tmp_path / "run"]) == [tmp_path / "run/model.safetensors"]
+    with pytest.raises(ValueError, match="models must be weights files or run folders"):
+        find_models([tmp_path / "nothing"])
+    (tmp_path / "bad.safetensors").write_bytes(b"not weights")
+    with pytest.raises(ValueError, match="not a readable safetensors file"):
+        load_model(tmp_path / "bad.safetensors")
+    write_tensors(tmp_path / "other.safetensors", {"x": torch.zeros(1)}, {})
+    with pytest.raises(ValueError, match="not a normnet model"):
+        load_model(tmp_path / "other.safetensors")
+
+
+def test_a_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
+    file = tmp_path / "model.safetensors"
+    write_tensors(file, {"x": torch.zeros(3)}, {})
+
+    def full(descriptor: int) -> None:
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="no space"):
+        write_tensors(file, {"x": torch.ones(3)}, {})
+    assert torch.equal(read_tensors(file)[0]["x"], torch.zeros(3))
+    assert list(tmp_path.iterdir()) == [file]
