@@ -66,14 +66,14 @@ def load_case(
     Raises
     ------
     FileNotFoundError, ValueError, ImportError
-        As `lesionsynth.io.read_ct`; no mask for a file, a mask without a file, or a slab outside the volume or
-        without lung.
+        As `lesionsynth.io.read_ct`; no mask for a file, a mask without a file, or a slab
+        outside the volume or without lung.
     """
     if path is None:
         if mask is not None:
             raise ValueError("--mask needs an INPUT volume")
         chest = phantom.chest_ct(PHANTOM_SHAPE, PHANTOM_SPACING, phantom_seed)
-        source = {"phantom_seed": phantom_seed}
+        source: dict[str, Any] = {"phantom_seed": phantom_seed}
         return _cut(chest.hu, chest.lung_mask, chest.spacing, "phantom", source, None, slab, middle, depth)
     if mask is None:
         raise ValueError(
@@ -139,6 +139,6 @@ def choose_slab(counts: Sequence[int] | npt.NDArray[Any], middle: int | None, de
 
 
 def checksum(array: npt.NDArray[Any]) -> str:
-    """CRC-32 of shape, dtype and voxels, as eight hexadecimal digits: tells results apart, guards no secret."""
+    """Return the CRC-32 of dtype, shape and voxels in hexadecimal: enough to tell results apart."""
     head = f"{array.shape}{array.dtype.str}".encode()
     return f"{zlib.crc32(np.ascontiguousarray(array).data, zlib.crc32(head)):08x}"

@@ -1,4 +1,4 @@
-"""A synthesised sample on disk: a folder with the pair, its plan and a record; written whole or not at all."""
+"""A synthesised sample on disk: a folder with the pair, plan and record; written whole or not at all."""
 
 from __future__ import annotations
 
@@ -119,7 +119,7 @@ def read_plan(path: Path) -> LesionPlan:
     """
     try:
         return LesionPlan.from_json(path.read_text(encoding="utf-8"))
-    except (ValueError, TypeError) as error:  # a field of a wrong kind is bad input here, no fault of the program
+    except (ValueError, TypeError) as error:  # a field of a wrong kind is bad input here
         raise ValueError(f"{path}: {error}") from error
 
 

@@ -1,6 +1,6 @@
 """Command line: ``python -m lesionsynth preview | synth | replay | info``.
 
-Exit codes: 0 done; 1 a replay that differs from its record; 2 a wrong option or bad input, with one line on stderr.
+Exit codes: 0 done; 1 a replay that differs from its record; 2 bad input, one line on stderr.
 """
 
 from __future__ import annotations
@@ -80,7 +80,9 @@ def _add_preview(commands: Any) -> None:
     )
     _add_input(parser)
     _add_generator(parser)
-    parser.add_argument("--output", type=Path, default=Path("preview.png"), metavar="PNG", help="picture to write")
+    parser.add_argument(
+        "--output", type=Path, default=Path("preview.png"), metavar="PNG", help="picture to write"
+    )
     parser.add_argument("--rows", type=int, default=3, metavar="N", help="slices shown")
     parser.set_defaults(run=_preview)
 
@@ -105,14 +107,16 @@ def _add_replay(commands: Any) -> None:
         "replay",
         help="render a saved plan again",
         description=(
-            "Render plan.json again and compare with the checksums of the record.json beside it. The slab is that of "
-            "the record, where there is one. Exit code 1 where a checksum differs."
+            "Render plan.json again and compare with the checksums of the record.json beside it. The slab is "
+            "that of the record, where there is one. Exit code 1 where a checksum differs."
         ),
         formatter_class=_Formatter,
     )
     parser.add_argument("plan", type=Path, metavar="PLAN.json", help="plan written by synth, or edited")
     _add_input(parser)
-    parser.add_argument("--output", type=Path, metavar="DIR", help="folder for the pair; none is written if omitted")
+    parser.add_argument(
+        "--output", type=Path, metavar="DIR", help="folder for the pair; not written if omitted"
+    )
     _add_format(parser)
     parser.add_argument("--threads", type=int, metavar="N", help="CPU threads; all cores if omitted")
     parser.set_defaults(run=_replay)
@@ -129,31 +133,40 @@ class _Formatter(argparse.ArgumentDefaultsHelpFormatter):
 
 def _add_input(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "input", nargs="?", metavar="INPUT", help="NIfTI, NRRD or MetaImage file or DICOM folder; the phantom if omitted"
+        "input",
+        nargs="?",
+        metavar="INPUT",
+        help="NIfTI, NRRD, MetaImage or DICOM folder; the phantom if omitted",
     )
     parser.add_argument("--mask", metavar="FILE", help="lung mask on the grid of INPUT; needed with INPUT")
     parser.add_argument(
-        "--slice", type=int, metavar="Z", help="middle slice, from 0 at the feet; the slab with most lung if omitted"
+        "--slice", type=int, metavar="Z", help="middle slice, 0 at the feet; most lung if omitted"
     )
     parser.add_argument("--depth", type=int, default=32, metavar="N", help="slices of the slab; 0 for all")
-    parser.add_argument("--phantom-seed", type=int, default=0, metavar="N", help="which phantom, without INPUT")
+    parser.add_argument("--phantom-seed", type=int, default=0, metavar="N", help="phantom used without INPUT")
 
 
 def _add_generator(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--index", type=int, default=0, metavar="N", help="sample: same seed and index, same lesions")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the generator")
-    parser.add_argument("--preset", choices=sorted(presets.BY_NAME), default="covid_lung", help="what to synthesise")
     parser.add_argument(
-        "--lengths", choices=("mm", "voxel"), default="mm", help="unit of the preset's radii and sigmas (paper: voxel)"
+        "--index", type=int, default=0, metavar="N", help="sample; seed and index name the lesions"
+    )
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the generator")
+    parser.add_argument(
+        "--preset", choices=sorted(presets.BY_NAME), default="covid_lung", help="kind of lesions"
     )
     parser.add_argument(
-        "--lung-fraction", type=float, default=1.0, metavar="F", help="lung of this slab over the largest of its data set"
+        "--lengths", choices=("mm", "voxel"), default="mm", help="unit of the preset's radii (paper: voxel)"
+    )
+    parser.add_argument(
+        "--lung-fraction", type=float, default=1.0, metavar="F", help="this lung over the data set's largest"
     )
     parser.add_argument("--threads", type=int, metavar="N", help="CPU threads; all cores if omitted")
 
 
 def _add_format(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--format", choices=("npz", "nifti"), default="npz", help="one pair.npz, or three .nii.gz")
+    parser.add_argument(
+        "--format", choices=("npz", "nifti"), default="npz", help="pair.npz, or three .nii.gz"
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace folders that exist")
 
 
@@ -161,7 +174,9 @@ def _preview(arguments: argparse.Namespace) -> int:
     case, synth = _case(arguments), _synthesizer(arguments)
     healthy = _healthy(case, synth.config.hu_range)
     pair = _sample(synth, case, healthy, arguments.index, arguments.lung_fraction)
-    title = f"{case.name}, slices {case.slab[0]}-{case.slab[1] - 1}, {arguments.preset}, seed {arguments.seed}, "
+    title = (
+        f"{case.name}, slices {case.slab[0]}-{case.slab[1] - 1}, {arguments.preset}, seed {arguments.seed}, "
+    )
     save_preview(
         arguments.output,
         case.hu,
@@ -169,10 +184,13 @@ def _preview(arguments: argparse.Namespace) -> int:
         healthy,
         pair,
         spacing=case.spacing,
+        first_slice=case.slab[0],
         rows=arguments.rows,
         title=f"{title}index {arguments.index}",
     )
-    print(f"{arguments.output}: {int(pair.labels.max())} lesions in slices {case.slab[0]} to {case.slab[1] - 1}")
+    print(
+        f"{arguments.output}: {int(pair.labels.max())} lesions in slices {case.slab[0]} to {case.slab[1] - 1}"
+    )
     return 0
 
 
@@ -204,7 +222,8 @@ def _replay(arguments: argparse.Namespace) -> int:
     if "slab" in record and arguments.slice is None:
         slab = (int(record["slab"][0]), int(record["slab"][1]))
     if arguments.input is None and "input" in record.get("source", {}):
-        raise ValueError(f"{arguments.plan} was drawn on {record['source']['input']}: give it as INPUT, with --mask")
+        drawn_on = record["source"]["input"]
+        raise ValueError(f"{arguments.plan} was drawn on {drawn_on}: give it as INPUT, with --mask")
     if arguments.input is None:
         arguments.phantom_seed = record.get("source", {}).get("phantom_seed", arguments.phantom_seed)
     case = _case(arguments, slab)
@@ -212,7 +231,9 @@ def _replay(arguments: argparse.Namespace) -> int:
     synth = LesionSynthesizer(LesionConfig(), threads=arguments.threads)
     pair = synth.render(plan, _healthy(case, (low, high)), case.lung_mask)
     if arguments.output is not None:
-        settings = {key: record[key] for key in ("preset", "lengths") if key in record} | {"hu_range": [low, high]}
+        settings = {key: record[key] for key in ("preset", "lengths") if key in record} | {
+            "hu_range": [low, high]
+        }
         write_sample(
             arguments.output,
             case,
@@ -273,7 +294,7 @@ def _info(arguments: argparse.Namespace) -> int:
     for name in ("numpy", "scipy", "numba", "SimpleITK", "matplotlib", "cupy"):
         print(f"{name:<12} {_version(name)}")
     print(f"cpu          Numba kernels, {default_threads()} threads of {os.cpu_count()} cores")
-    print(f"kernel cache {numba.config.CACHE_DIR or '__pycache__ beside each module (NUMBA_CACHE_DIR moves it)'}")
+    print(f"kernel cache {numba.config.CACHE_DIR or '__pycache__ of each module (NUMBA_CACHE_DIR moves it)'}")
     print(f"cuda         {_cuda()}")
     print(f"presets      {', '.join(presets.BY_NAME)}")
     return 0
@@ -287,7 +308,9 @@ def _version(name: str) -> str:
             return importlib.metadata.version(candidate)
         except importlib.metadata.PackageNotFoundError:
             continue
-    return "not installed" + (" (pip install 'lesionsynth[io]')" if name in ("SimpleITK", "matplotlib") else "")
+    return "not installed" + (
+        " (pip install 'lesionsynth[io]')" if name in ("SimpleITK", "matplotlib") else ""
+    )
 
 
 def _cuda() -> str:

@@ -46,6 +46,7 @@ def save_preview(
     pair: LesionPair,
     *,
     spacing: tuple[float, float, float],
+    first_slice: int = 0,
     rows: int = 3,
     title: str | None = None,
 ) -> None:
@@ -61,6 +62,8 @@ def save_preview(
         Rendered on `healthy`.
     spacing : (3,) floats
         Voxel size in mm, for the picture's proportions.
+    first_slice : int
+        Number of the slab's first slice in its volume, for the captions.
     rows : int
         Slices shown.
     title : str, optional
@@ -76,7 +79,7 @@ def save_preview(
     if path.suffix.lower() != ".png":
         raise ValueError(f"--output must end in .png, got {path}")
     slices = choose_slices(pair.labels, lung_mask, rows)
-    figure = _figure(hu, lung_mask, healthy, pair, slices, spacing, title)
+    figure = _figure(hu, lung_mask, healthy, pair, slices, spacing, first_slice, title)
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
     os.close(handle)
@@ -96,6 +99,7 @@ def _figure(
     pair: LesionPair,
     slices: list[int],
     spacing: tuple[float, float, float],
+    first_slice: int,
     title: str | None,
 ) -> Any:
     try:
@@ -109,11 +113,14 @@ def _figure(
     colours = _colours(int(pair.labels.max()))
     for row, z in zip(axes, slices, strict=True):
         body = BODY_DIM * window_hu(hu[z], BODY_HU)
-        panels = _panels(body, lung_mask[z], healthy[z], pair.image[z], pair.target[z], pair.labels[z], colours)
+        panels = _panels(
+            body, lung_mask[z], healthy[z], pair.image[z], pair.target[z], pair.labels[z], colours
+        )
         for axis, panel in zip(row, panels, strict=True):
             axis.imshow(panel, aspect=spacing[1] / spacing[2], interpolation="bilinear")
             axis.set_axis_off()
-        row[0].text(0.02, 0.02, f"slice {z}", color="0.7", fontsize=8, transform=row[0].transAxes)
+        caption = f"slice {first_slice + z}"
+        row[0].text(0.02, 0.02, caption, color="0.7", fontsize=8, transform=row[0].transAxes)
     for axis, name in zip(axes[0], COLUMNS, strict=True):
         axis.set_title(name, color="white", fontsize=11)
     if title:

@@ -1,7 +1,7 @@
 """A procedural healthy chest CT, and an independent pneumonia to add to it.
 
-The embedded default of every command, and what is evaluated on where no labelled patient data is at hand. Nothing
-here shares code with the lesion generator: a network must not be tested on what it was trained with.
+The embedded default of every command, and what is evaluated on where no labelled patient data is at hand.
+Nothing here shares code with the lesion generator: a network must not be tested on what it was trained with.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
 """Where things are in the phantom's chest: sizes drawn from the seed, and signed distances to the lungs.
 
-Coordinates are millimetres in the chest's own frame: x from the midline to the patient's left, y from the middle of
-the chest to the back, z from the deepest recess of the lungs to the head. Signed distances are negative inside. They are
-first-order approximations, good to a millimetre near a surface, which is where partial volume needs them.
+Coordinates are millimetres in the chest's own frame: x from the midline to the patient's left, y from the
+middle of the chest to the back, z from the deepest recess of the lungs to the head. Signed distances are
+negative inside. They are first-order approximations, good to a millimetre near a surface, which is where
+partial volume needs them.
 """
 
 from __future__ import annotations
@@ -73,9 +74,7 @@ def draw_anatomy(rng: np.random.Generator) -> Anatomy:
         (rng.uniform(12, 22), rng.uniform(-34, -26), 0.34 * height),
         (heart_width, rng.uniform(44, 52), rng.uniform(56, 66)),
     )
-    waves = np.concatenate(
-        [rng.normal(0, 1 / 30, (6, 3)), rng.uniform(0, 2 * np.pi, (6, 1))], axis=1
-    )
+    waves = np.concatenate([rng.normal(0, 1 / 30, (6, 3)), rng.uniform(0, 2 * np.pi, (6, 1))], axis=1)
     return Anatomy(
         height=height,
         half_width=width,
@@ -143,10 +142,8 @@ def cage(anatomy: Anatomy, x: Any, y: Any, z: Any) -> Any:
     py = np.where(py > 0, py, py * (1.0 + 0.12 * (px / anatomy.half_width) ** 2))  # flatter back
     axes = (anatomy.half_width * scale * (1 - 0.08 * low), anatomy.half_depth * scale)
     wall = superellipse(px, py, axes, 2.25)
-    ripple = sum(
-        np.sin(w[0] * x + w[1] * y + w[2] * z + w[3]) for w in anatomy.waves.astype(np.float32)
-    )
-    return wall + 1.0 * ripple
+    ripple = sum(np.sin(w[0] * x + w[1] * y + w[2] * z + w[3]) for w in anatomy.waves.astype(np.float32))
+    return wall + ripple
 
 
 def heart(anatomy: Anatomy, x: Any, y: Any, z: Any) -> Any:
@@ -214,7 +211,7 @@ def fissures(anatomy: Anatomy, x: Any, y: Any, z: Any) -> tuple[Any, Any]:
 
 
 def lobe(anatomy: Anatomy, x: Any, y: Any, z: Any) -> npt.NDArray[np.int8]:
-    """Number the lobes: 0 lower, 1 upper, 2 middle (right lung only)."""
+    """Return the lobe of each point: 0 lower, 1 upper, 2 middle (right lung only)."""
     oblique, horizontal = fissures(anatomy, x, y, z)
     # the upper lobes lie in front of and above the oblique fissure
     upper = np.asarray(oblique > 0)

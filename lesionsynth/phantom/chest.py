@@ -73,8 +73,8 @@ def chest_ct(
     seed : int
         At least 0. Each seed is another person: sizes, positions, trees, noise.
     level : float, optional
-        Height of the middle slice over the lungs' height: 0 at the deepest recess, 1 at the apex. Drawn from the
-        seed in [0.35, 0.65] where omitted. A volume thicker than the lungs is centred on them.
+        Height of the middle slice over the lungs' height: 0 at the deepest recess, 1 at the apex. Drawn from
+        the seed in [0.35, 0.65] where omitted. A volume thicker than the lungs is centred on them.
 
     Returns
     -------
@@ -88,11 +88,11 @@ def chest_ct(
 
     Notes
     -----
-    A person is 300 to 380 mm wide. A field of view too small for that shows the whole chest shrunk, along z too: sizes
-    in voxels are then those of a scan with larger voxels, and `spacing` is returned as given.
+    A person is 300 to 380 mm wide. A field of view too small for that shows the whole chest shrunk, along z
+    too: sizes in voxels are then those of a scan with larger voxels, and `spacing` is returned as given.
 
-    The anatomy depends on the seed alone, so slabs at several levels or resolutions are of one person. The noise also
-    depends on shape and level.
+    The anatomy depends on the seed alone, so slabs at several levels or resolutions are of one person. The
+    noise also depends on shape and level.
 
     Examples
     --------
@@ -271,7 +271,11 @@ class _Painter:
         hu = np.empty(self.size, np.int16)
         mask = np.empty(self.size, np.bool_)
         noise = self.parenchyma.noise * scanner_noise(
-            self.rng, self.size, self.step, grain=self.parenchyma.grain_mm, sharpness=self.parenchyma.sharpness
+            self.rng,
+            self.size,
+            self.step,
+            grain=self.parenchyma.grain_mm,
+            sharpness=self.parenchyma.sharpness,
         )
         many = max(1, CHUNK_VOXELS // (self.fine * self.size[1] * self.size[2]))
         for start in range(0, self.size[0], many):
@@ -311,7 +315,9 @@ class _Painter:
         draw_tubes(cover, turned, origin, np.array([self.step[2], self.step[1], height]), self.blur)
         return cover
 
-    def _slice(self, z: float, vessels: Field, walls: Field, lumina: Field, trunk: Field) -> tuple[Field, Field]:
+    def _slice(
+        self, z: float, vessels: Field, walls: Field, lumina: Field, trunk: Field
+    ) -> tuple[Field, Field]:
         """One fine slice: HU without noise, and the signed distance to the lungs."""
         hu, lung = slice_hu(self.anatomy, self.plane, z, self.marbling.plane(z, self.y, self.x))
         share = np.clip(0.5 - lung / self.plane.edge, 0, 1)

@@ -11,8 +11,8 @@ from scipy import ndimage
 
 Field = npt.NDArray[np.float32]
 
-# Variance of a cubic B-spline sum of unit normals is the mean over a cell of the sum of squared weights, 151/315 per
-# axis.
+# Variance of a cubic B-spline sum of unit normals is the mean over a cell of the sum of squared weights,
+# 151/315 per axis.
 _UNIT = (315 / 151) ** 1.5
 
 
@@ -57,11 +57,10 @@ class SmoothField:
         counts = self._coefficients.shape
         along_z = _weights(np.array([z]), self._low[0], self._pitch, counts[0])[0]
         near = np.flatnonzero(along_z)
-        sheet = np.tensordot(along_z[near], self._coefficients[near], axes=1)
+        sheet: Field = np.tensordot(along_z[near], self._coefficients[near], axes=1)
         along_y = _weights(y, self._low[1], self._pitch, counts[1])
         along_x = _weights(x, self._low[2], self._pitch, counts[2])
-        out: Field = along_y @ (sheet @ along_x.T)
-        return out
+        return np.asarray(along_y @ (sheet @ along_x.T), np.float32)
 
 
 def _weights(at: npt.NDArray[Any], low: float, pitch: float, count: int) -> Field:
@@ -90,7 +89,8 @@ def scanner_noise(
     grain : float
         Standard deviation of the kernel in mm.
     sharpness : float
-        Share of a kernel 2.2 times as wide that is taken away, in [0, 1): sharp kernels suppress low frequencies.
+        Share of a kernel 2.2 times as wide that is taken away, in [0, 1): sharp kernels suppress low
+        frequencies.
 
     Returns
     -------

@@ -1,9 +1,10 @@
-"""A pneumonia that owes nothing to the lesion generator: fields of distance to the pleura, not blobs of filtered noise.
+"""A pneumonia that owes nothing to the lesion generator: fields of distance to the pleura, not blobs.
 
-Air in the lungs is replaced by fluid: at a share f of filling a voxel of H becomes H + f (FLUID - H). Vessels, fluid
-already, keep their value and show through the haze. f is built from a soft threshold of a score that is high near
-the pleura, at the back and at the base, with a random field for irregular margins (ground glass), from the score's
-peaks (consolidation) and from the zero surfaces of a finer random field (reticulation).
+Air in the lungs is replaced by fluid: at a share f of filling a voxel of H becomes H + f (FLUID - H).
+Vessels, fluid already, keep their value and show through the haze. f is built from a soft threshold of a
+score that is high near the pleura, at the back and at the base, with a random field for irregular margins
+(ground glass), from the score's peaks (consolidation) and from the zero surfaces of a finer random field
+(reticulation).
 """
 
 from __future__ import annotations
@@ -65,13 +66,13 @@ def add_pneumonia(
     Raises
     ------
     TypeError, ValueError
-        Wrong rank or dtype, shapes that differ, an empty or non-binary mask, HU not finite, spacing <= 0, a negative
-        seed, `severity` out of range.
+        Wrong rank or dtype, shapes that differ, an empty or non-binary mask, HU not finite, spacing <= 0, a
+        negative seed, `severity` out of range.
 
     Notes
     -----
-    Lengths are relative to the lung: the haze's depth is a share of the largest distance to the pleura, so that a chest
-    shrunk to a small field of view gets lesions to match.
+    Lengths are relative to the lung: the haze's depth is a share of the largest distance to the pleura, so
+    that a chest shrunk to a small field of view gets lesions to match.
     """
     voxel = check_spacing(spacing)
     check_seed(seed)
@@ -84,9 +85,7 @@ def add_pneumonia(
     share = _filling(healthy, mask[box], voxel, rng, severity)
     out = np.array(hu)
     added = share * np.maximum(FLUID - healthy, 0)
-    if out.dtype.kind == "f":
-        out = np.rint(out)
-    out = out.astype(np.int16)
+    out = np.clip(np.rint(out), -32768, 32767).astype(np.int16)
     out[box] += np.rint(added).astype(np.int16)
     lesion = np.zeros(mask.shape, np.bool_)
     lesion[box] = np.rint(share * (FLUID - TYPICAL)) > VISIBLE
@@ -126,7 +125,9 @@ class _Fields(NamedTuple):
     """Its zero surfaces are the lines of the reticulation."""
 
 
-def _fields(shape: tuple[int, ...], spacing: tuple[float, float, float], unit: float, rng: np.random.Generator) -> _Fields:
+def _fields(
+    shape: tuple[int, ...], spacing: tuple[float, float, float], unit: float, rng: np.random.Generator
+) -> _Fields:
     """Draw the fields with lengths in units of the lung's depth."""
     axes = [np.arange(n) * step for n, step in zip(shape, spacing, strict=True)]
     high = tuple(float(a[-1]) + 1e-3 for a in axes)
@@ -145,9 +146,11 @@ def _filling(
     severity: float,
 ) -> Field:
     """Share of the air that is replaced, 0 outside the mask."""
-    depth = ndimage.distance_transform_edt(np.pad(mask, ((0, 0), (1, 1), (1, 1))), sampling=spacing)
-    depth = depth[:, 1:-1, 1:-1].astype(np.float32)
-    unit = float(np.percentile(depth[mask], 99.5))
+    to_pleura = ndimage.distance_transform_edt(np.pad(mask, ((0, 0), (1, 1), (1, 1))), sampling=spacing)
+    depth = np.asarray(to_pleura[:, 1:-1, 1:-1], np.float32)
+    # no less than a twentieth of the box: the fields' lattices stay small for masks as thin as a shell
+    extent = max(n * step for n, step in zip(mask.shape, spacing, strict=True))
+    unit = max(float(np.percentile(depth[mask], 99.5)), 0.05 * extent)
     fields = _fields(mask.shape, spacing, unit, rng)
     score = _score(mask, depth / unit, fields, rng)
     cut = float(np.quantile(score[mask], 1 - severity))
@@ -161,7 +164,9 @@ def _filling(
     peak = rise + 0.5 * fields.cores + 0.15 * fields.margins - rng.uniform(0.7, 1.3)
     dense = rng.uniform(0.75, 0.95) / (1 + np.exp(-peak / 0.2))
     dense *= np.clip(rise / softness, 0, 1) * (1 - 0.04 * np.abs(fields.septa))
-    lines = 0.22 * rng.uniform(0.2, 1.0) * np.exp(-((fields.septa / 0.22) ** 2)) * np.clip(rise / softness, 0, 1)
+    lines = (
+        0.22 * rng.uniform(0.2, 1.0) * np.exp(-((fields.septa / 0.22) ** 2)) * np.clip(rise / softness, 0, 1)
+    )
     # bronchi stay open: what is much darker than parenchyma is not filled
     open_air = np.clip((healthy + 960) / 50, 0.15, 1) if rng.random() < 0.7 else 1.0
     share = np.maximum(np.clip(haze, 0, 0.6) + lines, dense * open_air)
@@ -172,8 +177,10 @@ def _score(
     mask: npt.NDArray[np.bool_], depth: Field, fields: _Fields, rng: np.random.Generator
 ) -> npt.NDArray[np.float32]:
     """How likely a voxel is ill: peripheral, to the back, to the base, and by chance."""
-    z, y, x = (np.linspace(-1, 1, n, dtype=np.float32).reshape([-1 if i == k else 1 for i in range(3)])
-               for k, n in enumerate(mask.shape))
+    z, y, x = (
+        np.linspace(-1, 1, n, dtype=np.float32).reshape([-1 if i == k else 1 for i in range(3)])
+        for k, n in enumerate(mask.shape)
+    )
     back, base, outer = rng.uniform(0.3, 0.9), rng.uniform(0.1, 0.4), rng.uniform(0.4, 0.8)
     score = fields.patches * rng.uniform(0.7, 1.0) + 0.28 * fields.margins
     score -= rng.uniform(1.6, 3.0) * np.minimum(depth, 0.8)

@@ -1,7 +1,7 @@
-"""The chest without its vessels, one axial slice at a time: skin, fat, muscle, bones, mediastinum, abdomen, lungs.
+"""The chest without its vessels, one axial slice at a time: skin, fat, muscle, bones, inner organs.
 
-Each tissue is painted over the last with a soft edge: its weight is the share of the voxel that lies inside the
-surface, taken from a signed distance.
+Each tissue is painted over the last with a soft edge: its weight is the share of the voxel that lies inside
+the surface, taken from a signed distance.
 """
 
 from __future__ import annotations
@@ -17,6 +17,14 @@ from lesionsynth.phantom.anatomy import Anatomy, Field
 AIR, FAT, MUSCLE, BLOOD, SKIN = -1000.0, -105.0, 52.0, 42.0, -20.0
 CARTILAGE, MARROW, CORTEX, CORD = 95.0, 190.0, 620.0, 25.0
 LIVER, SPLEEN, STOMACH = 58.0, 48.0, 28.0
+NECK_VESSELS = (
+    (-17.0, -22.0, 7.0),
+    (-6.0, -14.0, 6.0),
+    (14.0, -4.0, 5.0),
+    (22.0, 6.0, 5.0),
+    (18.0, -26.0, 6.0),
+)
+"""Centre (x, y) and radius in mm of the vessels above the aortic arch."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +80,7 @@ def slice_hu(anatomy: Anatomy, plane: Slices, z: float, marbling: Field) -> tupl
 
 
 def _table(hu: Field, anatomy: Anatomy, plane: Slices) -> None:
-    """The scanner's table: two thin curved sheets below the back."""
+    """Paint the scanner's table: two thin curved sheets below the back."""
     top = anatomy.body_half_depth + 9
     for depth in (0.0, 22.0):
         sheet = np.hypot(plane.x, plane.y - top - depth + 420) - 420
@@ -126,7 +134,7 @@ def _inside(hu: Field, anatomy: Anatomy, plane: Slices, z: float, wall: Any, mar
         arch = an.segment(x, y, (-10.0, -20.0), (20.0, 0.28 * b), 12.0)
         paint(hu, BLOOD, arch, edge)
     if t > 0.70:
-        for cx, cy, r in ((-17.0, -22.0, 7.0), (-6.0, -14.0, 6.0), (14.0, -4.0, 5.0), (22.0, 6.0, 5.0), (18.0, -26.0, 6.0)):
+        for cx, cy, r in NECK_VESSELS:
             paint(hu, BLOOD, an.ellipse(x, y, (cx, cy), (r, r)), edge)
     if t < 0.70:
         paint(hu, BLOOD, an.ellipse(x, y, (21.0, 0.30 * b), (12.0, 12.0)), edge)

@@ -1,9 +1,9 @@
 """Branching trees of vessels and airways, and how they are drawn.
 
-Trees are minimum spanning trees whose cost mixes wire length with path length from the root (Cuntz et al. 2010, "One
-rule to grow them all"); radii follow Murray's law from the tips. Tubes are drawn as chains of capsules, each in its own
-box, with the profile of a disc seen through a Gaussian point spread, so a tube thinner than a voxel is fainter, not
-wider.
+Trees are minimum spanning trees whose cost mixes wire length with path length from the root (Cuntz et al.
+2010, "One rule to grow them all"); radii follow Murray's law from the tips. Tubes are drawn as chains of
+capsules, each in its own box, with the profile of a disc seen through a Gaussian point spread, so a tube
+thinner than a voxel is fainter, not wider.
 """
 
 from __future__ import annotations
@@ -114,7 +114,9 @@ def grow_tree(
     return Tree(_straighten(points, parents, order, power), parents, radii, order)
 
 
-def _straighten(points: Floats, parents: npt.NDArray[np.int64], order: npt.NDArray[np.int64], power: Floats) -> Floats:
+def _straighten(
+    points: Floats, parents: npt.NDArray[np.int64], order: npt.NDArray[np.int64], power: Floats
+) -> Floats:
     """Take the kinks out: inner nodes move towards the line from parent to thickest child, twice."""
     heir = np.full(len(points), -1)
     for node in order[1:]:
@@ -130,7 +132,10 @@ def _straighten(points: Floats, parents: npt.NDArray[np.int64], order: npt.NDArr
 
 
 def tubes(tree: Tree, keep: npt.NDArray[np.bool_] | None = None) -> Floats:
-    """Segments of a tree as rows (x0, y0, z0, x1, y1, z1, r0, r1); a branch starts no thicker than 1.15 of its end."""
+    """Return a tree's segments as rows (x0, y0, z0, x1, y1, z1, r0, r1).
+
+    A branch starts no thicker than 1.15 of its end.
+    """
     nodes = tree.depth_first[1:]
     if keep is not None:
         nodes = nodes[keep[nodes]]
@@ -159,8 +164,8 @@ def draw_tubes(out: Volume, segments: Floats, origin: Floats, step: Floats, blur
 
     Notes
     -----
-    At distance d from the axis of a tube of radius r the coverage is A erfc((d - r) / (√2 s)) / erfc(-r / (√2 s))
-    with A = 1 - exp(-r² / 2 s²), the exact value on the axis of a disc blurred by s.
+    At distance d from the axis of a tube of radius r the coverage is A erfc((d - r) / (√2 s)) / erfc(-r /
+    (√2 s)) with A = 1 - exp(-r² / 2 s²), the exact value on the axis of a disc blurred by s.
     """
     nz, ny, nx = out.shape
     for k in range(segments.shape[0]):
@@ -168,12 +173,12 @@ def draw_tubes(out: Volume, segments: Floats, origin: Floats, step: Floats, blur
         bx, by, bz = segments[k, 3], segments[k, 4], segments[k, 5]
         ra, rb = segments[k, 6], segments[k, 7]
         reach = max(ra, rb) + 2.6 * blur
-        x_lo = max(0, int(math.ceil((min(ax, bx) - reach - origin[0]) / step[0])))
-        x_hi = min(nx - 1, int(math.floor((max(ax, bx) + reach - origin[0]) / step[0])))
-        y_lo = max(0, int(math.ceil((min(ay, by) - reach - origin[1]) / step[1])))
-        y_hi = min(ny - 1, int(math.floor((max(ay, by) + reach - origin[1]) / step[1])))
-        z_lo = max(0, int(math.ceil((min(az, bz) - reach - origin[2]) / step[2])))
-        z_hi = min(nz - 1, int(math.floor((max(az, bz) + reach - origin[2]) / step[2])))
+        x_lo = max(0, math.ceil((min(ax, bx) - reach - origin[0]) / step[0]))
+        x_hi = min(nx - 1, math.floor((max(ax, bx) + reach - origin[0]) / step[0]))
+        y_lo = max(0, math.ceil((min(ay, by) - reach - origin[1]) / step[1]))
+        y_hi = min(ny - 1, math.floor((max(ay, by) + reach - origin[1]) / step[1]))
+        z_lo = max(0, math.ceil((min(az, bz) - reach - origin[2]) / step[2]))
+        z_hi = min(nz - 1, math.floor((max(az, bz) + reach - origin[2]) / step[2]))
         ux, uy, uz = bx - ax, by - ay, bz - az
         length2 = ux * ux + uy * uy + uz * uz + 1e-12
         for z in range(z_lo, z_hi + 1):
