@@ -1,0 +1,141 @@
+"""Erroneous edges: chest wall and mediastinum that a lung mask took in (PAPER.md III-B).
+
+A mask a voxel too wide carries a bright rim, which the network would learn as healthy tissue. A bright component that
+lies mostly along the border of the mask is such a rim; a vessel that merely starts there is not.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from lesionsynth._dlpack import accept, library_of
+from lesionsynth.cpu.label import check_connectivity, label
+
+Mask = npt.NDArray[np.bool_]
+
+
+def remove_erroneous_edges(
+    image: Any,
+    lung_mask: Any,
+    *,
+    threshold: float = 1 / 3,
+    contact_fraction: float = 0.5,
+    shell_width: int = 2,
+    connectivity: int = 26,
+) -> tuple[Any, Any]:
+    """Take bright rims out of a lung mask, and out of the image with it.
+
+    The connected components of ``(image >= threshold) & lung_mask`` of which more than `contact_fraction` of the
+    voxels lie in the shell of the mask are the erroneous edges E; M = M' & ~E and H = H' * M (III-B).
+
+    Parameters
+    ----------
+    image : (z, y, x) float32 or float64 array
+        H' in [0, 1], a whole volume rather than a slab; NumPy or a CPU DLPack library. Never written.
+    lung_mask : (z, y, x) array
+        M': bool, or numbers 0 and 1, in the library of `image`. Never written.
+    threshold : float
+        τ in [0, 1], compared in the dtype of `image`; see `lesionsynth.threshold`.
+    contact_fraction : float
+        In [0, 1]: 0 removes whatever touches the shell, 1 nothing.
+    shell_width : int
+        The shell is the mask's voxels within this many steps of the outside, in plane, diagonal steps included.
+        What lies beyond the image is outside. 0 removes nothing.
+    connectivity : {6, 18, 26}
+        Neighbourhood of the bright components.
+
+    Returns
+    -------
+    image : (z, y, x) array
+        H, a new array with the dtype of `image`; exactly 0 outside M.
+    lung_mask : (z, y, x) bool array
+        M.
+
+    Raises
+    ------
+    TypeError
+        `image` or `lung_mask` is no array, they belong to different libraries, or `image` is not float.
+    ValueError
+        Rank or shapes differ, the mask is empty or not binary, a voxel inside the mask is NaN or outside [0, 1], or
+        an option is out of range. Voxels outside the mask are not looked at.
+    """
+    _check_options(threshold, contact_fraction, shell_width)
+    check_connectivity(connectivity)
+    healthy, mask, restore = _accept_volume(image, lung_mask)
+    kept = mask.copy()
+    box = _bounding_box(mask)
+    inside, values = mask[box], healthy[box]
+    _check_values(values, inside)
+    bright = inside & (values >= values.dtype.type(threshold))
+    labels, count = label(bright, connectivity)
+    numbers, shell = labels[bright], ~_eroded(inside, shell_width)[bright]
+    size = np.bincount(numbers, minlength=count + 1)
+    contact = np.bincount(numbers[shell], minlength=count + 1)
+    erroneous = contact > contact_fraction * size
+    erroneous[0] = False
+    kept[box] &= ~erroneous[labels]
+    return restore(np.where(kept, healthy, healthy.dtype.type(0))), restore(kept)
+
+
+def _check_options(threshold: Any, contact_fraction: Any, shell_width: Any) -> None:
+    for name, value in (("threshold", threshold), ("contact_fraction", contact_fraction)):
+        if not 0.0 <= value <= 1.0:
+            raise ValueError(f"{name} must be in [0, 1], got {value}")
+    if isinstance(shell_width, bool) or not isinstance(shell_width, int | np.integer) or shell_width < 0:
+        raise ValueError(f"shell_width must be an integer >= 0, got {shell_width!r}")
+
+
+def _accept_volume(image: Any, lung_mask: Any) -> tuple[npt.NDArray[Any], Mask, Any]:
+    healthy, restore = accept(image, "image")
+    mask, _ = accept(lung_mask, "lung_mask")
+    if library_of(image) != library_of(lung_mask):
+        raise TypeError(
+            "image and lung_mask must be arrays of one library, "
+            f"got {library_of(image)} and {library_of(lung_mask)}"
+        )
+    if healthy.ndim != 3:
+        raise ValueError(f"image must be (z, y, x), got shape {healthy.shape}")
+    if healthy.shape != mask.shape:
+        raise ValueError(f"lung_mask must have the shape of image, {healthy.shape}, got {mask.shape}")
+    if healthy.dtype not in (np.float32, np.float64):
+        raise TypeError(f"image must be float32 or float64 in [0, 1], got {healthy.dtype}; see window_hu")
+    inside = mask.astype(np.bool_, copy=False)
+    if mask.dtype != np.bool_ and not np.array_equal(mask, inside):
+        strange = mask[(mask != 0) & (mask != 1)].flat[0]
+        raise ValueError(f"lung_mask must be binary (bool, or 0 and 1), got the value {strange}")
+    if not inside.any():
+        raise ValueError(f"lung_mask must have at least one voxel, got none in shape {mask.shape}")
+    return healthy, inside, restore
+
+
+def _check_values(values: npt.NDArray[Any], inside: Mask) -> None:
+    low = np.min(values, where=inside, initial=np.inf)
+    high = np.max(values, where=inside, initial=-np.inf)
+    if not (low >= 0 and high <= 1):  # NaN compares false
+        raise ValueError(f"image must lie in [0, 1] inside lung_mask, got values from {low} to {high}")
+
+
+def _bounding_box(mask: Mask) -> tuple[slice, slice, slice]:
+    """Smallest box with all of a mask that has a voxel."""
+    plane = mask.any(axis=0)
+    z, y, x = (np.flatnonzero(m) for m in (mask.any(axis=(1, 2)), plane.any(axis=1), plane.any(axis=0)))
+    return slice(z[0], z[-1] + 1), slice(y[0], y[-1] + 1), slice(x[0], x[-1] + 1)
+
+
+def _eroded(mask: Mask, width: int) -> Mask:
+    """Voxels whose square of 2 * width + 1 voxels in plane is all mask; beyond the array is outside."""
+    for axis in (1, 2):
+        n = mask.shape[axis]
+        if 2 * width >= n:
+            return np.zeros_like(mask)
+        rows = np.moveaxis(mask, axis, 0)
+        middle = rows[: n - 2 * width].copy()
+        for shift in range(1, 2 * width + 1):
+            middle &= rows[shift : n - 2 * width + shift]
+        deep = np.zeros_like(mask)
+        np.moveaxis(deep, axis, 0)[width : n - width] = middle
+        mask = deep
+    return mask
