@@ -1,7 +1,7 @@
 """Erroneous edges: chest wall and mediastinum that a lung mask took in (PAPER.md III-B).
 
-A mask a voxel too wide carries a bright rim, which the network would learn as healthy tissue. A bright component that
-lies mostly along the border of the mask is such a rim; a vessel that merely starts there is not.
+A mask a voxel too wide carries a bright rim, which the network would learn as healthy tissue. A bright
+component that lies mostly along the border of the mask is such a rim; a vessel that merely starts there is not.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ def remove_erroneous_edges(
 ) -> tuple[Any, Any]:
     """Take bright rims out of a lung mask, and out of the image with it.
 
-    The connected components of ``(image >= threshold) & lung_mask`` of which more than `contact_fraction` of the
-    voxels lie in the shell of the mask are the erroneous edges E; M = M' & ~E and H = H' * M (III-B).
+    The connected components of ``(image >= threshold) & lung_mask`` of which more than `contact_fraction` of
+    the voxels lie in the shell of the mask are the erroneous edges E; M = M' & ~E and H = H' * M (III-B).
 
     Parameters
     ----------
@@ -42,8 +42,8 @@ def remove_erroneous_edges(
     contact_fraction : float
         In [0, 1]: 0 removes whatever touches the shell, 1 nothing.
     shell_width : int
-        The shell is the mask's voxels within this many steps of the outside, in plane, diagonal steps included.
-        What lies beyond the image is outside. 0 removes nothing.
+        The shell is the mask's voxels within this many steps of the outside, in plane, diagonal steps
+        included. What lies beyond the image is outside. 0 removes nothing.
     connectivity : {6, 18, 26}
         Neighbourhood of the bright components.
 
@@ -59,8 +59,8 @@ def remove_erroneous_edges(
     TypeError
         `image` or `lung_mask` is no array, they belong to different libraries, or `image` is not float.
     ValueError
-        Rank or shapes differ, the mask is empty or not binary, a voxel inside the mask is NaN or outside [0, 1], or
-        an option is out of range. Voxels outside the mask are not looked at.
+        Rank or shapes differ, the mask is empty or not binary, a voxel inside the mask is NaN or outside
+        [0, 1], or an option is out of range. Voxels outside the mask are not looked at.
     """
     _check_options(threshold, contact_fraction, shell_width)
     check_connectivity(connectivity)
@@ -71,12 +71,15 @@ def remove_erroneous_edges(
     _check_values(values, inside)
     bright = inside & (values >= values.dtype.type(threshold))
     labels, count = label(bright, connectivity)
-    numbers, shell = labels[bright], ~_eroded(inside, shell_width)[bright]
+    at = np.flatnonzero(bright)
+    numbers = labels.ravel()[at]
+    deep = _eroded(inside, shell_width).ravel()[at]
     size = np.bincount(numbers, minlength=count + 1)
-    contact = np.bincount(numbers[shell], minlength=count + 1)
+    contact = size - np.bincount(numbers[deep], minlength=count + 1)
     erroneous = contact > contact_fraction * size
-    erroneous[0] = False
-    kept[box] &= ~erroneous[labels]
+    kept_box = inside.flatten()  # never a view of the input
+    kept_box[at[erroneous[numbers]]] = False
+    kept[box] = kept_box.reshape(inside.shape)
     return restore(np.where(kept, healthy, healthy.dtype.type(0))), restore(kept)
 
 
@@ -112,16 +115,19 @@ def _accept_volume(image: Any, lung_mask: Any) -> tuple[npt.NDArray[Any], Mask, 
 
 
 def _check_values(values: npt.NDArray[Any], inside: Mask) -> None:
-    low = np.min(values, where=inside, initial=np.inf)
-    high = np.max(values, where=inside, initial=-np.inf)
+    tissue = values[inside]
+    low, high = tissue.min(), tissue.max()
     if not (low >= 0 and high <= 1):  # NaN compares false
         raise ValueError(f"image must lie in [0, 1] inside lung_mask, got values from {low} to {high}")
 
 
 def _bounding_box(mask: Mask) -> tuple[slice, slice, slice]:
     """Smallest box with all of a mask that has a voxel."""
-    plane = mask.any(axis=0)
-    z, y, x = (np.flatnonzero(m) for m in (mask.any(axis=(1, 2)), plane.any(axis=1), plane.any(axis=0)))
+    plane: Mask = np.any(mask, axis=0)
+    rows: Mask = np.any(mask, axis=2)
+    z, y, x = (
+        np.flatnonzero(m) for m in (np.any(rows, axis=1), np.any(plane, axis=1), np.any(plane, axis=0))
+    )
     return slice(z[0], z[-1] + 1), slice(y[0], y[-1] + 1), slice(x[0], x[-1] + 1)
 
 

@@ -1,8 +1,9 @@
 """Connected components of a volume, numbered as `scipy.ndimage.label` numbers them.
 
-A row is a handful of runs, so the union-find works on runs and not on voxels: find the runs, join each with the runs
-of the rows before it, number the roots, paint. A root is always the earliest run of its component; roots in ascending
-order are therefore components in C order of their first voxel. Rows are found and painted in parallel, joined serially.
+A row is a handful of runs, so the union-find works on runs and not on voxels: find the runs, join each with
+those of the rows before it, number the roots, paint. A root is always the earliest run of its component, so
+roots in ascending order are components in C order of their first voxel. Rows are found and painted in parallel,
+and joined serially.
 """
 
 from __future__ import annotations
@@ -27,8 +28,10 @@ def check_connectivity(connectivity: Any) -> None:
         raise ValueError(f"connectivity must be 6, 18 or 26, got {connectivity!r}")
 
 
-def label(mask: npt.NDArray[np.bool_], connectivity: int = 6, threads: int | None = None) -> tuple[Labels, int]:
-    """Number the connected components of a mask.
+def label(
+    mask: npt.NDArray[np.bool_], connectivity: int = 6, threads: int | None = None
+) -> tuple[Labels, int]:
+    """Find the connected components of a mask.
 
     Parameters
     ----------
@@ -67,10 +70,10 @@ def label(mask: npt.NDArray[np.bool_], connectivity: int = 6, threads: int | Non
     parent = np.arange(first[-1], dtype=np.int64)
     face, edge = REACH[connectivity]
     _join(first, start, stop, parent, depth, height, face, edge)
-    count = _number(parent)
+    count = int(_number(parent))
     lines = labels.reshape(rows, width)
     parallel_for(rows, lambda lo, hi: _paint(lines, first, start, stop, parent, lo, hi), threads)
-    return labels, int(count)
+    return labels, count
 
 
 @numba.njit(nogil=True, cache=True)
