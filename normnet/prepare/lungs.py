@@ -35,6 +35,9 @@ AIR_HU = -320
 COARSE_MM = 2.0
 CLOSING_MM = 10.0
 """Ball of the closing per lung: wider than nodules, narrower than the curvature of the heart."""
+COSTAL_MM, BITE_MM, COSTAL_COSINE = 25.0, 4.0, 0.0
+"""Disc, least half-thickness and direction of the dents that are filled at the chest wall."""
+BONE_HU = 200
 THICK_MM = 4.0
 """From this slice distance on, neighbouring slices differ too much to close across them."""
 MIN_LUNG_ML = 30.0
@@ -104,9 +107,8 @@ def split_lungs(hu: npt.NDArray[np.int16], spacing: Spacing) -> Lungs:
     right, left, airway = (np.zeros(coarse.shape, bool) for _ in range(3))
     cropped = grow_airways(coarse[box], body[box], mm)
     airway[box] = cropped.large
-    right[box], left[box] = close_lungs(
-        *find_lungs(coarse[box], body[box], cropped, mm), body[box], cropped, mm
-    )
+    found = find_lungs(coarse[box], body[box], cropped, mm)
+    right[box], left[box] = close_lungs(coarse[box], found, body[box], cropped, mm)
     return outline(hu, spacing, (right, left), airway, (fz, fy, fx))
 
 
@@ -191,13 +193,44 @@ def split_two(mask: Mask, mm: Spacing) -> tuple[Mask, Mask] | None:
     return None
 
 
-def close_lungs(right: Mask, left: Mask, body: Mask, airways: Airways, mm: Spacing) -> tuple[Mask, Mask]:
-    """Close each lung with a ball: hilar vessels, nodules and consolidations join it, the airways do not."""
+def close_lungs(
+    coarse: npt.NDArray[np.float32], lungs: tuple[Mask, Mask], body: Mask, airways: Airways, mm: Spacing
+) -> tuple[Mask, Mask]:
+    """Close each lung with a ball: vessels, nodules and consolidations join it, the airways do not."""
+    right, left = lungs
     allowed = body & ~airways.large
     reach = (mm[0] if mm[0] < THICK_MM else 2 * CLOSING_MM, mm[1], mm[2])
-    a, b = (closed(lung, CLOSING_MM, reach) & allowed for lung in (right, left))
+    a, b = (closed(lung, CLOSING_MM, reach) & allowed for lung in lungs)
     both = a & b & ~right & ~left  # tissue between the lungs that both closings claim: mediastinum
-    return a & ~left & ~both, b & ~right & ~both
+    a, b = a & ~left & ~both, b & ~right & ~both
+    soft = allowed & (coarse < BONE_HU)
+    return a | (costal_bites(a, b, mm) & soft & ~b), b | (costal_bites(b, a, mm) & soft & ~a)
+
+
+def costal_bites(lung: Mask, other: Mask, mm: Spacing) -> Mask:
+    """Find what a wide disc closes on the chest wall's side, slice by slice.
+
+    The chest wall's side of a lung is convex, so a dent there is consolidation; the dents of the heart, the
+    liver and the hilum lie on the other side, towards the middle between the lungs.
+    """
+    bites = np.zeros(lung.shape, bool)
+    if not lung.any() or not other.any():
+        return bites
+    dents = plane_opened(closed(lung, COSTAL_MM, (4 * COSTAL_MM, mm[1], mm[2])) & ~lung, BITE_MM, mm)
+    for z in np.flatnonzero(dents.any(axis=(1, 2)) & other.any(axis=(1, 2))):
+        centre, middle = _centre(lung[z], mm), (_centre(lung[z], mm) + _centre(other[z], mm)) / 2
+        outward = (centre - middle) / max(float(np.linalg.norm(centre - middle)), 1e-6)
+        labels, count = ndimage.label(dents[z])
+        for number in range(1, count + 1):
+            way = _centre(labels == number, mm) - centre
+            if way @ outward > COSTAL_COSINE * np.linalg.norm(way):
+                bites[z] |= labels == number
+    return bites
+
+
+def _centre(plane: Mask, mm: Spacing) -> npt.NDArray[np.float64]:
+    y, x = np.nonzero(plane)
+    return np.array([y.mean() * mm[1], x.mean() * mm[2]])
 
 
 def outline(

@@ -260,7 +260,7 @@ def _prepare_one(work: _Work, store: Store, spacing: Spacing, size: int) -> dict
 def _without_edges(case: LoadedCase) -> tuple[Mask, Mask]:
     """Take the erroneous edges (III-B) out of the lung mask; (mask, removed).
 
-    Where a vessel tree hangs on the rim, the whole component counts as an edge; its part deep in the lung stays.
+    Where a vessel tree hangs on the rim, the whole component counts as an edge; its deep part stays.
     """
     box = bounding_box(case.mask)
     if box is None:
