@@ -163,6 +163,12 @@ class PredictConfig:
     """Slices the network sees at once, as in training."""
     overlap: float = 0.5
     """Share of a slab that the next one sees again; probabilities are averaged."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """Arithmetic of the network; "auto" takes bf16 where the hardware has it."""
+    device: str = "auto"
+    """"auto" takes CUDA where there is some, else the CPU."""
+    threads: int | None = None
+    """CPU threads; all cores where omitted."""
     postprocess: PostprocessConfig = field(default_factory=PostprocessConfig)
     """What follows the vote."""
 
@@ -171,6 +177,8 @@ class PredictConfig:
         _check("probability", self.probability, 0 < self.probability < 1, "in (0, 1)")
         _check("slab", self.slab, self.slab >= 1, ">= 1")
         _check("overlap", self.overlap, 0 <= self.overlap < 1, "in [0, 1)")
+        _check("threads", self.threads, self.threads is None or self.threads >= 1, ">= 1")
+        _check("precision", self.precision, self.precision in ("auto", "fp32", "bf16"), "auto, fp32 or bf16")
 
 
 def paper() -> TrainConfig:
