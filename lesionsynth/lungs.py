@@ -1,7 +1,7 @@
 """Erroneous edges: chest wall and mediastinum that a lung mask took in (PAPER.md III-B).
 
 A mask a voxel too wide carries a bright rim, which the network would learn as healthy tissue. A bright
-component that lies mostly along the border of the mask is such a rim; a vessel that merely starts there is not.
+component that lies mostly along the border of the mask is such a rim; a vessel that starts there is not.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import numpy.typing as npt
 
 from lesionsynth._dlpack import accept, library_of
 from lesionsynth.cpu.label import check_connectivity, label
+from lesionsynth.cpu.shell import in_shell
 
 Mask = npt.NDArray[np.bool_]
 
@@ -72,10 +73,9 @@ def remove_erroneous_edges(
     bright = inside & (values >= values.dtype.type(threshold))
     labels, count = label(bright, connectivity)
     at = np.flatnonzero(bright)
-    numbers = labels.ravel()[at]
-    deep = _eroded(inside, shell_width).ravel()[at]
+    numbers, near = labels.ravel()[at], in_shell(inside, shell_width).ravel()[at]
     size = np.bincount(numbers, minlength=count + 1)
-    contact = size - np.bincount(numbers[deep], minlength=count + 1)
+    contact = np.bincount(numbers[near], minlength=count + 1)
     erroneous = contact > contact_fraction * size
     kept_box = inside.flatten()  # never a view of the input
     kept_box[at[erroneous[numbers]]] = False
@@ -129,19 +129,3 @@ def _bounding_box(mask: Mask) -> tuple[slice, slice, slice]:
         np.flatnonzero(m) for m in (np.any(rows, axis=1), np.any(plane, axis=1), np.any(plane, axis=0))
     )
     return slice(z[0], z[-1] + 1), slice(y[0], y[-1] + 1), slice(x[0], x[-1] + 1)
-
-
-def _eroded(mask: Mask, width: int) -> Mask:
-    """Voxels whose square of 2 * width + 1 voxels in plane is all mask; beyond the array is outside."""
-    for axis in (1, 2):
-        n = mask.shape[axis]
-        if 2 * width >= n:
-            return np.zeros_like(mask)
-        rows = np.moveaxis(mask, axis, 0)
-        middle = rows[: n - 2 * width].copy()
-        for shift in range(1, 2 * width + 1):
-            middle &= rows[shift : n - 2 * width + shift]
-        deep = np.zeros_like(mask)
-        np.moveaxis(deep, axis, 0)[width : n - width] = middle
-        mask = deep
-    return mask

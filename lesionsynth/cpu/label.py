@@ -2,8 +2,8 @@
 
 A row is a handful of runs, so the union-find works on runs and not on voxels: find the runs, join each with
 those of the rows before it, number the roots, paint. A root is always the earliest run of its component, so
-roots in ascending order are components in C order of their first voxel. Rows are found and painted in parallel,
-and joined serially.
+roots in ascending order are components in C order of their first voxel. Finding and painting are parallel,
+joining is serial.
 """
 
 from __future__ import annotations
