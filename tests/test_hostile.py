@@ -268,7 +268,7 @@ def test_centre_outside_the_volume() -> None:
 
 @pytest.mark.parametrize("radius", [0.05, 1e-4, 1e-9])
 def test_blobs_far_smaller_than_a_voxel(radius) -> None:
-    """One voxel, at once: the lattice of a warp is as fine as the blob and must not be laid over whole voxels."""
+    """One voxel, at once: the lattice of a warp is as fine as the blob, and is not laid over whole voxels."""
     tiny = blob(semi_axes=(radius,) * 3, warp_amplitude=0.0, warp_correlation=0.1, center=(1, 2, 3))
     tracemalloc.start()
     try:
