@@ -1,0 +1,203 @@
+"""The whole method on the built-in phantom: ``python -m normnet.demo`` trains, predicts, evaluates, reports.
+
+Training sees healthy phantoms and synthetic lesions only. The patients are phantoms of other seeds with a
+pneumonia that shares no code with the lesion generator; one healthy chest among them shows what is marked
+where there is nothing.
+"""
+
+from __future__ import annotations
+
+import csv
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+import lesionsynth as ls
+from normnet.config import PredictConfig, TrainConfig, phantom
+from normnet.data import PHANTOM_SEED
+from normnet.evaluate import CaseVolumes, Evaluation, evaluate_volumes, plain_table
+from normnet.model import load_model
+from normnet.predict import predict_volume
+from normnet.report import Report, curve, grey, lung_box, percent, png, side_by_side
+from normnet.train import CONFIG, METRICS, TrainResult, train
+
+Array = npt.NDArray[Any]
+
+PATIENT_SEED = 1
+"""First patient; training phantoms have seeds from `PHANTOM_SEED` up, whatever the run's seed."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DemoConfig:
+    """Train on the built-in phantom, predict pneumonia never seen, write a report."""
+
+    output: Path = Path("demo-output")
+    """Folder for the run, results.json, cases.csv and report.html; an earlier demo in it is replaced."""
+    minutes: float = 4.0
+    """Training time."""
+    seed: int = 0
+    """Of initial weights, training phantoms and lesions."""
+    patients: int = 3
+    """Phantoms with pneumonia to evaluate, beside one healthy one."""
+    shape: tuple[int, int, int] = (48, 320, 400)
+    """Their size (z, y, x), in voxels of 1.0 x 0.8 x 0.8 mm."""
+    train: TrainConfig = field(default_factory=phantom)
+    """Other training settings; its output, minutes and seed are those above."""
+
+    def __post_init__(self) -> None:
+        """Check ranges; `TrainConfig` checks its own."""
+        if not self.minutes > 0:
+            raise ValueError(f"minutes must be > 0, got {self.minutes}")
+        most = PHANTOM_SEED - PATIENT_SEED - 1  # beyond it they would be training phantoms
+        if not 1 <= self.patients <= most:
+            raise ValueError(f"patients must be in [1, {most}], got {self.patients}")
+
+
+def run_demo(config: DemoConfig, *, say: Callable[[str], None] | None = None) -> Evaluation:
+    """Train, predict, evaluate and write the report.
+
+    Parameters
+    ----------
+    config : DemoConfig
+        Settings.
+    say : callable, optional
+        Receives a line per step; also turns the progress bar on.
+
+    Returns
+    -------
+    Evaluation
+        Of the phantom patients.
+
+    Raises
+    ------
+    ValueError
+        See `normnet.train.train`.
+    """
+    start = time.perf_counter()
+    tell = say or (lambda line: None)
+    run = config.output / "run"
+    if (run / CONFIG).exists():
+        shutil.rmtree(run)  # an earlier demo's
+    tell(f"1/3 training on healthy phantoms with synthetic lesions, {config.minutes:g} min")
+    settings = replace(
+        config.train, data=None, output=run, minutes=config.minutes, seed=config.seed, resume=False
+    )
+    result = train(settings, progress_bar=say is not None)
+    tell(f"    {result.iterations} iterations, {result.waiting_share:.0%} of the time waiting for pairs")
+    tell(f"2/3 predicting {config.patients} phantoms with pneumonia and a healthy one")
+    evaluation = evaluate_volumes(_predicted(config, run), pictures=2)
+    tell("3/3 writing the report")
+    evaluation.write(config.output)
+    _write_report(config, result, evaluation, time.perf_counter() - start)
+    return evaluation
+
+
+def patients(config: DemoConfig) -> Iterator[tuple[str, ls.phantom.ChestCT, Array]]:
+    """Phantoms that training never sees: name, chest, lesion mask; the last one is healthy."""
+    for k in range(config.patients):
+        chest = ls.phantom.chest_ct(shape=config.shape, seed=PATIENT_SEED + k)
+        ill = ls.phantom.add_pneumonia(chest.hu, chest.lung_mask, chest.spacing, seed=PATIENT_SEED + k)
+        yield f"phantom {k + 1}", chest._replace(hu=ill.hu), ill.lesion_mask
+    chest = ls.phantom.chest_ct(shape=config.shape, seed=PATIENT_SEED + config.patients)
+    yield "healthy phantom", chest, np.zeros(chest.hu.shape, np.bool_)
+
+
+def training_example(seed: int, shape: tuple[int, int, int]) -> bytes:
+    """Picture of one training pair: input, with lesions, target (PNG)."""
+    chest = ls.phantom.chest_ct(shape=(32, *shape[1:]), seed=PATIENT_SEED)
+    image = ls.window_hu(chest.hu) * chest.lung_mask
+    pair = ls.LesionSynthesizer(ls.presets.covid_lung(), seed=seed)(image, chest.lung_mask, index=0)
+    z = int(np.count_nonzero(pair.labels, axis=(1, 2)).argmax())
+    rows, columns = lung_box(chest.lung_mask)
+    slices = [volume[z, rows, columns] for volume in (image, pair.image, pair.target)]
+    return png(side_by_side([grey(s, (0.0, 1.0)) for s in slices]))
+
+
+def _predicted(config: DemoConfig, run: Path) -> Iterator[CaseVolumes]:
+    model = load_model(run)
+    for name, chest, truth in patients(config):
+        found = predict_volume(chest.hu, chest.lung_mask, [model], PredictConfig())
+        yield CaseVolumes(
+            case=name,
+            hu=chest.hu,
+            prediction=found.lesions,
+            truth=truth,
+            lung_mask=chest.lung_mask,
+            probability=found.probability,
+            spacing=chest.spacing,
+        )
+
+
+def _write_report(config: DemoConfig, result: TrainResult, evaluation: Evaluation, seconds: float) -> None:
+    auc = evaluation.summary["bright_auc"]
+    report = Report("NormNet on the built-in phantom")
+    report.paragraph(
+        f"Trained label-free for {config.minutes:g} minutes ({result.iterations} iterations) on healthy "
+        f"phantom chests with synthetic lesions, then shown {auc['n']} phantoms with a pneumonia of another "
+        "origin. Healthy and diseased bright voxels are told apart with an AUC of "
+        f"{percent(auc['mean'], auc['sd'])} %. "
+        f"Everything took {seconds / 60:.1f} minutes."
+    )
+    report.heading("What it was trained on")
+    report.picture(
+        training_example(config.seed, config.shape),
+        "healthy phantom; with synthetic lesions (the network's input); healthy bright tissue (its target)",
+    )
+    evaluation.add_to(report)
+    report.heading("Training")
+    for picture, caption in _training_curves(result.output / METRICS):
+        report.picture(picture, caption)
+    report.paragraph("Phantom data; no statement about patients. Not a medical device.", note=True)
+    report.write(config.output / "report.html")
+
+
+def _training_curves(metrics: Path) -> list[tuple[bytes, str]]:
+    """Pictures of the loss and of the validation AUC, from the columns of metrics.csv."""
+    with metrics.open(newline="") as stream:
+        rows = list(csv.DictReader(stream))
+
+    def column(name: str) -> tuple[Array, Array]:
+        filled = [row for row in rows if row[name]]
+        return np.array([int(row["iteration"]) for row in filled]), np.array(
+            [float(row[name]) for row in filled]
+        )
+
+    iterations, loss = column("loss")
+    width = max(1, min(25, len(loss)))
+    smooth = np.convolve(loss, np.full(width, 1 / width), "valid")
+    lines = {"each step": (iterations, loss), f"mean of {width}": (iterations[width - 1 :], smooth)}
+    pictures = [(curve(lines, xlabel="iteration", ylabel="loss"), "training loss (Dice + cross-entropy)")]
+    x, y = column("val_auc")
+    if len(x) > 1:
+        validation = curve({"AUC": (x, y)}, xlabel="iteration", ylabel="AUC")
+        pictures.append((validation, "AUC on synthetic lesions in a held-out phantom"))
+    return pictures
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run ``python -m normnet.demo``; 2 where a setting does not fit."""
+    import tyro
+
+    start = time.perf_counter()
+    try:
+        config = tyro.cli(DemoConfig, args=arguments, prog="python -m normnet.demo")
+        evaluation = run_demo(config, say=lambda line: print(line, flush=True))
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(plain_table(*evaluation.table()))
+    auc = evaluation.summary["bright_auc"]["mean"]
+    print(f"bright-voxel AUC {auc:.3f}, {time.perf_counter() - start:.0f} s in all")
+    print(f"report: {config.output / 'report.html'}")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
