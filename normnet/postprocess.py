@@ -6,6 +6,8 @@ smoothed (4e) and then grown into the fainter tissue around them, as far as that
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 import numpy.typing as npt
 
@@ -14,6 +16,15 @@ from normnet.config import PostprocessConfig
 
 Image = npt.NDArray[np.float32]
 Mask = npt.NDArray[np.bool_]
+
+
+class Lesions(NamedTuple):
+    """Lesion maps, (Z, Y, X)."""
+
+    final: Mask
+    """After region growing."""
+    core: Mask
+    """Fig. 4e inside 4g, before it (Table III, "w/o growing")."""
 
 
 def raw_lesions(image: Image, lung_mask: Mask, healthy: Mask, tau: float) -> tuple[Mask, Image]:
@@ -39,8 +50,10 @@ def raw_lesions(image: Image, lung_mask: Mask, healthy: Mask, tau: float) -> tup
     return left & (image >= np.float32(tau)), np.where(left, image, np.float32(0.0))
 
 
-def postprocess(image: Image, lung_mask: Mask, healthy: Mask, config: PostprocessConfig | None = None) -> Mask:
-    """Turn healthy voxels into the final lesion map.
+def postprocess(
+    image: Image, lung_mask: Mask, healthy: Mask, config: PostprocessConfig | None = None
+) -> Lesions:
+    """Turn healthy voxels into lesions.
 
     Parameters
     ----------
@@ -55,8 +68,8 @@ def postprocess(image: Image, lung_mask: Mask, healthy: Mask, config: Postproces
 
     Returns
     -------
-    (Z, Y, X) bool array
-        Lesions: inside the lungs and inside 4g.
+    Lesions
+        Inside the lungs and inside 4g.
 
     Raises
     ------
@@ -71,23 +84,26 @@ def postprocess(image: Image, lung_mask: Mask, healthy: Mask, config: Postproces
     """
     config = config or PostprocessConfig()
     _check(image, lung_mask, healthy)
-    lesions = np.zeros(image.shape, np.bool_)
+    final, core = np.zeros(image.shape, np.bool_), np.zeros(image.shape, np.bool_)
     box = _box(lung_mask, margin=max(config.bright_size, config.full_size))
     if box is None:
-        return lesions
+        return Lesions(final, core)
     image, lung_mask, healthy = image[box], lung_mask[box], healthy[box]
     bright, full = raw_lesions(image, lung_mask, healthy, ls.threshold(config.threshold_hu))
-    # NumPy float32 means, compared with the float32 threshold
-    seed = ls.ops.uniform_filter(bright.astype(np.float32), config.bright_size) > np.float32(config.bright_threshold)
-    room = ls.ops.uniform_filter(full, config.full_size) > np.float32(config.full_threshold)
-    room &= lung_mask
+    seed = _smooth(bright.astype(np.float32), config.bright_size, config.bright_threshold)
+    room = _smooth(full, config.full_size, config.full_threshold) & lung_mask
     seed &= room
+    core[box] = final[box] = seed
     if config.growth_iterations:
         # ops.grow, as SciPy, takes 0 for "until nothing changes"
         steps = max(config.growth_iterations, 0)
-        seed = ls.ops.grow(seed, room, iterations=steps, connectivity=config.connectivity)
-    lesions[box] = seed
-    return lesions
+        final[box] = ls.ops.grow(seed, room, iterations=steps, connectivity=config.connectivity)
+    return Lesions(final, core)
+
+
+def _smooth(volume: Image, size: int, threshold: float) -> Mask:
+    """Where the mean filter exceeds the threshold; both float32."""
+    return np.asarray(ls.ops.uniform_filter(volume, size) > np.float32(threshold))
 
 
 def _box(mask: Mask, margin: int) -> tuple[slice, slice, slice] | None:

@@ -1,8 +1,7 @@
-"""Predict lesions: ``python -m normnet.predict IN... --output OUT --models RUN...`` (PAPER.md III-A, III-D).
+"""Segment patients: ``python -m normnet.predict IN... --output OUT --models RUN...`` (PAPER.md III-A, III-D).
 
-A CT is read, its lungs are found or given, both are resampled to the working grid; every model sees the lungs
-in overlapping slabs; what most models call healthy with high probability is removed from the bright lung
-voxels; post-processing makes lesions of the rest, on the file's own grid.
+Each model calls a bright voxel healthy where its probability exceeds 0.95; the majority of the models decides; what is
+bright and not healthy becomes a lesion in post-processing. Results are written on the input's own grid.
 """
 
 from __future__ import annotations
@@ -10,76 +9,59 @@ from __future__ import annotations
 import csv
 import io
 import sys
-import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 import tyro
+from tqdm import tqdm
 
 import lesionsynth as ls
 from normnet.config import PredictConfig
-from normnet.device import choose_device, set_up_cpu, use_bf16
 from normnet.model import find_models, load_model
 from normnet.pairing import split_name
-from normnet.postprocess import postprocess
-from normnet.prepare import LoadedCase, load_case
-from normnet.prepare.morphology import bounding_box
+from normnet.postprocess import Mask, postprocess
+from normnet.prepare import load_case
+from normnet.prepare.run import find_mask
 from normnet.prepare.store import write_atomically
-
-Image = npt.NDArray[np.float32]
-Mask = npt.NDArray[np.bool_]
-VOLUMES = "volumes.csv"
-"""Table of a prediction folder."""
+from normnet.train import available_cores, choose_device
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True)
 class Prediction:
-    """What the models say of a volume, (Z, Y, X) on its grid."""
+    """What `predict_volume` found, on the grid of its input (z, y, x)."""
 
-    healthy_votes: npt.NDArray[np.uint8]
-    """Models that call a voxel healthy."""
-    probability: Image
-    """Mean over the models of the probability of being healthy and bright; 0 outside the lungs."""
     lesions: Mask
-    """After vote and post-processing."""
-    models: int
-    """How many voted."""
-
-    @property
-    def healthy(self) -> Mask:
-        """Voxels that more than half of the models call healthy."""
-        return majority(self.healthy_votes, self.models)
-
-
-def majority(votes: npt.NDArray[np.uint8], models: int) -> Mask:
-    """Where more than half of the models voted for it; a tie is no majority."""
-    return np.asarray(votes > models // 2)
+    """Final lesions."""
+    lesions_without_growing: Mask
+    """Before region growing (Table III, "w/o growing")."""
+    healthy: Mask
+    """Bright lung voxels that the majority of the models calls healthy."""
+    probability: npt.NDArray[np.float32]
+    """Mean healthy probability of the models; 0 outside the lung."""
 
 
 def predict_volume(
-    hu: npt.NDArray[np.int16],
-    lung_mask: Mask,
-    models: Sequence[torch.nn.Module],
-    config: PredictConfig | None = None,
+    hu: Any, lung_mask: Any, models: Sequence[torch.nn.Module], config: PredictConfig, *, device: str = "auto"
 ) -> Prediction:
-    """Predict the lesions of a volume on the working grid (0.8 x 0.8 x 1 mm).
+    """Segment one volume.
 
     Parameters
     ----------
-    hu : (Z, Y, X) array
-        Hounsfield units.
-    lung_mask : (Z, Y, X) bool array
-        Lungs with their lesions.
+    hu : (z, y, x) array
+        Hounsfield units on the training grid, 1.0 x 0.8 x 0.8 mm.
+    lung_mask : (z, y, x) bool array
+        Lungs, lesions included.
     models : sequence of torch.nn.Module
-        (b, 1, z, y, x) windowed lungs to logits, as `normnet.model.load_model` gives them. Used one after the
-        other, so that only one's feature maps are in memory.
-    config : PredictConfig, optional
-        The paper's where omitted.
+        From `normnet.model.load_model`.
+    config : PredictConfig
+        Threshold, slabs and post-processing.
+    device : str
+        Where the networks run; "auto" takes CUDA where there is some.
 
     Returns
     -------
@@ -88,235 +70,171 @@ def predict_volume(
     Raises
     ------
     ValueError
-        Shapes differ or are not 3-D, an empty or non-bool mask, no models, an unknown or absent device.
+        Shapes differ, the mask is empty, or there is no model.
+
+    Notes
+    -----
+    Memory: besides the results, one volume of probabilities for the model at work. The network sees the lungs' bounding
+    box, zero around it as in training; a volume shorter than a slab is padded with empty slices.
     """
-    config = config or PredictConfig()
-    _check(hu, lung_mask, models)
-    device = choose_device(config.device)
-    set_up_cpu(config.threads)
-    image = ls.window_hu(hu)
-    image *= lung_mask
-    votes, total = np.zeros(hu.shape, np.uint8), np.zeros(hu.shape, np.float32)
-    box = bounding_box(lung_mask)
-    assert box is not None  # _check saw a voxel
+    volume, mask = np.asarray(hu), np.asarray(lung_mask, dtype=np.bool_)
+    if volume.ndim != 3 or volume.shape != mask.shape:
+        raise ValueError(f"hu and lung_mask must be (z, y, x) and alike, got shapes {volume.shape} and {mask.shape}")
+    if not mask.any():
+        raise ValueError("lung_mask must contain at least one voxel, got an empty mask")
+    if not models:
+        raise ValueError("models must hold at least one network, got none")
+    image = ls.window_hu(volume) * mask
+    box = _bounding_box(mask)
+    votes = np.zeros(image[box].shape, dtype=np.uint8)
+    total = np.zeros(votes.shape, dtype=np.float32)
     for model in models:
-        probability = healthy_probability(image[box], model, config, device)
-        probability *= lung_mask[box]
-        votes[box] += probability > np.float32(config.probability)
-        total[box] += probability
-    total /= len(models)
-    lesions = postprocess(image, lung_mask, majority(votes, len(models)), config.postprocess)
-    return Prediction(votes, total, lesions, len(models))
+        probability = slab_probabilities(image[box], model, config, choose_device(device))
+        votes += probability > config.probability
+        total += probability
+    healthy, mean = np.zeros(image.shape, dtype=np.bool_), np.zeros(image.shape, dtype=np.float32)
+    bright = (image >= ls.threshold(config.postprocess.threshold_hu)) & mask
+    healthy[box] = (2 * votes.astype(np.int16) > len(models)) & bright[box]
+    mean[box] = np.where(mask[box], total / len(models), 0)
+    lesions = postprocess(image, mask, healthy, config.postprocess)
+    return Prediction(lesions.final, lesions.core, healthy, mean)
 
 
-def healthy_probability(
-    image: Image, model: torch.nn.Module, config: PredictConfig, device: torch.device
-) -> Image:
-    """Probability of being healthy, by one model, in overlapping slabs that are averaged.
+@torch.inference_mode()
+def slab_probabilities(
+    image: npt.NDArray[np.float32], model: torch.nn.Module, config: PredictConfig, device: torch.device
+) -> npt.NDArray[np.float32]:
+    """Healthy probability of every voxel: overlapping slabs, weighted by their distance to the slab's ends.
 
     Parameters
     ----------
-    image : (Z, Y, X) float32 array
-        Windowed lungs, 0 outside them. Padded with zeros to what the network divides.
-    model, config, device
-        See `predict_volume`.
+    image : (z, y, x) float32 array
+        Windowed lungs.
+    model : torch.nn.Module
+        One logit a voxel.
+    config : PredictConfig
+        Slab and overlap.
+    device : torch.device
+        Where to compute.
 
     Returns
     -------
-    (Z, Y, X) float32 array
+    (z, y, x) float32 array
     """
-    multiple = int(getattr(getattr(model, "config", None), "multiple", 1))
-    depth = -(-config.slab // multiple) * multiple
-    shape = (max(image.shape[0], depth), *(-(-n // multiple) * multiple for n in image.shape[1:]))
-    padded = np.zeros(shape, np.float32)
-    inside = tuple(slice(0, n) for n in image.shape)
-    padded[inside] = image
-    bf16 = use_bf16(config.precision, device)
+    multiple = getattr(getattr(model, "config", None), "multiple", 1)
+    slab = config.slab
+    depth, height, width = image.shape
+    padded = np.pad(image, [(0, max(slab - depth, 0)), (0, -height % multiple), (0, -width % multiple)])
+    step = max(1, round(slab * (1 - config.overlap)))
+    starts = sorted({*range(0, len(padded) - slab, step), len(padded) - slab})
+    # An end slice has seen one neighbour only: it counts least where another slab knows it better.
+    ramp = np.minimum(np.arange(1, slab + 1), np.arange(slab, 0, -1)).astype(np.float32)[:, None, None]
+    total = np.zeros(padded.shape, dtype=np.float32)
+    weight = np.zeros((len(padded), 1, 1), dtype=np.float32)
     model = model.to(device).eval()
-    if bf16:
-        model = model.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
-    total, seen = np.zeros(shape, np.float32), np.zeros(shape[0], np.float32)
-    weight = slab_weight(depth)
-    for z in slab_starts(shape[0], depth, config.overlap):
-        slab = torch.from_numpy(padded[z : z + depth])[None, None].to(device)
-        with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-            logits = model(slab)
-        total[z : z + depth] += weight[:, None, None] * torch.sigmoid(logits[0, 0].float()).cpu().numpy()
-        seen[z : z + depth] += weight
-    total /= seen[:, None, None]
-    return total[inside]
-
-
-def slab_starts(length: int, depth: int, overlap: float) -> list[int]:
-    """First slices of slabs of `depth` that cover `length` slices; the last one ends with them."""
-    step = max(1, round(depth * (1.0 - overlap)))
-    return [*range(0, length - depth, step), length - depth]
-
-
-def slab_weight(depth: int) -> Image:
-    """Weight of a slab's slices in the average: least at its ends, where the network sees one side only."""
-    k = np.arange(depth, dtype=np.float32)
-    return np.minimum(k + 1, depth - k)
-
-
-def _check(hu: npt.NDArray[np.int16], lung_mask: Mask, models: Sequence[torch.nn.Module]) -> None:
-    if hu.ndim != 3:
-        raise ValueError(f"hu must be (z, y, x), got shape {hu.shape}")
-    if lung_mask.shape != hu.shape:
-        raise ValueError(f"lung_mask must have the shape of hu, {hu.shape}, got {lung_mask.shape}")
-    if lung_mask.dtype != np.bool_:
-        raise ValueError(f"lung_mask must be bool, got {lung_mask.dtype}")
-    if not lung_mask.any():
-        raise ValueError("lung_mask must not be empty")
-    if not 1 <= len(models) <= 255:
-        raise ValueError(f"models must be 1 to 255, got {len(models)}")
+    for z in starts:
+        part = torch.from_numpy(padded[z : z + slab])[None, None].to(device)
+        total[z : z + slab] += torch.sigmoid(model(part).float())[0, 0].cpu().numpy() * ramp
+        weight[z : z + slab] += ramp
+    total /= weight
+    return total[:depth, :height, :width]
 
 
 @dataclass(frozen=True, kw_only=True)
 class PredictArgs:
-    """Predict lesions of CT volumes, written as NIfTI on their own grids.
-
-    Exit status: 0 when every case is done, 1 when some failed (the others are written), 2 for a wrong call.
-    """
+    """Segment CT volumes with trained models."""
 
     inputs: Annotated[tuple[Path, ...], tyro.conf.Positional]
     """NIfTI, NRRD or MetaImage files, DICOM folders."""
-    output: Path
-    """Folder for <case>_pred.nii.gz and volumes.csv."""
     models: tuple[Path, ...]
-    """Run folders, folders of runs (an ensemble) or weights files; they vote."""
-    masks: tuple[Path, ...] = ()
-    """Lung masks, or folders of them, found by the name of the case (<case>_lung.nii.gz); segmented where omitted."""
+    """Run folders or weights files; several vote."""
+    output: Path = Path("predictions")
+    """Folder for <case>_lesions.nii.gz, <case>_lung.nii.gz and volumes.csv."""
+    masks: Path | None = None
+    """Lung mask, or folder with a <case>_lung file per case; segmented where omitted."""
     save_probability: bool = False
-    """Also write <case>_prob.nii.gz, the mean healthy probability."""
-    config: Annotated[PredictConfig, tyro.conf.arg(name="")] = field(default_factory=PredictConfig)
-    """Settings; the paper's where omitted."""
+    """Also write <case>_probability.nii.gz: the mean healthy probability, 0 outside the lung."""
+    device: str = "auto"
+    """"auto" takes CUDA where there is some, else the CPU."""
+    threads: int | None = None
+    """CPU threads; all cores where omitted."""
+    settings: PredictConfig = field(default_factory=PredictConfig)
+    """Thresholds and post-processing; the paper's."""
 
 
-@dataclass(frozen=True)
-class CaseVolumes:
-    """A row of volumes.csv."""
+def predict(args: PredictArgs, *, progress_bar: bool = False) -> list[str]:
+    """Segment files and write the results.
 
-    case: str
-    input: str
-    status: str
-    lung_ml: float | None = None
-    lesion_ml: float | None = None
-    lesion_share: float | None = None
-    seconds: float | None = None
-    message: str = ""
-
-
-def predict_files(args: PredictArgs, *, say: Callable[[CaseVolumes], None] | None = None) -> list[CaseVolumes]:
-    """Predict every input; a broken one is reported in its row and the others go on.
-
-    Parameters
-    ----------
-    args : PredictArgs
-        Inputs and settings.
-    say : callable, optional
-        Receives each row when its case is done.
+    Returns
+    -------
+    list of str
+        A line for each input that failed; the others are written.
 
     Raises
     ------
     ValueError
-        No inputs, two of one name, no readable models, a mask path that does not exist.
+        No input, no model, or a device that is not there.
     """
-    cases = _named(args.inputs)
-    masks = _masks_by_case(args.masks, cases)
-    choose_device(args.config.device)
+    if not args.inputs:
+        raise ValueError("inputs must name at least one CT")
+    choose_device(args.device)
     models = [load_model(path) for path in find_models(args.models)]
-    args.output.mkdir(parents=True, exist_ok=True)
-    rows: list[CaseVolumes] = []
-    for name, path in cases.items():
+    torch.set_num_threads(args.threads or available_cores())
+    rows, failures = [], []
+    for path in tqdm(args.inputs, disable=not progress_bar, unit="case", desc="predict"):
+        case = split_name(path)[0]
         try:
-            row = _predict_file(name, path, masks, models, args)
-        except (ValueError, OSError) as error:
-            row = CaseVolumes(name, str(path), "failed", message=str(error))
-        rows.append(row)
-        write_atomically(args.output / VOLUMES, _table(rows))
-        if say:
-            say(row)
-    return rows
+            rows.append(_predict_file(args, path, case, models))
+        except (ValueError, OSError, MemoryError) as error:
+            failures.append(f"{path}: {error}" if str(path) not in str(error) else str(error))
+    if rows:
+        _write_volumes(args.output, rows)
+    return failures
 
 
-def _predict_file(
-    name: str, path: Path, masks: dict[str, Path], models: Sequence[torch.nn.Module], args: PredictArgs
-) -> CaseVolumes:
-    start = time.perf_counter()
-    if args.masks and name not in masks:
-        raise ValueError(f"masks must hold one for every input, found none named {name} or {name}_lung")
-    case: LoadedCase = load_case(path, masks.get(name))
-    found = predict_volume(case.hu, case.mask, models, args.config)
-    lesions = case.to_native(found.lesions) & case.native_mask
-    case.volume.write_like(lesions, args.output / f"{name}_pred.nii.gz")
+def _predict_file(args: PredictArgs, path: Path, case: str, models: Sequence[torch.nn.Module]) -> dict[str, Any]:
+    mask_path = None if args.masks is None else find_mask(args.masks, case)
+    loaded = load_case(path, mask_path)
+    found = predict_volume(loaded.hu, loaded.mask, models, args.settings, device=args.device)
+    lesions = loaded.to_native(found.lesions) & loaded.native_mask
+    write = loaded.volume.write_like
+    write(lesions, args.output / f"{case}_lesions.nii.gz")
+    write(loaded.native_mask, args.output / f"{case}_lung.nii.gz")
     if args.save_probability:
-        case.volume.write_like(case.to_native(found.probability), args.output / f"{name}_prob.nii.gz")
-    ml = float(np.prod(case.volume.spacing)) / 1000.0
-    lung, ill = int(case.native_mask.sum()) * ml, int(lesions.sum()) * ml
-    return CaseVolumes(name, str(path), "done", lung, ill, ill / lung, time.perf_counter() - start)
+        probability = np.where(loaded.native_mask, loaded.to_native(found.probability), 0).astype(np.float32)
+        write(probability, args.output / f"{case}_probability.nii.gz")
+    ml = float(np.prod(loaded.volume.spacing)) / 1000.0
+    lung, lesion = float(loaded.native_mask.sum()) * ml, float(lesions.sum()) * ml
+    return {"case": case, "lung_ml": f"{lung:.1f}", "lesion_ml": f"{lesion:.2f}", "percent": f"{100 * lesion / lung:.2f}"}
 
 
-def _named(inputs: Sequence[Path]) -> dict[str, Path]:
-    cases: dict[str, Path] = {}
-    for path in inputs:
-        name = split_name(path)[0]
-        if name in cases:
-            raise ValueError(f"inputs must have different names, got {cases[name]} and {path} for {name!r}")
-        cases[name] = path
-    if not cases:
-        raise ValueError("inputs must name at least one CT, got none")
-    return cases
-
-
-def _masks_by_case(masks: Sequence[Path], cases: dict[str, Path]) -> dict[str, Path]:
-    """Mask of each case; a single mask file belongs to a single input, whatever it is called."""
-    if len(cases) == len(masks) == 1 and masks[0].is_file():
-        return {next(iter(cases)): masks[0]}
-    found: dict[str, Path] = {}
-    for path in _files(masks):
-        name, role = split_name(path)
-        if role == "lung" or (role is None and name not in found):
-            found[name] = path
-    return found
-
-
-def _files(paths: Sequence[Path]) -> Iterator[Path]:
-    for path in paths:
-        if path.is_dir():
-            yield from sorted(p for p in path.iterdir() if p.is_file() and not p.name.startswith("."))
-        elif path.exists():
-            yield path
-        else:
-            raise ValueError(f"masks must exist, got {path}")
-
-
-def _table(rows: Sequence[CaseVolumes]) -> str:
+def _write_volumes(output: Path, rows: list[dict[str, Any]]) -> None:
     text = io.StringIO()
-    writer = csv.DictWriter(text, list(CaseVolumes.__dataclass_fields__), lineterminator="\n")
+    writer = csv.DictWriter(text, list(rows[0]))
     writer.writeheader()
-    for row in rows:
-        writer.writerow({k: f"{v:.4g}" if isinstance(v, float) else v for k, v in asdict(row).items()})
-    return text.getvalue()
+    writer.writerows(rows)
+    write_atomically(output / "volumes.csv", text.getvalue())
 
 
-def _say(row: CaseVolumes) -> None:
-    if row.status == "done":
-        line = f"lesions {row.lesion_ml:.1f} ml of {row.lung_ml:.0f} ml lung ({row.lesion_share:.1%}), {row.seconds:.0f} s"
-    else:
-        line = f"{row.status}: {row.message}"
-    print(f"{row.case}: {line}", file=sys.stderr, flush=True)
+def _bounding_box(mask: Mask) -> tuple[slice, ...]:
+    """In-plane box of the lungs, all slices."""
+    rows, columns = np.flatnonzero(mask.any(axis=(0, 2))), np.flatnonzero(mask.any(axis=(0, 1)))
+    return slice(None), slice(int(rows[0]), int(rows[-1]) + 1), slice(int(columns[0]), int(columns[-1]) + 1)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; returns the exit status."""
-    args = tyro.cli(PredictArgs, args=argv, prog="python -m normnet.predict")
+    """Run the command; 0 when all went well, 1 when an input failed, 2 for a wrong call."""
+    args = tyro.cli(PredictArgs, args=argv, prog="normnet.predict", description=__doc__)
     try:
-        rows = predict_files(args, say=_say)
-    except (ValueError, OSError, ImportError) as error:
+        failures = predict(args, progress_bar=True)
+    except ValueError as error:
         print(f"normnet.predict: {error}", file=sys.stderr)
         return 2
-    return 1 if any(row.status != "done" for row in rows) else 0
+    for line in failures:
+        print(f"normnet.predict: {line}", file=sys.stderr)
+    done = len(args.inputs) - len(failures)
+    print(f"{done} of {len(args.inputs)} volumes segmented, in {args.output}")
+    return 1 if failures else 0
 
 
 if __name__ == "__main__":

@@ -175,7 +175,7 @@ def train(config: TrainConfig, *, progress_bar: bool = False) -> TrainResult:
         the data set has too few volumes; CUDA is asked for where there is none.
     """
     device = choose_device(config.device)
-    torch.set_num_threads(config.threads or ls_threads())
+    torch.set_num_threads(config.threads or available_cores())
     torch.set_flush_denormal(True)  # denormals of a converged network slow a CPU several times
     _claim(config)
     training, validation = _volumes(config)
@@ -341,7 +341,7 @@ def use_bf16(precision: str, device: torch.device) -> bool:
     return native is not None and native()
 
 
-def ls_threads() -> int:
+def available_cores() -> int:
     """Threads for torch: the cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
