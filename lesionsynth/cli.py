@@ -171,7 +171,7 @@ def _add_format(parser: argparse.ArgumentParser) -> None:
 
 
 def _preview(arguments: argparse.Namespace) -> int:
-    case, synth = _case(arguments), _synthesizer(arguments)
+    synth, case = _synthesizer(arguments), _case(arguments)
     healthy = _healthy(case, synth.config.hu_range)
     pair = _sample(synth, case, healthy, arguments.index, arguments.lung_fraction)
     title = (
@@ -197,7 +197,7 @@ def _preview(arguments: argparse.Namespace) -> int:
 def _synth(arguments: argparse.Namespace) -> int:
     if arguments.count < 1:
         raise ValueError(f"--count must be >= 1, got {arguments.count}")
-    case, synth = _case(arguments), _synthesizer(arguments)
+    synth, case = _synthesizer(arguments), _case(arguments)
     healthy = _healthy(case, synth.config.hu_range)
     settings = {
         "preset": arguments.preset,

@@ -168,7 +168,7 @@ def mediastinum(anatomy: Anatomy, x: Any, y: Any, z: Any) -> Any:
     mid_x = np.interp(t, knots, (4, 6, 4, 3, 1, 0, 0, 0)).astype(np.float32)
     out = ellipse(x, y, (mid_x, -8.0), (half_x, half_y))
     out = smooth_min(out, heart(anatomy, x, y, z), 14.0)
-    front = segment(x, y, (1.0, -b - 20), (1.0, -20.0), 2.0)
+    front = segment(x, y, (1.0, -b - 20), (1.0, -20.0), 2.9)
     widen = 12 * np.clip(0.35 - t, 0, 1) + 5 * np.clip(t - 0.74, 0, 1)
     out = smooth_min(out, front - 14 * widen, 14.0)
     out = smooth_min(out, ellipse(x, y, (0.0, 0.6 * b), (23.0, 30.0)), 12.0)

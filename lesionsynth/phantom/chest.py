@@ -26,6 +26,8 @@ MARGIN_MM = 6.0
 """Air kept around the body where the field allows no more."""
 SUBSLICE_MM = 1.6
 """Thicker slices are averages of several, as a scanner's are."""
+MOST_SUBSLICES = 8
+"""Enough for slices of 12 mm; keeps tiny volumes, whose voxels stand for centimetres, quick."""
 CHUNK_VOXELS = 1 << 21
 """Fine voxels drawn at a time, which bounds the memory."""
 EDGE_MM = 0.3
@@ -92,7 +94,8 @@ def chest_ct(
     too: sizes in voxels are then those of a scan with larger voxels, and `spacing` is returned as given.
 
     The anatomy depends on the seed alone, so slabs at several levels or resolutions are of one person. The
-    noise also depends on shape and level.
+    noise also depends on shape and level. Results repeat bit for bit with the same NumPy, SciPy and
+    processor type; elsewhere sums may round differently, to 1 HU.
 
     Examples
     --------
@@ -248,7 +251,7 @@ class _Painter:
     ) -> None:
         self.anatomy, self.trees, self.parenchyma = anatomy, trees, parenchyma
         self.size, self.step, self.base, self.rng = size, step, base, rng
-        self.fine = max(1, math.ceil(step[0] / SUBSLICE_MM))
+        self.fine = min(max(1, math.ceil(step[0] / SUBSLICE_MM)), MOST_SUBSLICES)
         """Subslices per slice."""
         in_plane = max(step[1], step[2])
         self.blur = math.hypot(0.45, 0.33 * in_plane)
