@@ -1,7 +1,12 @@
-"""The generator's building blocks as functions: SciPy's names, arguments and meaning, for NumPy and DLPack arrays."""
+"""The generator's building blocks as functions: SciPy's names, arguments and meaning, for NumPy and DLPack.
+
+Each takes a (z, y, x) volume of any strides, never writes it, and answers in its library. The number of threads
+cannot change a result.
+"""
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,12 +14,16 @@ import numpy as np
 import numpy.typing as npt
 from scipy import ndimage
 
-from lesionsynth._dlpack import Restore, accept
-from lesionsynth.config import CONNECTIVITIES
+from lesionsynth._dlpack import Restore, accept, library_of
 from lesionsynth.cpu import filters, philox
+from lesionsynth.cpu.grow import grow as _grow
+from lesionsynth.cpu.label import check_connectivity
+from lesionsynth.cpu.label import label as _label
 from lesionsynth.plan import check_word
 
 Stream = philox.Stream
+
+__all__ = ["Stream", "gaussian_filter", "grow", "label", "philox_uniform", "uniform_filter"]
 
 
 def philox_uniform(
@@ -26,41 +35,53 @@ def philox_uniform(
     component: int = 0,
     offset: Sequence[int] = (0, 0, 0),
 ) -> npt.NDArray[np.float32]:
-    """Uniform noise in [0, 1) that depends on the voxel's coordinate alone (Philox4x32-10).
+    """Draw uniform noise in [0, 1) that depends on the voxel's coordinate alone (Philox4x32-10).
 
     Parameters
     ----------
     shape : (3,) ints
-        (z, y, x); z and y end below 2**16.
+        (z, y, x).
     seed, stream : int
         Key words in [0, 2**32).
     sample, component : int
         Counter words in [0, 2**32).
     offset : (3,) ints
-        Coordinate of the first voxel: a crop of a field is the field of the crop.
+        Coordinate of the first voxel: a crop of a field is the field of the crop. ``offset + shape`` is at
+        most 2**16 along z and y, and 2**32 along x.
 
     Returns
     -------
     (z, y, x) float32 array
-        Multiples of 2**-24.
+        Multiples of 2**-24; NumPy.
 
     Raises
     ------
     TypeError, ValueError
         An argument is no integer or out of its range.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from lesionsynth import ops
+    >>> field = ops.philox_uniform((4, 5, 6), seed=1)
+    >>> crop = ops.philox_uniform((2, 2, 2), seed=1, offset=(1, 3, 2))
+    >>> bool(np.array_equal(crop, field[1:3, 3:5, 2:4]))
+    True
     """
-    for name, word in (("seed", seed), ("stream", int(stream)), ("sample", sample), ("component", component)):
-        check_word(name, word)
-    size, start = tuple(int(n) for n in shape), tuple(int(n) for n in offset)
-    if len(size) != 3 or min(size) < 1:
-        raise ValueError(f"shape must be three positive integers (z, y, x), got {tuple(shape)}")
-    if len(start) != 3 or min(start) < 0:
-        raise ValueError(f"offset must be three integers >= 0 (z, y, x), got {tuple(offset)}")
-    for axis, limit in enumerate((2**16, 2**16, 2**32)):
-        if start[axis] + size[axis] > limit:
-            raise ValueError(f"offset + shape must stay within {limit} along axis {axis}, got {start} + {size}")
+    seed, stream, sample, component = (
+        _word(name, word)
+        for name, word in (("seed", seed), ("stream", stream), ("sample", sample), ("component", component))
+    )
+    size, start = _three("shape", shape), _three("offset", offset)
+    if min(size) < 1:
+        raise ValueError(f"shape must be three integers >= 1 (z, y, x), got {size}")
+    if min(start) < 0:
+        raise ValueError(f"offset must be three integers >= 0 (z, y, x), got {start}")
+    for axis, first, n, limit in zip("zyx", start, size, (2**16, 2**16, 2**32), strict=True):
+        if first + n > limit:
+            raise ValueError(f"offset + shape must be <= {limit} along {axis}, got {first} + {n}")
     out = np.empty(size, dtype=np.float32)
-    philox.fill_uniform(out, seed, int(stream), sample, component, *start)
+    philox.fill_uniform(out, seed, stream, sample, component, *start)
     return out
 
 
@@ -68,40 +89,45 @@ def gaussian_filter(
     input: Any,  # noqa: A002  # SciPy's name
     sigma: float | Sequence[float],
     *,
-    truncate: float = 4.0,
     mode: str = "reflect",
+    truncate: float = 4.0,
 ) -> Any:
-    """Smooth a volume, as `scipy.ndimage.gaussian_filter`, in float32.
+    r"""Smooth a volume, as `scipy.ndimage.gaussian_filter`, in float32.
 
     Parameters
     ----------
     input : (z, y, x) array
-        Float; never modified.
+        Bool, integer or float, read as float32. A NaN spreads as far as the kernel reaches.
     sigma : float or (3,) floats
         Standard deviation in voxels; 0 leaves an axis alone.
-    truncate : float
-        Radius in standard deviations.
     mode : {"reflect"}
-        Edges.
+        Edges: d c b a | a b c d | d c b a, repeated where the kernel is wider than the volume.
+    truncate : float
+        Radius of the kernel in standard deviations.
 
     Returns
     -------
     (z, y, x) float32 array
-        In the library of `input`.
+        In the library of `input`; never shares its memory.
 
     Raises
     ------
     TypeError, ValueError
-        Wrong rank, dtype, sigma < 0, truncate <= 0 or another mode.
+        Wrong rank or dtype, sigma < 0, truncate <= 0 or another mode.
+
+    Notes
+    -----
+    :math:`w_k \propto e^{-k^2/2\sigma^2}`, :math:`|k| \le \lfloor t\sigma + 1/2 \rfloor`, t = `truncate`. Within
+    1e-6 of SciPy's float64 result for values in [0, 1].
     """
-    volume, restore = _volume(input)
+    volume, restore = _volume("input", input)
     _check_mode(mode)
-    sigmas = tuple(float(s) for s in np.broadcast_to(np.asarray(sigma, dtype=float), 3))
+    sigmas = _three_floats("sigma", sigma)
     if not all(np.isfinite(s) and s >= 0 for s in sigmas):
         raise ValueError(f"sigma must be finite and >= 0, got {sigma}")
-    if not truncate > 0:
-        raise ValueError(f"truncate must be > 0, got {truncate}")
-    return restore(filters.gaussian_filter(np.ascontiguousarray(volume, dtype=np.float32), sigmas, truncate))
+    if not (np.isfinite(truncate) and truncate > 0):
+        raise ValueError(f"truncate must be finite and > 0, got {truncate}")
+    return restore(filters.gaussian_filter(np.asarray(volume, dtype=np.float32), sigmas, truncate))
 
 
 def uniform_filter(
@@ -110,16 +136,16 @@ def uniform_filter(
     *,
     mode: str = "reflect",
 ) -> Any:
-    """Mean over a box, as `scipy.ndimage.uniform_filter`, computed in float64 and returned in float32.
+    """Average over a box, as `scipy.ndimage.uniform_filter`, summed in float64 and returned in float32.
 
     Parameters
     ----------
     input : (z, y, x) array
-        Float, integer or bool; never modified.
+        Bool, integer or float; finite.
     size : int or (3,) ints
-        Voxels of the box.
+        Voxels of the box; it starts at ``i - size // 2``. The cost does not depend on it.
     mode : {"reflect"}
-        Edges.
+        Edges, as for `gaussian_filter`.
 
     Returns
     -------
@@ -129,46 +155,56 @@ def uniform_filter(
     Raises
     ------
     TypeError, ValueError
-        Wrong rank, size < 1 or another mode.
+        Wrong rank or dtype, NaN or infinity, which would spread along whole rows, size < 1 or another mode.
     """
-    volume, restore = _volume(input)
+    volume, restore = _volume("input", input)
     _check_mode(mode)
-    sizes = tuple(int(n) for n in np.broadcast_to(np.asarray(size), 3))
+    sizes = _three("size", size)
     if min(sizes) < 1:
         raise ValueError(f"size must be >= 1, got {size}")
-    mean = ndimage.uniform_filter(volume, sizes, mode="reflect", output=np.float64)
-    return restore(mean.astype(np.float32))
+    low, high = volume.min(), volume.max()
+    if not (np.isfinite(low) and np.isfinite(high)):
+        raise ValueError(f"input must be finite, got values from {low} to {high}")
+    exact = np.float32 if np.can_cast(volume.dtype, np.float32) else np.float64
+    return restore(filters.uniform_filter(np.asarray(volume, dtype=exact), sizes))
 
 
 def label(
     input: Any,  # noqa: A002  # SciPy's name
+    structure: Any = None,
     *,
-    connectivity: int = 6,
+    connectivity: int | None = None,
 ) -> tuple[Any, int]:
     """Label connected components, as `scipy.ndimage.label`.
 
     Parameters
     ----------
     input : (z, y, x) array
-        Nonzero voxels are labelled.
-    connectivity : {6, 18, 26}
-        Neighbourhood; SciPy's default is 6.
+        Voxels other than 0 are labelled.
+    structure : (3, 3, 3) array, optional
+        SciPy's way to say `connectivity`: one of ``scipy.ndimage.generate_binary_structure(3, 1 | 2 | 3)``.
+    connectivity : {6, 18, 26}, optional
+        Neighbours by faces; and edges; and corners. 6 where neither is given, as in SciPy.
 
     Returns
     -------
     labels : (z, y, x) int32 array
-        0 background, 1..n in C order of first voxels; in the library of `input`.
+        0 background, 1..n in C order of the components' first voxels; in the library of `input`.
     n : int
         Number of components.
 
     Raises
     ------
     TypeError, ValueError
-        Wrong rank or connectivity.
+        Wrong rank or dtype, another structure or connectivity, or both given.
     """
-    volume, restore = _volume(input)
-    labels, count = ndimage.label(volume, _structure(connectivity), output=np.int32)
-    return restore(labels), int(count)
+    volume, restore = _volume("input", input)
+    if structure is not None:
+        if connectivity is not None:
+            raise ValueError(f"connectivity must be left out beside structure, got {connectivity}")
+        connectivity = _connectivity_of(structure)
+    labels, count = _label(_mask(volume), 6 if connectivity is None else connectivity)
+    return restore(labels), count
 
 
 def grow(
@@ -180,16 +216,19 @@ def grow(
 ) -> Any:
     """Grow a region inside a mask, step by step: `scipy.ndimage.binary_dilation` with ``mask``.
 
+    A step adds the voxels of `mask` that have a neighbour in the region. As in SciPy, voxels of `input`
+    outside `mask` are kept, and have neighbours too.
+
     Parameters
     ----------
-    input : (z, y, x) bool array
-        Region to start from. Its voxels outside `mask` are kept and grow too.
-    mask : (z, y, x) bool array
-        Where it may grow.
+    input : (z, y, x) array
+        Region to start from: its voxels other than 0.
+    mask : (z, y, x) array
+        Where it may grow: voxels other than 0. In the library of `input`.
     iterations : int
-        Steps; below 1, until nothing changes.
+        Steps; below 1, until nothing changes (`scipy.ndimage.binary_propagation`).
     connectivity : {6, 18, 26}
-        Neighbourhood of a step.
+        Neighbours by faces; and edges; and corners.
 
     Returns
     -------
@@ -199,25 +238,31 @@ def grow(
     Raises
     ------
     TypeError, ValueError
-        Wrong rank, shapes that differ, wrong connectivity.
+        Wrong rank or dtype, shapes or libraries that differ, another connectivity, `iterations` no integer.
     """
-    region, restore = _volume(input)
-    allowed, _ = accept(mask, "mask")
-    if allowed.shape != region.shape:
-        raise ValueError(f"mask must have the shape of input, got {allowed.shape} and {region.shape}")
-    grown = ndimage.binary_dilation(
-        region.astype(np.bool_), _structure(connectivity), iterations=max(iterations, 0), mask=allowed.astype(np.bool_)
-    )
-    return restore(grown)
+    region, restore = _volume("input", input)
+    room, _ = _volume("mask", mask)
+    if library_of(input) != library_of(mask):
+        raise TypeError(
+            f"input and mask must be arrays of one library, got {library_of(input)} and {library_of(mask)}"
+        )
+    if room.shape != region.shape:
+        raise ValueError(f"mask must have the shape of input, {region.shape}, got {room.shape}")
+    check_connectivity(connectivity)
+    return restore(_grow(_mask(region), _mask(room), _integer("iterations", iterations), connectivity))
 
 
-def _volume(input: Any) -> tuple[npt.NDArray[Any], Restore]:  # noqa: A002
-    volume, restore = accept(input, "input")
-    if volume.ndim != 3:
-        raise ValueError(f"input must be (z, y, x), got shape {volume.shape}")
+def _volume(name: str, value: Any) -> tuple[npt.NDArray[Any], Restore]:
+    volume, restore = accept(value, name)
+    if volume.ndim != 3 or volume.size == 0:
+        raise ValueError(f"{name} must be (z, y, x) with at least one voxel, got shape {volume.shape}")
     if volume.dtype.kind not in "biuf":
-        raise TypeError(f"input must be bool, integer or float, got {volume.dtype}")
+        raise TypeError(f"{name} must be bool, integer or float, got {volume.dtype}")
     return volume, restore
+
+
+def _mask(volume: npt.NDArray[Any]) -> npt.NDArray[np.bool_]:
+    return volume.astype(np.bool_, copy=False)
 
 
 def _check_mode(mode: str) -> None:
@@ -225,7 +270,45 @@ def _check_mode(mode: str) -> None:
         raise ValueError(f"mode must be 'reflect', got {mode!r}")
 
 
-def _structure(connectivity: int) -> npt.NDArray[np.bool_]:
-    if connectivity not in CONNECTIVITIES:
-        raise ValueError(f"connectivity must be one of {CONNECTIVITIES}, got {connectivity}")
-    return np.asarray(ndimage.generate_binary_structure(3, {6: 1, 18: 2, 26: 3}[connectivity]))
+def _connectivity_of(structure: Any) -> int:
+    for rank, connectivity in ((1, 6), (2, 18), (3, 26)):
+        if np.array_equal(np.asarray(structure) != 0, ndimage.generate_binary_structure(3, rank)):
+            return connectivity
+    raise ValueError(
+        "structure must be scipy.ndimage.generate_binary_structure(3, 1 | 2 | 3), "
+        f"got an array of shape {np.shape(structure)}"
+    )
+
+
+def _integer(name: str, value: Any) -> int:
+    try:
+        if isinstance(value, bool | np.bool_):
+            raise TypeError
+        return operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name} must be an integer, got {value!r}") from None
+
+
+def _word(name: str, value: Any) -> int:
+    word = _integer(name, value)
+    check_word(name, word)
+    return word
+
+
+def _three(name: str, value: Any) -> tuple[int, int, int]:
+    values = tuple(value) if np.ndim(value) == 1 else (value,) * 3
+    if len(values) != 3:
+        raise ValueError(f"{name} must be one integer per axis (z, y, x), got {value}")
+    z, y, x = (_integer(name, n) for n in values)
+    return z, y, x
+
+
+def _three_floats(name: str, value: Any) -> tuple[float, float, float]:
+    values = tuple(value) if np.ndim(value) == 1 else (value,) * 3
+    if len(values) != 3:
+        raise ValueError(f"{name} must be a number or one per axis (z, y, x), got {value}")
+    try:
+        z, y, x = (float(n) for n in values)
+    except (TypeError, ValueError):
+        raise TypeError(f"{name} must be a number or one per axis (z, y, x), got {value!r}") from None
+    return z, y, x
