@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import os
 import re
 
 import numpy as np
@@ -138,6 +139,13 @@ def test_report_is_one_page_that_fetches_nothing(tmp_path):
         assert base64.b64decode(data).startswith(b"\x89PNG")
     assert not re.search(r"https?://|<script|<link|@import|url\(", page)
     assert list((tmp_path / "deep").iterdir()) == [tmp_path / "deep" / "report.html"]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="permissions of POSIX systems")
+def test_report_is_as_readable_as_any_new_file(tmp_path):
+    (tmp_path / "plain").touch()
+    written = Report("t").write(tmp_path / "report.html")
+    assert written.stat().st_mode == (tmp_path / "plain").stat().st_mode
 
 
 def test_percent_as_the_paper_prints_it():
