@@ -1,7 +1,7 @@
 """The generator's building blocks as functions: SciPy's names, arguments and meaning, for NumPy and DLPack.
 
-Each takes a (z, y, x) volume of any strides, never writes it, and answers in its library. The number of threads
-cannot change a result.
+Each takes a (z, y, x) volume of any strides, never writes it, and answers in its library. The number of
+threads cannot change a result.
 """
 
 from __future__ import annotations
@@ -117,8 +117,8 @@ def gaussian_filter(
 
     Notes
     -----
-    :math:`w_k \propto e^{-k^2/2\sigma^2}`, :math:`|k| \le \lfloor t\sigma + 1/2 \rfloor`, t = `truncate`. Within
-    1e-6 of SciPy's float64 result for values in [0, 1].
+    :math:`w_k \propto e^{-k^2/2\sigma^2}`, :math:`|k| \le \lfloor t\sigma + 1/2 \rfloor`, t = `truncate`.
+    Within 1e-6 of SciPy's float64 result for values in [0, 1].
     """
     volume, restore = _volume("input", input)
     _check_mode(mode)
@@ -166,7 +166,7 @@ def uniform_filter(
     if not (np.isfinite(low) and np.isfinite(high)):
         raise ValueError(f"input must be finite, got values from {low} to {high}")
     exact = np.float32 if np.can_cast(volume.dtype, np.float32) else np.float64
-    return restore(filters.uniform_filter(np.asarray(volume, dtype=exact), sizes))
+    return restore(filters.uniform_filter(np.ascontiguousarray(volume, dtype=exact), sizes))
 
 
 def label(
@@ -262,7 +262,8 @@ def _volume(name: str, value: Any) -> tuple[npt.NDArray[Any], Restore]:
 
 
 def _mask(volume: npt.NDArray[Any]) -> npt.NDArray[np.bool_]:
-    return volume.astype(np.bool_, copy=False)
+    # One memory layout, or Numba would compile each kernel again for every other.
+    return np.ascontiguousarray(volume, dtype=np.bool_)
 
 
 def _check_mode(mode: str) -> None:

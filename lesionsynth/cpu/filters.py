@@ -1,8 +1,8 @@
 """Separable filters on the CPU, SciPy's definitions with reflecting edges.
 
 Gaussian: acc = w_0 x_0, then acc = fma(w_k, x_{-k} + x_{+k}, acc) for k = 1, 2, ..., in float32. The order is
-fixed so that another device can repeat the bits. Box mean: running sums in float64. Oracle: `scipy.ndimage` in
-float64.
+fixed so that another device can repeat the bits. Box mean: running sums in float64, divided once. Oracle of
+both: `scipy.ndimage` in float64.
 """
 
 from __future__ import annotations
