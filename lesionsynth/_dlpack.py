@@ -47,7 +47,11 @@ def accept(x: Any, name: str) -> tuple[Array, Restore]:
         return x, _identity
     if not hasattr(x, "__dlpack__"):
         raise TypeError(f"{name} must be a NumPy array or a DLPack array such as a torch tensor, got {type(x).__name__}")
-    kind = int(x.__dlpack_device__()[0])
+    try:
+        kind = int(x.__dlpack_device__()[0])
+    except (BufferError, TypeError, ValueError) as error:  # torch's meta tensors have no memory to speak of
+        device = getattr(x, "device", "unknown")
+        raise ValueError(f"{name} must be in CPU memory, got device {device}: {error}") from error
     if kind == _DLPACK_CUDA:
         raise ValueError(f"{name} is on a CUDA device, and this version computes on the CPU: pass {name}.cpu()")
     if kind != _DLPACK_CPU:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 Range = tuple[float, float]
 """Bounds of a uniform distribution."""
@@ -140,6 +140,12 @@ class LesionConfig:
 
     def __post_init__(self) -> None:
         """Check what the parts cannot."""
+        for name in ("small", "medium", "large"):
+            if not isinstance(getattr(self, name), BlobClass | None):
+                raise TypeError(f"{name} must be a BlobClass or None, got {getattr(self, name)!r}")
+        for name, kind in (("warp", Warp), ("texture", Texture)):
+            if not isinstance(getattr(self, name), kind):
+                raise TypeError(f"{name} must be a {kind.__name__}, got {getattr(self, name)!r}")
         if self.connectivity not in CONNECTIVITIES:
             raise ValueError(f"connectivity must be one of {CONNECTIVITIES}, got {self.connectivity}")
         _check_range("hu_range", self.hu_range)
@@ -162,10 +168,14 @@ class LesionConfig:
         return tuple(c for c in (self.small, self.medium, self.large) if c is not None)
 
 
-def check_spacing(spacing: tuple[float, float, float]) -> None:
+def check_spacing(spacing: Any, name: str = "spacing") -> None:
     """Raise `ValueError` unless `spacing` is three positive, finite lengths (z, y, x) in mm."""
-    if len(spacing) != 3 or not all(math.isfinite(s) and s > 0 for s in spacing):
-        raise ValueError(f"spacing must be three positive lengths (z, y, x) in mm, got {spacing!r}")
+    try:
+        good = len(spacing) == 3 and all(math.isfinite(s) and s > 0 for s in spacing)
+    except TypeError:
+        good = False
+    if not good:
+        raise ValueError(f"{name} must be three positive lengths (z, y, x) in mm, got {spacing!r}")
 
 
 def _check_range(
@@ -174,6 +184,8 @@ def _check_range(
     if not isinstance(value, tuple) or len(value) != 2:
         raise ValueError(f"{name} must be a (low, high) pair, got {value!r}")
     low, high = value
+    if not all(isinstance(v, int | float) for v in value):
+        raise ValueError(f"{name} must be two numbers, got {value!r}")
     if not (math.isfinite(low) and math.isfinite(high)):
         raise ValueError(f"{name} must be finite, got {value}")
     if low > high:

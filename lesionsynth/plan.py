@@ -53,20 +53,23 @@ class Blob:
     def __post_init__(self) -> None:
         """Check that an edited blob can be rendered."""
         check_word("component", self.component)
+        if self.component >= WORD // 3:  # the three parts of the warp are components of their own
+            raise ValueError(f"component must be below 2**32 // 3, got {self.component}")
         _check_all("semi_axes", self.semi_axes, 3, lambda v: v > 0, "> 0")
         _check_all("rotation", self.rotation, 4, math.isfinite, "finite")
         norm = math.sqrt(sum(v * v for v in self.rotation))
         if abs(norm - 1.0) > 1e-6:  # a hand-written quaternion carries about seven digits
             raise ValueError(f"rotation must be a unit quaternion, got norm {norm:g}")
-        if not 0.0 <= self.position < 1.0:
-            raise ValueError(f"position must be in [0, 1), got {self.position}")
+        _check_number("position", self.position, lambda v: 0 <= v < 1, "in [0, 1)")
         if self.center is not None:
-            _check_all("center", self.center, 3, lambda v: v >= 0, ">= 0")
+            _check_all("center", self.center, 3, lambda v: isinstance(v, int) and v >= 0, "a whole number >= 0")
         _check_number("warp_amplitude", self.warp_amplitude, lambda v: v >= 0, ">= 0")
         _check_number("warp_correlation", self.warp_correlation, lambda v: v >= 0.1, ">= 0.1")
         for name in ("sigma_a", "sigma_b", "mu0"):
             _check_number(name, getattr(self, name), lambda v: v > 0, "> 0")
-        if not 0.0 <= self.a_low <= self.a_high <= 1.0:
+        for name in ("a_low", "a_high"):
+            _check_number(name, getattr(self, name), lambda v: 0 <= v <= 1, "in [0, 1]")
+        if self.a_low > self.a_high:
             raise ValueError(f"a_low and a_high must satisfy 0 <= a_low <= a_high <= 1, got {self.a_low}, {self.a_high}")
 
 
@@ -126,11 +129,13 @@ class LesionPlan:
         check_lung_fraction(self.lung_fraction)
         if self.shape is not None:
             _check_all("shape", self.shape, 3, lambda v: v >= 1, ">= 1")
-        check_spacing(self.scale)
+        check_spacing(self.scale, "scale")
         if self.connectivity not in CONNECTIVITIES:
             raise ValueError(f"connectivity must be one of {CONNECTIVITIES}, got {self.connectivity}")
         for name in ("tau", "mean_threshold"):
             _check_number(name, getattr(self, name), lambda v: 0 < v < 1, "in (0, 1)")
+        if not isinstance(self.blobs, tuple) or not all(isinstance(blob, Blob) for blob in self.blobs):
+            raise TypeError(f"blobs must be a tuple of Blob, got {self.blobs!r}")
 
     def to_json(self, *, indent: int | None = 2) -> str:
         """Return the plan as JSON; `from_json` gives back an equal plan."""
@@ -156,12 +161,15 @@ class LesionPlan:
         if version != VERSION:
             raise ValueError(f"plan version must be {VERSION}, got {version!r}")
         record = _fields_of(cls, record, "plan")
-        record["blobs"] = tuple(Blob(**_fields_of(Blob, b, f"blobs[{i}]")) for i, b in _items(record, "blobs"))
-        if record["components"] is not None:
-            record["components"] = tuple(
-                Component(**_fields_of(Component, c, f"components[{i}]")) for i, c in _items(record, "components")
-            )
-        return cls(**record)
+        try:
+            record["blobs"] = tuple(Blob(**_fields_of(Blob, b, f"blobs[{i}]")) for i, b in _items(record, "blobs"))
+            if record["components"] is not None:
+                record["components"] = tuple(
+                    Component(**_fields_of(Component, c, f"components[{i}]")) for i, c in _items(record, "components")
+                )
+            return cls(**record)
+        except TypeError as error:  # a field of the wrong type, which in a text is a wrong value
+            raise ValueError(f"a plan's {error}") from error
 
 
 def check_word(name: str, value: Any) -> None:

@@ -104,7 +104,10 @@ class LesionSynthesizer:
         TypeError, ValueError
             See `sample` and `render`.
         """
-        plan = self.sample(index=index, lung_fraction=lung_fraction, shape=_shape_of(image), spacing=spacing)
+        shape = _shape_of(image)
+        if shape is not None and len(shape) == 3 and not _is_scalar(index):
+            raise ValueError(f"index must be one integer for a (z, y, x) image, got {index!r}")
+        plan = self.sample(index=index, lung_fraction=lung_fraction, shape=shape, spacing=spacing)
         return self.render(plan, image, lung_mask)
 
     def sample(
@@ -177,6 +180,8 @@ class LesionSynthesizer:
             a, target, labels, rendered = self._render_one(plan, healthy, mask)
             return LesionPair(restore(a), restore(target), restore(labels), rendered)
         plans = _per_item("plan", plan, len(healthy))
+        if not all(isinstance(item, LesionPlan) for item in plans):
+            raise TypeError(f"plan must be a sequence of LesionPlan for a (b, z, y, x) image, got {plan!r}")
         a = np.empty(healthy.shape, healthy.dtype)
         target, labels = np.empty(healthy.shape, np.bool_), np.empty(healthy.shape, np.int32)
         rendered_plans = []

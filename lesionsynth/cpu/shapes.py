@@ -33,6 +33,9 @@ SURFACE = 1.0 + 1e-9
 """Level of the surface. The points of a sphere of whole radius that lie on voxels (30 for radius 12) must not hang on the
 rounding of a rotation, about 1e-15."""
 
+MOST_NODES = 2**25
+"""Largest control lattice, 1.2 GB; the paper's blobs need some thousands of nodes."""
+
 Float64 = npt.NDArray[np.float64]
 
 
@@ -104,7 +107,9 @@ def draw_shapes(
 
 
 def _boxed(blob: Blob, center: tuple[int, int, int], scale: tuple[float, ...], shape: tuple[int, ...]) -> Shape:
-    reach = np.floor(half_extents(blob) / np.array(scale)).astype(int) + 1  # + 1: rounding must not cut a voxel
+    # Grown by twice what `SURFACE` adds to the radius, and by the rounding of a whole number of voxels; not by a
+    # voxel, over which the lattice of a far smaller blob would have nodes without number.
+    reach = np.floor(half_extents(blob) * SURFACE / np.array(scale) + 1e-9).astype(int)
     start = [max(c - int(r), 0) for c, r in zip(center, reach, strict=True)]
     stop = [min(c + int(r) + 1, n) for c, r, n in zip(center, reach, shape, strict=True)]
     size = [max(b - a, 0) for a, b in zip(start, stop, strict=True)]
@@ -134,6 +139,11 @@ def _lattice(
     high = (np.array(shape.start) + np.array(shape.inside.shape) - 1 - np.array(center)) * scale / spacing
     first = np.floor(low).astype(np.int64) - 1
     count = np.floor(high).astype(np.int64) + 2 - first + 1
+    if math.prod(count.tolist()) > MOST_NODES:
+        raise ValueError(
+            f"warp_correlation {blob.warp_correlation} with warp_amplitude {blob.warp_amplitude} and semi_axes "
+            f"{blob.semi_axes} needs a lattice of {' x '.join(map(str, count))} nodes, more than {MOST_NODES}"
+        )
     uniform = np.empty((3, *count.tolist()), dtype=np.float32)
     origin = [int(f) + o for f, o in zip(first, NODE_OFFSET, strict=True)]
     for i in range(3):
