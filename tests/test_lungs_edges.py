@@ -35,7 +35,7 @@ def expected_edges(image, mask, threshold, contact_fraction, shell_width, connec
 
 
 def blobs(shape, seed, share):
-    """A lumpy mask with a margin on some sides and none on others."""
+    """A lumpy mask that reaches some faces of the volume."""
     noise = ndimage.gaussian_filter(np.random.default_rng(seed).random(shape), 1.0)
     return noise >= np.quantile(noise, 1 - share)
 
@@ -46,6 +46,14 @@ shapes = st.tuples(st.integers(1, 6), st.integers(1, 14), st.integers(1, 14))
 @given(shape=shapes, seed=st.integers(0, 2**16), share=st.floats(0.05, 1), width=st.integers(0, 9))
 def test_shell_is_what_erosion_takes_away(shape, seed, share, width):
     mask = blobs(shape, seed, share)
+    np.testing.assert_array_equal(in_shell(mask, width), shell_of(mask, width))
+
+
+@pytest.mark.parametrize("width", range(1, 7))
+def test_shell_around_a_pinhole_is_a_square(width):
+    """Every diagonal counts: a hole in the middle, one in a corner, one of them on its own slice."""
+    mask = np.ones((2, 25, 27), dtype=bool)
+    mask[0, 12, 13] = mask[1, 0, 26] = mask[1, 20, 5] = False
     np.testing.assert_array_equal(in_shell(mask, width), shell_of(mask, width))
 
 
