@@ -1,6 +1,7 @@
 """Every setting, as frozen dataclasses with the paper's value as default and its section cited.
 
-Presets are values: `paper`, `laptop` and `phantom`. A run writes its configuration as JSON beside its weights.
+Presets are values: `paper`, `laptop` and `phantom`. A run writes its configuration as JSON beside its
+weights.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ Config = TypeVar("Config")
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """MONAI's 3-D `UNet` (PAPER.md IV-B.3); the paper does not print its widths, these are MONAI's usual ones."""
+    """MONAI's 3-D `UNet` (PAPER.md IV-B.3), which prints no widths: these are MONAI's usual ones."""
 
     channels: tuple[int, ...] = (16, 32, 64, 128, 256)
     """Feature maps of each level."""
@@ -37,7 +38,8 @@ class ModelConfig:
         if len(self.channels) < 2 or min(self.channels) < 1:
             raise ValueError(f"model.channels must be at least two positive widths, got {self.channels}")
         if len(self.strides) != len(self.channels) - 1 or min(self.strides) < 1:
-            raise ValueError(f"model.strides must be {len(self.channels) - 1} positive integers, got {self.strides}")
+            count = len(self.channels) - 1
+            raise ValueError(f"model.strides must be {count} positive integers, got {self.strides}")
         if self.residual_units < 0:
             raise ValueError(f"model.residual_units must be >= 0, got {self.residual_units}")
         if self.norm not in ("batch", "instance"):
@@ -77,9 +79,9 @@ class TrainConfig:
     crop: int | None = None
     """In-plane size of a crop around a lung voxel; None takes the whole slice, the paper's 512."""
     mirror: bool = False
-    """Flip half of the slabs left to right. The paper needs no augmentation with 453 volumes; few volumes do."""
+    """Flip half of the slabs left to right. The paper, with 453 volumes, needs no augmentation; few do."""
     average: float = 0.0
-    """Decay of a running average of the weights, which is what is saved; 0 saves the last weights, as the paper."""
+    """Decay of the running average of the weights that is saved; 0 saves the last weights, as the paper."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """Arithmetic of the network; "auto" takes bf16 where the hardware has it."""
     device: str = "auto"
@@ -116,13 +118,14 @@ class TrainConfig:
         _check("average", self.average, 0 <= self.average < 1, "in [0, 1)")
         _check("seed", self.seed, 0 <= self.seed < 2**32, "in [0, 2**32)")
         _check("threads", self.threads, self.threads is None or self.threads >= 1, ">= 1")
-        _check("lesions", self.lesions, self.lesions in lesion_presets.BY_NAME, f"one of {list(lesion_presets.BY_NAME)}")
+        known = list(lesion_presets.BY_NAME)
+        _check("lesions", self.lesions, self.lesions in known, f"one of {known}")
         _check("precision", self.precision, self.precision in ("auto", "fp32", "bf16"), "auto, fp32 or bf16")
         multiple = self.model.multiple
-        _check("slab", self.slab, self.slab % multiple == 0, f"a multiple of {multiple} (product of model.strides)")
+        rule = f"a multiple of {multiple} (product of model.strides)"
+        _check("slab", self.slab, self.slab % multiple == 0, rule)
         if self.crop is not None:
-            fits = self.crop >= multiple and self.crop % multiple == 0
-            _check("crop", self.crop, fits, f"a multiple of {multiple} (product of model.strides)")
+            _check("crop", self.crop, self.crop >= multiple and self.crop % multiple == 0, rule)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,7 +143,7 @@ class PostprocessConfig:
     full_threshold: float = 0.15
     """Its threshold."""
     growth_iterations: int = 3
-    """Steps that 4e grows inside 4g; 0 for none, negative until nothing changes. The paper prints no number."""
+    """Steps that 4e grows inside 4g; 0 for none, negative until nothing changes. The paper has no number."""
     connectivity: int = 6
     """Neighbourhood of one step: 6, 18 or 26."""
 
@@ -165,10 +168,6 @@ class PredictConfig:
     """Share of a slab that the next one sees again; probabilities are averaged."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """Arithmetic of the network; "auto" takes bf16 where the hardware has it."""
-    device: str = "auto"
-    """"auto" takes CUDA where there is some, else the CPU."""
-    threads: int | None = None
-    """CPU threads; all cores where omitted."""
     postprocess: PostprocessConfig = field(default_factory=PostprocessConfig)
     """What follows the vote."""
 
@@ -177,22 +176,21 @@ class PredictConfig:
         _check("probability", self.probability, 0 < self.probability < 1, "in (0, 1)")
         _check("slab", self.slab, self.slab >= 1, ">= 1")
         _check("overlap", self.overlap, 0 <= self.overlap < 1, "in [0, 1)")
-        _check("threads", self.threads, self.threads is None or self.threads >= 1, ">= 1")
         _check("precision", self.precision, self.precision in ("auto", "fp32", "bf16"), "auto, fp32 or bf16")
 
 
 def paper() -> TrainConfig:
-    """The paper's settings: a GPU's work."""
+    """Return the paper's settings: a GPU's work."""
     return TrainConfig()
 
 
 def laptop() -> TrainConfig:
-    """A 1.2 M-parameter network on crops: 15 minutes on two CPU cores."""
+    """Return a 1.2 M-parameter network on crops: 15 minutes on two CPU cores."""
     return replace(
         paper(),
         model=ModelConfig(channels=(16, 32, 64, 128), strides=(2, 2, 2)),
         crop=144,
-        batch_size=4,
+        batch_size=2,
         iterations=100_000,
         minutes=15.0,
         learning_rate=1e-3,
@@ -202,7 +200,7 @@ def laptop() -> TrainConfig:
 
 
 def phantom() -> TrainConfig:
-    """The embedded default: `laptop` for four minutes on the built-in phantom."""
+    """Return the embedded default: `laptop` for four minutes on the built-in phantom."""
     return replace(laptop(), minutes=4.0, phantoms=4, phantom_shape=(64, 320, 400))
 
 

@@ -1,7 +1,8 @@
-"""Segment patients: ``python -m normnet.predict IN... --output OUT --models RUN...`` (PAPER.md III-A, III-D).
+"""Segment patients: ``python -m normnet.predict IN... --models RUN...`` (PAPER.md III-A, III-D).
 
-Each model calls a bright voxel healthy where its probability exceeds 0.95; the majority of the models decides; what is
-bright and not healthy becomes a lesion in post-processing. Results are written on the input's own grid.
+Each model calls a bright voxel healthy where its probability exceeds 0.95; the majority of the models
+decides. What is bright and not healthy becomes a lesion in post-processing. Results are written on the
+input's own grid.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from normnet.postprocess import Mask, postprocess
 from normnet.prepare import load_case
 from normnet.prepare.run import find_mask
 from normnet.prepare.store import write_atomically
-from normnet.train import available_cores, choose_device
+from normnet.train import available_cores, choose_device, use_bf16
 
 
 @dataclass(frozen=True)
@@ -74,12 +75,14 @@ def predict_volume(
 
     Notes
     -----
-    Memory: besides the results, one volume of probabilities for the model at work. The network sees the lungs' bounding
-    box, zero around it as in training; a volume shorter than a slab is padded with empty slices.
+    Memory: besides the results, one volume of probabilities for the model at work. The network sees the
+    lungs' bounding box, zero around it as in training; a volume shorter than a slab is padded with empty
+    slices.
     """
     volume, mask = np.asarray(hu), np.asarray(lung_mask, dtype=np.bool_)
     if volume.ndim != 3 or volume.shape != mask.shape:
-        raise ValueError(f"hu and lung_mask must be (z, y, x) and alike, got shapes {volume.shape} and {mask.shape}")
+        shapes = f"{volume.shape} and {mask.shape}"
+        raise ValueError(f"hu and lung_mask must be (z, y, x) and alike, got shapes {shapes}")
     if not mask.any():
         raise ValueError("lung_mask must contain at least one voxel, got an empty mask")
     if not models:
@@ -132,9 +135,12 @@ def slab_probabilities(
     total = np.zeros(padded.shape, dtype=np.float32)
     weight = np.zeros((len(padded), 1, 1), dtype=np.float32)
     model = model.to(device).eval()
+    bf16 = use_bf16(config.precision, device)
     for z in starts:
         part = torch.from_numpy(padded[z : z + slab])[None, None].to(device)
-        total[z : z + slab] += torch.sigmoid(model(part).float())[0, 0].cpu().numpy() * ramp
+        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+            logits = model(part)
+        total[z : z + slab] += torch.sigmoid(logits[0, 0].float()).cpu().numpy() * ramp
         weight[z : z + slab] += ramp
     total /= weight
     return total[:depth, :height, :width]
@@ -192,7 +198,9 @@ def predict(args: PredictArgs, *, progress_bar: bool = False) -> list[str]:
     return failures
 
 
-def _predict_file(args: PredictArgs, path: Path, case: str, models: Sequence[torch.nn.Module]) -> dict[str, Any]:
+def _predict_file(
+    args: PredictArgs, path: Path, case: str, models: Sequence[torch.nn.Module]
+) -> dict[str, Any]:
     mask_path = None if args.masks is None else find_mask(args.masks, case)
     loaded = load_case(path, mask_path)
     found = predict_volume(loaded.hu, loaded.mask, models, args.settings, device=args.device)
@@ -205,7 +213,12 @@ def _predict_file(args: PredictArgs, path: Path, case: str, models: Sequence[tor
         write(probability, args.output / f"{case}_probability.nii.gz")
     ml = float(np.prod(loaded.volume.spacing)) / 1000.0
     lung, lesion = float(loaded.native_mask.sum()) * ml, float(lesions.sum()) * ml
-    return {"case": case, "lung_ml": f"{lung:.1f}", "lesion_ml": f"{lesion:.2f}", "percent": f"{100 * lesion / lung:.2f}"}
+    return {
+        "case": case,
+        "lung_ml": f"{lung:.1f}",
+        "lesion_ml": f"{lesion:.2f}",
+        "percent": f"{100 * lesion / lung:.2f}",
+    }
 
 
 def _write_volumes(output: Path, rows: list[dict[str, Any]]) -> None:
