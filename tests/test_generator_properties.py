@@ -111,15 +111,16 @@ def test_invariants(shape, seed, index, share, connectivity, dtype) -> None:
     assert [c.label for c in pair.plan.components] == list(found)
 
 
-def test_tissue_on_the_threshold_is_tissue() -> None:
-    """H = τ counts, the next float below does not, in each dtype."""
+@pytest.mark.parametrize("tau", [1 / 3, 0.6, 0.7])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_tissue_on_the_threshold_is_tissue(tau, dtype) -> None:
+    """H = τ in the image's dtype counts, the next number below does not; float32(0.7) is below 0.7."""
     _, mask = draw_lungs()
-    for dtype in (np.float32, np.float64):
-        tau = dtype(1 / 3)
-        far = plan(voxel(0, (6, 20, 12)))
-        for value, tissue in ((tau, True), (np.nextafter(tau, dtype(0)), False)):
-            pair = renderer().render(far, np.full(SHAPE, value, dtype), mask)
-            assert_array_equal(pair.target, (pair.labels == 0) & tissue)
+    far = plan(voxel(0, (6, 20, 12)), tau=tau)
+    level = dtype(tau)
+    for value, tissue in ((level, True), (np.nextafter(level, dtype(0)), False)):
+        pair = renderer().render(far, np.full(SHAPE, value, dtype), mask)
+        assert_array_equal(pair.target, (pair.labels == 0) & tissue)
 
 
 def test_nothing_aliases_the_input(lungs) -> None:
