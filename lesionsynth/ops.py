@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from scipy import ndimage
 
 from lesionsynth._dlpack import Restore, accept, library_of
 from lesionsynth.cpu import filters, philox
@@ -272,8 +271,9 @@ def _check_mode(mode: str) -> None:
 
 
 def _connectivity_of(structure: Any) -> int:
+    steps = np.abs(np.indices((3, 3, 3)) - 1).sum(axis=0)
     for rank, connectivity in ((1, 6), (2, 18), (3, 26)):
-        if np.array_equal(np.asarray(structure) != 0, ndimage.generate_binary_structure(3, rank)):
+        if np.array_equal(np.asarray(structure) != 0, steps <= rank):
             return connectivity
     raise ValueError(
         "structure must be scipy.ndimage.generate_binary_structure(3, 1 | 2 | 3), "
