@@ -12,16 +12,16 @@ from scipy import ndimage
 
 pytest.importorskip("torch")
 
-import lesionsynth as ls  # noqa: E402
-from normnet.config import PostprocessConfig  # noqa: E402
-from normnet.postprocess import postprocess, raw_lesions  # noqa: E402
-from tests.conftest import draw_lungs  # noqa: E402
+import lesionsynth as ls
+from normnet.config import PostprocessConfig
+from normnet.postprocess import postprocess, raw_lesions
+from tests.conftest import draw_lungs
 
 DEFAULT = PostprocessConfig()
 
 
 def patient(seed: int = 0, shape: tuple[int, int, int] = (14, 40, 44)):
-    """Lungs with noise, two blobs of dense tissue with a faint rim, and a vote that is right nine times in ten."""
+    """Lungs with noise, two blobs of dense tissue with a faint rim, and a vote on bright voxels at random."""
     rng = np.random.default_rng(seed)
     image, mask = draw_lungs(shape, seed)
     points = np.moveaxis(np.indices(shape), 0, -1)
@@ -35,7 +35,7 @@ def patient(seed: int = 0, shape: tuple[int, int, int] = (14, 40, 44)):
 
 
 def oracle(image, mask, healthy, config):
-    """PAPER.md III-D on the whole volume, in float64; also the smallest distance of a mean from its threshold."""
+    """PAPER.md III-D in float64; also the smallest distance of a mean from its threshold."""
     tau = np.float32((config.threshold_hu + 800) / 900)
     left = mask & ~healthy
     d = (left & (image >= tau)).astype(float)
@@ -97,7 +97,9 @@ def test_empty_space_around_the_lungs_changes_nothing():
     wide = [np.pad(a, ((11, 15), (12, 13), (10, 17))) for a in (image, mask, healthy)]
     bare = [np.pad(a, 10) for a in (image, mask, healthy)]
     inner = (slice(11, -15), slice(12, -13), slice(10, -17))
-    np.testing.assert_array_equal(postprocess(*wide).final[inner], postprocess(*bare).final[10:-10, 10:-10, 10:-10])
+    np.testing.assert_array_equal(
+        postprocess(*wide).final[inner], postprocess(*bare).final[10:-10, 10:-10, 10:-10]
+    )
 
 
 def test_raw_lesions_are_what_is_left():
