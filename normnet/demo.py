@@ -131,6 +131,7 @@ def _predicted(config: DemoConfig, run: Path) -> Iterator[CaseVolumes]:
             truth=truth,
             lung_mask=chest.lung_mask,
             probability=found.probability,
+            healthy=found.healthy,
             spacing=chest.spacing,
         )
 

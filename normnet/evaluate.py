@@ -59,13 +59,13 @@ class EvaluateConfig:
     output: Path
     """Folder for cases.csv, results.json and report.html."""
     predictions: tuple[Path, ...] = ()
-    """Predicted lesion maps (and their ``_prob`` files), or folders of them."""
+    """What `normnet.predict` wrote: lesion maps with their probabilities and lungs, or folders of them."""
     truth: tuple[Path, ...] = ()
     """Annotated lesions, or folders of them."""
     ct: tuple[Path, ...] = ()
     """The CT volumes, or folders of them."""
     lungs: tuple[Path, ...] = ()
-    """Lung masks including lesions, or folders of them; segmented by thresholds where omitted."""
+    """Lung masks including lesions, or folders of them; those the prediction used where omitted."""
     cases: Path | None = None
     """CSV with columns case, ct, lesion, prediction and, if any, lung, probability; replaces the above."""
     healthy_threshold: float = HEALTHY_THRESHOLD
@@ -103,6 +103,8 @@ class CaseVolumes:
         Healthy probability.
     spacing : (3,) floats
         mm, (z, y, x).
+    healthy : bool array or None
+        Voxels that the models' vote calls healthy; where None, what exceeds the threshold.
     notes : tuple of str
         What the reader of the results should know.
     """
@@ -114,6 +116,7 @@ class CaseVolumes:
     lung_mask: Array
     probability: Array | None
     spacing: tuple[float, float, float]
+    healthy: Array | None = None
     notes: tuple[str, ...] = ()
 
 
@@ -272,6 +275,7 @@ def evaluate_volumes(
                 v.lung_mask,
                 v.hu,
                 v.probability,
+                healthy=v.healthy,
                 spacing=v.spacing,
                 healthy_threshold=healthy_threshold,
                 control_voxels=control_voxels,

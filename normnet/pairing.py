@@ -86,10 +86,11 @@ def find_cases(
     Parameters
     ----------
     predictions : sequence of Path
-        Predicted lesions and probabilities (``..._prob``): files, or folders of files. Their cases are those
-        evaluated.
+        What `normnet.predict` wrote (lesions, ``..._probability``, ``..._lung``): files, or folders of files.
+        Their cases are those evaluated.
     truth, ct, lungs : sequence of Path
-        Files, or folders, which may be one and the same: roles are told by the last word of a name.
+        Files, or folders, which may be one and the same: roles are told by the last word of a name. Without
+        `lungs`, those beside the predictions.
 
     Returns
     -------
@@ -114,7 +115,8 @@ def find_cases(
         )
     truths = _by_case("lesion", _listed(truth), {None, "lesion"})
     images = _by_case("ct", _listed(ct, folders=True), {None, "ct"})
-    lung_masks = _by_case("lung", _listed(lungs), {None, "lung"})
+    used = [f for f in files if split_name(f)[1] == "lung"]
+    lung_masks = _by_case("lung", _listed(lungs) or used, {None, "lung"})
     for role, table, given in (("truth", truths, truth), ("ct", images, ct), ("lungs", lung_masks, lungs)):
         missing = sorted(set(predicted) - set(table))
         if missing and (role != "lungs" or lungs):

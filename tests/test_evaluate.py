@@ -248,6 +248,15 @@ def test_one_folder_may_hold_every_role(tmp_path):
     assert seven.probability is None
 
 
+def test_lungs_that_the_prediction_used_stand_in_for_given_ones(tmp_path):
+    data = touch(tmp_path / "data", "a_hu.nii", "a_lesion.nii", "a_lung.nii")
+    out = touch(tmp_path / "out", "a_lesions.nii.gz", "a_lung.nii.gz", "a_probability.nii.gz")
+    (own,) = find_cases(predictions=[out], truth=[data], ct=[data])
+    (given,) = find_cases(predictions=[out], truth=[data], ct=[data], lungs=[data])
+    assert (own.lung, given.lung) == (out / "a_lung.nii.gz", data / "a_lung.nii")
+    assert (own.prediction, own.probability) == (out / "a_lesions.nii.gz", out / "a_probability.nii.gz")
+
+
 def test_pairing_errors_name_what_is_missing(tmp_path):
     data = touch(tmp_path / "data", "a_hu.nii", "a_lesion.nii", "b_hu.nii")
     out = touch(tmp_path / "out", "a.nii", "b.nii")
