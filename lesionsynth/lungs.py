@@ -66,9 +66,8 @@ def remove_erroneous_edges(
     _check_options(threshold, contact_fraction, shell_width)
     check_connectivity(connectivity)
     healthy, mask, restore = _accept_volume(image, lung_mask)
-    kept = mask.copy()
     box = _bounding_box(mask)
-    inside, values = mask[box], healthy[box]
+    inside, values = mask[box].copy(order="C"), healthy[box]
     _check_values(values, inside)
     bright = inside & (values >= values.dtype.type(threshold))
     labels, count = label(bright, connectivity)
@@ -77,9 +76,9 @@ def remove_erroneous_edges(
     size = np.bincount(numbers, minlength=count + 1)
     contact = np.bincount(numbers[near], minlength=count + 1)
     erroneous = contact > contact_fraction * size
-    kept_box = inside.flatten()  # never a view of the input
-    kept_box[at[erroneous[numbers]]] = False
-    kept[box] = kept_box.reshape(inside.shape)
+    inside.ravel()[at[erroneous[numbers]]] = False
+    kept = np.zeros(mask.shape, dtype=np.bool_)
+    kept[box] = inside
     return restore(np.where(kept, healthy, healthy.dtype.type(0))), restore(kept)
 
 

@@ -155,9 +155,25 @@ def assert_labels_are_scipys(volume):
         np.testing.assert_array_equal(labels, expected)
 
 
-@given(shape=shapes, seed=seeds, share=st.floats(0, 1))
+@given(shape=shapes, seed=seeds, share=st.sampled_from([0.03, 0.06, 0.1, 0.15, 0.2, 0.3, 0.5, 0.8]))
 def test_labels_are_scipys(shape, seed, share):
     assert_labels_are_scipys(uniform(shape, seed) < share)
+
+
+OFFSETS = [(z, y, x) for z in (-1, 0, 1) for y in (-1, 0, 1) for x in (-2, -1, 0, 1, 2)]
+
+
+@pytest.mark.parametrize("connectivity", CONNECTIVITIES)
+def test_neighbours_are_those_of_the_definition(connectivity):
+    """Two voxels are one component, and one grows onto the other, by the number of axes they differ in."""
+    for offset in OFFSETS:
+        one, other = np.zeros((3, 3, 5), dtype=bool), np.zeros((3, 3, 5), dtype=bool)
+        one[1, 1, 2] = True
+        other[tuple(np.add((1, 1, 2), offset))] = True
+        near = max(map(abs, offset)) <= 1 and sum(map(abs, offset)) <= RANK[connectivity]
+        assert ops.label(one | other, connectivity=connectivity)[1] == (1 if near else 2), offset
+        grown = ops.grow(one, other, connectivity=connectivity)
+        np.testing.assert_array_equal(grown, one | other if near else one)
 
 
 def checkerboard(shape=(6, 7, 8)):
