@@ -37,6 +37,8 @@ CLOSING_MM = 10.0
 """Ball of the closing per lung: wider than nodules, narrower than the curvature of the heart."""
 COSTAL_MM, BITE_MM, COSTAL_COSINE = 25.0, 4.0, 0.0
 """Disc, least half-thickness and direction of the dents that are filled at the chest wall."""
+DOME_MM = 18.0
+"""So far below a dent there must be lung again."""
 BONE_HU = 200
 THICK_MM = 4.0
 """From this slice distance on, neighbouring slices differ too much to close across them."""
@@ -211,20 +213,25 @@ def costal_bites(lung: Mask, other: Mask, mm: Spacing) -> Mask:
     """Find what a wide disc closes on the chest wall's side, slice by slice.
 
     The chest wall's side of a lung is convex, so a dent there is consolidation; the dents of the heart, the
-    liver and the hilum lie on the other side, towards the middle between the lungs.
+    liver and the hilum lie on the other side, towards the middle between the lungs. A dent with no lung below
+    it is the dome of the diaphragm.
     """
     bites = np.zeros(lung.shape, bool)
     if not lung.any() or not other.any():
         return bites
     dents = plane_opened(closed(lung, COSTAL_MM, (4 * COSTAL_MM, mm[1], mm[2])) & ~lung, BITE_MM, mm)
+    dents &= ~fill_slices(lung)  # holes are domes
+    below = max(1, round(DOME_MM / mm[0]))
     for z in np.flatnonzero(dents.any(axis=(1, 2)) & other.any(axis=(1, 2))):
         centre, middle = _centre(lung[z], mm), (_centre(lung[z], mm) + _centre(other[z], mm)) / 2
         outward = (centre - middle) / max(float(np.linalg.norm(centre - middle)), 1e-6)
         labels, count = ndimage.label(dents[z])
         for number in range(1, count + 1):
-            way = _centre(labels == number, mm) - centre
-            if way @ outward > COSTAL_COSINE * np.linalg.norm(way):
-                bites[z] |= labels == number
+            dent = labels == number
+            way = _centre(dent, mm) - centre
+            on_lung = (lung[z - below] | bites[z - below])[dent].mean() if z >= below else 0.0
+            if way @ outward > COSTAL_COSINE * np.linalg.norm(way) and on_lung > 0.5:
+                bites[z] |= dent
     return bites
 
 
