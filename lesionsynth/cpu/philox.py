@@ -4,8 +4,8 @@
     counter = (x >> 2, (z << 16) | y, sample index, component)
 
 One call gives the words of four voxels along x; word x & 3 belongs to voxel x. A draw depends on the voxel's
-coordinate and on nothing else, so neither launch shape, batch, worker nor crop can change it. A word becomes the
-float32 uniform (word >> 8) * 2**-24, exact on every device.
+coordinate and on nothing else, so neither launch shape, batch, worker nor crop can change it. A word becomes
+the float32 uniform (word >> 8) * 2**-24, exact on every device.
 """
 
 from __future__ import annotations
@@ -77,7 +77,14 @@ def philox_words(c0: Any, c1: Any, c2: Any, c3: Any, k0: Any, k1: Any) -> npt.ND
 
 
 def fill_uniform(
-    out: npt.NDArray[np.float32], seed: int, stream: int, sample: int, component: int, z0: int, y0: int, x0: int
+    out: npt.NDArray[np.float32],
+    seed: int,
+    stream: int,
+    sample: int,
+    component: int,
+    z0: int,
+    y0: int,
+    x0: int,
 ) -> None:
     """Fill a box with the uniforms in [0, 1) of its voxels.
 
