@@ -1,6 +1,7 @@
 """Training pairs on the fly: healthy slabs from a store or the phantom, lesions from `lesionsynth`.
 
-The batch of a step is a function of (seed, step) alone, so a resumed run sees what an uninterrupted one would have.
+The batch of a step is a function of (seed, step) alone, so a resumed run sees what an uninterrupted one would
+have.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch.utils.dlpack import from_dlpack
 
 import lesionsynth as ls
 from normnet.prepare.store import Store
@@ -66,10 +68,10 @@ class PhantomVolume:
     @property
     def mask_counts(self) -> npt.NDArray[np.int64]:
         """Lung voxels of every slice."""
-        return np.count_nonzero(self.mask, axis=(1, 2)).astype(np.int64)
+        return np.asarray(np.count_nonzero(self.mask, axis=(1, 2)), np.int64)
 
     def slab(self, z0: int, z1: int) -> tuple[HU, Mask]:
-        """Views of slices z0 <= z < z1."""
+        """Return views of slices z0 <= z < z1."""
         return self.hu[z0:z1], self.mask[z0:z1]
 
 
@@ -137,7 +139,10 @@ def slab_starts(volume: Volume, slab: int) -> list[int]:
     """First slices of all slabs that lie within a segment and hold lung."""
     total = np.concatenate([[0], np.cumsum(volume.mask_counts)])
     return [
-        z for first, stop in volume.segments for z in range(first, stop - slab + 1) if total[z + slab] > total[z]
+        z
+        for first, stop in volume.segments
+        for z in range(first, stop - slab + 1)
+        if total[z + slab] > total[z]
     ]
 
 
@@ -206,7 +211,7 @@ class PairStream:
         images, masks = np.stack([h for h, _ in slabs]), np.stack([m for _, m in slabs])
         fractions = [min(1.0, max(int(m.sum()), 1) / self.largest) for m in masks]
         pair = self._synthesizer(images, masks, index=indices, lung_fraction=fractions)
-        image, target, labels = (torch.from_dlpack(a)[:, None] for a in (pair.image, pair.target, pair.labels))
+        image, target, labels = (from_dlpack(a)[:, None] for a in (pair.image, pair.target, pair.labels))
         return Batch(image, target, labels > 0, time.perf_counter() - start)
 
     def _healthy(self, index: int) -> tuple[npt.NDArray[np.float32], Mask]:
@@ -229,7 +234,8 @@ class PairStream:
         lung = np.flatnonzero(mask.any(axis=0))
         centre = divmod(int(lung[min(int(u * len(lung)), len(lung) - 1)]), mask.shape[2])
         y, x = (
-            min(max(c - size // 2, 0), n - size) for c, size, n in zip(centre, sizes, mask.shape[1:], strict=True)
+            min(max(c - size // 2, 0), n - size)
+            for c, size, n in zip(centre, sizes, mask.shape[1:], strict=True)
         )
         return slice(None), slice(y, y + sizes[0]), slice(x, x + sizes[1])
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
+import uuid
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -21,7 +21,7 @@ WEIGHTS = "model.safetensors"
 
 def build_unet(config: ModelConfig) -> torch.nn.Module:
     """Build the network: (b, 1, z, y, x) image in, (b, 1, z, y, x) logit of "healthy bright tissue" out."""
-    return UNet(
+    network: torch.nn.Module = UNet(
         spatial_dims=3,
         in_channels=1,
         out_channels=1,
@@ -30,6 +30,7 @@ def build_unet(config: ModelConfig) -> torch.nn.Module:
         num_res_units=config.residual_units,
         norm=config.norm,
     )
+    return network
 
 
 def save_model(path: Path, model: torch.nn.Module, config: ModelConfig) -> None:
@@ -104,15 +105,16 @@ def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Map
     """Write a safetensors file beside its place and rename it: a reader sees the old file or the new one."""
     content = save({k: v.detach().contiguous().cpu() for k, v in tensors.items()}, dict(metadata))
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as temporary:
-        try:
-            temporary.write(content)
-            temporary.flush()
-            os.fsync(temporary.fileno())
-            os.replace(temporary.name, path)
-        except BaseException:
-            Path(temporary.name).unlink(missing_ok=True)
-            raise
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")  # tempfile would keep it private
+    try:
+        with temporary.open("xb") as stream:
+            stream.write(content)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:

@@ -23,13 +23,13 @@ from tqdm import tqdm
 
 import lesionsynth as ls
 from normnet.config import PredictConfig
+from normnet.device import choose_device, set_up_cpu, use_bf16
 from normnet.model import find_models, load_model
 from normnet.pairing import split_name
 from normnet.postprocess import Mask, postprocess
 from normnet.prepare import load_case
 from normnet.prepare.run import find_mask
 from normnet.prepare.store import write_atomically
-from normnet.train import available_cores, choose_device, use_bf16
 
 
 @dataclass(frozen=True)
@@ -192,7 +192,7 @@ def predict(args: PredictArgs, *, progress_bar: bool = False) -> list[str]:
             raise ValueError(f"inputs must have different names, got {other} and {path}")
     choose_device(args.device)
     models = [load_model(path) for path in find_models(args.models)]
-    torch.set_num_threads(args.threads or available_cores())
+    set_up_cpu(args.threads)
     rows, failures = [], []
     for case, path in tqdm(cases.items(), disable=not progress_bar, unit="case", desc="predict"):
         try:

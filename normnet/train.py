@@ -1,29 +1,22 @@
-"""Train NormNet: ``python -m normnet.train [--data STORE] [--output RUN] [--preset NAME]`` (PAPER.md III-A, IV-B.3).
+"""Train NormNet: ``python -m normnet.train [--data STORE] [--output RUN]`` (PAPER.md III-A, IV-B.3).
 
-Label-free: the network sees healthy CT with synthetic lesions and learns to recover the healthy bright tissue.
-A run folder holds ``config.json``, ``model.safetensors`` (what is used), ``best.safetensors`` (best on synthetic
-validation pairs), ``state.safetensors`` (to resume from), ``metrics.csv`` and TensorBoard events. Each file is replaced
-as a whole, so a killed run leaves nothing half-written.
+Label-free: the network sees healthy CT with synthetic lesions and learns to recover the healthy bright
+tissue. A run folder holds ``config.json``, ``model.safetensors`` (what is used), ``best.safetensors`` (best
+on synthetic validation pairs), ``state.safetensors`` (to resume from), ``metrics.csv`` and TensorBoard events.
+Weights are replaced as a whole, so a killed run leaves none half-written.
 """
 
 from __future__ import annotations
 
-import csv
-import io
-import json
-import os
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 import tyro
-from monai.losses import DiceCELoss
-from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 import lesionsynth as ls
@@ -38,12 +31,18 @@ from normnet.data import (
     split,
     store_volumes,
 )
+from normnet.device import choose_device, set_up_cpu
 from normnet.metrics import roc_auc
-from normnet.model import WEIGHTS, build_unet, read_tensors, save_model, write_tensors
+from normnet.model import WEIGHTS, save_model
+from normnet.prepare.store import write_atomically
+from normnet.runlog import METRICS, RunLog
+from normnet.trainer import Trainer
 
-CONFIG, STATE, BEST, METRICS = "config.json", "state.safetensors", "best.safetensors", "metrics.csv"
-WARM_UP = 20
-"""The average of the weights follows them closely at first: its decay is min(average, (1 + n) / (WARM_UP + n))."""
+__all__ = ["BEST", "CONFIG", "METRICS", "STATE", "TrainResult", "main", "parse", "train"]
+
+CONFIG, STATE, BEST = "config.json", "state.safetensors", "best.safetensors"
+FREE = ("resume", "output", "iterations", "minutes", "device", "threads", "data")
+"""Settings that a resumed run may change: they say how far and where, not what."""
 
 
 @dataclass(frozen=True)
@@ -64,96 +63,6 @@ class TrainResult:
     """Last scores on synthetic pairs of held-out volumes: loss, dice, auc."""
 
 
-@dataclass
-class Progress:
-    """Counters that a resumed run continues."""
-
-    iteration: int = 0
-    seconds: float = 0.0
-    waited: float = 0.0
-    synthesised: float = 0.0
-    best_auc: float = -1.0
-
-
-class Trainer:
-    """Network, optimiser, running average and counters; saved and restored as one file."""
-
-    def __init__(self, config: TrainConfig, device: torch.device) -> None:
-        torch.manual_seed(config.seed)
-        self.config, self.device = config, device
-        self.bf16 = use_bf16(config.precision, device)
-        self.model = build_unet(config.model).to(device)
-        if self.bf16:  # the layout bf16 convolutions are fastest in
-            self.model = self.model.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
-        self.average = build_unet(config.model).to(device).requires_grad_(False)
-        self.average.load_state_dict(self.model.state_dict())
-        self.optimizer = torch.optim.Adam(self.model.parameters(), lr=config.learning_rate)
-        # One Dice over the batch: a crop may hold next to no healthy bright tissue, where Dice is noise.
-        self.loss = DiceCELoss(sigmoid=True, batch=True)
-        self.progress = Progress()
-
-    def step(self, batch: Batch) -> float:
-        """Train on one batch; return the loss."""
-        self.model.train()
-        loss = self._loss(self.model, batch)
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
-        self.optimizer.step()
-        self._follow()
-        self.progress.iteration += 1
-        return loss.item()
-
-    @torch.inference_mode()
-    def probability(self, batch: Batch) -> tuple[torch.Tensor, float]:
-        """Healthy probability of a batch by the averaged network, and its loss."""
-        self.average.eval()
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
-            logits = self.average(batch.image.to(self.device))
-        loss = self.loss(logits.float(), batch.target.to(self.device).float())
-        return torch.sigmoid(logits.float()).cpu(), loss.item()
-
-    def save(self, path: Path) -> None:
-        """Write everything a resumed run needs."""
-        tensors = {f"model.{k}": v for k, v in self.model.state_dict().items()}
-        tensors |= {f"average.{k}": v for k, v in self.average.state_dict().items()}
-        for number, moments in self.optimizer.state_dict()["state"].items():
-            tensors |= {f"adam.{number}.{k}": v for k, v in moments.items()}
-        write_tensors(path, tensors, {"progress": json.dumps(asdict(self.progress))})
-
-    def restore(self, path: Path) -> None:
-        """Continue from `save`."""
-        tensors, metadata = read_tensors(path)
-        parts: dict[str, dict[str, torch.Tensor]] = {"model": {}, "average": {}, "adam": {}}
-        for name, tensor in tensors.items():
-            part, _, rest = name.partition(".")
-            parts[part][rest] = tensor
-        self.model.load_state_dict(parts["model"])
-        self.average.load_state_dict(parts["average"])
-        state: dict[int, dict[str, torch.Tensor]] = {}
-        for name, tensor in parts["adam"].items():
-            number, _, moment = name.partition(".")
-            state.setdefault(int(number), {})[moment] = tensor
-        self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": state})
-        self.progress = Progress(**json.loads(metadata["progress"]))
-
-    def _loss(self, model: torch.nn.Module, batch: Batch) -> torch.Tensor:
-        image = batch.image.to(self.device, non_blocking=True)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
-            logits = model(image)
-        loss: torch.Tensor = self.loss(logits.float(), batch.target.to(self.device).float())
-        return loss
-
-    @torch.no_grad()
-    def _follow(self) -> None:
-        n = self.progress.iteration
-        decay = min(self.config.average, (1 + n) / (WARM_UP + n)) if self.config.average else 0.0
-        for mean, now in zip(self.average.state_dict().values(), self.model.state_dict().values(), strict=True):
-            if mean.is_floating_point():
-                mean.lerp_(now, 1.0 - decay)
-            else:
-                mean.copy_(now)
-
-
 def train(config: TrainConfig, *, progress_bar: bool = False) -> TrainResult:
     """Train a network.
 
@@ -171,24 +80,28 @@ def train(config: TrainConfig, *, progress_bar: bool = False) -> TrainResult:
     Raises
     ------
     ValueError
-        `output` holds a run and `resume` is off, or `resume` is on and it holds none or one with other settings;
-        the data set has too few volumes; CUDA is asked for where there is none.
+        `output` holds a run and `resume` is off, or `resume` is on and it holds none or one with other
+        settings; the data set has too few volumes; CUDA is asked for where there is none.
     """
     device = choose_device(config.device)
-    torch.set_num_threads(config.threads or available_cores())
-    torch.set_flush_denormal(True)  # denormals of a converged network slow a CPU several times
+    set_up_cpu(config.threads)
     _claim(config)
     training, validation = _volumes(config)
     trainer = Trainer(config, device)
     if config.resume:
         trainer.restore(config.output / STATE)
     stream, checks = _streams(config, training, validation)
-    log = _Log(config.output, trainer.progress.iteration)
+    log = RunLog(config.output, trainer.progress.iteration)
     scores = _loop(config, trainer, stream, checks, log, progress_bar)
     done = trainer.progress
     time_spent = max(done.seconds, 1e-9)
     return TrainResult(
-        config.output, done.iteration, done.seconds, done.waited / time_spent, done.synthesised / time_spent, scores
+        config.output,
+        done.iteration,
+        done.seconds,
+        done.waited / time_spent,
+        done.synthesised / time_spent,
+        scores,
     )
 
 
@@ -197,17 +110,23 @@ def _loop(
     trainer: Trainer,
     stream: PairStream,
     checks: list[Batch],
-    log: _Log,
+    log: RunLog,
     progress_bar: bool,
 ) -> dict[str, float]:
     progress = trainer.progress
     before = replace(progress)
     limit = None if config.minutes is None else 60.0 * config.minutes
     batches = Prefetcher(stream, range(progress.iteration, config.iterations))
+    counts = (config.iterations, progress.iteration, "it")
+    total, initial, unit = counts if limit is None else (round(limit), round(progress.seconds), "s")
     bar = tqdm(
-        total=config.iterations if limit is None else round(limit), initial=progress.iteration if limit is None else round(progress.seconds),
-        unit="it" if limit is None else "s", disable=not progress_bar, desc=config.output.name, mininterval=1.0,
-    )  # fmt: skip
+        total=total,
+        initial=initial,
+        unit=unit,
+        disable=not progress_bar,
+        desc=config.output.name,
+        mininterval=1.0,
+    )
     scores: dict[str, float] = {}
     validated = -1
     try:
@@ -222,7 +141,8 @@ def _loop(
             bar.update(1 if limit is None else round(progress.seconds + now - start) - bar.n)
             progress.seconds += now - start
             log.step(progress, loss)
-            bar.set_postfix(loss=f"{loss:.3f}", it=progress.iteration, wait=f"{progress.waited / progress.seconds:.0%}", **scores)
+            wait = f"{progress.waited / progress.seconds:.0%}"
+            bar.set_postfix(refresh=False, loss=f"{loss:.3f}", it=progress.iteration, wait=wait, **scores)
             if config.validate_every and progress.iteration % config.validate_every == 0:
                 scores, validated = _validate(config, trainer, checks, log), progress.iteration
             if progress.iteration % config.checkpoint_every == 0:
@@ -238,7 +158,7 @@ def _loop(
     return scores
 
 
-def _validate(config: TrainConfig, trainer: Trainer, checks: list[Batch], log: _Log) -> dict[str, float]:
+def _validate(config: TrainConfig, trainer: Trainer, checks: list[Batch], log: RunLog) -> dict[str, float]:
     """Scores of the averaged network on synthetic pairs of held-out volumes, over bright voxels (A >= τ)."""
     tau = ls.threshold()
     losses, healthy, diseased = [], [], []
@@ -274,17 +194,16 @@ def _claim(config: TrainConfig) -> None:
         if not (config.output / STATE).exists():
             raise ValueError(f"resume: {config.output} holds no state to continue from ({STATE} is missing)")
         stored = from_json(TrainConfig, file.read_text())
-        free = {"resume": True, "output": config.output, "iterations": config.iterations, "minutes": config.minutes,
-                "device": config.device, "threads": config.threads, "data": config.data}  # fmt: skip
+        free: dict[str, Any] = {name: getattr(config, name) for name in FREE}
         if replace(stored, **free) != config:
-            raise ValueError(f"resume: the settings differ from those in {file}; give the same ones, or a new output")
+            raise ValueError(
+                f"resume: the settings differ from those in {file}; give the same ones, or a new output"
+            )
         return
     if file.exists():
         raise ValueError(f"output: {config.output} already holds a run; resume it, or name another folder")
     config.output.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_suffix(".tmp")
-    temporary.write_text(to_json(config))
-    os.replace(temporary, file)
+    write_atomically(file, to_json(config))
 
 
 def _volumes(config: TrainConfig) -> tuple[list[Volume], list[Volume]]:
@@ -299,7 +218,7 @@ def _volumes(config: TrainConfig) -> tuple[list[Volume], list[Volume]]:
 def _streams(
     config: TrainConfig, training: Sequence[Volume], validation: Sequence[Volume]
 ) -> tuple[PairStream, list[Batch]]:
-    """The training stream, and the fixed validation batches."""
+    """Return the training stream and the fixed validation batches."""
     # One thread: synthesis runs beside the network, which has the others.
     synthesizer = ls.LesionSynthesizer(ls.presets.get(config.lesions), seed=config.seed, threads=1)
     common: dict[str, Any] = {"slab": config.slab, "crop": config.crop, "multiple": config.model.multiple}
@@ -310,86 +229,6 @@ def _streams(
         validation, synthesizer, batch_size=1, largest=stream.largest, first_index=VALIDATION_INDEX, **common
     )
     return stream, [held.batch(k) for k in range(config.validation_pairs)]
-
-
-def choose_device(name: str) -> torch.device:
-    """Return the device called `name`; "auto" takes CUDA where there is some.
-
-    Raises
-    ------
-    ValueError
-        `name` is no device, or CUDA is asked for where there is none.
-    """
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise ValueError(f"device must be auto, cpu, cuda or cuda:N, got {name!r}") from error
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device must be available, got {name!r}, and torch sees no CUDA; use --device cpu")
-    return device
-
-
-def use_bf16(precision: str, device: torch.device) -> bool:
-    """Whether to compute in bf16: as told, or where the hardware multiplies it natively."""
-    if precision != "auto":
-        return precision == "bf16"
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported()
-    native: Callable[[], bool] | None = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
-    return native is not None and native()
-
-
-def available_cores() -> int:
-    """Threads for torch: the cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-class _Log:
-    """metrics.csv and TensorBoard; a resumed run drops the rows after its starting point."""
-
-    FIELDS = ("iteration", "seconds", "loss", "waiting", "synthesis", "val_loss", "val_dice", "val_auc")
-
-    def __init__(self, output: Path, iteration: int) -> None:
-        self._file = output / METRICS
-        kept = []
-        if iteration and self._file.exists():
-            with self._file.open(newline="") as old:
-                kept = [row for row in csv.DictReader(old) if int(row["iteration"]) <= iteration]
-        text = io.StringIO()
-        writer = csv.DictWriter(text, self.FIELDS)
-        writer.writeheader()
-        writer.writerows(kept)
-        temporary = self._file.with_suffix(".tmp")
-        temporary.write_text(text.getvalue())
-        os.replace(temporary, self._file)
-        self._stream = self._file.open("a", newline="")
-        self._rows = csv.DictWriter(self._stream, self.FIELDS)
-        self._board = SummaryWriter(str(output), purge_step=iteration + 1)
-
-    def step(self, progress: Progress, loss: float) -> None:
-        """One line a training step."""
-        shares = {
-            "waiting": progress.waited / progress.seconds, "synthesis": progress.synthesised / progress.seconds,
-        }  # fmt: skip
-        self._write(progress, {"loss": loss, **shares})
-
-    def scores(self, progress: Progress, scores: Mapping[str, float]) -> None:
-        """One line a validation."""
-        self._write(progress, scores)
-        self._stream.flush()
-
-    def close(self) -> None:
-        """Flush and close."""
-        self._stream.close()
-        self._board.close()
-
-    def _write(self, progress: Progress, values: Mapping[str, float]) -> None:
-        shown = {name: f"{value:.5g}" for name, value in values.items()}
-        self._rows.writerow({"iteration": progress.iteration, "seconds": f"{progress.seconds:.2f}", **shown})
-        for name, value in values.items():
-            self._board.add_scalar(name, value, progress.iteration)
 
 
 def parse(argv: Sequence[str]) -> TrainConfig:
@@ -409,7 +248,9 @@ def parse(argv: Sequence[str]) -> TrainConfig:
         f"{__doc__}\n\n--preset {{{','.join(PRESETS)}}} chooses the defaults below (here: {name}); "
         "phantom without --data, laptop with it."
     )
-    return tyro.cli(TrainConfig, args=arguments, default=PRESETS[name](), prog="normnet.train", description=description)
+    return tyro.cli(
+        TrainConfig, args=arguments, default=PRESETS[name](), prog="normnet.train", description=description
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -420,10 +261,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"normnet.train: {error}", file=sys.stderr)
         return 2
     shown = ", ".join(f"{k} {v:.4f}" for k, v in result.validation.items())
+    print(f"{result.iterations} iterations in {result.seconds:.0f} s; {shown}")
     print(
-        f"{result.iterations} iterations in {result.seconds:.0f} s, {result.waiting_share:.1%} waiting for pairs "
-        f"({result.synthesis_share:.1%} synthesising beside it); {shown}; weights in {result.output / WEIGHTS}"
+        f"{result.waiting_share:.1%} of it waiting for pairs, {result.synthesis_share:.1%} making them beside"
     )
+    print(f"weights: {result.output / WEIGHTS}")
     return 0
 
 

@@ -1,4 +1,4 @@
-"""Training: a resumed run equals an uninterrupted one, batches depend on the step alone, bad settings are refused."""
+"""Training: resumed equals uninterrupted, batches depend on the step alone, bad settings are refused."""
 
 from __future__ import annotations
 
@@ -9,12 +9,14 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-torch = pytest.importorskip("torch")
+pytest.importorskip("torch")
 pytest.importorskip("monai")
 
-import lesionsynth as ls  # noqa: E402
-from normnet import data, train  # noqa: E402
-from normnet.config import (  # noqa: E402
+import torch
+
+import lesionsynth as ls
+from normnet import data, device, train
+from normnet.config import (
     PRESETS,
     ModelConfig,
     PostprocessConfig,
@@ -23,7 +25,7 @@ from normnet.config import (  # noqa: E402
     from_json,
     to_json,
 )
-from normnet.model import build_unet, find_models, load_model, read_tensors, save_model, write_tensors  # noqa: E402
+from normnet.model import build_unet, find_models, load_model, read_tensors, save_model, write_tensors
 
 TINY = TrainConfig(
     model=ModelConfig(channels=(4, 8), strides=(2,), residual_units=1),
@@ -90,7 +92,9 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path):
 
 
 def test_training_lowers_the_loss_and_reports_its_shares(tmp_path):
-    result = train.train(replace(TINY, output=tmp_path / "run", iterations=30, learning_rate=1e-2, validate_every=0))
+    result = train.train(
+        replace(TINY, output=tmp_path / "run", iterations=30, learning_rate=1e-2, validate_every=0)
+    )
     values = [float(loss) for _, loss in losses(tmp_path / "run")]
     assert np.mean(values[-5:]) < np.mean(values[:5]) - 0.05
     assert result.iterations == 30
@@ -175,7 +179,9 @@ def test_held_out_volumes_are_the_smallest():
     training, validation = data.split([small, large], 1, 8)
     assert [v.name for v in training] == ["segments"]
     assert [v.name for v in validation] == ["small"]
-    with pytest.raises(ValueError, match=r"more than held_out=2 volumes with 8 usable slices in a row, got 2 of 2"):
+    with pytest.raises(
+        ValueError, match=r"more than held_out=2 volumes with 8 usable slices in a row, got 2 of 2"
+    ):
         data.split([small, large], 2, 8)
 
 
@@ -192,12 +198,12 @@ def test_a_run_is_not_overwritten(tmp_path):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
 def test_cuda_where_there_is_none():
     with pytest.raises(ValueError, match="device must be available, got 'cuda'"):
-        train.choose_device("cuda")
+        device.choose_device("cuda")
 
 
 def test_device_must_be_one():
     with pytest.raises(ValueError, match="device must be auto, cpu, cuda or cuda:N, got 'gpu9'"):
-        train.choose_device("gpu9")
+        device.choose_device("gpu9")
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -240,7 +246,9 @@ def test_bad_json():
 
 
 def test_command_line(tmp_path, capsys):
-    config = train.parse(["--preset", "paper", "--seed", "3", "--model.channels", "8", "16", "--model.strides", "2"])
+    config = train.parse(
+        ["--preset", "paper", "--seed", "3", "--model.channels", "8", "16", "--model.strides", "2"]
+    )
     assert config == replace(TrainConfig(), seed=3, model=ModelConfig(channels=(8, 16), strides=(2,)))
     assert train.parse([]) == PRESETS["phantom"]()
     assert train.parse(["--data", "x"]).crop == PRESETS["laptop"]().crop

@@ -1,0 +1,48 @@
+"""Where a network runs and in which arithmetic; for training and prediction alike."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+
+import torch
+
+
+def choose_device(name: str) -> torch.device:
+    """Return the device called `name`; "auto" takes CUDA where there is some.
+
+    Raises
+    ------
+    ValueError
+        `name` is no device, or CUDA is asked for where there is none.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"device must be auto, cpu, cuda or cuda:N, got {name!r}") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device must be available, got {name!r}, and torch sees no CUDA; use --device cpu")
+    return device
+
+
+def use_bf16(precision: str, device: torch.device) -> bool:
+    """Whether to compute in bf16: as told, or where the hardware multiplies it natively."""
+    if precision != "auto":
+        return precision == "bf16"
+    if device.type == "cuda":
+        return bool(torch.cuda.is_bf16_supported())
+    native: Callable[[], bool] | None = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
+    return native is not None and native()
+
+
+def available_cores() -> int:
+    """Threads for torch: the cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def set_up_cpu(threads: int | None) -> None:
+    """Give torch its threads, all cores where `threads` is None."""
+    torch.set_num_threads(threads or available_cores())
+    torch.set_flush_denormal(True)  # denormals of a converged network slow a CPU several times

@@ -1,0 +1,58 @@
+"""The metrics of a run: ``metrics.csv`` and TensorBoard events."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Mapping
+from pathlib import Path
+
+from torch.utils.tensorboard import SummaryWriter
+
+from normnet.prepare.store import write_atomically
+from normnet.trainer import Progress
+
+METRICS = "metrics.csv"
+"""Name of the table in a run folder."""
+
+
+class RunLog:
+    """metrics.csv and TensorBoard; a resumed run drops the rows after its starting point."""
+
+    FIELDS = ("iteration", "seconds", "loss", "waiting", "synthesis", "val_loss", "val_dice", "val_auc")
+
+    def __init__(self, output: Path, iteration: int) -> None:
+        self._file = output / METRICS
+        kept = []
+        if iteration and self._file.exists():
+            with self._file.open(newline="") as old:
+                kept = [row for row in csv.DictReader(old) if int(row["iteration"]) <= iteration]
+        text = io.StringIO()
+        writer = csv.DictWriter(text, self.FIELDS)
+        writer.writeheader()
+        writer.writerows(kept)
+        write_atomically(self._file, text.getvalue())
+        self._stream = self._file.open("a", newline="")
+        self._rows = csv.DictWriter(self._stream, self.FIELDS)
+        self._board = SummaryWriter(str(output), purge_step=iteration + 1)
+
+    def step(self, progress: Progress, loss: float) -> None:
+        """One line a training step."""
+        waiting, synthesis = (t / progress.seconds for t in (progress.waited, progress.synthesised))
+        self._row(progress, {"loss": loss, "waiting": waiting, "synthesis": synthesis})
+
+    def scores(self, progress: Progress, scores: Mapping[str, float]) -> None:
+        """One line a validation."""
+        self._row(progress, scores)
+        self._stream.flush()
+
+    def close(self) -> None:
+        """Flush and close."""
+        self._stream.close()
+        self._board.close()
+
+    def _row(self, progress: Progress, values: Mapping[str, float]) -> None:
+        shown = {name: f"{value:.5g}" for name, value in values.items()}
+        self._rows.writerow({"iteration": progress.iteration, "seconds": f"{progress.seconds:.2f}", **shown})
+        for name, value in values.items():
+            self._board.add_scalar(name, value, progress.iteration)

@@ -1,0 +1,110 @@
+"""What training changes: network, optimiser, average of weights, counters; stepped, saved and restored."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from monai.losses import DiceCELoss
+
+from normnet.config import TrainConfig
+from normnet.data import Batch
+from normnet.device import use_bf16
+from normnet.model import build_unet, read_tensors, write_tensors
+
+WARM_UP = 20
+"""The average follows the weights closely at first: its decay is min(average, (1 + n) / (WARM_UP + n))."""
+
+
+@dataclass
+class Progress:
+    """Counters that a resumed run continues."""
+
+    iteration: int = 0
+    seconds: float = 0.0
+    waited: float = 0.0
+    synthesised: float = 0.0
+    best_auc: float = -1.0
+
+
+class Trainer:
+    """Network, optimiser, running average and counters; saved and restored as one file."""
+
+    def __init__(self, config: TrainConfig, device: torch.device) -> None:
+        torch.manual_seed(config.seed)
+        self.config, self.device = config, device
+        self.bf16 = use_bf16(config.precision, device)
+        self.model = build_unet(config.model).to(device)
+        if self.bf16:  # the layout bf16 convolutions are fastest in
+            self.model = self.model.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
+        self.average = build_unet(config.model).to(device).requires_grad_(False)
+        self.average.load_state_dict(self.model.state_dict())
+        self.optimizer = torch.optim.Adam(self.model.parameters(), lr=config.learning_rate)
+        # One Dice over the batch: a crop may hold next to no healthy bright tissue, where Dice is noise.
+        self.loss = DiceCELoss(sigmoid=True, batch=True)
+        self.progress = Progress()
+
+    def step(self, batch: Batch) -> float:
+        """Train on one batch; return the loss."""
+        self.model.train()
+        loss = self._loss(self.model, batch)
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()  # type: ignore[no-untyped-call]
+        self.optimizer.step()
+        self._follow()
+        self.progress.iteration += 1
+        return loss.item()
+
+    @torch.inference_mode()
+    def probability(self, batch: Batch) -> tuple[torch.Tensor, float]:
+        """Healthy probability of a batch by the averaged network, and its loss."""
+        self.average.eval()
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
+            logits = self.average(batch.image.to(self.device))
+        loss = self.loss(logits.float(), batch.target.to(self.device).float())
+        return torch.sigmoid(logits.float()).cpu(), loss.item()
+
+    def save(self, path: Path) -> None:
+        """Write everything a resumed run needs."""
+        tensors = {f"model.{k}": v for k, v in self.model.state_dict().items()}
+        tensors |= {f"average.{k}": v for k, v in self.average.state_dict().items()}
+        for number, moments in self.optimizer.state_dict()["state"].items():
+            tensors |= {f"adam.{number}.{k}": v for k, v in moments.items()}
+        write_tensors(path, tensors, {"progress": json.dumps(asdict(self.progress))})
+
+    def restore(self, path: Path) -> None:
+        """Continue from `save`."""
+        tensors, metadata = read_tensors(path)
+        parts: dict[str, dict[str, torch.Tensor]] = {"model": {}, "average": {}, "adam": {}}
+        for name, tensor in tensors.items():
+            part, _, rest = name.partition(".")
+            parts[part][rest] = tensor
+        self.model.load_state_dict(parts["model"])
+        self.average.load_state_dict(parts["average"])
+        state: dict[int, dict[str, torch.Tensor]] = {}
+        for name, tensor in parts["adam"].items():
+            number, _, moment = name.partition(".")
+            state.setdefault(int(number), {})[moment] = tensor
+        self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": state})
+        self.progress = Progress(**json.loads(metadata["progress"]))
+
+    def _loss(self, model: torch.nn.Module, batch: Batch) -> torch.Tensor:
+        image = batch.image.to(self.device, non_blocking=True)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
+            logits = model(image)
+        loss: torch.Tensor = self.loss(logits.float(), batch.target.to(self.device).float())
+        return loss
+
+    @torch.no_grad()
+    def _follow(self) -> None:
+        n = self.progress.iteration
+        decay = min(self.config.average, (1 + n) / (WARM_UP + n)) if self.config.average else 0.0
+        for mean, now in zip(
+            self.average.state_dict().values(), self.model.state_dict().values(), strict=True
+        ):
+            if mean.is_floating_point():
+                mean.lerp_(now, 1.0 - decay)
+            else:
+                mean.copy_(now)
