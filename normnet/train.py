@@ -2,8 +2,8 @@
 
 Label-free: the network sees healthy CT with synthetic lesions and learns to recover the healthy bright
 tissue. A run folder holds ``config.json``, ``model.safetensors`` (what is used), ``best.safetensors`` (best
-on synthetic validation pairs), ``state.safetensors`` (to resume from), ``metrics.csv`` and TensorBoard events.
-Weights are replaced as a whole, so a killed run leaves none half-written.
+on synthetic validation pairs), ``state.safetensors`` (to resume from), ``metrics.csv`` and TensorBoard
+events. Weights are replaced as a whole, so a killed run leaves none half-written.
 """
 
 from __future__ import annotations
