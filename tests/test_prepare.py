@@ -1,0 +1,485 @@
+"""Resampling, the store, exclusions and the command, on small drawn chests written as NIfTI."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import SimpleITK as sitk
+from hypothesis import given
+from hypothesis import strategies as st
+from numpy.testing import assert_allclose, assert_array_equal
+from scipy import ndimage
+
+from lesionsynth import io
+from normnet.prepare import Store, load_case, prepare
+from normnet.prepare import store as store_module
+from normnet.prepare.__main__ import main
+from normnet.prepare.exclude import kept_slices, nodule_slices, read_annotations, read_exclusions, runs
+from normnet.prepare.read import IsoGrid
+from normnet.prepare.run import find_mask
+
+SPACING = (5.0, 3.0, 3.0)
+
+
+def chest(seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """HU int16 and lung mask, (40, 70, 100) voxels of 5 x 3 x 3 mm: two ellipsoids in a body."""
+    z, y, x = np.meshgrid(np.arange(40) - 20, np.arange(70) - 35, np.arange(100) - 50, indexing="ij")
+    hu = np.full(z.shape, -1000.0)
+    hu[(y / 32) ** 2 + (x / 46) ** 2 <= 1] = 40
+    right = (z / 17) ** 2 + (y / 22) ** 2 + ((x + 22) / 14) ** 2 <= 1
+    left = (z / 17) ** 2 + (y / 22) ** 2 + ((x - 22) / 14) ** 2 <= 1
+    hu[right | left] = -850
+    vessel = ((y / 2) ** 2 + ((np.abs(x) - 22) / 2) ** 2 <= 1) & (right | left)
+    hu[vessel] = 0
+    hu += np.random.default_rng(seed).normal(0, 15, hu.shape)
+    return np.rint(hu).clip(-1024).astype(np.int16), right | left
+
+
+def write(path: Path, array: np.ndarray, spacing: tuple[float, float, float] = SPACING) -> Path:
+    image = sitk.GetImageFromArray(array)
+    image.SetSpacing(spacing[::-1])
+    path.parent.mkdir(parents=True, exist_ok=True)
+    sitk.WriteImage(image, str(path))
+    return path
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two chests with given lung masks; a file that is no CT."""
+    base = tmp_path_factory.mktemp("ct")
+    for name, seed in (("anna", 1), ("bert", 2)):
+        hu, mask = chest(seed)
+        write(base / f"{name}.nii.gz", hu)
+        write(base / "masks" / f"{name}_lung.nii.gz", mask.astype(np.uint8))
+    (base / "broken.nii.gz").write_bytes(b"\x1f\x8b nothing")
+    return base
+
+
+@pytest.fixture(scope="module")
+def prepared(folder: Path) -> Store:
+    """Anna and bert at 2 x 2 x 2 mm, anna without the file's slices 18-20."""
+    (folder / "leave.csv").write_text("case,first_slice,last_slice\n# nodule\nanna,18,20\n")
+    summary = prepare(
+        [folder / "anna.nii.gz", folder / "bert.nii.gz"],
+        folder / "store",
+        spacing=(2.0, 2.0, 2.0),
+        size=160,
+        exclude=folder / "leave.csv",
+    )
+    assert not summary.failed
+    return summary.store
+
+
+# ---- resampling
+
+
+@given(
+    n=st.integers(2, 30),
+    source=st.floats(0.4, 6.0),
+    target=st.floats(0.4, 3.0),
+    start=st.integers(-6, 6),
+    size=st.integers(1, 40),
+)
+def test_positions_are_centres_in_mm(n: int, source: float, target: float, start: int, size: int) -> None:
+    """Both directions against millimetres from the volume's first face."""
+    grid = IsoGrid((n, 1, 1), (source, 1.0, 1.0), (target, 1.0, 1.0), (start, 0, 0), (size, 1, 1))
+    millimetres = (np.arange(start, start + size) + 0.5) * target
+    assert_allclose((grid.source_positions(0) + 0.5) * source, millimetres, rtol=1e-9, atol=1e-9)
+    assert_allclose(
+        (grid.window_positions(0) + start + 0.5) * target, (np.arange(n) + 0.5) * source, rtol=1e-9, atol=1e-9
+    )
+
+
+def test_a_ramp_stays_a_ramp() -> None:
+    """Linear interpolation is exact on a linear function of the position in mm."""
+    shape, spacing = (12, 15, 18), (3.0, 0.7, 1.1)
+    grid = IsoGrid.whole(shape, spacing, (1.0, 0.8, 0.8))
+
+    def ramp(n: tuple[int, ...], step: tuple[float, ...]) -> np.ndarray:
+        z, y, x = np.meshgrid(
+            *((np.arange(k) + 0.5) * s for k, s in zip(n, step, strict=True)), indexing="ij"
+        )
+        return (2 * z - 3 * y + x + 50).astype(np.float32)
+
+    iso = grid.to_iso(ramp(shape, spacing))
+    inner = tuple(slice(2, -2) for _ in range(3))  # at the border the last voxel is repeated
+    # float32 of values near 100
+    assert_allclose(iso[inner], ramp(grid.shape, grid.spacing)[inner], atol=2e-4)
+    assert_allclose(grid.to_native(iso)[inner], ramp(shape, spacing)[inner], atol=4e-4)
+
+
+def test_resampling_matches_scipy() -> None:
+    rng = np.random.default_rng(0)
+    hu = rng.integers(-1000, 400, (9, 14, 11)).astype(np.int16)
+    grid = IsoGrid((9, 14, 11), (2.6, 0.71, 0.93), (1.0, 0.8, 0.8), (3, -2, 1), (15, 17, 8))  # no ties
+    at = np.meshgrid(*(grid.source_positions(axis) for axis in range(3)), indexing="ij")
+    linear = ndimage.map_coordinates(hu.astype(float), at, order=1, mode="nearest")
+    beyond = np.zeros(grid.shape, bool)
+    for a, n in zip(at, hu.shape, strict=True):
+        beyond |= (a < -0.5) | (a >= n - 0.5)
+    expected = np.where(beyond, -1024, np.rint(linear))
+    iso = grid.to_iso(hu)
+    assert iso.dtype == np.int16
+    assert beyond.any()
+    # float32 weights can turn a half over to the next integer
+    assert_allclose(iso, expected, atol=1)
+    assert (iso == expected).mean() > 0.99
+    mask = hu > -300
+    nearest = ndimage.map_coordinates(mask.astype(np.uint8), at, order=0, mode="nearest") > 0
+    assert_array_equal(grid.to_iso(mask), nearest & ~beyond)
+
+
+def test_window_is_centred_padded_or_cropped() -> None:
+    mask = np.zeros((20, 50, 60), bool)
+    mask[5:15, 10:20, 30:50] = True
+    grid = IsoGrid.around(mask, (2.0, 1.0, 1.0), (1.0, 1.0, 1.0), margin=3, size=64)
+    assert grid.shape == (26, 64, 64)  # 20 mm and 3 slices on each side
+    iso = grid.to_iso(mask)
+    ys, xs = np.flatnonzero(iso.any(axis=(0, 2))), np.flatnonzero(iso.any(axis=(0, 1)))
+    assert (ys[0] + ys[-1] + 1) / 2 == 32
+    assert (xs[0] + xs[-1] + 1) / 2 == 32
+    assert iso.sum() == 2 * mask.sum()
+    assert_array_equal(grid.to_native(iso), mask)
+    small = IsoGrid.around(mask, (2.0, 1.0, 1.0), (1.0, 1.0, 1.0), size=8)
+    assert small.to_iso(mask).sum() == 20 * 8 * 8
+    with pytest.raises(ValueError, match="at least one voxel"):
+        IsoGrid.around(np.zeros((3, 3, 3), bool), SPACING, SPACING)
+
+
+def test_shapes_are_checked() -> None:
+    grid = IsoGrid.whole((4, 5, 6), SPACING, (1.0, 0.8, 0.8))
+    with pytest.raises(ValueError, match=r"volume must have shape \(4, 5, 6\), got \(4, 5, 5\)"):
+        grid.to_iso(np.zeros((4, 5, 5)))
+    with pytest.raises(ValueError, match="array must have shape"):
+        grid.to_native(np.zeros((4, 5, 6)))
+
+
+# ---- one case in memory
+
+
+def test_load_case_and_back(folder: Path) -> None:
+    hu, mask = chest(1)
+    case = load_case(folder / "anna.nii.gz", folder / "masks" / "anna_lung.nii.gz", spacing=(2.0, 1.5, 1.5))
+    assert case.spacing == (2.0, 1.5, 1.5)
+    assert case.hu.shape == case.mask.shape == case.grid.shape
+    assert_array_equal(case.native_mask, mask)
+    assert_array_equal(case.volume.hu, hu)
+    back = case.to_native(case.mask)
+    # nearest voxels there and back move a face by half a voxel of the working grid at most
+    assert 2 * (back & mask).sum() / (back.sum() + mask.sum()) > 0.97
+    # lung is about -850 on either grid; noise of 15 HU averages out
+    assert np.median(case.hu[case.mask]) == pytest.approx(np.median(hu[mask]), abs=3)
+    inner = ndimage.binary_erosion(mask)
+    smooth = case.to_native(case.hu.astype(np.float32))
+    assert np.median(smooth[inner] - hu[inner]) == pytest.approx(0, abs=3)
+
+
+def test_load_case_finds_the_lungs_itself(folder: Path) -> None:
+    _, mask = chest(1)
+    found = load_case(folder / "anna.nii.gz", spacing=(2.0, 2.0, 2.0)).native_mask
+    # 5 x 3 x 3 mm voxels: a rim of one would be 20 %
+    assert 2 * (found & mask).sum() / (found.sum() + mask.sum()) > 0.95
+    right = load_case(folder / "anna.nii.gz", spacing=(2.0, 2.0, 2.0), keep_lung="right").native_mask
+    assert not right[:, :, 50:].any()
+    given_left = load_case(folder / "anna.nii.gz", folder / "masks" / "anna_lung.nii.gz", keep_lung="left")
+    assert_array_equal(given_left.native_mask, mask & (np.arange(100) >= 50))
+
+
+def test_load_case_errors_name_the_file(folder: Path, tmp_path: Path) -> None:
+    empty = write(tmp_path / "empty.nii.gz", np.zeros((40, 70, 100), np.uint8))
+    with pytest.raises(ValueError, match=r"anna\.nii\.gz.*empty\.nii\.gz must not be empty"):
+        load_case(folder / "anna.nii.gz", empty)
+    with pytest.raises(ValueError, match="spacing must be three positive"):
+        load_case(folder / "anna.nii.gz", spacing=(0.0, 1.0, 1.0))
+    with pytest.raises(ValueError, match="keep_lung must be both, right or left, got 'up'"):
+        load_case(folder / "anna.nii.gz", keep_lung="up")
+    block = np.full((20, 40, 40), -1000, np.int16)
+    block[:, 4:36, 4:36] = 40
+    write(tmp_path / "block.nii.gz", block)
+    with pytest.raises(ValueError, match=r"block\.nii\.gz: no lung found"):
+        load_case(tmp_path / "block.nii.gz")
+
+
+# ---- store
+
+
+def random_case(shape: tuple[int, int, int] = (11, 32, 30), seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    rng = np.random.default_rng(seed)
+    return rng.integers(-1024, 3000, shape).astype(np.int16), rng.random(shape) < 0.3
+
+
+def test_slabs_read_back_equal(tmp_path: Path) -> None:
+    hu, mask = random_case()
+    Store.create(tmp_path / "s", {"spacing": [1.0, 0.8, 0.8], "size": 32}).add("a", hu, mask, {"note": "x"})
+    case = Store.open(tmp_path / "s")["a"]
+    assert case.shape == hu.shape
+    assert case.spacing == (1.0, 0.8, 0.8)
+    assert case.meta["note"] == "x"
+    assert case.segments == [(0, 11)]
+    assert_array_equal(case.mask_counts, mask.sum(axis=(1, 2)))
+    for z0, z1 in ((0, 11), (0, 1), (3, 9), (10, 11)):
+        got_hu, got_mask = case.slab(z0, z1)
+        assert got_hu.dtype == np.int16
+        assert got_mask.dtype == np.bool_
+        assert_array_equal(got_hu, hu[z0:z1])
+        assert_array_equal(got_mask, mask[z0:z1])
+    for z0, z1 in ((-1, 3), (3, 3), (5, 12)):
+        with pytest.raises(ValueError, match="slab must satisfy"):
+            case.slab(z0, z1)
+
+
+def test_interrupted_add_leaves_no_case(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = Store.create(tmp_path / "s", {"spacing": [1.0, 0.8, 0.8]})
+    hu, mask = random_case()
+    store.add("a", hu, mask)
+    written = store_module._write_array
+
+    def stop_at_mask(path: Path, array: np.ndarray) -> None:
+        if path.name.startswith("mask"):
+            raise KeyboardInterrupt
+        written(path, array)
+
+    monkeypatch.setattr(store_module, "_write_array", stop_at_mask)
+    with pytest.raises(KeyboardInterrupt):
+        store.add("b", hu, mask)
+    with pytest.raises(KeyboardInterrupt):
+        store.add("a", hu[::-1], mask, overwrite=True)
+    assert store.case_ids == ["a"]
+    assert [p.name for p in (tmp_path / "s" / "cases").iterdir()] == ["a"]
+    assert_array_equal(store["a"].slab(0, 11)[0], hu)
+
+
+def test_largest_slab_respects_segments(tmp_path: Path) -> None:
+    store = Store.create(tmp_path / "s", {"spacing": [1.0, 0.8, 0.8]})
+    hu, mask = random_case()
+    store.add("a", hu, mask, {"segments": [[0, 4], [6, 11]]})
+    counts = mask.sum(axis=(1, 2))
+    assert store.max_slab_count(3) == max(counts[z : z + 3].sum() for z in (0, 1, 6, 7, 8))
+    assert store.max_slab_count(32) == max(counts[:4].sum(), counts[6:].sum())
+
+
+def test_store_refuses(tmp_path: Path) -> None:
+    store = Store.create(tmp_path / "s", {"spacing": [1.0, 0.8, 0.8]})
+    hu, mask = random_case()
+    store.add("a", hu, mask)
+    for arguments, message in (
+        (("a", hu, mask), "case 'a' exists"),
+        (("../a", hu, mask), "case_id must be letters"),
+        (("b", hu.astype(float), mask), "hu must be int16"),
+        (("b", hu, mask[:3]), "3-D of one shape"),
+        (("b", hu, mask, {"segments": [[0, 5], [4, 9]]}), "segments must be ascending"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            store.add(*arguments)
+    with pytest.raises(KeyError, match="no case 'z'; there are a"):
+        store["z"]
+    with pytest.raises(ValueError, match="other settings"):
+        Store.create(tmp_path / "s", {"spacing": [1.0, 1.0, 1.0]})
+    with pytest.raises(ValueError, match="not a store"):
+        Store.open(tmp_path)
+    with pytest.raises(ValueError, match="new or empty folder"):
+        Store.create(tmp_path, {})
+
+
+# ---- exclusions
+
+
+def test_excluded_slices_do_not_reach_the_grid() -> None:
+    """Against the definition: a kept slice's interpolation weight on every excluded slice is zero."""
+    grid = IsoGrid.whole((20, 1, 1), (2.5, 1.0, 1.0), (1.0, 1.0, 1.0))
+    keep = kept_slices(grid, [(4, 6), (12, 12)])
+    marked = np.zeros((20, 1, 1), np.float32)
+    marked[[4, 5, 6, 12]] = 1
+    assert_array_equal(keep, grid.to_iso(marked)[:, 0, 0] == 0)
+    assert runs(keep) == [(0, 9), (19, 29), (34, 50)]
+    with pytest.raises(ValueError, match="must be below 20, got 4-20"):
+        kept_slices(grid, [(4, 20)])
+
+
+def test_csv_files(tmp_path: Path) -> None:
+    path = tmp_path / "x.csv"
+    path.write_text("case,first_slice,last_slice\n# why\nanna,3,5\nanna, 9, 9\nbert,0,1\n\n")
+    assert read_exclusions(path) == {"anna": [(3, 5), (9, 9)], "bert": [(0, 1)]}
+    for bad in ("anna,5,3", "anna,x,3", "anna,3", "anna,-1,3", "anna,1,2,3"):
+        path.write_text(f"anna,1,2\n{bad}\n")
+        with pytest.raises(ValueError, match=r"x\.csv, line 2: must be case,first_slice,last_slice"):
+            read_exclusions(path)
+    path.write_text("seriesuid,coordX,coordY,coordZ,diameter_mm\nanna,1.5,-2,30,8\n")
+    assert read_annotations(path) == {"anna": [(1.5, -2.0, 30.0, 8.0)]}
+    path.write_text("anna,1,2,nan,8\n")
+    with pytest.raises(ValueError, match="line 1: must be seriesuid"):
+        read_annotations(path)
+    with pytest.raises(ValueError, match="unreadable CSV"):
+        read_annotations(tmp_path / "gone.csv")
+
+
+def test_annotations_become_slices(folder: Path) -> None:
+    ct = io.read_ct(folder / "anna.nii.gz")
+    # 8 mm around z = 100 mm, slices of 5 mm: 96-104 is 19.2-20.8, and one slice more on each side
+    assert nodule_slices(ct, [(60.0, 60.0, 100.0, 8.0)]) == [(18, 22)]
+    with pytest.raises(ValueError, match="lies outside the volume"):
+        nodule_slices(ct, [(60.0, 60.0, 900.0, 8.0)])
+
+
+# ---- prepare
+
+
+def test_prepared_store(prepared: Store, folder: Path) -> None:
+    assert prepared.case_ids == ["anna", "bert"]
+    for name, seed in (("anna", 1), ("bert", 2)):
+        case = prepared[name]
+        assert case.shape[1:] == (160, 160)
+        hu, mask = case.slab(0, case.shape[0])
+        assert np.median(hu[mask]) == pytest.approx(-850, abs=3)
+        _, truth = chest(seed)
+        ys, xs = np.flatnonzero(mask.any(axis=(0, 2))), np.flatnonzero(mask.any(axis=(0, 1)))
+        # the segmented box is good to a voxel of 3 mm on each side
+        assert (ys[0] + ys[-1]) / 2 == pytest.approx(79.5, abs=2)
+        assert (xs[0] + xs[-1]) / 2 == pytest.approx(79.5, abs=2)
+        if name == "bert":
+            assert mask.sum() * 8 == pytest.approx(truth.sum() * 45, rel=0.06)
+        assert (folder / "store" / "qc" / f"{name}.png").read_bytes()[:4] == b"\x89PNG"
+    assert prepared["bert"].segments == [(0, prepared["bert"].shape[0])]
+
+
+def test_left_out_slices_split_the_case(prepared: Store) -> None:
+    case = prepared["anna"]
+    (first, gap), (after, end) = case.segments
+    start = case.meta["start"][0]
+    at = (np.arange(start, start + case.shape[0]) + 0.5) * 2 / 5 - 0.5  # in slices of the file
+    touched = (at > 17) & (at < 21)
+    assert (first, end) == (0, case.shape[0])
+    assert_array_equal(np.flatnonzero(touched), np.arange(gap, after))
+    _, mask = case.slab(0, case.shape[0])
+    assert not mask[gap:after].any()
+    assert mask[gap - 1].any()
+    assert mask[after].any()
+
+
+def test_a_second_run_keeps_what_is_there(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder / "store", tmp_path / "store")
+    settings = {"spacing": (2.0, 2.0, 2.0), "size": 160}
+    summary = prepare([folder / "bert.nii.gz"], tmp_path / "store", **settings)
+    assert [c.status for c in summary.cases] == ["there"]
+    before = (tmp_path / "store" / "cases" / "bert" / "meta.json").stat().st_mtime_ns
+    summary = prepare(
+        [folder / "bert.nii.gz"], tmp_path / "store", overwrite=True, keep_lung={"bert": "right"}, **settings
+    )
+    assert [c.status for c in summary.cases] == ["prepared"]
+    assert (tmp_path / "store" / "cases" / "bert" / "meta.json").stat().st_mtime_ns > before
+    case = summary.store["bert"]
+    hu, mask = case.slab(0, case.shape[0])
+    assert case.meta["kept_lung"] == "right"
+    # one lung of 28 voxels of 3 mm is 42 of 2 mm; both would be 108
+    assert mask.any(axis=(0, 1)).sum() < 50
+    assert hu.shape == mask.shape
+
+
+def test_given_masks_are_used(folder: Path, tmp_path: Path) -> None:
+    summary = prepare(
+        [folder / "anna.nii.gz"], tmp_path / "s", masks=folder / "masks", spacing=(5.0, 3.0, 3.0), size=96
+    )
+    case = summary.store["anna"]
+    hu, truth = chest(1)
+    assert case.meta["lungs_from"] == "anna_lung.nii.gz"
+    z0, y0, x0 = case.meta["start"]
+    got_hu, got = case.slab(0, case.shape[0])
+    assert got.sum() <= truth.sum()  # erroneous edges can only take away
+    assert got.sum() > 0.97 * truth.sum()
+    here = got_hu[:, 20 - y0 : 50 - y0, 20 - x0 : 80 - x0]
+    assert_array_equal(here, hu[z0 : z0 + len(here), 20:50, 20:80])
+
+
+def test_mask_names(tmp_path: Path) -> None:
+    for name in ("a.nii.gz", "a_lung.nrrd", "b.nii", "c_lung.nii.gz", "d_lung.nii", "d_mask.nii"):
+        (tmp_path / name).touch()
+    assert find_mask(tmp_path, "a").name == "a_lung.nrrd"
+    assert find_mask(tmp_path, "b").name == "b.nii"
+    assert find_mask(tmp_path, "c_hu").name == "c_lung.nii.gz"
+    with pytest.raises(ValueError, match="several masks for case d"):
+        find_mask(tmp_path, "d")
+    with pytest.raises(ValueError, match="no lung mask for case e"):
+        find_mask(tmp_path, "e")
+
+
+# ---- command
+
+
+def test_command_reports_a_broken_file_and_goes_on(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code = main(
+        [
+            str(folder / "broken.nii.gz"),
+            str(folder / "anna.nii.gz"),
+            "--output",
+            str(tmp_path / "s"),
+            "--spacing",
+            "3",
+            "3",
+            "3",
+            "--size",
+            "112",
+            "--name",
+            "one",
+            "two",
+        ]
+    )
+    assert code == 1
+    out = capsys.readouterr().out
+    assert "damaged or truncated gzip" in out
+    assert "failed" in out
+    assert Store.open(tmp_path / "s").case_ids == ["two"]
+    assert Store.open(tmp_path / "s")["two"].spacing == (3.0, 3.0, 3.0)
+    assert (
+        main(
+            [
+                str(folder / "anna.nii.gz"),
+                "--output",
+                str(tmp_path / "s"),
+                "--spacing",
+                "3",
+                "3",
+                "3",
+                "--size",
+                "112",
+                "--name",
+                "two",
+            ]
+        )
+        == 0
+    )
+    assert "there" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--lung", "anna=up"], "--lung must be CASE=right or CASE=left, got anna=up"),
+        (["--lung", "zoe=left"], "keep_lung names zoe: no such case among anna"),
+        (["--name", "a", "b"], "names must be one per input"),
+        (["--exclude", "gone.csv"], "gone.csv: unreadable CSV"),
+    ],
+)
+def test_wrong_calls_exit_with_2(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    assert main([str(folder / "anna.nii.gz"), "--output", str(tmp_path / "s"), *arguments]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "s").exists()
+
+
+def test_unknown_option_exits_with_2(folder: Path) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main([str(folder / "anna.nii.gz"), "--no-such-option"])
+    assert caught.value.code == 2
+
+
+def test_two_cases_of_one_name(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="case names must differ, got anna more than once"):
+        prepare([folder / "anna.nii.gz", folder / "anna.nii.gz"], tmp_path / "s")
+    with pytest.raises(ValueError, match="inputs must name at least one CT"):
+        prepare([], tmp_path / "s")
