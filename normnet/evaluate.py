@@ -201,7 +201,7 @@ class Evaluation:
             report.paragraph(
                 "Oracle, threshold searched on this very test set, no post-processing: DSC "
                 f"{percent(self.oracle['mean_dsc'])} at a healthy probability of "
-                f"{self.oracle['threshold']:.2f}. An upper bound, not a result."
+                f"{self.oracle['threshold']:.2f}. The best the bare network could do, not a result."
             )
         for case, s in self.scores.items():
             for note in s["notes"]:
@@ -382,8 +382,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(plain_table(*evaluation.table()))
     if evaluation.oracle is not None:
         print(
-            f"oracle (threshold searched on this test set): DSC {percent(evaluation.oracle['mean_dsc'])} "
-            f"at {evaluation.oracle['threshold']:.2f}"
+            "oracle (threshold searched on this test set, bare network without post-processing): DSC "
+            f"{percent(evaluation.oracle['mean_dsc'])} at {evaluation.oracle['threshold']:.2f}"
         )
     print(f"report: {config.output / 'report.html'}")
     return 0

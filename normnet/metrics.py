@@ -234,7 +234,7 @@ def threshold_counts(lesion_truth: Array, lung_mask: Array, hu: Array, healthy_p
 
 
 def oracle_threshold(counts: Sequence[Array]) -> dict[str, float]:
-    """Find the threshold with the best mean DSC over volumes: a search on the test set, an upper bound.
+    """Find the threshold with the best mean DSC over volumes: a search on the test set.
 
     Parameters
     ----------
