@@ -77,9 +77,13 @@ def lungs() -> tuple[np.ndarray, np.ndarray]:
 
 @pytest.fixture(scope="session")
 def lung_batch() -> tuple[np.ndarray, np.ndarray]:
-    """Three different pairs of lungs, (3, 12, 40, 44), read-only."""
+    """Three pairs of lungs that differ in image and in mask, (3, 12, 40, 44), read-only."""
     pairs = [draw_lungs(seed=seed) for seed in (1, 2, 3)]
     images, masks = np.stack([p[0] for p in pairs]), np.stack([p[1] for p in pairs])
+    for item in range(3):
+        masks[item, :item] = False  # else the masks are equal, and mixing them up would go unnoticed
+        masks[item, :, :, 22 + 4 * item : 30] = False
+    images = images * masks
     images.setflags(write=False)
     masks.setflags(write=False)
     return images, masks

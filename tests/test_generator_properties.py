@@ -19,6 +19,7 @@ from scipy import ndimage
 
 import lesionsynth as ls
 from lesionsynth._dlpack import accept
+from tests import oracles
 from tests.conftest import REPOSITORY, draw_lungs
 from tests.plans import SHAPE, blob, plan, renderer, small_config, voxel
 
@@ -188,6 +189,16 @@ def test_replay_from_json(index, share, lungs) -> None:
     same(other.render(again, image, mask), pair)
 
 
+@given(seed=WORD, index=WORD, share=st.floats(0.01, 1.0), position=st.floats(0, 1, exclude_max=True))
+def test_json_keeps_every_bit(seed, index, share, position) -> None:
+    """Words of 32 bits, doubles of 17 digits, a centre or none."""
+    drawn = ls.LesionSynthesizer(small_config(), seed=seed).sample(index=index, lung_fraction=share)
+    edited = replace(drawn, blobs=(blob(1), blob(2, center=None, position=position), *drawn.blobs))
+    for p in (drawn, edited, replace(edited, shape=SHAPE)):
+        for indent in (None, 2):
+            assert ls.LesionPlan.from_json(p.to_json(indent=indent)) == p
+
+
 def test_calls_leave_no_trace(lungs) -> None:
     """Neither the calls before, nor the global generators, nor the synthesizer object matter."""
     image, mask = lungs
@@ -257,6 +268,20 @@ def test_other_process(hash_seed, threads, indices, lungs) -> None:
     assert done.returncode == 0, done.stderr
     here = {str(i): digest(synthesizer()(*lungs, index=i)) for i in indices}
     assert dict(line.split() for line in done.stdout.splitlines()) == here
+
+
+@given(seed=WORD, index=WORD)
+def test_sampled_numbers_are_fixed_words(seed, index) -> None:
+    """Number j of blob k is 53 bits of Philox words 2j, 2j + 1: counters (block, 0, index, k), stream 0.
+
+    Number 6 is the position, 0 the first semi-axis: no release can change what (seed, index) means unnoticed.
+    """
+    blobs = ls.LesionSynthesizer(ls.presets.covid_lung(), seed=seed).sample(index=index).blobs
+    for k in (0, len(blobs) - 1):
+        block = [int(w) for w in oracles.philox4x32_10((3, 0, index, k), (seed, 0))]
+        assert blobs[k].position == ((block[0] >> 5) * 2**26 + (block[1] >> 6)) / 2**53
+    block = [int(w) for w in oracles.philox4x32_10((0, 0, index, 0), (seed, 0))]
+    assert blobs[0].semi_axes[0] == 3 + 7 * (((block[0] >> 5) * 2**26 + (block[1] >> 6)) / 2**53)
 
 
 GOLDEN_VOXELS = [144, 147]
