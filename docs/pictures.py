@@ -1,4 +1,6 @@
-"""Draw predicted lesions over a CT: ``python docs/pictures.py CT LESIONS --slices 10 20 --output picture.png``.
+"""Draw predicted lesions over a CT.
+
+``python docs/pictures.py CT LESIONS --slices 10 20 --output picture.png``
 
 Made the overlays of results.md. Slices count from 0 at the feet, as in `normnet.prepare`.
 """

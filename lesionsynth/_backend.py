@@ -1,6 +1,7 @@
 """The stages of a rendering, and who provides them for an array.
 
-A backend is chosen once, at the public boundary; `lesionsynth.synthesizer` calls stages and has no device branches.
+A backend is chosen once, at the public boundary; `lesionsynth.synthesizer` calls stages and has no device
+branches.
 """
 
 from __future__ import annotations
@@ -26,12 +27,14 @@ class Backend(Protocol):
         """Centre voxel of each blob."""
 
     def draw_and_merge(self, plan: LesionPlan, centers: Centers, mask: Mask) -> tuple[Labels, list[Lesion]]:
-        """Merged lesions: labels, and what each consists of."""
+        """Return the merged lesions: labels, and what each consists of."""
 
     def base_pair(self, image: Array, labels: Labels, tau: float) -> tuple[Array, Mask]:
-        """A copy of the image, and the target."""
+        """Copy the image and compute the target."""
 
-    def fill(self, plan: LesionPlan, lesions: list[Lesion], labels: Labels, image: Array) -> tuple[Component, ...]:
+    def fill(
+        self, plan: LesionPlan, lesions: list[Lesion], labels: Labels, image: Array
+    ) -> tuple[Component, ...]:
         """Texture of every lesion, injected into `image` in place."""
 
 
@@ -62,7 +65,9 @@ class CpuBackend:
         """See `Backend`."""
         return inject.base_pair(image, labels, tau, self.threads)
 
-    def fill(self, plan: LesionPlan, lesions: list[Lesion], labels: Labels, image: Array) -> tuple[Component, ...]:
+    def fill(
+        self, plan: LesionPlan, lesions: list[Lesion], labels: Labels, image: Array
+    ) -> tuple[Component, ...]:
         """See `Backend`."""
         records = []
         for label, blobs, box in lesions:

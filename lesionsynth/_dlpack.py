@@ -46,14 +46,18 @@ def accept(x: Any, name: str) -> tuple[Array, Restore]:
     if isinstance(x, np.ndarray):
         return x, _identity
     if not hasattr(x, "__dlpack__"):
-        raise TypeError(f"{name} must be a NumPy array or a DLPack array such as a torch tensor, got {type(x).__name__}")
+        raise TypeError(
+            f"{name} must be a NumPy array or a DLPack array such as a torch tensor, got {type(x).__name__}"
+        )
     try:
         kind = int(x.__dlpack_device__()[0])
     except (BufferError, TypeError, ValueError) as error:  # torch's meta tensors have no memory to speak of
         device = getattr(x, "device", "unknown")
         raise ValueError(f"{name} must be in CPU memory, got device {device}: {error}") from error
     if kind == _DLPACK_CUDA:
-        raise ValueError(f"{name} is on a CUDA device, and this version computes on the CPU: pass {name}.cpu()")
+        raise ValueError(
+            f"{name} is on a CUDA device, and this version computes on the CPU: pass {name}.cpu()"
+        )
     if kind != _DLPACK_CPU:
         raise ValueError(f"{name} must be in CPU memory, got DLPack device type {kind}")
     if getattr(x, "requires_grad", False):
@@ -68,7 +72,7 @@ def accept(x: Any, name: str) -> tuple[Array, Restore]:
 
 
 def library_of(x: Any) -> str:
-    """Name of the library `x` belongs to: the first class of its MRO whose package can take DLPack objects."""
+    """Name the library of `x`: the first class of its MRO whose package can take DLPack objects."""
     for cls in type(x).__mro__:
         root = cls.__module__.partition(".")[0]
         if hasattr(sys.modules.get(root), "from_dlpack"):

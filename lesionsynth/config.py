@@ -1,7 +1,7 @@
 """What to synthesise: the paper's distributions (PAPER.md III-C) as frozen dataclasses.
 
-Nothing is drawn here. `lesionsynth.plan` draws from these ranges and `lesionsynth.synthesizer` renders what was drawn.
-Every ``(low, high)`` pair is the closed range of a uniform distribution.
+Nothing is drawn here. `lesionsynth.plan` draws from these ranges and `lesionsynth.synthesizer` renders what
+was drawn. Every ``(low, high)`` pair is the closed range of a uniform distribution.
 """
 
 from __future__ import annotations
@@ -53,7 +53,8 @@ class BlobClass:
 class Warp:
     """Smooth random displacement of a blob, in units of its radius (geometric mean of the semi-axes).
 
-    The paper says "elastic transformation with random parameters" and gives none: these are ours (docs/generator.md).
+    The paper says "elastic transformation with random parameters" and gives none: these are ours
+    (docs/generator.md).
     """
 
     amplitude: Range = (0.2, 1.0)
@@ -64,7 +65,8 @@ class Warp:
     def __post_init__(self) -> None:
         """Check ranges."""
         _check_range("warp.amplitude", self.amplitude, least=0.0)
-        # Below a tenth of the radius the lattice is finer than a voxel for the paper's blobs, and grows as its cube.
+        # Below a tenth of the radius the lattice is finer than a voxel for the paper's blobs, and grows as
+        # its cube.
         _check_range("warp.correlation", self.correlation, least=0.1)
 
 
@@ -119,7 +121,9 @@ class LesionConfig:
 
     small: BlobClass | None = field(default_factory=lambda: BlobClass(count=(5.0, 10.0), radius=(3.0, 10.0)))
     """Small ellipsoids, N_s ~ U[5λ, 10λ]."""
-    medium: BlobClass | None = field(default_factory=lambda: BlobClass(count=(5.0, 10.0), radius=(10.0, 32.0)))
+    medium: BlobClass | None = field(
+        default_factory=lambda: BlobClass(count=(5.0, 10.0), radius=(10.0, 32.0))
+    )
     """Medium ellipsoids, N_m ~ U[5λ, 10λ]."""
     large: BlobClass | None = field(default_factory=lambda: BlobClass(probability=0.2, radius=(32.0, 64.0)))
     """One large ellipsoid with probability 0.2λ."""
@@ -151,7 +155,9 @@ class LesionConfig:
         _check_range("hu_range", self.hu_range)
         low, high = self.hu_range
         if low == high or not low < self.hu_threshold < high:
-            raise ValueError(f"hu_threshold must lie inside hu_range {self.hu_range}, got {self.hu_threshold}")
+            raise ValueError(
+                f"hu_threshold must lie inside hu_range {self.hu_range}, got {self.hu_threshold}"
+            )
         if self.lengths not in ("voxel", "mm"):
             raise ValueError(f"lengths must be 'voxel' or 'mm', got {self.lengths!r}")
         check_spacing(self.spacing)
@@ -179,7 +185,12 @@ def check_spacing(spacing: Any, name: str = "spacing") -> None:
 
 
 def _check_range(
-    name: str, value: Range, *, least: float | None = None, above: float | None = None, most: float | None = None
+    name: str,
+    value: Range,
+    *,
+    least: float | None = None,
+    above: float | None = None,
+    most: float | None = None,
 ) -> None:
     if not isinstance(value, tuple) or len(value) != 2:
         raise ValueError(f"{name} must be a (low, high) pair, got {value!r}")

@@ -1,8 +1,9 @@
 """MONAI dictionary transform: ``lesionsynth.monai.RandLesiond``.
 
-MONAI is never imported here. Whoever composes MONAI transforms has loaded it, and the class is built on first use
-from the base classes found in ``sys.modules``: `MapTransform` and `Randomizable`. The second matters, because MONAI's
-caching datasets freeze every transform that is not randomizable, and frozen lesions ruin training (PAPER.md Table V).
+MONAI is never imported here. Whoever composes MONAI transforms has loaded it, and the class is built on
+first use from the base classes found in ``sys.modules``: `MapTransform` and `Randomizable`. The second
+matters, because MONAI's caching datasets freeze every transform that is not randomizable, and frozen lesions
+ruin training (PAPER.md Table V).
 """
 
 from __future__ import annotations
@@ -33,7 +34,9 @@ def _rand_lesiond() -> type:
     transforms: Any = sys.modules.get("monai.transforms")
     utils: Any = sys.modules.get("monai.utils")
     if transforms is None or utils is None:
-        raise ImportError("lesionsynth.monai.RandLesiond builds on MONAI: run `import monai.transforms` first")
+        raise ImportError(
+            "lesionsynth.monai.RandLesiond builds on MONAI: run `import monai.transforms` first"
+        )
 
     class RandLesiond(transforms.MapTransform, transforms.Randomizable):  # type: ignore[misc]
         r"""Inject synthetic lesions into a healthy, channel-first item; add the target and the labels.
@@ -49,16 +52,16 @@ def _rand_lesiond() -> type:
         seed : int
             Seed of the synthesizer.
         index_key : str, optional
-            Entry that holds the sample index. Where omitted, each call draws one from MONAI's random state (`R`).
+            Entry that holds the sample index. Where omitted, each call draws one from MONAI's random state
+            (`R`).
         lung_fraction_key : str, optional
             Entry that holds λ; 1 where omitted.
         spacing : (3,) floats, optional
             Voxel size in mm along the array's spatial axes, for configurations in mm.
 
-        Notes
-        -----
-        ``data["lesion_index"]`` tells the index used: `LesionSynthesizer` gives the same pair from it. MONAI loads
-        NIfTI with axes (x, y, z); lengths in voxels do not care, `spacing` must follow the array.
+        Notes ----- ``data["lesion_index"]`` tells the index used: `LesionSynthesizer` gives the same pair
+        from it. MONAI loads NIfTI with axes (x, y, z); lengths in voxels do not care, `spacing` must follow
+        the array.
         """
 
         def __init__(

@@ -1,7 +1,7 @@
 """What was drawn: every random parameter of one sample, as data that can be saved, edited and replayed.
 
-A plan is a pure function of (config, seed, index, lung fraction). With the image and the mask it determines the pair;
-the per-voxel noise it does not list is Philox of (seed, index, voxel).
+A plan is a pure function of (config, seed, index, lung fraction). With the image and the mask it determines
+the pair; the per-voxel noise it does not list is Philox of (seed, index, voxel).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ Triple = tuple[float, float, float]
 
 @dataclass(frozen=True, kw_only=True)
 class Blob:
-    """One ellipsoid with its warp, place and texture. Lengths are in the plan's unit, axis order (z, y, x)."""
+    """One ellipsoid with its warp, place and texture; lengths in the plan's unit, axis order (z, y, x)."""
 
     component: int
     """Philox component of the blob's noise, its number from 0."""
@@ -62,7 +62,9 @@ class Blob:
             raise ValueError(f"rotation must be a unit quaternion, got norm {norm:g}")
         _check_number("position", self.position, lambda v: 0 <= v < 1, "in [0, 1)")
         if self.center is not None:
-            _check_all("center", self.center, 3, lambda v: isinstance(v, int) and v >= 0, "a whole number >= 0")
+            _check_all(
+                "center", self.center, 3, lambda v: isinstance(v, int) and v >= 0, "a whole number >= 0"
+            )
         _check_number("warp_amplitude", self.warp_amplitude, lambda v: v >= 0, ">= 0")
         _check_number("warp_correlation", self.warp_correlation, lambda v: v >= 0.1, ">= 0.1")
         for name in ("sigma_a", "sigma_b", "mu0"):
@@ -70,7 +72,9 @@ class Blob:
         for name in ("a_low", "a_high"):
             _check_number(name, getattr(self, name), lambda v: 0 <= v <= 1, "in [0, 1]")
         if self.a_low > self.a_high:
-            raise ValueError(f"a_low and a_high must satisfy 0 <= a_low <= a_high <= 1, got {self.a_low}, {self.a_high}")
+            raise ValueError(
+                f"a_low and a_high must satisfy 0 <= a_low <= a_high <= 1, got {self.a_low}, {self.a_high}"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,7 +114,8 @@ class LesionPlan:
     shape: tuple[int, int, int] | None
     """Volume (z, y, x) the plan was drawn for; None fits any."""
     scale: Triple
-    """Length of one voxel step (z, y, x) in the unit of the blobs: 1 for lengths in voxels, the spacing for mm."""
+    """Length of one voxel step (z, y, x) in the unit of the blobs: 1 for lengths in voxels, the spacing for
+    mm."""
     connectivity: int
     """Neighbourhood in which blobs merge."""
     tau: float
@@ -149,7 +154,8 @@ class LesionPlan:
         Raises
         ------
         ValueError
-            `text` is not JSON, not a plan, of another version, or a field is missing, unknown or out of its domain.
+            `text` is not JSON, not a plan, of another version, or a field is missing, unknown or out of its
+            domain.
         """
         try:
             record = json.loads(text, parse_constant=_refuse_constant)
@@ -162,10 +168,13 @@ class LesionPlan:
             raise ValueError(f"plan version must be {VERSION}, got {version!r}")
         record = _fields_of(cls, record, "plan")
         try:
-            record["blobs"] = tuple(Blob(**_fields_of(Blob, b, f"blobs[{i}]")) for i, b in _items(record, "blobs"))
+            record["blobs"] = tuple(
+                Blob(**_fields_of(Blob, b, f"blobs[{i}]")) for i, b in _items(record, "blobs")
+            )
             if record["components"] is not None:
                 record["components"] = tuple(
-                    Component(**_fields_of(Component, c, f"components[{i}]")) for i, c in _items(record, "components")
+                    Component(**_fields_of(Component, c, f"components[{i}]"))
+                    for i, c in _items(record, "components")
                 )
             return cls(**record)
         except TypeError as error:  # a field of the wrong type, which in a text is a wrong value
@@ -218,7 +227,10 @@ def _fields_of(cls: type, record: Any, where: str) -> dict[str, Any]:
     if unknown := sorted(record.keys() - names):
         raise ValueError(f"{where} has an unknown field {unknown[0]!r}")
     nested = ("blobs", "components")  # lists of objects, read by the caller
-    return {name: value if name in nested and cls is LesionPlan else _tuples(value) for name, value in record.items()}
+    return {
+        name: value if name in nested and cls is LesionPlan else _tuples(value)
+        for name, value in record.items()
+    }
 
 
 def _tuples(value: Any) -> Any:

@@ -9,7 +9,7 @@ from lesionsynth.config import BlobClass, LesionConfig, Texture, Warp
 
 
 def covid_lung() -> LesionConfig:
-    """The paper's generator (PAPER.md III-C): voxels of 0.8 x 0.8 x 1 mm, HU in [-800, 100], T = -500."""
+    """Return the paper's generator (PAPER.md III-C), for voxels of 0.8 x 0.8 x 1 mm."""
     return LesionConfig()
 
 

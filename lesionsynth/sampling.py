@@ -1,7 +1,7 @@
 """Draw a plan: the paper's distributions from Philox words, the same on every machine and NumPy version.
 
-Each blob owns the counters of its component number, so the draws of one blob depend on nothing but (seed, index,
-number). NumPy's generators are not used: their streams may change between releases.
+Each blob owns the counters of its component number, so the draws of one blob depend on nothing but (seed,
+index, number). NumPy's generators are not used: their streams may change between releases.
 """
 
 from __future__ import annotations
@@ -95,7 +95,8 @@ def _within(bounds: Range, u: float) -> float:
 def _probability_bounds(texture: Texture, u: float, v: float) -> Range:
     """Draw (a_L, a_U), independent uniforms given that a_U - a_L exceeds the gap.
 
-    Redrawing until the gap is met leaves the uniform law on a triangle; sorting two uniforms gives the same law at once.
+    Redrawing until the gap is met leaves the uniform law on a triangle; sorting two uniforms gives the same
+    law at once.
     """
     low, high = texture.a_range
     slack = high - low - texture.a_min_gap

@@ -1,4 +1,4 @@
-"""Plan -> place -> shapes -> merge -> pair -> texture -> inject: the generator of PAPER.md III-C, read downwards."""
+"""The generator of PAPER.md III-C, read downwards: plan, place, shapes, merge, pair, texture, inject."""
 
 from __future__ import annotations
 
@@ -170,13 +170,15 @@ class LesionSynthesizer:
         TypeError
             `image` or `lung_mask` is no array, they belong to different libraries, or `image` is not float.
         ValueError
-            Rank or shapes differ from each other or from the plan; the mask is empty or not binary; a voxel is NaN,
-            infinite or outside [0, 1].
+            Rank or shapes differ from each other or from the plan; the mask is empty or not binary; a voxel
+            is NaN, infinite or outside [0, 1].
         """
         healthy, mask, restore = _accept_pair(image, lung_mask)
         if healthy.ndim == 3:
             if not isinstance(plan, LesionPlan):
-                raise TypeError(f"plan must be one LesionPlan for a (z, y, x) image, got {type(plan).__name__}")
+                raise TypeError(
+                    f"plan must be one LesionPlan for a (z, y, x) image, got {type(plan).__name__}"
+                )
             a, target, labels, rendered = self._render_one(plan, healthy, mask)
             return LesionPair(restore(a), restore(target), restore(labels), rendered)
         plans = _per_item("plan", plan, len(healthy))
@@ -215,7 +217,8 @@ def _accept_pair(image: Any, lung_mask: Any) -> tuple[npt.NDArray[Any], npt.NDAr
     mask, _ = accept(lung_mask, "lung_mask")
     if library_of(image) != library_of(lung_mask):
         raise TypeError(
-            f"image and lung_mask must be arrays of one library, got {library_of(image)} and {library_of(lung_mask)}"
+            "image and lung_mask must be arrays of one library, "
+            f"got {library_of(image)} and {library_of(lung_mask)}"
         )
     if healthy.ndim not in (3, 4):
         raise ValueError(f"image must be (z, y, x) or (b, z, y, x), got shape {healthy.shape}")
@@ -237,7 +240,9 @@ def _binary(mask: npt.NDArray[Any]) -> npt.NDArray[np.bool_]:
     ones = mask == 1
     strange = ~(ones | (mask == 0))
     if strange.any():
-        raise ValueError(f"lung_mask must be binary (bool, or 0 and 1), got the value {mask[strange].flat[0]}")
+        raise ValueError(
+            f"lung_mask must be binary (bool, or 0 and 1), got the value {mask[strange].flat[0]}"
+        )
     return np.asarray(ones)
 
 
@@ -248,11 +253,15 @@ def _shape_of(image: Any) -> Sequence[int] | None:
 
 
 def _is_scalar(value: Any) -> bool:
-    return not isinstance(value, Sequence | np.ndarray) or isinstance(value, str) or getattr(value, "ndim", 1) == 0
+    return (
+        not isinstance(value, Sequence | np.ndarray)
+        or isinstance(value, str)
+        or getattr(value, "ndim", 1) == 0
+    )
 
 
 def _plain(value: Any) -> Any:
-    """A NumPy scalar as the Python number it stands for."""
+    """Turn a NumPy scalar into the Python number it stands for."""
     return value.item() if isinstance(value, np.generic) else value
 
 
@@ -260,7 +269,9 @@ def _per_item(name: str, value: Any, count: int | None, *, spread: bool = False)
     if _is_scalar(value) or isinstance(value, LesionPlan):
         if spread and count is not None:
             return [value] * count
-        raise ValueError(f"{name} must have one entry per item of the batch, got a single {type(value).__name__}")
+        raise ValueError(
+            f"{name} must have one entry per item of the batch, got a single {type(value).__name__}"
+        )
     items = list(value)
     if count is not None and len(items) != count:
         raise ValueError(f"{name} must have one entry per item of the batch ({count}), got {len(items)}")

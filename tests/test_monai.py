@@ -12,7 +12,7 @@ import pytest
 torch = pytest.importorskip("torch")
 monai = pytest.importorskip("monai")
 
-import monai.data  # noqa: E402
+import monai.data  # noqa: E402, F811
 import monai.transforms  # noqa: E402
 
 import lesionsynth as ls  # noqa: E402
@@ -27,7 +27,10 @@ def item() -> dict[str, object]:
     mask[:, 1:9, 4:36, 4:40] = True
     image = rng.random(mask.shape, dtype=np.float32) * mask
     affine = torch.diag(torch.tensor([1.0, 0.8, 0.8, 1.0], dtype=torch.float64))
-    return {"image": monai.data.MetaTensor(torch.from_numpy(image), affine=affine), "lung_mask": torch.from_numpy(mask)}
+    return {
+        "image": monai.data.MetaTensor(torch.from_numpy(image), affine=affine),
+        "lung_mask": torch.from_numpy(mask),
+    }
 
 
 def test_gives_the_pair_of_the_synthesizer(item):

@@ -1,4 +1,4 @@
-"""Threads: every item once, errors not lost, results independent of the count, and forked workers that live."""
+"""Threads: every item once, errors not lost, results independent of the count, forked workers that live."""
 
 from __future__ import annotations
 

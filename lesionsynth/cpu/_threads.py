@@ -1,7 +1,7 @@
 """Spread serial, GIL-free Numba kernels over threads.
 
-Numba's own ``parallel=True`` is avoided on purpose: its OpenMP layer kills a forked ``DataLoader`` worker, and it
-compiles several times longer. A pool belongs to one process: a fork gets its own on first use.
+Numba's own ``parallel=True`` is avoided on purpose: its OpenMP layer kills a forked ``DataLoader`` worker,
+and it compiles several times longer. A pool belongs to one process: a fork gets its own on first use.
 """
 
 from __future__ import annotations
@@ -9,12 +9,13 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 
 _pools: dict[tuple[int, int], ThreadPoolExecutor] = {}
 
 
 def default_threads() -> int:
-    """Threads used when a call names none: ``NUMBA_NUM_THREADS`` where set, else the cores this process may use."""
+    """Threads where a call names none: ``NUMBA_NUM_THREADS``, else the cores this process may use."""
     stated = os.environ.get("NUMBA_NUM_THREADS")
     if stated:
         return max(1, int(stated))
@@ -31,7 +32,8 @@ def parallel_for(n_items: int, body: Callable[[int, int], object], threads: int 
     n_items : int
         Number of independent items (rows, slices, components). Zero calls nothing.
     body : callable
-        Handles items ``lo <= i < hi``; it must release the GIL to gain anything, and must not call `parallel_for`.
+        Handles items ``lo <= i < hi``; it must release the GIL to gain anything, and must not call
+        `parallel_for`.
     threads : int, optional
         Number of threads; `default_threads` where omitted.
 
@@ -50,7 +52,7 @@ def parallel_for(n_items: int, body: Callable[[int, int], object], threads: int 
         return
     bounds = [n_items * i // count for i in range(count + 1)]
     pool = _pool(count)
-    waiting = [pool.submit(body, lo, hi) for lo, hi in zip(bounds[:-1], bounds[1:], strict=True)]
+    waiting = [pool.submit(body, lo, hi) for lo, hi in pairwise(bounds)]
     for future in waiting:
         future.result()
 

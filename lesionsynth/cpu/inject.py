@@ -1,4 +1,7 @@
-"""Stage 4: the pair. A = max(H, B_j) in G_j and H elsewhere; GT = (H >= tau) & ~G (PAPER.md eq. 1 and 9), exactly."""
+"""Stage 4: the pair (PAPER.md eq. 1 and 9), exactly.
+
+A = max(H, B_j) in G_j and H elsewhere; GT = (H >= tau) & ~G.
+"""
 
 from __future__ import annotations
 
@@ -46,7 +49,9 @@ def base_pair(
     bad = np.zeros(image.shape[0], dtype=np.int64)
     level = image.dtype.type(tau)
     parallel_for(
-        image.shape[0], lambda lo, hi: _copy_and_threshold(image, labels, out, target, level, bad, lo, hi), threads
+        image.shape[0],
+        lambda lo, hi: _copy_and_threshold(image, labels, out, target, level, bad, lo, hi),
+        threads,
     )
     if bad.any():
         _explain(image)
@@ -54,7 +59,11 @@ def base_pair(
 
 
 def inject(
-    out: npt.NDArray[Any], texture: npt.NDArray[np.float32], labels: npt.NDArray[np.int32], label: int, box: Box
+    out: npt.NDArray[Any],
+    texture: npt.NDArray[np.float32],
+    labels: npt.NDArray[np.int32],
+    label: int,
+    box: Box,
 ) -> None:
     """Put one lesion in: out = max(out, texture) where ``labels == label`` in `box`, in place (eq. 9)."""
     region = tuple(slice(a, b) for a, b in box)
@@ -80,7 +89,9 @@ def _explain(image: npt.NDArray[Any]) -> None:
 
 
 @numba.njit(nogil=True, cache=True)
-def _copy_and_threshold(image: Any, labels: Any, out: Any, target: Any, level: Any, bad: Any, lo: int, hi: int) -> None:
+def _copy_and_threshold(
+    image: Any, labels: Any, out: Any, target: Any, level: Any, bad: Any, lo: int, hi: int
+) -> None:
     _, height, width = image.shape
     for z in range(lo, hi):
         count = 0

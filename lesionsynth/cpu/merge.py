@@ -1,7 +1,8 @@
 """Stage 2: blobs that touch become one (PAPER.md III-C.1, "merge connected blobs").
 
-Blobs are painted into one label volume, first come first kept. A voxel two blobs claim joins them; so do two voxels
-of different owners that touch. The union-find runs over blobs, not voxels, so a blob that falls apart stays one.
+Blobs are painted into one label volume, first come first kept. A voxel two blobs claim joins them; so do two
+voxels of different owners that touch. The union-find runs over blobs, not voxels, so a blob that falls apart
+stays one.
 """
 
 from __future__ import annotations
@@ -17,7 +18,9 @@ from lesionsynth.cpu.shapes import Shape
 Labels = npt.NDArray[np.int32]
 
 
-def merge(shapes: list[Shape], shape: tuple[int, ...], connectivity: int) -> tuple[Labels, list[tuple[int, ...]]]:
+def merge(
+    shapes: list[Shape], shape: tuple[int, ...], connectivity: int
+) -> tuple[Labels, list[tuple[int, ...]]]:
     """Merge blobs into non-adjacent lesions G_j.
 
     Parameters

@@ -1,4 +1,7 @@
-"""Stage 0: where blobs go. The centre is the floor(u |M|)-th voxel of the mask in C order: uniform, no rejection."""
+"""Stage 0: where blobs go.
+
+The centre is the floor(u |M|)-th voxel of the mask in C order: uniform, no rejection.
+"""
 
 from __future__ import annotations
 
@@ -42,7 +45,9 @@ def place(
     for number, blob in enumerate(plan.blobs):
         if blob.center is not None:
             if any(c >= n for c, n in zip(blob.center, mask.shape, strict=True)):
-                raise ValueError(f"blobs[{number}].center must lie in the volume {mask.shape}, got {blob.center}")
+                raise ValueError(
+                    f"blobs[{number}].center must lie in the volume {mask.shape}, got {blob.center}"
+                )
             centers.append(blob.center)
             continue
         rank = min(int(blob.position * total), total - 1)  # the product may round up to |M|

@@ -4,10 +4,11 @@ With p = (voxel - centre) * scale, d the displacement and R the rotation, a voxe
 
     q = R^T (p + d(p)),    (q_0 / s_0)^2 + (q_1 / s_1)^2 + (q_2 / s_2)^2 <= 1 (to rounding, see `SURFACE`).
 
-d is a cubic B-spline: d_i(p) = amplitude r sum_n B(p / h - n) c_i(n), with r the geometric mean of the semi-axes, h =
-correlation r the lattice spacing, and c_i(n) = 2 u - 1 the Philox uniform of lattice node n (stream WARP, component
-3 * blob + i, node (0, 0, 0) at the centre, see `NODE_OFFSET`). The splines are a partition of unity, so |d_i| never
-exceeds amplitude r, and the box of the rotated ellipsoid grown by that bound contains the blob.
+d is a cubic B-spline: d_i(p) = amplitude r sum_n B(p / h - n) c_i(n), with r the geometric mean of the
+semi-axes, h = correlation r the lattice spacing, and c_i(n) = 2 u - 1 the Philox uniform of lattice node n
+(stream WARP, component 3 * blob + i, node (0, 0, 0) at the centre, see `NODE_OFFSET`). The splines are a
+partition of unity, so |d_i| never exceeds amplitude r, and the box of the rotated ellipsoid grown by that
+bound contains the blob.
 
 Float64 throughout: a boundary voxel must not depend on the device.
 """
@@ -30,8 +31,8 @@ NODE_OFFSET = (32768, 32768, 1 << 20)
 """Added to a lattice node (z, y, x) to make the unsigned Philox counter."""
 
 SURFACE = 1.0 + 1e-9
-"""Level of the surface. The points of a sphere of whole radius that lie on voxels (30 for radius 12) must not hang on the
-rounding of a rotation, about 1e-15."""
+"""Level of the surface. The points of a sphere of whole radius that lie on voxels (30 for radius 12) must not
+hang on the rounding of a rotation, about 1e-15."""
 
 MOST_NODES = 2**25
 """Largest control lattice, 1.2 GB; the paper's blobs need some thousands of nodes."""
@@ -96,7 +97,9 @@ def draw_shapes(
     list of Shape
         One for each blob; boxes are clipped to the volume and may be empty.
     """
-    shapes = [_boxed(blob, center, plan.scale, mask.shape) for blob, center in zip(plan.blobs, centers, strict=True)]
+    shapes = [
+        _boxed(blob, center, plan.scale, mask.shape) for blob, center in zip(plan.blobs, centers, strict=True)
+    ]
 
     def draw(lo: int, hi: int) -> None:
         for k in range(lo, hi):
@@ -106,9 +109,11 @@ def draw_shapes(
     return shapes
 
 
-def _boxed(blob: Blob, center: tuple[int, int, int], scale: tuple[float, ...], shape: tuple[int, ...]) -> Shape:
-    # Grown by twice what `SURFACE` adds to the radius, and by the rounding of a whole number of voxels; not by a
-    # voxel, over which the lattice of a far smaller blob would have nodes without number.
+def _boxed(
+    blob: Blob, center: tuple[int, int, int], scale: tuple[float, ...], shape: tuple[int, ...]
+) -> Shape:
+    # Grown by twice what `SURFACE` adds to the radius, and by the rounding of a whole number of voxels; not
+    # by a voxel, over which the lattice of a far smaller blob would have nodes without number.
     reach = np.floor(half_extents(blob) * SURFACE / np.array(scale) + 1e-9).astype(int)
     start = [max(c - int(r), 0) for c, r in zip(center, reach, strict=True)]
     stop = [min(c + int(r) + 1, n) for c, r, n in zip(center, reach, shape, strict=True)]
@@ -134,15 +139,16 @@ def _draw(shape: Shape, plan: LesionPlan, blob: Blob, center: tuple[int, int, in
 def _lattice(
     shape: Shape, plan: LesionPlan, blob: Blob, center: tuple[int, int, int], spacing: float, scale: Float64
 ) -> tuple[npt.NDArray[np.int64], Float64]:
-    """Control coefficients amplitude * r * c_i(n), (3, z, y, x), of the nodes the box touches, and the first node."""
+    """Coefficients amplitude * r * c_i(n), (3, z, y, x), of the nodes the box touches, and the first node."""
     low = (np.array(shape.start) - np.array(center)) * scale / spacing
     high = (np.array(shape.start) + np.array(shape.inside.shape) - 1 - np.array(center)) * scale / spacing
     first = np.floor(low).astype(np.int64) - 1
     count = np.floor(high).astype(np.int64) + 2 - first + 1
     if math.prod(count.tolist()) > MOST_NODES:
         raise ValueError(
-            f"warp_correlation {blob.warp_correlation} with warp_amplitude {blob.warp_amplitude} and semi_axes "
-            f"{blob.semi_axes} needs a lattice of {' x '.join(map(str, count))} nodes, more than {MOST_NODES}"
+            f"warp_correlation {blob.warp_correlation} with warp_amplitude {blob.warp_amplitude} and "
+            f"semi_axes {blob.semi_axes} needs a lattice of {' x '.join(map(str, count))} nodes, more than "
+            f"{MOST_NODES}"
         )
     uniform = np.empty((3, *count.tolist()), dtype=np.float32)
     origin = [int(f) + o for f, o in zip(first, NODE_OFFSET, strict=True)]
@@ -163,8 +169,22 @@ def _weights(f: float, w: Any) -> None:
 
 
 @numba.njit(nogil=True, cache=True)
+def _along_row(w: Any, row: Any, n: int) -> Any:
+    """Displacement from the four nodes that begin at n."""
+    return w[0] * row[n] + w[1] * row[n + 1] + w[2] * row[n + 2] + w[3] * row[n + 3]
+
+
+@numba.njit(nogil=True, cache=True)
 def _inside(
-    out: Any, mask: Any, origin: Any, scale: Any, rotation: Any, semi_axes: Any, coefficients: Any, first: Any, h: float
+    out: Any,
+    mask: Any,
+    origin: Any,
+    scale: Any,
+    rotation: Any,
+    semi_axes: Any,
+    coefficients: Any,
+    first: Any,
+    h: float,
 ) -> None:
     nz, ny, nx = out.shape
     n_nodes = coefficients.shape[3]
@@ -176,19 +196,20 @@ def _inside(
     for z in range(nz):
         pz = (origin[0] + z) * scale[0]
         tz = pz / h
-        kz = int(math.floor(tz))
+        kz = math.floor(tz)
         _weights(tz - kz, wz)
         for y in range(ny):
             py = (origin[1] + y) * scale[1]
             ty = py / h
-            ky = int(math.floor(ty))
+            ky = math.floor(ty)
             _weights(ty - ky, wy)
             for i in range(3):
                 for n in range(n_nodes):
                     total = 0.0
                     for a in range(4):
                         for b in range(4):
-                            total += wz[a] * wy[b] * coefficients[i, kz - 1 - first[0] + a, ky - 1 - first[1] + b, n]
+                            weight = wz[a] * wy[b]
+                            total += weight * coefficients[i, kz - 1 - first[0] + a, ky - 1 - first[1] + b, n]
                     row[i, n] = total
             for x in range(nx):
                 if not mask[z, y, x]:
@@ -196,12 +217,12 @@ def _inside(
                     continue
                 px = (origin[2] + x) * scale[2]
                 tx = px / h
-                kx = int(math.floor(tx))
+                kx = math.floor(tx)
                 _weights(tx - kx, wx)
                 n = kx - 1 - first[2]
-                vz = pz + wx[0] * row[0, n] + wx[1] * row[0, n + 1] + wx[2] * row[0, n + 2] + wx[3] * row[0, n + 3]
-                vy = py + wx[0] * row[1, n] + wx[1] * row[1, n + 1] + wx[2] * row[1, n + 2] + wx[3] * row[1, n + 3]
-                vx = px + wx[0] * row[2, n] + wx[1] * row[2, n + 1] + wx[2] * row[2, n + 2] + wx[3] * row[2, n + 3]
+                vz = pz + _along_row(wx, row[0], n)
+                vy = py + _along_row(wx, row[1], n)
+                vx = px + _along_row(wx, row[2], n)
                 total = 0.0
                 for j in range(3):  # column j of R is the direction of semi-axis j
                     q = (rotation[0, j] * vz + rotation[1, j] * vy + rotation[2, j] * vx) * inverse[j]

@@ -3,7 +3,8 @@
     a1 ~ U[0, 1];  a2 = gaussian(a1, sigma_a);  a = rescale of a2 to [a_L, a_U] by its extremes on the box
     b1 = [v < a], v ~ U[0, 1];  b2 = gaussian(b1, sigma_b);  B = clip(beta b2, 0, 1)
 
-The noise is Philox of the absolute voxel coordinate, so it depends on neither the box nor the order of lesions.
+The noise is Philox of the absolute voxel coordinate, so it depends on neither the box nor the order of
+lesions.
 """
 
 from __future__ import annotations
@@ -27,7 +28,12 @@ FIXED_POINT = 2.0**26
 
 
 def synthesize_texture(
-    plan: LesionPlan, label: int, members: tuple[int, ...], labels: npt.NDArray[np.int32], box: Box, threads: int | None
+    plan: LesionPlan,
+    label: int,
+    members: tuple[int, ...],
+    labels: npt.NDArray[np.int32],
+    box: Box,
+    threads: int | None,
 ) -> tuple[Float32, Component]:
     """Synthesise the texture of one lesion.
 
@@ -72,14 +78,16 @@ def synthesize_texture(
 def _probability(plan: LesionPlan, blob: Blob, box: Box, threads: int | None) -> Float32:
     """a(x), eq. 7-8. A field without range (one voxel, say) gives a_L everywhere.
 
-    The rescale forgets the mean, so the noise is centred before filtering: a wide filter on a small box leaves a
-    range near 1e-5, which float32 resolves around 0 but not around 1/2.
+    The rescale forgets the mean, so the noise is centred before filtering: a wide filter on a small box
+    leaves a range near 1e-5, which float32 resolves around 0 but not around 1/2.
     """
     a1 = _field(plan, blob, Stream.PROBABILITY, box)
     a1 -= np.float32(0.5)
     a = gaussian_filter(a1, _sigmas(blob.sigma_a, plan), threads=threads)
     low, high = a.min(), a.max()
-    slope = np.float32((blob.a_high - blob.a_low) / (float(high) - float(low))) if high > low else np.float32(0)
+    slope = (
+        np.float32((blob.a_high - blob.a_low) / (float(high) - float(low))) if high > low else np.float32(0)
+    )
     a -= low
     a *= slope
     a += np.float32(blob.a_low)
