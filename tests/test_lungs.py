@@ -11,7 +11,7 @@ from numpy.testing import assert_array_equal
 from scipy import ndimage
 
 from lesionsynth import io
-from normnet.prepare.lungs import Lungs, segment_lungs, split_lungs, split_mask
+from normnet.prepare.lungs import Lungs, body_mask, segment_lungs, split_lungs, split_mask
 from normnet.prepare.morphology import (
     block_mean,
     closed,
@@ -129,6 +129,12 @@ def test_lungs_of_the_drawn_body(body: Body, lungs: Lungs) -> None:
 @pytest.mark.parametrize("part", ["table", "outside", "stomach", "bowel", "trachea"])
 def test_what_is_no_lung_stays_out(body: Body, lungs: Lungs, part: str) -> None:
     assert not ((lungs.right | lungs.left) & body.parts[part]).any()
+
+
+def test_body_ends_at_the_skin(body: Body) -> None:
+    found = body_mask(body.hu.astype(np.float32), body.spacing)
+    assert not (found & body.parts["table"]).any()
+    assert dice(found, ~body.parts["outside"]) > 0.98  # the surface moves by half a voxel of 2 mm
 
 
 def test_main_bronchi_stay_out(body: Body, lungs: Lungs) -> None:
