@@ -104,6 +104,7 @@ class LesionSynthesizer:
         TypeError, ValueError
             See `sample` and `render`.
         """
+        index, lung_fraction = _plain(index), _plain(lung_fraction)
         shape = _shape_of(image)
         if shape is not None and len(shape) == 3 and not _is_scalar(index):
             raise ValueError(f"index must be one integer for a (z, y, x) image, got {index!r}")
@@ -137,6 +138,7 @@ class LesionSynthesizer:
         TypeError, ValueError
             An index outside [0, 2**32), λ outside (0, 1], lengths that differ from the batch, spacing <= 0.
         """
+        index, lung_fraction = _plain(index), _plain(lung_fraction)
         if spacing is not None:
             check_spacing(spacing)
         spacing = self.config.spacing if spacing is None else (spacing[0], spacing[1], spacing[2])
@@ -193,7 +195,6 @@ class LesionSynthesizer:
         return LesionPair(restore(a), restore(target), restore(labels), tuple(rendered_plans))
 
     def _sample_one(self, index: Any, lung_fraction: Any, shape: Any, spacing: Triple) -> LesionPlan:
-        index, lung_fraction = _plain(index), _plain(lung_fraction)
         check_word("index", index)
         check_lung_fraction(lung_fraction)
         return sample_plan(self.config, self.seed, index, float(lung_fraction), shape, spacing)
@@ -253,16 +254,14 @@ def _shape_of(image: Any) -> Sequence[int] | None:
 
 
 def _is_scalar(value: Any) -> bool:
-    return (
-        not isinstance(value, Sequence | np.ndarray)
-        or isinstance(value, str)
-        or getattr(value, "ndim", 1) == 0
-    )
+    return not isinstance(value, Sequence) or isinstance(value, str)
 
 
 def _plain(value: Any) -> Any:
-    """Turn a NumPy scalar into the Python number it stands for."""
-    return value.item() if isinstance(value, np.generic) else value
+    """Turn an array, such as a ``DataLoader`` collates indices into, into the Python numbers it holds."""
+    if isinstance(value, Sequence):
+        return [_plain(item) for item in value] if not isinstance(value, str) else value
+    return value.tolist() if hasattr(value, "tolist") else value
 
 
 def _per_item(name: str, value: Any, count: int | None, *, spread: bool = False) -> list[Any]:

@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 import lesionsynth as ls
 from normnet.config import PredictConfig
-from normnet.device import choose_device, set_up_cpu, use_bf16
+from normnet.device import choose_device, cpu_settings, use_bf16
 from normnet.model import find_models, load_model
 from normnet.pairing import split_name
 from normnet.postprocess import Mask, postprocess
@@ -192,13 +192,13 @@ def predict(args: PredictArgs, *, progress_bar: bool = False) -> list[str]:
             raise ValueError(f"inputs must have different names, got {other} and {path}")
     choose_device(args.device)
     models = [load_model(path) for path in find_models(args.models)]
-    set_up_cpu(args.threads)
     rows, failures = [], []
-    for case, path in tqdm(cases.items(), disable=not progress_bar, unit="case", desc="predict"):
-        try:
-            rows.append(_predict_file(args, path, case, models))
-        except (ValueError, OSError, MemoryError) as error:
-            failures.append(f"{path}: {error}" if str(path) not in str(error) else str(error))
+    with cpu_settings(args.threads):
+        for case, path in tqdm(cases.items(), disable=not progress_bar, unit="case", desc="predict"):
+            try:
+                rows.append(_predict_file(args, path, case, models))
+            except (ValueError, OSError, MemoryError) as error:
+                failures.append(f"{path}: {error}" if str(path) not in str(error) else str(error))
     if rows:
         _write_volumes(args.output, rows)
     return failures

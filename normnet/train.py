@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 import tyro
 from tqdm import tqdm
 
@@ -31,7 +32,7 @@ from normnet.data import (
     split,
     store_volumes,
 )
-from normnet.device import choose_device, set_up_cpu
+from normnet.device import choose_device, cpu_settings
 from normnet.metrics import roc_auc
 from normnet.model import WEIGHTS, save_model
 from normnet.prepare.store import write_atomically
@@ -84,8 +85,12 @@ def train(config: TrainConfig, *, progress_bar: bool = False) -> TrainResult:
         settings; the data set has too few volumes; CUDA is asked for where there is none.
     """
     device = choose_device(config.device)
-    set_up_cpu(config.threads)
     _claim(config)
+    with cpu_settings(config.threads):
+        return _train(config, device, progress_bar)
+
+
+def _train(config: TrainConfig, device: torch.device, progress_bar: bool) -> TrainResult:
     training, validation = _volumes(config)
     trainer = Trainer(config, device)
     if config.resume:

@@ -387,3 +387,14 @@ def test_torch_views_and_doubles(lungs) -> None:
     assert_array_equal(double.labels.numpy(), expected.labels)
     batch = synthesizer()(volume[None], torch.from_numpy(mask.copy())[None], index=torch.tensor([2]).tolist())
     assert_array_equal(batch.image[0].numpy(), expected.image)
+
+
+def test_indices_as_a_dataloader_collates_them():
+    torch = pytest.importorskip("torch")
+    synth = ls.LesionSynthesizer(ls.presets.covid_lung(), seed=4)
+    plain = synth.sample(index=[7, 9], lung_fraction=[0.5, 1.0], shape=(2, 8, 32, 32))
+    for index in (np.array([7, 9]), torch.tensor([7, 9]), [np.int64(7), torch.tensor(9)]):
+        assert (
+            synth.sample(index=index, lung_fraction=torch.tensor([0.5, 1.0]), shape=(2, 8, 32, 32)) == plain
+        )
+    assert synth.sample(index=torch.tensor(7)) == synth.sample(index=7)

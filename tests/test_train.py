@@ -201,6 +201,13 @@ def test_cuda_where_there_is_none():
         device.choose_device("cuda")
 
 
+def test_torch_s_settings_come_back(tmp_path):
+    threads = torch.get_num_threads()
+    train.train(replace(TINY, output=tmp_path / "run", iterations=1, threads=threads + 1))
+    assert torch.get_num_threads() == threads
+    assert np.float32(1e-40) * np.float32(1.0) > 0  # denormals are not flushed
+
+
 def test_device_must_be_one():
     with pytest.raises(ValueError, match="device must be auto, cpu, cuda or cuda:N, got 'gpu9'"):
         device.choose_device("gpu9")
