@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from lesionsynth._dlpack import accept, library_of
+from lesionsynth._arguments import accept_pair
 from lesionsynth.cpu.label import check_connectivity, label
 from lesionsynth.cpu.shell import in_shell
 
@@ -65,7 +65,9 @@ def remove_erroneous_edges(
     """
     _check_options(threshold, contact_fraction, shell_width)
     check_connectivity(connectivity)
-    healthy, mask, restore = _accept_volume(image, lung_mask)
+    healthy, mask, restore = accept_pair(image, lung_mask, ranks=(3,))
+    if not mask.any():
+        raise ValueError(f"lung_mask must have at least one voxel, got none in shape {mask.shape}")
     box = _bounding_box(mask)
     inside, values = mask[box].copy(order="C"), healthy[box]
     _check_values(values, inside)
@@ -88,29 +90,6 @@ def _check_options(threshold: Any, contact_fraction: Any, shell_width: Any) -> N
             raise ValueError(f"{name} must be in [0, 1], got {value}")
     if isinstance(shell_width, bool) or not isinstance(shell_width, int | np.integer) or shell_width < 0:
         raise ValueError(f"shell_width must be an integer >= 0, got {shell_width!r}")
-
-
-def _accept_volume(image: Any, lung_mask: Any) -> tuple[npt.NDArray[Any], Mask, Any]:
-    healthy, restore = accept(image, "image")
-    mask, _ = accept(lung_mask, "lung_mask")
-    if library_of(image) != library_of(lung_mask):
-        raise TypeError(
-            "image and lung_mask must be arrays of one library, "
-            f"got {library_of(image)} and {library_of(lung_mask)}"
-        )
-    if healthy.ndim != 3:
-        raise ValueError(f"image must be (z, y, x), got shape {healthy.shape}")
-    if healthy.shape != mask.shape:
-        raise ValueError(f"lung_mask must have the shape of image, {healthy.shape}, got {mask.shape}")
-    if healthy.dtype not in (np.float32, np.float64):
-        raise TypeError(f"image must be float32 or float64 in [0, 1], got {healthy.dtype}; see window_hu")
-    inside = mask.astype(np.bool_, copy=False)
-    if mask.dtype != np.bool_ and not np.array_equal(mask, inside):
-        strange = mask[(mask != 0) & (mask != 1)].flat[0]
-        raise ValueError(f"lung_mask must be binary (bool, or 0 and 1), got the value {strange}")
-    if not inside.any():
-        raise ValueError(f"lung_mask must have at least one voxel, got none in shape {mask.shape}")
-    return healthy, inside, restore
 
 
 def _check_values(values: npt.NDArray[Any], inside: Mask) -> None:

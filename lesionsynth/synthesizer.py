@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from lesionsynth._arguments import accept_pair
 from lesionsynth._backend import Backend, CpuBackend
-from lesionsynth._dlpack import accept, library_of
 from lesionsynth.config import LesionConfig, check_spacing
 from lesionsynth.plan import LesionPlan, Triple, check_lung_fraction, check_word
 from lesionsynth.sampling import sample_plan
@@ -175,7 +175,8 @@ class LesionSynthesizer:
             Rank or shapes differ from each other or from the plan; the mask is empty or not binary; a voxel
             is NaN, infinite or outside [0, 1].
         """
-        healthy, mask, restore = _accept_pair(image, lung_mask)
+        healthy, mask, restore = accept_pair(image, lung_mask, ranks=(3, 4))
+        healthy, mask = np.ascontiguousarray(healthy), np.ascontiguousarray(mask)
         if healthy.ndim == 3:
             if not isinstance(plan, LesionPlan):
                 raise TypeError(
@@ -210,41 +211,6 @@ class LesionSynthesizer:
         image, target = stages.base_pair(healthy, labels, plan.tau)
         components = stages.fill(plan, lesions, labels, image)
         return image, target, labels, replace(plan, components=components)
-
-
-def _accept_pair(image: Any, lung_mask: Any) -> tuple[npt.NDArray[Any], npt.NDArray[np.bool_], Any]:
-    """Check what a caller handed in and make it C-contiguous; a copy only where it is not."""
-    healthy, restore = accept(image, "image")
-    mask, _ = accept(lung_mask, "lung_mask")
-    if library_of(image) != library_of(lung_mask):
-        raise TypeError(
-            "image and lung_mask must be arrays of one library, "
-            f"got {library_of(image)} and {library_of(lung_mask)}"
-        )
-    if healthy.ndim not in (3, 4):
-        raise ValueError(f"image must be (z, y, x) or (b, z, y, x), got shape {healthy.shape}")
-    if healthy.shape != mask.shape:
-        raise ValueError(f"lung_mask must have the shape of image, got {mask.shape} and {healthy.shape}")
-    if healthy.size == 0:
-        raise ValueError(f"image must have at least one voxel, got shape {healthy.shape}")
-    if healthy.dtype not in (np.float32, np.float64):
-        hint = "; for Hounsfield units use lesionsynth.window_hu first" if healthy.dtype.kind in "iu" else ""
-        raise TypeError(f"image must be float32 or float64 in [0, 1], got {healthy.dtype}{hint}")
-    return np.ascontiguousarray(healthy), np.ascontiguousarray(_binary(mask)), restore
-
-
-def _binary(mask: npt.NDArray[Any]) -> npt.NDArray[np.bool_]:
-    if mask.dtype == np.bool_:
-        return mask
-    if mask.dtype.kind not in "iuf":
-        raise TypeError(f"lung_mask must be bool or numbers 0 and 1, got {mask.dtype}")
-    ones = mask == 1
-    strange = ~(ones | (mask == 0))
-    if strange.any():
-        raise ValueError(
-            f"lung_mask must be binary (bool, or 0 and 1), got the value {mask[strange].flat[0]}"
-        )
-    return np.asarray(ones)
 
 
 def _shape_of(image: Any) -> Sequence[int] | None:
