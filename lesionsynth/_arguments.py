@@ -13,18 +13,20 @@ _AXES = {3: "(z, y, x)", 4: "(b, z, y, x)"}
 
 
 def accept_pair(
-    image: Any, lung_mask: Any, ranks: tuple[int, ...]
+    image: Any, lung_mask: Any, ranks: tuple[int, ...], dtypes: tuple[type[np.generic], ...]
 ) -> tuple[npt.NDArray[Any], npt.NDArray[np.bool_], Restore]:
     """Take an image and its mask as NumPy arrays, or say what is wrong with them.
 
     Parameters
     ----------
     image : array
-        Float32 or float64; values are not looked at.
+        Values are not looked at.
     lung_mask : array of the same shape and library
         Bool, or numbers 0 and 1.
     ranks : tuple of int
         Ranks that are taken: 3, 4 or both.
+    dtypes : tuple of dtype
+        Dtypes of the image that are taken; int16 stands for Hounsfield units.
 
     Returns
     -------
@@ -56,9 +58,17 @@ def accept_pair(
         raise ValueError(f"lung_mask must have the shape of image, {healthy.shape}, got {mask.shape}")
     if healthy.size == 0:
         raise ValueError(f"image must have at least one voxel, got shape {healthy.shape}")
-    if healthy.dtype not in (np.float32, np.float64):
-        hint = "; for Hounsfield units use lesionsynth.window_hu first" if healthy.dtype.kind in "iu" else ""
-        raise TypeError(f"image must be float32 or float64 in [0, 1], got {healthy.dtype}{hint}")
+    if healthy.dtype not in dtypes:
+        names = " or ".join(np.dtype(d).name for d in dtypes if d is not np.int16)
+        if np.int16 in dtypes:
+            names += ", or Hounsfield units in int16"
+            hint = ""
+        else:
+            hint = "; for Hounsfield units use lesionsynth.window_hu first"
+        raise TypeError(
+            f"image must be in [0, 1] and {names}, got {healthy.dtype}"
+            + (hint if healthy.dtype.kind in "iu" else "")
+        )
     return healthy, _binary(mask), restore
 
 
@@ -67,6 +77,8 @@ def _binary(mask: npt.NDArray[Any]) -> npt.NDArray[np.bool_]:
         return mask
     if mask.dtype.kind not in "iuf":
         raise TypeError(f"lung_mask must be bool or numbers 0 and 1, got {mask.dtype}")
+    if mask.dtype == np.uint8 and mask.max() <= 1:
+        return mask.view(np.bool_)
     ones = mask == 1
     strange = ~(ones | (mask == 0))
     if strange.any():

@@ -11,35 +11,40 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from lesionsynth.cpu import inject, merge, place, shapes, texture
+from lesionsynth.config import Range
+from lesionsynth.cpu.bits import BitMask, pack
+from lesionsynth.cpu.inject import base_pair, inject
+from lesionsynth.cpu.merge import Lesions, merge
+from lesionsynth.cpu.place import place
+from lesionsynth.cpu.shapes import Shapes, draw_shapes
+from lesionsynth.cpu.texture import synthesize_textures
 from lesionsynth.plan import Component, LesionPlan
 
 Array = npt.NDArray[Any]
 Mask = npt.NDArray[np.bool_]
 Labels = npt.NDArray[np.int32]
-Centers = list[tuple[int, int, int]]
 
 
 class Backend(Protocol):
-    """One method per stage of DESIGN.md section 2."""
+    """One method per stage of DESIGN.md section 2. What passes between stages is the backend's own affair."""
 
-    def place(self, plan: LesionPlan, mask: Mask) -> Centers:
-        """Centre voxel of each blob."""
+    def copy(self, image: Array, tau: float, hu_range: Range, out: Array, target: Mask) -> None:
+        """Write the pair without lesions: H to `out`, H >= tau to `target`."""
 
-    def draw_and_merge(self, plan: LesionPlan, centers: Centers, mask: Mask) -> tuple[Labels, list[Lesion]]:
-        """Return the merged lesions: labels, and what each consists of."""
+    def place(self, plan: LesionPlan, lung_mask: Mask) -> Any:
+        """Find the centre voxel of each blob, and read the mask."""
 
-    def base_pair(self, image: Array, labels: Labels, tau: float) -> tuple[Array, Mask]:
-        """Copy the image and compute the target."""
+    def draw(self, plan: LesionPlan, placed: Any) -> Any:
+        """Evaluate the blobs' voxels."""
 
-    def fill(
-        self, plan: LesionPlan, lesions: list[Lesion], labels: Labels, image: Array
-    ) -> tuple[Component, ...]:
-        """Texture of every lesion, injected into `image` in place."""
+    def merge(self, plan: LesionPlan, placed: Any, shapes: Any) -> Any:
+        """Join blobs that touch into lesions."""
 
+    def fill(self, plan: LesionPlan, lesions: Any, out: Array, target: Mask) -> tuple[Component, ...]:
+        """Synthesise the texture of every lesion and inject it into the pair, in place."""
 
-Lesion = tuple[int, tuple[int, ...], inject.Box]
-"""Label, blobs, and tight bounding box."""
+    def paint(self, lesions: Any, out: Labels) -> None:
+        """Write the labels of all lesions over zeros."""
 
 
 class CpuBackend:
@@ -48,38 +53,35 @@ class CpuBackend:
     def __init__(self, threads: int | None = None) -> None:
         self.threads = threads
 
-    def place(self, plan: LesionPlan, mask: Mask) -> Centers:
+    def copy(self, image: Array, tau: float, hu_range: Range, out: Array, target: Mask) -> None:
         """See `Backend`."""
-        return place.place(plan, mask, self.threads)
+        base_pair(image, tau, hu_range, out, target, self.threads)
 
-    def draw_and_merge(self, plan: LesionPlan, centers: Centers, mask: Mask) -> tuple[Labels, list[Lesion]]:
+    def place(self, plan: LesionPlan, lung_mask: Mask) -> tuple[BitMask, npt.NDArray[np.int64]]:
         """See `Backend`."""
-        drawn = shapes.draw_shapes(plan, centers, mask, self.threads)
-        labels, members = merge.merge(drawn, mask.shape, plan.connectivity)
-        return labels, [
-            (label, blobs, inject.lesion_box(labels, label, _hull([drawn[k] for k in blobs])))
-            for label, blobs in enumerate(members, start=1)
-        ]
+        counts = np.empty(lung_mask.shape[0] * lung_mask.shape[1], dtype=np.int64)
+        mask = pack(lung_mask, self.threads, counts)
+        return mask, place(plan, mask, counts)
 
-    def base_pair(self, image: Array, labels: Labels, tau: float) -> tuple[Array, Mask]:
+    def draw(self, plan: LesionPlan, placed: tuple[BitMask, npt.NDArray[np.int64]]) -> Shapes:
         """See `Backend`."""
-        return inject.base_pair(image, labels, tau, self.threads)
+        mask, centers = placed
+        return draw_shapes(plan, centers, mask, self.threads)
 
-    def fill(
-        self, plan: LesionPlan, lesions: list[Lesion], labels: Labels, image: Array
-    ) -> tuple[Component, ...]:
+    def merge(
+        self, plan: LesionPlan, placed: tuple[BitMask, npt.NDArray[np.int64]], shapes: Shapes
+    ) -> Lesions:
         """See `Backend`."""
-        records = []
-        for label, blobs, box in lesions:
-            b, record = texture.synthesize_texture(plan, label, blobs, labels, box, self.threads)
-            inject.inject(image, b, labels, label, box)
-            records.append(record)
-        return tuple(records)
+        return merge(shapes, placed[0].shape, plan.connectivity, self.threads)
 
+    def fill(self, plan: LesionPlan, lesions: Lesions, out: Array, target: Mask) -> tuple[Component, ...]:
+        """See `Backend`."""
+        components: list[Component] = []
+        for textures in synthesize_textures(plan, lesions, self.threads):
+            inject(textures, lesions, out, target, self.threads)
+            components += textures.components
+        return tuple(sorted(components, key=lambda c: c.label))
 
-def _hull(drawn: list[shapes.Shape]) -> inject.Box:
-    """Smallest box around the boxes of several blobs."""
-    starts = [s.start for s in drawn]
-    stops = [[a + n for a, n in zip(s.start, s.inside.shape, strict=True)] for s in drawn]
-    low, high = np.min(starts, axis=0).tolist(), np.max(stops, axis=0).tolist()
-    return (low[0], high[0]), (low[1], high[1]), (low[2], high[2])
+    def paint(self, lesions: Lesions, out: Labels) -> None:
+        """See `Backend`."""
+        lesions.paint(self.threads, out)

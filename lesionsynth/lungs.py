@@ -65,7 +65,7 @@ def remove_erroneous_edges(
     """
     _check_options(threshold, contact_fraction, shell_width)
     check_connectivity(connectivity)
-    healthy, mask, restore = accept_pair(image, lung_mask, ranks=(3,))
+    healthy, mask, restore = accept_pair(image, lung_mask, ranks=(3,), dtypes=(np.float32, np.float64))
     if not mask.any():
         raise ValueError(f"lung_mask must have at least one voxel, got none in shape {mask.shape}")
     box = _bounding_box(mask)

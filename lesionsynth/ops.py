@@ -80,7 +80,7 @@ def philox_uniform(
         if first + n > limit:
             raise ValueError(f"offset + shape must be <= {limit} along {axis}, got {first} + {n}")
     out = np.empty(size, dtype=np.float32)
-    philox.fill_uniform(out, seed, stream, sample, component, *start)
+    philox.fill_uniform(out, seed, stream, sample, component, start)
     return out
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -11,9 +12,13 @@ import numpy.typing as npt
 
 from lesionsynth._arguments import accept_pair
 from lesionsynth._backend import Backend, CpuBackend
+from lesionsynth._dlpack import Restore
 from lesionsynth.config import LesionConfig, check_spacing
 from lesionsynth.plan import LesionPlan, Triple, check_lung_fraction, check_word
 from lesionsynth.sampling import sample_plan
+
+DTYPES = (np.float32, np.float64, np.float16, np.int16)
+"""What `render` takes; int16 holds Hounsfield units."""
 
 
 @dataclass(frozen=True)
@@ -24,13 +29,17 @@ class LesionPair:
     """
 
     image: Any
-    """A, float: max(H, B) inside lesions, H elsewhere; the dtype of the input."""
+    """A, float: max(H, B) inside lesions, H elsewhere; the dtype of the input, float32 for int16."""
     target: Any
     """GT, bool: (H >= τ) & ~lesions."""
-    labels: Any
-    """Merged lesions, int32: 0 background, 1..n."""
     plan: LesionPlan | tuple[LesionPlan, ...]
     """What was drawn, with the lesions it became; one per item of a batch."""
+    _paint: Callable[[], Any] = field(repr=False, compare=False)
+
+    @cached_property
+    def labels(self) -> Any:
+        """Merged lesions, int32: 0 background, 1..n. Painted when first asked for: training seldom does."""
+        return self._paint()
 
 
 class LesionSynthesizer:
@@ -84,8 +93,10 @@ class LesionSynthesizer:
 
         Parameters
         ----------
-        image : (z, y, x) or (b, z, y, x) float32 or float64 array
-            Healthy image H in [0, 1]; NumPy or a CPU DLPack library. Never written.
+        image : (z, y, x) or (b, z, y, x) float16, float32, float64 or int16 array
+            Healthy image H in [0, 1], or Hounsfield units in int16, which become H through the
+            configuration's `hu_range` as in `lesionsynth.window_hu`. Any strides; NumPy or a CPU DLPack
+            library. Never written.
         lung_mask : array of the same shape
             M: bool, or numbers 0 and 1.
         index : int or sequence of int
@@ -170,30 +181,32 @@ class LesionSynthesizer:
         Raises
         ------
         TypeError
-            `image` or `lung_mask` is no array, they belong to different libraries, or `image` is not float.
+            `image` or `lung_mask` is no array, they belong to different libraries, or `image` has another
+            dtype.
         ValueError
             Rank or shapes differ from each other or from the plan; the mask is empty or not binary; a voxel
             is NaN, infinite or outside [0, 1].
         """
-        healthy, mask, restore = accept_pair(image, lung_mask, ranks=(3, 4))
-        healthy, mask = np.ascontiguousarray(healthy), np.ascontiguousarray(mask)
+        healthy, mask, restore = accept_pair(image, lung_mask, ranks=(3, 4), dtypes=DTYPES)
         if healthy.ndim == 3:
             if not isinstance(plan, LesionPlan):
                 raise TypeError(
                     f"plan must be one LesionPlan for a (z, y, x) image, got {type(plan).__name__}"
                 )
-            a, target, labels, rendered = self._render_one(plan, healthy, mask)
-            return LesionPair(restore(a), restore(target), restore(labels), rendered)
-        plans = _per_item("plan", plan, len(healthy))
-        if not all(isinstance(item, LesionPlan) for item in plans):
-            raise TypeError(f"plan must be a sequence of LesionPlan for a (b, z, y, x) image, got {plan!r}")
-        a = np.empty(healthy.shape, healthy.dtype)
-        target, labels = np.empty(healthy.shape, np.bool_), np.empty(healthy.shape, np.int32)
-        rendered_plans = []
-        for k, item in enumerate(plans):
-            a[k], target[k], labels[k], rendered = self._render_one(item, healthy[k], mask[k])
-            rendered_plans.append(rendered)
-        return LesionPair(restore(a), restore(target), restore(labels), tuple(rendered_plans))
+            plans = [plan]
+        else:
+            plans = _per_item("plan", plan, len(healthy))
+            if not all(isinstance(item, LesionPlan) for item in plans):
+                raise TypeError(
+                    f"plan must be a sequence of LesionPlan for a (b, z, y, x) image, got {plan!r}"
+                )
+        a = np.empty(healthy.shape, np.float32 if healthy.dtype == np.int16 else healthy.dtype)
+        target = np.empty(healthy.shape, np.bool_)
+        items = [x if healthy.ndim == 4 else x[None] for x in (healthy, mask, a, target)]
+        rendered = [self._render_one(item, *arrays) for item, *arrays in zip(plans, *items, strict=True)]
+        done, lesions = zip(*rendered, strict=True)
+        paint = partial(_paint, self._backend, lesions, healthy.shape, restore)
+        return LesionPair(restore(a), restore(target), done if healthy.ndim == 4 else done[0], paint)
 
     def _sample_one(self, index: Any, lung_fraction: Any, shape: Any, spacing: Triple) -> LesionPlan:
         check_word("index", index)
@@ -201,16 +214,29 @@ class LesionSynthesizer:
         return sample_plan(self.config, self.seed, index, float(lung_fraction), shape, spacing)
 
     def _render_one(
-        self, plan: LesionPlan, healthy: npt.NDArray[Any], mask: npt.NDArray[np.bool_]
-    ) -> tuple[npt.NDArray[Any], npt.NDArray[np.bool_], npt.NDArray[np.int32], LesionPlan]:
+        self,
+        plan: LesionPlan,
+        healthy: npt.NDArray[Any],
+        mask: npt.NDArray[np.bool_],
+        out: npt.NDArray[Any],
+        target: npt.NDArray[np.bool_],
+    ) -> tuple[LesionPlan, Any]:
+        """Write one pair to `out` and `target`; returns the plan as rendered, and the lesions."""
         if plan.shape is not None and plan.shape != healthy.shape:
             raise ValueError(f"plan was drawn for a volume of shape {plan.shape}, image has {healthy.shape}")
         stages = self._backend
-        centers = stages.place(plan, mask)
-        labels, lesions = stages.draw_and_merge(plan, centers, mask)
-        image, target = stages.base_pair(healthy, labels, plan.tau)
-        components = stages.fill(plan, lesions, labels, image)
-        return image, target, labels, replace(plan, components=components)
+        placed = stages.place(plan, mask)
+        stages.copy(healthy, plan.tau, self.config.hu_range, out, target)
+        lesions = stages.merge(plan, placed, stages.draw(plan, placed))
+        components = stages.fill(plan, lesions, out, target)
+        return replace(plan, components=components), lesions
+
+
+def _paint(backend: Backend, lesions: Sequence[Any], shape: tuple[int, ...], restore: Restore) -> Any:
+    labels = np.zeros(shape, dtype=np.int32)
+    for item, out in zip(lesions, labels if len(shape) == 4 else labels[None], strict=True):
+        backend.paint(item, out)
+    return restore(labels)
 
 
 def _shape_of(image: Any) -> Sequence[int] | None:

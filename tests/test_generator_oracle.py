@@ -82,7 +82,7 @@ def test_uniform_field_matches(start, key) -> None:
     """Bit for bit, wherever the box starts within a counter's four words, up to the last coordinate."""
     seed, stream, sample, component = key
     out = np.empty((4, 5, 9), np.float32)
-    fill_uniform(out, seed, stream, sample, component, *start)
+    fill_uniform(out, seed, stream, sample, component, start)
     grid = [np.arange(s, s + n) for s, n in zip(start, out.shape, strict=True)]
     assert_array_equal(out, oracles.uniform_field(seed, stream, sample, component, *grid))
     assert 0 <= out.min() < out.max() < 1

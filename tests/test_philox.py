@@ -113,7 +113,7 @@ def test_neighbours_are_uncorrelated():
 
 def test_a_strided_view_is_filled_and_the_rest_left_alone():
     canvas = np.full((4, 6, 10), -1, dtype=np.float32)
-    fill_uniform(canvas[::2, 1:5, ::-3], 1, 2, 3, 4, 5, 6, 7)
+    fill_uniform(canvas[::2, 1:5, ::-3], 1, 2, 3, 4, (5, 6, 7))
     expected = oracles.uniform_field(1, 2, 3, 4, np.arange(5, 7), np.arange(6, 10), np.arange(7, 11))
     np.testing.assert_array_equal(canvas[::2, 1:5, ::-3], expected)
     assert (canvas == -1).sum() == canvas.size - expected.size

@@ -1,8 +1,7 @@
 """Separable filters on the CPU, SciPy's definitions with reflecting edges.
 
-Gaussian: acc = w_0 x_0, then acc = fma(w_k, x_{-k} + x_{+k}, acc) for k = 1, 2, ..., in float32. The order is
-fixed so that another device can repeat the bits. Box mean: running sums in float64, divided once. Oracle of
-both: `scipy.ndimage` in float64.
+Gaussian: float32, along x, then y, then z; sixteen lines at once, see `lesionsynth.cpu.lines`. Box mean:
+running sums in float64, divided once. Oracle of both: `scipy.ndimage` in float64.
 """
 
 from __future__ import annotations
@@ -15,43 +14,21 @@ import numpy as np
 import numpy.typing as npt
 
 from lesionsynth.cpu._threads import parallel_for
-from lesionsynth.cpu.fma import fma
+from lesionsynth.cpu.lines import kernel_of, margin_of, rows_of, smooth
+from lesionsynth.cpu.simd import LANES, load, store, transpose
 
 Float32 = npt.NDArray[np.float32]
 
 
-def gaussian_taps(sigma: float, truncate: float = 4.0) -> Float32:
-    """Weights w_0 ... w_r of a Gaussian, r = int(truncate * sigma + 0.5), normalised over -r ... r.
-
-    Parameters
-    ----------
-    sigma : float
-        Standard deviation in voxels; 0 gives the identity.
-    truncate : float
-        Radius in standard deviations.
-
-    Returns
-    -------
-    (r + 1,) float32 array
-        Normalised in float64, then rounded.
-    """
-    radius = int(truncate * sigma + 0.5)
-    if sigma == 0 or radius == 0:
-        return np.ones(1, dtype=np.float32)
-    k = np.arange(radius + 1, dtype=np.float64)
-    weights = np.exp(-0.5 * (k / sigma) ** 2)
-    return np.asarray(weights / (weights[0] + 2.0 * weights[1:].sum()), dtype=np.float32)
-
-
 def gaussian_filter(
-    volume: Float32, sigmas: Sequence[float], truncate: float = 4.0, threads: int | None = None
+    volume: npt.NDArray[Any], sigmas: Sequence[float], truncate: float = 4.0, threads: int | None = None
 ) -> Float32:
-    """Smooth a volume, as ``scipy.ndimage.gaussian_filter`` with ``mode="reflect"``.
+    """Smooth a volume, as ``scipy.ndimage.gaussian_filter`` with ``mode="reflect"``: along x, then y, then z.
 
     Parameters
     ----------
-    volume : (z, y, x) float32 array
-        C-contiguous; not modified.
+    volume : (z, y, x) array
+        Any strides, read as float32; not modified.
     sigmas : (3,) floats
         Standard deviations along z, y, x in voxels; an axis with 0 is left alone.
     truncate : float
@@ -62,88 +39,107 @@ def gaussian_filter(
     Returns
     -------
     (z, y, x) float32 array
+
+    Notes
+    -----
+    Filters in place in the result, whose rows are padded to whole vectors where their length is no multiple
+    of 16. A voxel costs at most min(r, n) multiply-adds along an axis of n voxels, r = truncate sigma; see
+    `lesionsynth.cpu.lines`.
     """
     depth, height, width = volume.shape
-    source: Float32 = np.ascontiguousarray(volume, dtype=np.float32)
-    filtered = False
-    for axis, sigma in enumerate(sigmas):
-        taps = gaussian_taps(sigma, truncate)
-        if len(taps) == 1:
-            continue
-        result = np.empty_like(source)
-        if axis == 2:
-            x, y = source.reshape(-1, width), result.reshape(-1, width)
-            parallel_for(len(x), _rows_body(x, y, taps), threads)
+    pitch = pitch_of(width)
+    field = np.empty((depth * height + LANES) * pitch, dtype=np.float32)  # `transpose` reads up to 15 rows on
+    padded = field[: depth * height * pitch].reshape(depth, height, pitch)
+    sizes = zip(volume.shape, sigmas, strict=True)
+    weights_z, weights_y, weights_x = (kernel_of(n, float(sigma), float(truncate)) for n, sigma in sizes)
+
+    def planes(lo: int, hi: int) -> None:
+        padded[lo:hi, :, :width] = volume[lo:hi]
+        padded[lo:hi, :, width:] = 0
+        _smooth_planes(field, height, width, weights_y, weights_x, lo, hi)
+
+    parallel_for(depth, planes, threads)
+    if weights_z.size > 1:
+        parallel_for(
+            height, lambda lo, hi: _smooth_depth(field, depth, height, width, weights_z, lo, hi), threads
+        )
+    return np.ascontiguousarray(padded[:, :, :width])
+
+
+@numba.njit(nogil=True, cache=True)
+def pitch_of(width: int) -> int:
+    """Row length of a padded field: whole vectors."""
+    return (width + LANES - 1) // LANES * LANES
+
+
+@numba.njit(nogil=True, cache=True)
+def scratch_for(weights: Any, n: int) -> int:
+    """Elements of the scratch lines for `smooth`, with four rows to spare on either side."""
+    return (rows_of(weights, n) + 8) * LANES
+
+
+@numba.njit(nogil=True, cache=True)
+def _smooth_planes(
+    field: Any, height: int, width: int, weights_y: Any, weights_x: Any, lo: int, hi: int
+) -> None:
+    pitch = pitch_of(width)
+    lines = np.empty(max(scratch_for(weights_x, width), scratch_for(weights_y, height)), dtype=np.float32)
+    out = np.empty(pitch_of(max(width, height)) * LANES, dtype=np.float32)
+    margin = margin_of(weights_x, width)
+    for z in range(lo, hi):
+        at = z * height * pitch
+        if weights_x.size > 1:
+            for y in range(0, height, LANES):
+                gather_rows(field, at + y * pitch, pitch, lines, margin)
+                smooth(lines, margin, width, weights_x, out)
+                scatter_rows(out, width, field, at + y * pitch, pitch, min(LANES, height - y), lines)
+        if weights_y.size > 1:
+            smooth_columns(field, at, height, pitch, pitch, weights_y, lines, out)
+
+
+@numba.njit(nogil=True, cache=True)
+def _smooth_depth(field: Any, depth: int, height: int, width: int, weights: Any, lo: int, hi: int) -> None:
+    pitch = pitch_of(width)
+    lines = np.empty(scratch_for(weights, depth), dtype=np.float32)
+    out = np.empty(pitch_of(depth) * LANES, dtype=np.float32)
+    for y in range(lo, hi):
+        smooth_columns(field, y * pitch, depth, height * pitch, pitch, weights, lines, out)
+
+
+@numba.njit(nogil=True, cache=True)
+def gather_rows(field: Any, at: int, pitch: int, lines: Any, margin: int) -> None:
+    """Stand sixteen rows of a field side by side; the field must reach as far."""
+    for x in range(0, pitch, LANES):
+        transpose(field, at + x, pitch, lines, (margin + x) * LANES, LANES)
+
+
+@numba.njit(nogil=True, cache=True)
+def scatter_rows(lines: Any, width: int, field: Any, at: int, pitch: int, rows: int, scratch: Any) -> None:
+    """Write the first `rows` of sixteen lines back as rows; their padding repeats the last voxel."""
+    last = load(lines, (width - 1) * LANES)
+    for x in range(width, pitch):
+        store(lines, x * LANES, last)
+    for x in range(0, pitch, LANES):
+        if rows == LANES:
+            transpose(lines, x * LANES, LANES, field, at + x, pitch)
         else:
-            lines = (1, depth, height * width) if axis == 0 else (depth, height, width)
-            x3, y3 = source.reshape(lines), result.reshape(lines)
-            parallel_for(lines[0] * lines[1], _planes_body(x3, y3, taps), threads)
-        source, filtered = result, True
-    return source if filtered else source.copy()
-
-
-def _rows_body(x: Float32, y: Float32, taps: Float32) -> Any:
-    return lambda lo, hi: _along_rows(x, y, taps, lo, hi)
-
-
-def _planes_body(x: Float32, y: Float32, taps: Float32) -> Any:
-    return lambda lo, hi: _across_rows(x, y, taps, lo, hi)
+            transpose(lines, x * LANES, LANES, scratch, 0, LANES)
+            for j in range(rows):
+                store(field, at + j * pitch + x, load(scratch, j * LANES))
 
 
 @numba.njit(nogil=True, cache=True)
-def reflect(i: int, n: int) -> int:
-    """Index of SciPy's "reflect" edge, d c b a | a b c d | d c b a, at any distance."""
-    i %= 2 * n
-    return i if i < n else 2 * n - 1 - i
-
-
-BLOCK = 512
-"""Voxels of a row summed together: accumulators and two source rows stay in the first-level cache."""
-
-
-@numba.njit(nogil=True, cache=True)
-def _across_rows(x: Any, y: Any, taps: Any, lo: int, hi: int) -> None:
-    """Filter (outer, n, inner) along n, for the outputs lo <= outer * n + i < hi."""
-    n, inner = x.shape[1], x.shape[2]
-    acc = np.empty(BLOCK, dtype=np.float32)
-    for line in range(lo, hi):
-        o, i = line // n, line % n
-        for start in range(0, inner, BLOCK):
-            width = min(BLOCK, inner - start)
-            centre = x[o, i, start : start + width]
-            for j in range(width):
-                acc[j] = taps[0] * centre[j]
-            for k in range(1, taps.size):
-                before = x[o, reflect(i - k, n), start : start + width]
-                after = x[o, reflect(i + k, n), start : start + width]
-                w = taps[k]
-                for j in range(width):
-                    acc[j] = fma(w, before[j] + after[j], acc[j])
-            out = y[o, i, start : start + width]
-            for j in range(width):
-                out[j] = acc[j]
-
-
-@numba.njit(nogil=True, cache=True)
-def _along_rows(x: Any, y: Any, taps: Any, lo: int, hi: int) -> None:
-    """Filter (rows, n) along n; each row is unfolded with its reflections first."""
-    n, radius = x.shape[1], taps.size - 1
-    row = np.empty(n + 2 * radius, dtype=np.float32)
-    acc = np.empty(n, dtype=np.float32)
-    for r in range(lo, hi):
-        for j in range(radius):
-            row[j] = x[r, reflect(j - radius, n)]
-            row[n + radius + j] = x[r, reflect(n + j, n)]
-        for j in range(n):
-            row[radius + j] = x[r, j]
-            acc[j] = taps[0] * x[r, j]
-        for k in range(1, radius + 1):
-            before, after = row[radius - k : radius - k + n], row[radius + k : radius + k + n]
-            w = taps[k]
-            for j in range(n):
-                acc[j] = fma(w, before[j] + after[j], acc[j])
-        for j in range(n):
-            y[r, j] = acc[j]
+def smooth_columns(
+    field: Any, at: int, n: int, stride: int, width: int, weights: Any, lines: Any, out: Any
+) -> None:
+    """Filter `width` neighbouring lines of n voxels that lie `stride` apart, in place."""
+    margin = margin_of(weights, n)
+    for x in range(at, at + width, LANES):
+        for i in range(n):
+            store(lines, (margin + i) * LANES, load(field, x + i * stride))
+        smooth(lines, margin, n, weights, out)
+        for i in range(n):
+            store(field, x + i * stride, load(out, i * LANES))
 
 
 STRIP = 32
@@ -178,6 +174,13 @@ def uniform_filter(
     strips = -(-volume.shape[1] // STRIP)
     parallel_for(strips, lambda lo, hi: _box_means(volume, result, *sizes, lo, hi), threads)
     return result
+
+
+@numba.njit(nogil=True, cache=True)
+def reflect(i: int, n: int) -> int:
+    """Index of SciPy's "reflect" edge, d c b a | a b c d | d c b a, at any distance."""
+    i %= 2 * n
+    return i if i < n else 2 * n - 1 - i
 
 
 @numba.njit(nogil=True, cache=True)

@@ -10,12 +10,16 @@ the float32 uniform (word >> 8) * 2**-24, exact on every device.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from enum import IntEnum
 from typing import Any
 
 import numba
 import numpy as np
 import numpy.typing as npt
+
+from lesionsynth.cpu._threads import parallel_for
+from lesionsynth.cpu.simd import LANES, iota, product, splat, store, uniform_of, upper
 
 MULTIPLIER_0, MULTIPLIER_1 = np.uint64(0xD2511F53), np.uint64(0xCD9E8D57)
 WEYL_0, WEYL_1 = np.uint32(0x9E3779B9), np.uint32(0xBB67AE85)
@@ -82,9 +86,8 @@ def fill_uniform(
     stream: int,
     sample: int,
     component: int,
-    z0: int,
-    y0: int,
-    x0: int,
+    origin: Sequence[int],
+    threads: int | None = None,
 ) -> None:
     """Fill a box with the uniforms in [0, 1) of its voxels.
 
@@ -96,29 +99,60 @@ def fill_uniform(
         Key words.
     sample, component : int
         Counter words.
-    z0, y0, x0 : int
+    origin : (3,) ints
         Coordinate of ``out[0, 0, 0]``; z and y stay below 2**16.
+    threads : int, optional
+        See `parallel_for`.
     """
-    words = (np.uint32(w) for w in (seed, stream, sample, component, z0, y0, x0))
-    _fill_uniform(out, *words)
+    words = [np.uint32(w) for w in (seed, stream, sample, component, *origin)]
+    rows = out.shape[0] * out.shape[1]
+    parallel_for(rows, lambda lo, hi: fill_rows(out, *words, lo, hi), threads)
 
 
 @numba.njit(nogil=True, cache=True)
-def _fill_uniform(
-    out: Any, seed: Any, stream: Any, sample: Any, component: Any, z0: Any, y0: Any, x0: Any
+def fill_rows(
+    out: Any, seed: Any, stream: Any, sample: Any, component: Any, z0: Any, y0: Any, x0: Any, lo: int, hi: int
 ) -> None:
-    depth, height, width = out.shape
+    """Fill the rows lo ... hi - 1 of a box; all words uint32."""
+    height, width = out.shape[1], out.shape[2]
     first, last = x0 >> np.uint32(2), (x0 + np.uint32(width) - np.uint32(1)) >> np.uint32(2)
     skip = np.int64(x0) - 4 * np.int64(first)  # voxels of the first quad that lie before the box
     row = np.empty(4 * (np.int64(last) - np.int64(first) + 1), dtype=np.float32)
-    for z in range(depth):
-        for y in range(height):
-            plane = ((z0 + np.uint32(z)) << np.uint32(16)) | (y0 + np.uint32(y))
-            for k in range(row.size // 4):
-                a, b, c, d = philox4x32_10(first + np.uint32(k), plane, sample, component, seed, stream)
-                row[4 * k] = np.float32(a >> np.uint32(8)) * UNIT
-                row[4 * k + 1] = np.float32(b >> np.uint32(8)) * UNIT
-                row[4 * k + 2] = np.float32(c >> np.uint32(8)) * UNIT
-                row[4 * k + 3] = np.float32(d >> np.uint32(8)) * UNIT
-            for x in range(width):
-                out[z, y, x] = row[skip + x]
+    for r in range(lo, hi):
+        z, y = r // height, r % height
+        plane = ((z0 + np.uint32(z)) << np.uint32(16)) | (y0 + np.uint32(y))
+        for k in range(row.size // 4):
+            a, b, c, d = philox4x32_10(first + np.uint32(k), plane, sample, component, seed, stream)
+            row[4 * k] = np.float32(a >> np.uint32(8)) * UNIT
+            row[4 * k + 1] = np.float32(b >> np.uint32(8)) * UNIT
+            row[4 * k + 2] = np.float32(c >> np.uint32(8)) * UNIT
+            row[4 * k + 3] = np.float32(d >> np.uint32(8)) * UNIT
+        for x in range(width):
+            out[z, y, x] = row[skip + x]
+
+
+@numba.njit(nogil=True, cache=True)
+def uniform_lines(
+    out: Any, at: int, first: int, quads: int, plane: Any, sample: Any, component: Any, seed: Any, stream: Any
+) -> None:
+    """Uniforms of sixteen rows side by side, as `lesionsynth.cpu.lines` wants them.
+
+    The four voxels of quad ``first + k`` (x >> 2) go to the rows ``at + 4 k ...`` of sixteen lanes; lane j is
+    the row of counter word ``plane + j``. All words are uint32.
+    """
+    m0, m1 = splat(MULTIPLIER_0), splat(MULTIPLIER_1)
+    planes = splat(np.uint64(plane)) + iota()
+    for k in range(quads):
+        c0, c1 = splat(np.uint64(first + k)), planes
+        c2, c3 = splat(np.uint64(sample)), splat(np.uint64(component))
+        k0, k1 = np.uint32(seed), np.uint32(stream)
+        for _ in range(ROUNDS):
+            p0, p1 = product(m0, c0), product(m1, c2)
+            c0, c1 = upper(p1) ^ c1 ^ splat(np.uint64(k0)), p1
+            c2, c3 = upper(p0) ^ c3 ^ splat(np.uint64(k1)), p0
+            k0, k1 = np.uint32(k0 + WEYL_0), np.uint32(k1 + WEYL_1)
+        to = (at + 4 * k) * LANES
+        store(out, to, uniform_of(c0))
+        store(out, to + LANES, uniform_of(c1))
+        store(out, to + 2 * LANES, uniform_of(c2))
+        store(out, to + 3 * LANES, uniform_of(c3))

@@ -11,57 +11,64 @@ import numba
 import numpy as np
 import numpy.typing as npt
 
-from lesionsynth.cpu._threads import parallel_for
+from lesionsynth.cpu.bits import BitMask
+from lesionsynth.cpu.simd import ones
 from lesionsynth.plan import LesionPlan
 
 
-def place(
-    plan: LesionPlan, mask: npt.NDArray[np.bool_], threads: int | None = None
-) -> list[tuple[int, int, int]]:
-    """Return the centre voxel (z, y, x) of every blob of a plan.
+def place(plan: LesionPlan, mask: BitMask, counts: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """Return the centre voxel of every blob of a plan.
 
     Parameters
     ----------
     plan : LesionPlan
         Its blobs say where: by `position`, or by `center` where a user set one.
-    mask : (z, y, x) bool array
+    mask : BitMask
         Lung mask M.
-    threads : int, optional
-        See `parallel_for`.
+    counts : (z y,) int64 array
+        Its voxels in each row.
+
+    Returns
+    -------
+    (n, 3) int64 array
+        (z, y, x) of each blob.
 
     Raises
     ------
     ValueError
         The mask is empty, or a `center` lies outside the volume.
     """
-    rows = mask.reshape(-1, mask.shape[2])
-    counts = np.empty(len(rows), dtype=np.int64)
-    parallel_for(len(rows), lambda lo, hi: _count_rows(rows, counts, lo, hi), threads)
     ends = np.cumsum(counts)
     total = int(ends[-1])
     if total == 0:
         raise ValueError("lung_mask must contain at least one voxel, got an empty mask")
-    centers = []
+    centers = np.zeros((len(plan.blobs), 3), dtype=np.int64)
+    ranks = np.full(len(plan.blobs), -1, dtype=np.int64)
     for number, blob in enumerate(plan.blobs):
-        if blob.center is not None:
-            if any(c >= n for c, n in zip(blob.center, mask.shape, strict=True)):
-                raise ValueError(
-                    f"blobs[{number}].center must lie in the volume {mask.shape}, got {blob.center}"
-                )
-            centers.append(blob.center)
+        if blob.center is None:
+            ranks[number] = min(int(blob.position * total), total - 1)  # the product may round up to |M|
             continue
-        rank = min(int(blob.position * total), total - 1)  # the product may round up to |M|
-        row = int(np.searchsorted(ends, rank, side="right"))
-        x = int(np.flatnonzero(rows[row])[rank - int(ends[row] - counts[row])])
-        z, y = divmod(row, mask.shape[1])
-        centers.append((z, y, x))
+        if any(c >= n for c, n in zip(blob.center, mask.shape, strict=True)):
+            raise ValueError(f"blobs[{number}].center must lie in the volume {mask.shape}, got {blob.center}")
+        centers[number] = blob.center
+    _find(ranks, ends, counts, mask.bits, mask.shape[1], centers)
     return centers
 
 
 @numba.njit(nogil=True, cache=True)
-def _count_rows(rows: Any, counts: Any, lo: int, hi: int) -> None:
-    for r in range(lo, hi):
-        total = 0
-        for x in range(rows.shape[1]):
-            total += rows[r, x]
-        counts[r] = total
+def _find(ranks: Any, ends: Any, counts: Any, bits: Any, height: int, centers: Any) -> None:
+    """Write the voxel of each rank >= 0."""
+    for b in range(ranks.size):
+        if ranks[b] < 0:
+            continue
+        row = np.searchsorted(ends, ranks[b], side="right")
+        left = ranks[b] - (ends[row] - counts[row])
+        w = 0
+        while left >= ones(bits[row, w]):
+            left -= ones(bits[row, w])
+            w += 1
+        word = bits[row, w]
+        for _ in range(left):
+            word &= word - np.uint64(1)  # takes the lowest voxel off
+        x = 64 * w + ones((word & (~word + np.uint64(1))) - np.uint64(1))
+        centers[b, 0], centers[b, 1], centers[b, 2] = row // height, row % height, x

@@ -10,7 +10,9 @@ semi-axes, h = correlation r the lattice spacing, and c_i(n) = 2 u - 1 the Philo
 partition of unity, so |d_i| never exceeds amplitude r, and the box of the rotated ellipsoid grown by that
 bound contains the blob.
 
-Float64 throughout: a boundary voxel must not depend on the device.
+Float64 throughout: a boundary voxel must not depend on the device. A row of voxels shares the lattice summed
+over z and y. The same property, that a spline lies between its least and its greatest node, bounds a row's
+displacement, so most of the box, eight times the blob at amplitude 1, is never evaluated.
 """
 
 from __future__ import annotations
@@ -23,9 +25,12 @@ import numba
 import numpy as np
 import numpy.typing as npt
 
-from lesionsynth.cpu._threads import parallel_for
-from lesionsynth.cpu.philox import Stream, fill_uniform
-from lesionsynth.plan import Blob, LesionPlan
+from lesionsynth.cpu._scratch import borrow
+from lesionsynth.cpu._threads import parallel_tasks
+from lesionsynth.cpu.bits import BitMask, count_runs
+from lesionsynth.cpu.philox import Stream, fill_rows
+from lesionsynth.cpu.simd import bits_below, fetch_add, fma, load, splat
+from lesionsynth.plan import LesionPlan
 
 NODE_OFFSET = (32768, 32768, 1 << 20)
 """Added to a lattice node (z, y, x) to make the unsigned Philox counter."""
@@ -37,194 +42,396 @@ hang on the rounding of a rotation, about 1e-15."""
 MOST_NODES = 2**25
 """Largest control lattice, 1.2 GB; the paper's blobs need some thousands of nodes."""
 
-Float64 = npt.NDArray[np.float64]
+CHUNK = 8
+LANE_OFFSETS = np.arange(8.0)
+"""Voxels of a row evaluated together, a vector of float64; chunks start at multiples of eight."""
+
+BLOB = np.dtype(
+    [
+        ("component", np.uint32),
+        ("center", np.int64, 3),
+        ("rotation", np.float64, (3, 3)),  # columns are the directions of the semi-axes
+        ("semi_axes", np.float64, 3),
+        ("to_unit", np.float64, (3, 3)),  # q_j / s_j = sum_i v_i to_unit[i, j]
+        ("bound", np.float64),  # amplitude r, of each displacement component
+        ("spacing", np.float64),  # h
+        ("start", np.int64, 3),  # box: first voxel and size
+        ("size", np.int64, 3),
+        ("word", np.int64),  # first word of the box's rows, and how many
+        ("words", np.int64),
+        ("bits", np.int64),  # where the box's rows begin in `Shapes.bits`
+        ("first_node", np.int64, 3),  # lattice: first node and count
+        ("nodes", np.int64, 3),
+        ("lattice", np.int64),  # where the nodes begin in the lattices, and the weights in the weights
+        ("weights", np.int64),
+    ],
+    align=True,
+)
+"""A blob as the kernels see it; axis order (z, y, x)."""
 
 
 @dataclass(frozen=True)
-class Shape:
-    """One blob's voxels, clipped to the mask."""
+class Shapes:
+    """The voxels of every blob, clipped to the mask."""
 
-    start: tuple[int, int, int]
-    """First voxel of the box in the volume."""
-    inside: npt.NDArray[np.bool_]
-    """(z, y, x) membership in the box."""
-
-
-def rotation_matrix(quaternion: tuple[float, float, float, float]) -> Float64:
-    """Return the 3 x 3 matrix of a unit quaternion (w, x, y, z), acting on (axis 0, axis 1, axis 2)."""
-    w, x, y, z = quaternion
-    return np.array(
-        [
-            [1 - 2 * (y * y + z * z), 2 * (x * y - w * z), 2 * (x * z + w * y)],
-            [2 * (x * y + w * z), 1 - 2 * (x * x + z * z), 2 * (y * z - w * x)],
-            [2 * (x * z - w * y), 2 * (y * z + w * x), 1 - 2 * (x * x + y * y)],
-        ]
-    )
-
-
-def mean_radius(blob: Blob) -> float:
-    """Geometric mean of the semi-axes, the unit of the warp."""
-    return math.prod(blob.semi_axes) ** (1.0 / 3.0)
-
-
-def half_extents(blob: Blob) -> Float64:
-    """Half widths (z, y, x), in length units, of a box around the centre that contains the warped blob."""
-    ellipsoid = np.sqrt(((rotation_matrix(blob.rotation) * np.array(blob.semi_axes)) ** 2).sum(axis=1))
-    return np.asarray(ellipsoid + blob.warp_amplitude * mean_radius(blob))
+    blobs: npt.NDArray[Any]
+    """(n,) `BLOB` records."""
+    bits: npt.NDArray[np.uint64]
+    """Rows of all boxes: words ``word ... word + words`` of a row of the volume, (z, y, word) for each."""
+    runs: npt.NDArray[np.int64]
+    """(n, depth): runs of each blob in each slice of the volume."""
 
 
 def draw_shapes(
-    plan: LesionPlan,
-    centers: list[tuple[int, int, int]],
-    mask: npt.NDArray[np.bool_],
-    threads: int | None = None,
-) -> list[Shape]:
+    plan: LesionPlan, centers: npt.NDArray[np.int64], mask: BitMask, threads: int | None = None
+) -> Shapes:
     """Evaluate every blob of a plan in its box.
 
     Parameters
     ----------
     plan : LesionPlan
         What to draw.
-    centers : list of (z, y, x)
-        Centre voxel of each blob.
-    mask : (z, y, x) bool array
+    centers : (n, 3) int64 array
+        Centre voxel (z, y, x) of each blob.
+    mask : BitMask
         Blobs are clipped to it.
     threads : int, optional
         See `parallel_for`.
 
     Returns
     -------
-    list of Shape
-        One for each blob; boxes are clipped to the volume and may be empty.
+    Shapes
+        Boxes are clipped to the volume and may be empty. The bits are scratch: they last until the next call.
+
+    Raises
+    ------
+    ValueError
+        A warp needs a lattice of more than `MOST_NODES` nodes.
     """
-    shapes = [
-        _boxed(blob, center, plan.scale, mask.shape) for blob, center in zip(plan.blobs, centers, strict=True)
-    ]
-
-    def draw(lo: int, hi: int) -> None:
-        for k in range(lo, hi):
-            _draw(shapes[k], plan, plan.blobs[k], centers[k], mask)
-
-    parallel_for(len(shapes), draw, threads)
-    return shapes
-
-
-def _boxed(
-    blob: Blob, center: tuple[int, int, int], scale: tuple[float, ...], shape: tuple[int, ...]
-) -> Shape:
-    # Grown by twice what `SURFACE` adds to the radius, and by the rounding of a whole number of voxels; not
-    # by a voxel, over which the lattice of a far smaller blob would have nodes without number.
-    reach = np.floor(half_extents(blob) * SURFACE / np.array(scale) + 1e-9).astype(int)
-    start = [max(c - int(r), 0) for c, r in zip(center, reach, strict=True)]
-    stop = [min(c + int(r) + 1, n) for c, r, n in zip(center, reach, shape, strict=True)]
-    size = [max(b - a, 0) for a, b in zip(start, stop, strict=True)]
-    return Shape((start[0], start[1], start[2]), np.zeros(size, dtype=np.bool_))
-
-
-def _draw(shape: Shape, plan: LesionPlan, blob: Blob, center: tuple[int, int, int], mask: Any) -> None:
-    if shape.inside.size == 0:
-        return
-    radius = mean_radius(blob)
-    spacing = blob.warp_correlation * radius
+    blobs = _records(plan, centers)
     scale = np.array(plan.scale)
-    first, coefficients = _lattice(shape, plan, blob, center, spacing, scale)
-    region = mask[tuple(slice(a, a + n) for a, n in zip(shape.start, shape.inside.shape, strict=True))]
-    origin = (np.array(shape.start) - np.array(center)) * 1.0
-    _inside(
-        shape.inside, region, origin, scale, rotation_matrix(blob.rotation), np.array(blob.semi_axes),
-        coefficients, first, spacing,
+    n_bits, n_nodes, n_weights = _measure(blobs, scale, np.array(mask.shape))
+    for blob, record in zip(plan.blobs, blobs, strict=True):
+        if math.prod(record["nodes"].tolist()) > MOST_NODES:
+            raise ValueError(
+                f"warp_correlation {blob.warp_correlation} with warp_amplitude {blob.warp_amplitude} and "
+                f"semi_axes {blob.semi_axes} needs a lattice of {' x '.join(map(str, record['nodes']))} "
+                f"nodes, more than {MOST_NODES}"
+            )
+    bits = borrow("shapes.bits", n_bits, np.uint64)
+    lattice = borrow("shapes.lattice", n_nodes, np.float64)
+    weights = borrow("shapes.weights", n_weights, np.float64)
+    runs = np.zeros((len(blobs), mask.shape[0]), dtype=np.int64)
+    tasks = np.concatenate([[0], np.cumsum(blobs["size"][:, 0])])
+    words = [np.uint32(w) for w in (plan.seed, int(Stream.WARP), plan.index)]
+    parallel_tasks(len(blobs), _prepare, blobs, scale, lattice, weights, *words, threads=threads)
+    parallel_tasks(
+        int(tasks[-1]), _draw_slices, tasks, blobs, scale, lattice, weights, mask.bits, mask.shape[1],
+        bits, runs, threads=threads,
     )  # fmt: skip
+    return Shapes(blobs, bits, runs)
 
 
-def _lattice(
-    shape: Shape, plan: LesionPlan, blob: Blob, center: tuple[int, int, int], spacing: float, scale: Float64
-) -> tuple[npt.NDArray[np.int64], Float64]:
-    """Coefficients amplitude * r * c_i(n), (3, z, y, x), of the nodes the box touches, and the first node."""
-    low = (np.array(shape.start) - np.array(center)) * scale / spacing
-    high = (np.array(shape.start) + np.array(shape.inside.shape) - 1 - np.array(center)) * scale / spacing
-    first = np.floor(low).astype(np.int64) - 1
-    count = np.floor(high).astype(np.int64) + 2 - first + 1
-    if math.prod(count.tolist()) > MOST_NODES:
-        raise ValueError(
-            f"warp_correlation {blob.warp_correlation} with warp_amplitude {blob.warp_amplitude} and "
-            f"semi_axes {blob.semi_axes} needs a lattice of {' x '.join(map(str, count))} nodes, more than "
-            f"{MOST_NODES}"
-        )
-    uniform = np.empty((3, *count.tolist()), dtype=np.float32)
-    origin = [int(f) + o for f, o in zip(first, NODE_OFFSET, strict=True)]
-    for i in range(3):
-        fill_uniform(uniform[i], plan.seed, int(Stream.WARP), plan.index, 3 * blob.component + i, *origin)
-    bound = blob.warp_amplitude * mean_radius(blob)
-    return first, bound * (2.0 * uniform.astype(np.float64) - 1.0)
+def _records(plan: LesionPlan, centers: npt.NDArray[np.int64]) -> npt.NDArray[Any]:
+    blobs = np.zeros(len(plan.blobs), dtype=BLOB)
+    blobs["center"] = centers
+    if plan.blobs:
+        blobs["component"] = [blob.component for blob in plan.blobs]
+        axes = np.array([blob.semi_axes for blob in plan.blobs])
+        radius = np.prod(axes, axis=1) ** (1.0 / 3.0)  # geometric mean, the unit of the warp
+        blobs["semi_axes"] = axes
+        blobs["rotation"] = _rotation_matrices(np.array([blob.rotation for blob in plan.blobs]))
+        blobs["to_unit"] = blobs["rotation"] / axes[:, None, :]
+        blobs["bound"] = radius * [blob.warp_amplitude for blob in plan.blobs]
+        blobs["spacing"] = radius * [blob.warp_correlation for blob in plan.blobs]
+    return blobs
+
+
+def _rotation_matrices(quaternions: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """(n, 3, 3) matrices of unit quaternions (w, x, y, z), acting on (axis 0, axis 1, axis 2)."""
+    w, x, y, z = quaternions.T
+    rows = [
+        [1 - 2 * (y * y + z * z), 2 * (x * y - w * z), 2 * (x * z + w * y)],
+        [2 * (x * y + w * z), 1 - 2 * (x * x + z * z), 2 * (y * z - w * x)],
+        [2 * (x * z - w * y), 2 * (y * z + w * x), 1 - 2 * (x * x + y * y)],
+    ]
+    return np.moveaxis(np.array(rows), 2, 0)
 
 
 @numba.njit(nogil=True, cache=True)
-def _weights(f: float, w: Any) -> None:
+def _measure(blobs: Any, scale: Any, shape: Any) -> tuple[int, int, int]:
+    """Find each blob's box and lattice; returns the sizes of all rows, lattices and weights."""
+    n_bits, n_nodes, n_weights = 0, 0, 0
+    for b in range(blobs.size):
+        blob = blobs[b]
+        for i in range(3):
+            extent = 0.0
+            for j in range(3):
+                extent += (blob.rotation[i, j] * blob.semi_axes[j]) ** 2
+            half = math.sqrt(extent) + blob.bound
+            # Grown by twice what `SURFACE` adds to the radius, and by the rounding of a whole number of
+            # voxels; not by a voxel, over which the lattice of a far smaller blob would have nodes without
+            # number.
+            reach = int(min(math.floor(half * SURFACE / scale[i] + 1e-9), 2.0**40))
+            blob.start[i] = max(blob.center[i] - reach, 0)
+            blob.size[i] = max(min(blob.center[i] + reach + 1, shape[i]) - blob.start[i], 0)
+        if blob.size[0] * blob.size[1] * blob.size[2] == 0:
+            blob.size[:] = 0
+            continue
+        blob.word = blob.start[2] >> 6
+        blob.words = ((blob.start[2] + blob.size[2] - 1) >> 6) - blob.word + 1
+        chunks = _chunks(blob)
+        for i in range(3):
+            low, high = blob.start[i] - blob.center[i], blob.start[i] + blob.size[i] - 1 - blob.center[i]
+            blob.first_node[i] = math.floor(low * scale[i] / blob.spacing) - 1
+            blob.nodes[i] = math.floor(high * scale[i] / blob.spacing) + 2 - blob.first_node[i] + 1
+        blob.bits, blob.lattice, blob.weights = n_bits, n_nodes, n_weights
+        n_bits += blob.size[0] * blob.size[1] * blob.words
+        # In floating point: a lattice too large to count is refused by the caller before it is used.
+        nodes = float(blob.nodes[0]) * float(blob.nodes[1]) * float(blob.nodes[2])
+        if nodes <= MOST_NODES:
+            n_nodes += 3 * int(nodes)
+            n_weights += chunks * _nodes_of_a_chunk(blob, scale[2]) * CHUNK
+    return n_bits, n_nodes, n_weights
+
+
+@numba.njit(nogil=True, cache=True)
+def _chunks(blob: Any) -> int:
+    return ((blob.start[2] + blob.size[2] - 1) // CHUNK) - blob.start[2] // CHUNK + 1
+
+
+@numba.njit(nogil=True, cache=True)
+def _nodes_of_a_chunk(blob: Any, scale: float) -> int:
+    """Most lattice nodes along x that eight voxels depend on."""
+    return min(int((CHUNK - 1) * scale / blob.spacing) + 6, blob.nodes[2])
+
+
+@numba.njit(nogil=True, cache=True)
+def _prepare(
+    counter: Any,
+    n_tasks: int,
+    blobs: Any,
+    scale: Any,
+    lattice: Any,
+    weights: Any,
+    seed: Any,
+    stream: Any,
+    sample: Any,
+) -> None:
+    """Draw the lattice of a blob, and tabulate the splines along x, which all of its rows share."""
+    b = fetch_add(counter)
+    while b < n_tasks:
+        blob = blobs[b]
+        if blob.size[0] > 0:
+            _draw_lattice(blob, lattice, seed, stream, sample)
+            _tabulate(blob, scale[2], weights)
+        b = fetch_add(counter)
+
+
+@numba.njit(nogil=True, cache=True)
+def _draw_lattice(blob: Any, lattice: Any, seed: Any, stream: Any, sample: Any) -> None:
+    """Displacement of the nodes, (3, z, y, x), in length units."""
+    nz, ny, nx = blob.nodes
+    z0 = np.uint32(blob.first_node[0] + NODE_OFFSET[0])
+    y0 = np.uint32(blob.first_node[1] + NODE_OFFSET[1])
+    x0 = np.uint32(blob.first_node[2] + NODE_OFFSET[2])
+    uniform = np.empty((nz, ny, nx), dtype=np.float32)
+    flat = uniform.reshape(-1)
+    for i in range(3):
+        component = np.uint32(3 * blob.component + i)
+        fill_rows(uniform, seed, stream, sample, component, z0, y0, x0, 0, nz * ny)
+        at = blob.lattice + i * flat.size
+        for k in range(flat.size):
+            lattice[at + k] = blob.bound * (2.0 * np.float64(flat[k]) - 1.0)
+
+
+@numba.njit(nogil=True, cache=True)
+def _tabulate(blob: Any, scale: float, weights: Any) -> None:
+    """Splines of each chunk: (chunk, node, voxel), nodes from that of the chunk's first voxel on.
+
+    A chunk may begin before the box and end after it; there the lattice ends, and the nearest
+    voxel stands in.
+    """
+    count = _nodes_of_a_chunk(blob, scale)
+    first = blob.start[2] - blob.start[2] % CHUNK
+    table = weights[blob.weights : blob.weights + _chunks(blob) * count * CHUNK]
+    table[:] = 0.0
+    for c in range(_chunks(blob)):
+        node = _first_node_of_chunk(blob, scale, c)
+        for lane in range(CHUNK):
+            x = max(blob.start[2], min(first + c * CHUNK + lane, blob.start[2] + blob.size[2] - 1))
+            t = (x - blob.center[2]) * scale / blob.spacing
+            k = math.floor(t)
+            w = _spline(t - k)
+            for a in range(4):
+                table[(c * count + k - 1 - blob.first_node[2] + a - node) * CHUNK + lane] = w[a]
+
+
+@numba.njit(nogil=True, cache=True)
+def _first_node_of_chunk(blob: Any, scale: float, chunk: int) -> int:
+    """First node, counted from the lattice's own, that a chunk reads; all it reads lie in the lattice."""
+    x = max(blob.start[2], blob.start[2] - blob.start[2] % CHUNK + chunk * CHUNK) - blob.center[2]
+    node = math.floor(x * scale / blob.spacing) - 1 - blob.first_node[2]
+    return min(node, blob.nodes[2] - _nodes_of_a_chunk(blob, scale))
+
+
+@numba.njit(nogil=True, cache=True)
+def _spline(f: float) -> tuple[float, float, float, float]:
     """Cubic B-spline at the nodes -1, 0, 1, 2 for the fraction f in [0, 1)."""
     g = 1.0 - f
-    w[0] = g * g * g / 6.0
-    w[1] = 2.0 / 3.0 - f * f * (1.0 - 0.5 * f)
-    w[2] = 2.0 / 3.0 - g * g * (1.0 - 0.5 * g)
-    w[3] = f * f * f / 6.0
+    return (
+        g * g * g / 6.0,
+        2.0 / 3.0 - f * f * (1.0 - 0.5 * f),
+        2.0 / 3.0 - g * g * (1.0 - 0.5 * g),
+        f * f * f / 6.0,
+    )
 
 
 @numba.njit(nogil=True, cache=True)
-def _along_row(w: Any, row: Any, n: int) -> Any:
-    """Displacement from the four nodes that begin at n."""
-    return w[0] * row[n] + w[1] * row[n + 1] + w[2] * row[n + 2] + w[3] * row[n + 3]
-
-
-@numba.njit(nogil=True, cache=True)
-def _inside(
-    out: Any,
-    mask: Any,
-    origin: Any,
+def _draw_slices(
+    counter: Any,
+    n_tasks: int,
+    tasks: Any,
+    blobs: Any,
     scale: Any,
-    rotation: Any,
-    semi_axes: Any,
-    coefficients: Any,
-    first: Any,
-    h: float,
+    lattice: Any,
+    weights: Any,
+    mask: Any,
+    height: int,
+    bits: Any,
+    runs: Any,
 ) -> None:
-    nz, ny, nx = out.shape
-    n_nodes = coefficients.shape[3]
-    wz, wy, wx = np.empty(4), np.empty(4), np.empty(4)
-    row = np.empty((3, n_nodes))  # the lattice summed over z and y: a row of voxels shares it
-    inverse = np.empty(3)
+    """Task t is one slice of one blob: slice t - tasks[b] of the box of b."""
+    most_x, most_yx = 1, 1
+    for b in range(blobs.size):
+        most_x = max(most_x, blobs[b].nodes[2])
+        most_yx = max(most_yx, blobs[b].nodes[1] * blobs[b].nodes[2])
+    plane, row = np.empty(3 * most_yx), np.empty(3 * most_x)
+    t = fetch_add(counter)
+    while t < n_tasks:
+        b = np.searchsorted(tasks, t, side="right") - 1
+        runs[b, blobs[b].start[0] + t - tasks[b]] = _draw_slice(
+            blobs[b], t - tasks[b], scale, lattice, weights, mask, height, bits, plane, row
+        )
+        t = fetch_add(counter)
+
+
+@numba.njit(nogil=True, cache=True)
+def _draw_slice(
+    blob: Any, z: int, scale: Any, lattice: Any, weights: Any, mask: Any, height: int, bits: Any, plane: Any,
+    row: Any,
+) -> int:  # fmt: skip
+    """Evaluate slice z of a blob's box; returns its number of runs."""
+    _, ny, nx = blob.nodes
+    pz = (blob.start[0] + z - blob.center[0]) * scale[0]
+    _sum_nodes(
+        lattice, blob.lattice, blob.nodes[0] * ny * nx, ny * nx, pz / blob.spacing, blob.first_node[0], plane,
+        ny * nx,
+    )  # fmt: skip
+    runs = 0
+    for y in range(blob.size[1]):
+        py = (blob.start[1] + y - blob.center[1]) * scale[1]
+        _sum_nodes(plane, 0, ny * nx, nx, py / blob.spacing, blob.first_node[1], row, nx)
+        at = blob.bits + (z * blob.size[1] + y) * blob.words
+        inside = bits[at : at + blob.words]
+        inside[:] = np.uint64(0)
+        lungs = mask[(blob.start[0] + z) * height + blob.start[1] + y, blob.word : blob.word + blob.words]
+        _draw_row(blob, pz, py, scale[2], row, weights, lungs, inside)
+        runs += count_runs(inside)
+    return runs
+
+
+@numba.njit(nogil=True, cache=True)
+def _sum_nodes(source: Any, at: int, stride: int, step: int, t: float, first: int, out: Any, n: int) -> None:
+    """Sum four layers of nodes with the spline weights of t, for each of the three components."""
+    k = math.floor(t)
+    w0, w1, w2, w3 = _spline(t - k)
     for i in range(3):
-        inverse[i] = 1.0 / semi_axes[i]
-    for z in range(nz):
-        pz = (origin[0] + z) * scale[0]
-        tz = pz / h
-        kz = math.floor(tz)
-        _weights(tz - kz, wz)
-        for y in range(ny):
-            py = (origin[1] + y) * scale[1]
-            ty = py / h
-            ky = math.floor(ty)
-            _weights(ty - ky, wy)
-            for i in range(3):
-                for n in range(n_nodes):
-                    total = 0.0
-                    for a in range(4):
-                        for b in range(4):
-                            weight = wz[a] * wy[b]
-                            total += weight * coefficients[i, kz - 1 - first[0] + a, ky - 1 - first[1] + b, n]
-                    row[i, n] = total
-            for x in range(nx):
-                if not mask[z, y, x]:
-                    out[z, y, x] = False
-                    continue
-                px = (origin[2] + x) * scale[2]
-                tx = px / h
-                kx = math.floor(tx)
-                _weights(tx - kx, wx)
-                n = kx - 1 - first[2]
-                vz = pz + _along_row(wx, row[0], n)
-                vy = py + _along_row(wx, row[1], n)
-                vx = px + _along_row(wx, row[2], n)
-                total = 0.0
-                for j in range(3):  # column j of R is the direction of semi-axis j
-                    q = (rotation[0, j] * vz + rotation[1, j] * vy + rotation[2, j] * vx) * inverse[j]
-                    total += q * q
-                out[z, y, x] = total <= SURFACE
+        base = at + i * stride + (k - 1 - first) * step
+        for m in range(n):
+            out[i * n + m] = (
+                w0 * source[base + m]
+                + w1 * source[base + step + m]
+                + w2 * source[base + 2 * step + m]
+                + w3 * source[base + 3 * step + m]
+            )
+
+
+@numba.njit(nogil=True, cache=True)
+def _draw_row(
+    blob: Any, pz: float, py: float, scale: float, row: Any, weights: Any, lungs: Any, inside: Any
+) -> None:
+    """Set the bits of one row of the box; `row` holds the three displacements at the nodes along x."""
+    low, high = _possible(blob, pz, py, scale, row)
+    if low > high:
+        return
+    n = blob.nodes[2]
+    count = _nodes_of_a_chunk(blob, scale)
+    # Locals: the compiler cannot know that writing a bit leaves the record alone.
+    u, center, start, table = blob.to_unit, blob.center[2], blob.start[2], blob.weights
+    u00, u10, u20 = splat(u[0, 0]), splat(u[1, 0]), splat(u[2, 0])
+    u01, u11, u21 = splat(u[0, 1]), splat(u[1, 1]), splat(u[2, 1])
+    u02, u12, u22 = splat(u[0, 2]), splat(u[1, 2]), splat(u[2, 2])
+    first = start - start % CHUNK
+    for c in range((low - first) // CHUNK, (high - first) // CHUNK + 1):
+        x = first + c * CHUNK
+        word, shift = (x >> 6) - blob.word, np.uint64(x & 63)
+        lung = (lungs[word] >> shift) & np.uint64(0xFF)
+        if x < low:
+            lung &= np.uint64(0xFF) << np.uint64(low - x)
+        if x + CHUNK - 1 > high:
+            lung &= np.uint64(0xFF) >> np.uint64(x + CHUNK - 1 - high)
+        if lung == 0:
+            continue
+        node = _first_node_of_chunk(blob, scale, c)
+        at = table + c * count * CHUNK
+        vz, vy = splat(pz), splat(py)
+        vx = (load(LANE_OFFSETS, 0) + splat(np.float64(x - center))) * splat(scale)
+        for k in range(node, node + count):
+            w = load(weights, at)
+            vz = fma(w, splat(row[k]), vz)
+            vy = fma(w, splat(row[n + k]), vy)
+            vx = fma(w, splat(row[2 * n + k]), vx)
+            at += CHUNK
+        q0 = fma(u20, vx, fma(u10, vy, u00 * vz))
+        q1 = fma(u21, vx, fma(u11, vy, u01 * vz))
+        q2 = fma(u22, vx, fma(u12, vy, u02 * vz))
+        level = fma(q2, q2, fma(q1, q1, q0 * q0))
+        inside[word] |= (bits_below(level, splat(SURFACE)) & lung) << shift
+
+
+@numba.njit(nogil=True, cache=True)
+def _possible(blob: Any, pz: float, py: float, scale: float, row: Any) -> tuple[int, int]:
+    """First and last voxel x of a row that can lie in the blob, given the range of its displacements.
+
+    With the displacement in the middle of its range, q / s = A + B x. It is at most `reach` away from that,
+    so |A + B x| <= 1 + reach where the voxel is inside: an interval of x.
+    """
+    n = blob.nodes[2]
+    m0, h0 = _range(row, 0, n)
+    m1, h1 = _range(row, n, n)
+    m2, h2 = _range(row, 2 * n, n)
+    u = blob.to_unit
+    aa, ab, bb, reach = 0.0, 0.0, 0.0, 0.0
+    for j in range(3):
+        a = u[0, j] * (pz + m0) + u[1, j] * (py + m1) + u[2, j] * m2
+        b = u[2, j] * scale
+        r = abs(u[0, j]) * h0 + abs(u[1, j]) * h1 + abs(u[2, j]) * h2
+        aa, ab, bb, reach = aa + a * a, ab + a * b, bb + b * b, reach + r * r
+    level = 1.0 + 1e-6 + math.sqrt(reach)  # rounding must not cut a voxel off
+    discriminant = ab * ab - bb * (aa - level * level)
+    if discriminant < 0.0:
+        return 0, -1
+    middle, half = blob.center[2] - ab / bb, math.sqrt(discriminant) / bb
+    low, high = blob.start[2], blob.start[2] + blob.size[2] - 1
+    return max(low, int(max(middle - half, -1.0))), min(high, int(min(middle + half + 1.0, 2.0**40)))
+
+
+@numba.njit(nogil=True, cache=True)
+def _range(row: Any, at: int, n: int) -> tuple[float, float]:
+    """Middle and half width of the range of n numbers."""
+    least, most = row[at], row[at]
+    for k in range(at + 1, at + n):
+        least = row[k] if row[k] < least else least
+        most = row[k] if row[k] > most else most
+    return 0.5 * (most + least), 0.5 * (most - least)

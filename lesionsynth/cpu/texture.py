@@ -4,132 +4,343 @@
     b1 = [v < a], v ~ U[0, 1];  b2 = gaussian(b1, sigma_b);  B = clip(beta b2, 0, 1)
 
 The noise is Philox of the absolute voxel coordinate, so it depends on neither the box nor the order of
-lesions.
+lesions. Each box is one float32 field, filtered in place. The boxes of all lesions go through four rounds of
+tasks, so that one large lesion keeps every thread busy:
+
+    noise, filtered in plane (a slice a task) -> filtered along z, extremes (a row of columns a task) ->
+    salt noise, filtered in plane -> filtered along z, mean above the threshold
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import numba
 import numpy as np
 import numpy.typing as npt
 
-from lesionsynth.cpu.filters import gaussian_filter
-from lesionsynth.cpu.philox import Stream, fill_uniform
-from lesionsynth.plan import Blob, Component, LesionPlan
+from lesionsynth.cpu._scratch import borrow
+from lesionsynth.cpu._threads import parallel_tasks
+from lesionsynth.cpu.filters import gather_rows, pitch_of, scatter_rows, scratch_for, smooth_columns
+from lesionsynth.cpu.lines import kernel_of, margin_of, smooth
+from lesionsynth.cpu.merge import Lesions
+from lesionsynth.cpu.philox import uniform_lines
+from lesionsynth.cpu.simd import (
+    LANES,
+    fetch_add,
+    greatest,
+    least,
+    load,
+    one_where_less,
+    splat,
+    store,
+)  # fmt: skip
+from lesionsynth.plan import Component, LesionPlan
 
 Float32 = npt.NDArray[np.float32]
-Box = tuple[tuple[int, int], tuple[int, int], tuple[int, int]]
 
 FIXED_POINT = 2.0**26
 """A float32 of [0.125, 1] is a multiple of 2**-26, so sums in this unit are exact and know no order."""
 
+MARGIN = 4
+"""Rows to spare around scratch lines: noise comes in quads, which begin before a box and end after it."""
 
-def synthesize_texture(
-    plan: LesionPlan,
-    label: int,
-    members: tuple[int, ...],
-    labels: npt.NDArray[np.int32],
-    box: Box,
-    threads: int | None,
-) -> tuple[Float32, Component]:
-    """Synthesise the texture of one lesion.
+FIELD = np.dtype(
+    [
+        ("label", np.int64),
+        ("component", np.uint32),  # of the noise
+        ("start", np.int64, 3),  # box (z, y, x)
+        ("size", np.int64, 3),
+        ("pitch", np.int64),  # row length of the field
+        ("at", np.int64),  # where it begins in the scratch
+        ("kernels", np.int64, (2, 3, 2)),  # weights of sigma_a and sigma_b along z, y, x: start, stop
+        ("a_low", np.float32),
+        ("a_range", np.float64),
+        ("low", np.float32),  # least a2 on the box
+        ("slope", np.float32),  # (a_U - a_L) / (greatest - least)
+        ("passing", np.int64),  # voxels of the lesion with b2 above the threshold, and their sum
+        ("total", np.int64),
+        ("beta", np.float32),
+    ],
+    align=True,
+)
+"""A lesion's box as the kernels see it; axis order (z, y, x)."""
+
+
+@dataclass(frozen=True)
+class Textures:
+    """b2 of several lesions; B is ``clip(beta b2, 0, 1)``."""
+
+    fields: npt.NDArray[Any]
+    """`FIELD` records."""
+    values: Float32
+    """b2, box after box, rows padded to whole vectors; scratch, which lasts until the next lesions."""
+    components: tuple[Component, ...]
+    """The lesions as recorded in the rendered plan."""
+
+
+def synthesize_textures(plan: LesionPlan, lesions: Lesions, threads: int | None = None) -> Iterator[Textures]:
+    """Synthesise the textures of all lesions, as many at a time as one volume of scratch holds.
 
     Parameters
     ----------
     plan : LesionPlan
-        Holds the texture parameters; those of the lesion's first blob count.
-    label : int
-        The lesion's value in `labels`.
-    members : tuple of int
-        Its blobs.
-    labels : (z, y, x) int32 array
+        Holds the texture parameters; those of a lesion's first blob count.
+    lesions : Lesions
         Merged lesions.
-    box : three (start, stop) pairs
-        Tight bounding box of the lesion.
-    threads : int or None
+    threads : int, optional
         See `parallel_for`.
 
-    Returns
-    -------
-    texture : float32 array
-        B_j on the box, in [0, 1].
-    component : Component
-        The lesion as recorded in the rendered plan.
+    Yields
+    ------
+    Textures
+        Every lesion once.
     """
-    blob = plan.blobs[members[0]]
-    probability = _probability(plan, blob, box, threads)
-    salt = _field(plan, blob, Stream.SALT, box)
-    _bernoulli(salt.ravel(), probability.ravel())
-    b2 = gaussian_filter(salt, _sigmas(blob.sigma_b, plan), threads=threads)
-    region = labels[tuple(slice(a, b) for a, b in box)]
-    voxels, passing, total = _passing_sum(b2, region, label, np.float32(plan.mean_threshold))
-    mean = total / FIXED_POINT / passing if passing else plan.mean_threshold
-    beta = blob.mu0 / mean
-    _scale_and_clip(b2.ravel(), np.float32(beta))
-    record = Component(
-        label=label, blobs=members, box=box, voxels=voxels, beta=beta, beta_fallback=passing == 0
-    )
-    return b2, record
+    everything, weights = _fields(plan, lesions)
+    words = [np.uint32(w) for w in (plan.seed, plan.index)]
+    for fields in _groups(everything, math.prod(lesions.shape)):
+        size = int((fields["size"][:, 0] * fields["size"][:, 1] * fields["pitch"]).sum())
+        slack = LANES * int(fields["pitch"].max())  # `gather_rows` reads up to 15 rows on
+        values = borrow("texture.values", size + slack, np.float32)
+        slices = np.concatenate([[0], np.cumsum(fields["size"][:, 0])])
+        columns = np.concatenate([[0], np.cumsum(fields["size"][:, 1])])
+        extremes = np.empty((columns[-1], 2), dtype=np.float32)
+        sums = np.zeros((columns[-1], 2), dtype=np.int64)
+        parallel_tasks(
+            int(slices[-1]), _noise_slices, slices, fields, weights, values, *words, False, threads=threads
+        )
+        parallel_tasks(
+            int(columns[-1]), _smooth_noise, columns, fields, weights, values, extremes, threads=threads
+        )
+        _rescale(fields, columns, extremes)
+        parallel_tasks(
+            int(slices[-1]), _noise_slices, slices, fields, weights, values, *words, True, threads=threads
+        )
+        parallel_tasks(
+            int(columns[-1]), _smooth_salt, columns, fields, weights, values, sums, lesions.first,
+            lesions.start, lesions.stop, lesions.label, lesions.shape[1], np.float32(plan.mean_threshold),
+            threads=threads,
+        )  # fmt: skip
+        yield Textures(fields, values, _brightness(plan, lesions, fields, columns, sums))
 
 
-def _probability(plan: LesionPlan, blob: Blob, box: Box, threads: int | None) -> Float32:
-    """a(x), eq. 7-8. A field without range (one voxel, say) gives a_L everywhere.
+def _fields(plan: LesionPlan, lesions: Lesions) -> tuple[npt.NDArray[Any], Float32]:
+    """Return the boxes, largest slices first so that none is left for the end, and all weights."""
+    fields = np.zeros(len(lesions), dtype=FIELD)
+    kernels: list[Float32] = []
+    for k, members in enumerate(lesions.members):
+        blob, field = plan.blobs[members[0]], fields[k]
+        field["label"], field["component"] = k + 1, blob.component
+        field["start"] = lesions.boxes[k, :, 0]
+        size = field["size"] = lesions.boxes[k, :, 1] - lesions.boxes[k, :, 0]
+        field["a_low"], field["a_range"] = blob.a_low, blob.a_high - blob.a_low
+        kernels += (
+            kernel_of(int(n), sigma / scale)
+            for sigma in (blob.sigma_a, blob.sigma_b)
+            for n, scale in zip(size, plan.scale, strict=True)
+        )
+    ends = np.cumsum([0, *map(len, kernels)])
+    fields["kernels"] = np.stack([ends[:-1], ends[1:]], axis=1).reshape(len(fields), 2, 3, 2)
+    fields["pitch"] = -(-fields["size"][:, 2] // LANES) * LANES
+    order = np.argsort(-fields["size"][:, 1] * fields["pitch"], kind="stable")
+    return fields[order], np.concatenate(kernels) if kernels else np.empty(0, dtype=np.float32)
 
-    The rescale forgets the mean, so the noise is centred before filtering: a wide filter on a small box
-    leaves a range near 1e-5, which float32 resolves around 0 but not around 1/2.
+
+def _groups(fields: npt.NDArray[Any], most: int) -> Iterator[npt.NDArray[Any]]:
+    """Cut the fields into groups of at most `most` voxels, or of one field, and lay each group out."""
+    first = at = 0
+    for k, field in enumerate(fields):
+        volume = int(field["size"][0] * field["size"][1] * field["pitch"])
+        if k > first and at + volume > most:
+            yield fields[first:k]
+            first, at = k, 0
+        field["at"] = at
+        at += volume
+    if first < len(fields):
+        yield fields[first:]
+
+
+def _brightness(
+    plan: LesionPlan, lesions: Lesions, fields: npt.NDArray[Any], columns: Any, sums: Any
+) -> tuple[Component, ...]:
+    """Compute beta of each lesion (eq. 6)."""
+    totals = np.add.reduceat(sums, columns[:-1], axis=0)
+    components = []
+    for field, (passing, total) in zip(fields, totals.tolist(), strict=True):
+        k = int(field["label"]) - 1
+        blob = plan.blobs[lesions.members[k][0]]
+        beta = blob.mu0 / (total / FIXED_POINT / passing if passing else plan.mean_threshold)
+        field["beta"] = beta
+        components.append(
+            Component(
+                label=k + 1, blobs=lesions.members[k], box=lesions.box(k), voxels=int(lesions.voxels[k]),
+                beta=beta, beta_fallback=passing == 0,
+            )
+        )  # fmt: skip
+    return tuple(components)
+
+
+@numba.njit(nogil=True, cache=True)
+def _kernel(field: Any, weights: Any, which: int, axis: int) -> Any:
+    return weights[field.kernels[which, axis, 0] : field.kernels[which, axis, 1]]
+
+
+@numba.njit(nogil=True, cache=True)
+def _scratch(fields: Any, weights: Any) -> tuple[Any, Any]:
+    """Lines and outputs that are long enough for every axis of every field."""
+    lines, out = 0, 0
+    for k in range(fields.size):
+        for axis in range(3):
+            n = fields[k].size[axis]
+            out = max(out, pitch_of(n) * LANES)
+            for which in range(2):
+                lines = max(lines, scratch_for(_kernel(fields[k], weights, which, axis), n))
+    return np.empty(lines, dtype=np.float32), np.empty(out, dtype=np.float32)
+
+
+@numba.njit(nogil=True, cache=True)
+def _noise_slices(
+    counter: Any,
+    n_tasks: int,
+    tasks: Any,
+    fields: Any,
+    weights: Any,
+    values: Any,
+    seed: Any,
+    sample: Any,
+    salt: bool,
+) -> None:
+    """Fill a slice of a box with a1 or, where `salt`, with b1 under the a2 it holds; filter in plane."""
+    lines, out = _scratch(fields, weights)
+    t = fetch_add(counter)
+    while t < n_tasks:
+        k = np.searchsorted(tasks, t, side="right") - 1
+        field, z = fields[k], t - tasks[k]
+        height, width, pitch = field.size[1], field.size[2], field.pitch
+        at = field.at + z * height * pitch
+        along_y, along_x = _kernel(field, weights, int(salt), 1), _kernel(field, weights, int(salt), 2)
+        margin = margin_of(along_x, width) + MARGIN
+        stream = np.uint32(3) if salt else np.uint32(2)
+        for y in range(0, height, LANES):
+            if salt:
+                gather_rows(values, at + y * pitch, pitch, out, 0)
+            _draw_lines(field, z, y, seed, stream, sample, lines, margin)
+            if salt:
+                _threshold_lines(field, width, out, lines, margin)
+            else:
+                _centre_lines(width, lines, margin)
+            smooth(lines, margin, width, along_x, out)
+            scatter_rows(out, width, values, at + y * pitch, pitch, min(LANES, height - y), lines)
+        smooth_columns(values, at, height, pitch, pitch, along_y, lines, out)
+        t = fetch_add(counter)
+
+
+@numba.njit(nogil=True, cache=True)
+def _draw_lines(
+    field: Any, z: int, y: int, seed: Any, stream: Any, sample: Any, lines: Any, margin: int
+) -> None:
+    """Uniforms of sixteen rows of a box, from the quad of its first voxel to that of its last."""
+    x0 = field.start[2]
+    first = x0 >> 2
+    quads = ((x0 + field.size[2] - 1) >> 2) - first + 1
+    plane = np.uint32(((field.start[0] + z) << 16) | (field.start[1] + y))
+    uniform_lines(lines, margin + 4 * first - x0, first, quads, plane, sample, field.component, seed, stream)
+
+
+@numba.njit(nogil=True, cache=True)
+def _centre_lines(width: int, lines: Any, margin: int) -> None:
+    """Subtract the mean, 1/2.
+
+    The rescale of eq. 8 forgets it, and a wide filter on a small box leaves a range near 1e-5, which float32
+    resolves around 0 but not around 1/2.
     """
-    a1 = _field(plan, blob, Stream.PROBABILITY, box)
-    a1 -= np.float32(0.5)
-    a = gaussian_filter(a1, _sigmas(blob.sigma_a, plan), threads=threads)
-    low, high = a.min(), a.max()
-    slope = (
-        np.float32((blob.a_high - blob.a_low) / (float(high) - float(low))) if high > low else np.float32(0)
-    )
-    a -= low
-    a *= slope
-    a += np.float32(blob.a_low)
-    return a
-
-
-def _field(plan: LesionPlan, blob: Blob, stream: Stream, box: Box) -> Float32:
-    out = np.empty([b - a for a, b in box], dtype=np.float32)
-    fill_uniform(out, plan.seed, int(stream), plan.index, blob.component, *(a for a, _ in box))
-    return out
-
-
-def _sigmas(sigma: float, plan: LesionPlan) -> tuple[float, float, float]:
-    z, y, x = plan.scale
-    return sigma / z, sigma / y, sigma / x
+    for x in range(margin, margin + width):
+        store(lines, x * LANES, load(lines, x * LANES) - splat(np.float32(0.5)))
 
 
 @numba.njit(nogil=True, cache=True)
-def _bernoulli(v: Any, a: Any) -> None:
-    """Eq. 2, in place: 1 with probability a, else 0."""
-    for i in range(v.size):
-        v[i] = np.float32(1.0) if v[i] < a[i] else np.float32(0.0)
+def _threshold_lines(field: Any, width: int, a2: Any, lines: Any, margin: int) -> None:
+    """Turn uniforms v into salt noise [v < a], with a rescaled from a2 (eq. 2 and 8)."""
+    low, slope, a_low = splat(field.low), splat(field.slope), splat(field.a_low)
+    for x in range(width):
+        a = (load(a2, x * LANES) - low) * slope + a_low
+        at = (margin + x) * LANES
+        store(lines, at, one_where_less(load(lines, at), a))
 
 
 @numba.njit(nogil=True, cache=True)
-def _passing_sum(b2: Any, labels: Any, label: int, threshold: Any) -> tuple[int, int, int]:
-    """Voxels of the lesion, those above the threshold, and the exact sum of these in units of 2**-26."""
-    voxels, passing, total = 0, 0, np.int64(0)
-    depth, height, width = b2.shape
-    for z in range(depth):
-        for y in range(height):
-            for x in range(width):
-                if labels[z, y, x] == label:
-                    voxels += 1
-                    if b2[z, y, x] > threshold:
-                        passing += 1
-                        total += np.int64(math.floor(np.float64(b2[z, y, x]) * FIXED_POINT + 0.5))
-    return voxels, passing, int(total)
+def _smooth_noise(
+    counter: Any, n_tasks: int, tasks: Any, fields: Any, weights: Any, values: Any, extremes: Any
+) -> None:
+    """Filter the columns of one y along z, and find their least and greatest value."""
+    lines, out = _scratch(fields, weights)
+    t = fetch_add(counter)
+    while t < n_tasks:
+        k = np.searchsorted(tasks, t, side="right") - 1
+        field = fields[k]
+        depth, height, pitch = field.size[0], field.size[1], field.pitch
+        at = field.at + (t - tasks[k]) * pitch
+        smooth_columns(values, at, depth, height * pitch, pitch, _kernel(field, weights, 0, 0), lines, out)
+        low, high = splat(np.float32(np.inf)), splat(np.float32(-np.inf))
+        for z in range(depth):
+            for x in range(at + z * height * pitch, at + z * height * pitch + pitch, LANES):
+                low, high = least(low, load(values, x)), greatest(high, load(values, x))
+        store(out, 0, low)
+        extremes[t, 0] = out[:LANES].min()
+        store(out, 0, high)
+        extremes[t, 1] = out[:LANES].max()
+        t = fetch_add(counter)
 
 
 @numba.njit(nogil=True, cache=True)
-def _scale_and_clip(b2: Any, beta: Any) -> None:
-    """Eq. 5, in place."""
-    for i in range(b2.size):
-        b2[i] = min(max(b2[i] * beta, np.float32(0.0)), np.float32(1.0))
+def _rescale(fields: Any, columns: Any, extremes: Any) -> None:
+    """Find the map of a2 to [a_L, a_U]; a field without range (one voxel, say) becomes a_L everywhere."""
+    for k in range(fields.size):
+        low, high = np.float32(np.inf), np.float32(-np.inf)
+        for t in range(columns[k], columns[k + 1]):
+            low, high = min(low, extremes[t, 0]), max(high, extremes[t, 1])
+        fields[k].low = low
+        span = np.float64(high) - np.float64(low)
+        fields[k].slope = np.float32(fields[k].a_range / span) if span > 0.0 else np.float32(0.0)
+
+
+@numba.njit(nogil=True, cache=True)
+def _smooth_salt(
+    counter: Any,
+    n_tasks: int,
+    tasks: Any,
+    fields: Any,
+    weights: Any,
+    values: Any,
+    sums: Any,
+    first: Any,
+    start: Any,
+    stop: Any,
+    label: Any,
+    rows: int,
+    threshold: Any,
+) -> None:
+    """Filter the columns of one y along z; count and sum b2 above the threshold in the lesion's voxels."""
+    lines, out = _scratch(fields, weights)
+    t = fetch_add(counter)
+    while t < n_tasks:
+        k = np.searchsorted(tasks, t, side="right") - 1
+        field, y = fields[k], t - tasks[k]
+        depth, height, pitch = field.size[0], field.size[1], field.pitch
+        at = field.at + y * pitch
+        smooth_columns(values, at, depth, height * pitch, pitch, _kernel(field, weights, 1, 0), lines, out)
+        passing, total = 0, 0
+        for z in range(depth):
+            row = (field.start[0] + z) * rows + field.start[1] + y
+            shift = at + z * height * pitch - field.start[2]
+            for run in range(first[row], first[row + 1]):
+                if label[run] == field.label:
+                    for x in range(shift + start[run], shift + stop[run]):
+                        if values[x] > threshold:
+                            passing += 1
+                            total += math.floor(np.float64(values[x]) * FIXED_POINT + 0.5)
+        sums[t, 0], sums[t, 1] = passing, total
+        t = fetch_add(counter)

@@ -1,0 +1,354 @@
+"""Vectors of sixteen float32 or 32-bit words, or eight float64, as values inside Numba kernels.
+
+LLVM vectorises innermost loops only, so a filter written with arrays reloads and rewrites its accumulators
+for every tap. With vectors as values, a kernel keeps a block of outputs in registers and says itself in which
+order it adds. LLVM splits a vector where the processor's registers are narrower, so the code is portable
+and the result is the same.
+
+Arrays are one-dimensional and C-contiguous; an index counts elements, and nothing checks it.
+"""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.core.imputils import lower_builtin
+from numba.core.typing.templates import AbstractTemplate, infer_global, signature
+from numba.extending import intrinsic, models, register_model
+
+FLOAT, DOUBLE, BYTE, WORD, LONG = (
+    ir.FloatType(), ir.DoubleType(), ir.IntType(8), ir.IntType(32), ir.IntType(64),
+)  # fmt: skip
+
+
+class Vector(types.Type):  # type: ignore[misc]  # Numba is untyped
+    """Numba type of a vector of `lanes` elements."""
+
+    def __init__(self, element: Any, lanes: int) -> None:
+        self.element, self.lanes = element, lanes
+        super().__init__(name=f"{element}x{lanes}")
+
+
+@register_model(Vector)
+class _VectorModel(models.PrimitiveModel):  # type: ignore[misc]
+    def __init__(self, manager: Any, kind: Vector) -> None:
+        element = manager.lookup(kind.element).get_value_type()
+        super().__init__(manager, kind, ir.VectorType(element, kind.lanes))
+
+
+F32 = Vector(types.float32, 16)
+F64 = Vector(types.float64, 8)
+WORDS = Vector(types.uint64, 16)
+"""Words of 32 bits in the lower halves of 64; the upper halves mean nothing, which saves clearing them."""
+OF_ELEMENT = {kind.element: kind for kind in (F32, F64, WORDS)}
+LANES = F32.lanes
+
+
+def _llvm(context: Any, kind: Vector) -> Any:
+    return context.get_value_type(kind)
+
+
+def _address(context: Any, builder: Any, array_type: Any, array: Any, index: Any, target: Any) -> Any:
+    """Pointer to element `index`, as a pointer to `target`."""
+    data = context.make_array(array_type)(context, builder, array).data
+    return builder.bitcast(builder.gep(data, [index]), target.as_pointer())
+
+
+def _vector_of(array: Any) -> Any:
+    ok = isinstance(array, types.Array) and array.ndim == 1 and array.layout == "C"
+    return OF_ELEMENT.get(array.dtype) if ok else None
+
+
+def _load(typingctx: Any, array: Any, index: Any) -> Any:
+    """Elements ``index ...`` of an array."""
+    kind = _vector_of(array)
+    if kind is None:
+        return None
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        pointer = _address(context, builder, array, args[0], args[1], _llvm(context, kind))
+        return builder.load(pointer, align=kind.element.bitwidth // 8)
+
+    return kind(array, types.intp), codegen
+
+
+def _store(typingctx: Any, array: Any, index: Any, value: Any) -> Any:
+    """Write a vector to elements ``index ...`` of an array."""
+    if not isinstance(value, Vector) or _vector_of(array) != value:
+        return None
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        pointer = _address(context, builder, array, args[0], args[1], _llvm(context, value))
+        builder.store(args[2], pointer, align=value.element.bitwidth // 8)
+        return context.get_dummy_value()
+
+    return types.void(array, types.intp, value), codegen
+
+
+def _splat(typingctx: Any, scalar: Any) -> Any:
+    """Repeat a scalar in every lane."""
+    kind = OF_ELEMENT.get(scalar)
+    if kind is None:
+        return None
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        vector = _llvm(context, kind)
+        first = builder.insert_element(ir.Constant(vector, ir.Undefined), args[0], ir.Constant(WORD, 0))
+        lanes = ir.Constant(ir.VectorType(WORD, kind.lanes), [0] * kind.lanes)
+        return builder.shuffle_vector(first, ir.Constant(vector, ir.Undefined), lanes)
+
+    return kind(scalar), codegen
+
+
+def _iota(typingctx: Any) -> Any:
+    """0, 1, ..., 15 as words."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return ir.Constant(_llvm(context, WORDS), list(range(LANES)))
+
+    return WORDS(), codegen
+
+
+def _fma(typingctx: Any, a: Any, b: Any, c: Any) -> Any:
+    """Return ``a * b + c`` rounded once."""
+    if a not in (F32, F64) or not a == b == c:
+        return None
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        vector = _llvm(context, a)
+        name = f"llvm.fma.v{a.lanes}f{a.element.bitwidth}"
+        function = cgutils.get_or_insert_function(builder.module, ir.FunctionType(vector, [vector] * 3), name)
+        return builder.call(function, args)
+
+    return a(a, b, c), codegen
+
+
+def _binary(name: str, kinds: tuple[Vector, ...], emit: Any) -> Any:
+    def typed(typingctx: Any, a: Any, b: Any) -> Any:
+        if a not in kinds or a != b:
+            return None
+
+        def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            return emit(context, builder, a, *args)
+
+        return a(a, b), codegen
+
+    typed.__name__ = name
+    return intrinsic(typed)
+
+
+def _arithmetic(on_float: str, on_integer: str | None = None) -> Any:
+    def emit(context: Any, builder: Any, kind: Vector, a: Any, b: Any) -> Any:
+        return getattr(builder, on_integer if kind == WORDS and on_integer else on_float)(a, b)
+
+    return emit
+
+
+def _select(comparison: str) -> Any:
+    def emit(context: Any, builder: Any, kind: Vector, a: Any, b: Any) -> Any:
+        return builder.select(builder.fcmp_ordered(comparison, a, b), a, b)
+
+    return emit
+
+
+def _product(context: Any, builder: Any, kind: Vector, a: Any, b: Any) -> Any:
+    """All 64 bits of the product of two words."""
+    low = ir.Constant(_llvm(context, WORDS), [0xFFFFFFFF] * LANES)
+    return builder.mul(builder.and_(a, low), builder.and_(b, low))
+
+
+def _upper(typingctx: Any, product: Any) -> Any:
+    """Take the upper word of a product."""
+    if product != WORDS:
+        return None
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.lshr(args[0], ir.Constant(_llvm(context, WORDS), [32] * LANES))
+
+    return WORDS(product), codegen
+
+
+def _bits_below(typingctx: Any, a: Any, b: Any) -> Any:
+    """Bit k of the answer: ``a <= b`` in lane k; NaN is not below."""
+    if a not in (F32, F64) or a != b:
+        return None
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        bits = builder.bitcast(builder.fcmp_ordered("<=", *args), ir.IntType(a.lanes))
+        return builder.zext(bits, LONG)
+
+    return types.uint64(a, b), codegen
+
+
+def _one_where_less(typingctx: Any, a: Any, b: Any) -> Any:
+    """1.0 in the lanes where ``a < b``, else 0.0."""
+    if a != F32 or b != F32:
+        return None
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        vector = _llvm(context, F32)
+        less = builder.fcmp_ordered("<", *args)
+        return builder.select(less, ir.Constant(vector, [1.0] * LANES), ir.Constant(vector, [0.0] * LANES))
+
+    return F32(a, b), codegen
+
+
+def _uniform_of(typingctx: Any, words: Any) -> Any:
+    """Random words to [0, 1): (word >> 8) * 2**-24, exact."""
+    if words != WORDS:
+        return None
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        narrow = ir.VectorType(WORD, LANES)
+        top = builder.lshr(builder.trunc(args[0], narrow), ir.Constant(narrow, [8] * LANES))
+        unit = ir.Constant(_llvm(context, F32), [2.0**-24] * LANES)
+        return builder.fmul(builder.sitofp(top, _llvm(context, F32)), unit)
+
+    return F32(words), codegen
+
+
+def _nonzero_bits(typingctx: Any, array: Any, index: Any) -> Any:
+    """Bit k of the answer: element ``index + k`` of a byte array is not 0, for 64 elements."""
+    if _byte_array(array) is None:
+        return None
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        vector = ir.VectorType(BYTE, 64)
+        values = builder.load(_address(context, builder, array, args[0], args[1], vector), align=1)
+        return builder.bitcast(builder.icmp_unsigned("!=", values, ir.Constant(vector, [0] * 64)), LONG)
+
+    return types.uint64(array, types.intp), codegen
+
+
+def _byte_array(array: Any) -> Any:
+    ok = isinstance(array, types.Array) and array.ndim == 1 and array.layout == "C"
+    return array if ok and array.dtype in (types.uint8, types.int8) else None
+
+
+def _transpose(typingctx: Any, source: Any, start: Any, stride: Any, target: Any, at: Any, step: Any) -> Any:
+    """Transpose 16 x 16 float32: rows ``source[start + stride i :]`` to rows ``target[at + step i :]``."""
+    if _vector_of(source) != F32 or _vector_of(target) != F32:
+        return None
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        first, begin, between, second, there, apart = args
+        vector = _llvm(context, F32)
+
+        def row(array: Any, kind: Any, origin: Any, distance: Any, i: int) -> Any:
+            index = builder.add(origin, builder.mul(distance, ir.Constant(LONG, i)))
+            return _address(context, builder, kind, array, index, vector)
+
+        rows = [builder.load(row(first, source, begin, between, i), align=4) for i in range(LANES)]
+        for half in (8, 4, 2, 1):  # swap the off-diagonal quarters of ever smaller squares
+            low = [i if not i & half else LANES + (i ^ half) for i in range(LANES)]
+            high = [i | half if not i & half else LANES + i for i in range(LANES)]
+            masks = [ir.Constant(ir.VectorType(WORD, LANES), lanes) for lanes in (low, high)]
+            for i in range(LANES):
+                if not i & half:
+                    pair = rows[i], rows[i | half]
+                    rows[i], rows[i | half] = (builder.shuffle_vector(*pair, mask) for mask in masks)
+        for i in range(LANES):
+            builder.store(rows[i], row(second, target, there, apart, i), align=4)
+        return context.get_dummy_value()
+
+    return types.void(source, types.intp, types.intp, target, types.intp, types.intp), codegen
+
+
+def _fetch_add(typingctx: Any, array: Any) -> Any:
+    """Add 1 to ``array[0]`` atomically and return what it was: the next task of several threads."""
+    if not (isinstance(array, types.Array) and array.dtype == types.int64):
+        return None
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        data = context.make_array(array)(context, builder, args[0]).data
+        return builder.atomic_rmw("add", data, ir.Constant(LONG, 1), "monotonic")
+
+    return types.int64(array), codegen
+
+
+def _trailing_zeros(typingctx: Any, word: Any) -> Any:
+    """Count the zero bits below the lowest one; 64 for 0."""
+    if word != types.uint64:
+        return None
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.cttz(args[0], ir.Constant(ir.IntType(1), 0))
+
+    return types.int64(word), codegen
+
+
+def _half_of(typingctx: Any, value: Any) -> Any:
+    """Bits of a float32 rounded to float16, to nearest, ties to even."""
+    if value != types.float32:
+        return None
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.bitcast(builder.fptrunc(args[0], ir.HalfType()), ir.IntType(16))
+
+    return types.int16(value), codegen
+
+
+def _ones(typingctx: Any, word: Any) -> Any:
+    """Count the bits that are 1."""
+    if word != types.uint64:
+        return None
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.ctpop(args[0])
+
+    return types.int64(word), codegen
+
+
+def _pointer(typingctx: Any, address: Any) -> Any:
+    """Turn an address into a pointer that `numba.carray` takes."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.inttoptr(args[0], cgutils.voidptr_t)
+
+    return types.voidptr(types.uint64), codegen
+
+
+load: Any = intrinsic(_load)
+store: Any = intrinsic(_store)
+splat: Any = intrinsic(_splat)
+iota: Any = intrinsic(_iota)
+fma: Any = intrinsic(_fma)
+least: Any = _binary("least", (F32, F64), _select("<"))
+greatest: Any = _binary("greatest", (F32, F64), _select(">"))
+product: Any = _binary("product", (WORDS,), _product)
+upper: Any = intrinsic(_upper)
+bits_below: Any = intrinsic(_bits_below)
+one_where_less: Any = intrinsic(_one_where_less)
+uniform_of: Any = intrinsic(_uniform_of)
+nonzero_bits: Any = intrinsic(_nonzero_bits)
+transpose: Any = intrinsic(_transpose)
+fetch_add: Any = intrinsic(_fetch_add)
+trailing_zeros: Any = intrinsic(_trailing_zeros)
+ones: Any = intrinsic(_ones)
+half_of: Any = intrinsic(_half_of)
+pointer: Any = intrinsic(_pointer)
+
+
+def _operator(symbol: Any, kinds: tuple[Vector, ...], emit: Any) -> None:
+    """Let kernels write ``a + b`` for vectors."""
+
+    @infer_global(symbol)
+    class _Typed(AbstractTemplate):  # type: ignore[misc]
+        def generic(self, args: Any, kws: Any) -> Any:
+            if len(args) == 2 and args[0] in kinds and args[0] == args[1]:
+                return signature(args[0], *args)
+            return None
+
+    @lower_builtin(symbol, Vector, Vector)
+    def lowered(context: Any, builder: Any, typed: Any, args: Any) -> Any:
+        return emit(context, builder, typed.return_type, *args)
+
+
+_operator(operator.add, (F32, F64, WORDS), _arithmetic("fadd", "add"))
+_operator(operator.sub, (F32, F64), _arithmetic("fsub"))
+_operator(operator.mul, (F32, F64), _arithmetic("fmul"))
+_operator(operator.xor, (WORDS,), _arithmetic("xor", "xor"))
