@@ -6,12 +6,14 @@ branches.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from lesionsynth.config import Range
+from lesionsynth.cpu._memory import output
 from lesionsynth.cpu.bits import BitMask, pack
 from lesionsynth.cpu.inject import base_pair, inject
 from lesionsynth.cpu.merge import Lesions, merge
@@ -28,8 +30,11 @@ Labels = npt.NDArray[np.int32]
 class Backend(Protocol):
     """One method per stage of DESIGN.md section 2. What passes between stages is the backend's own affair."""
 
-    def copy(self, image: Array, tau: float, hu_range: Range, out: Array, target: Mask) -> None:
-        """Write the pair without lesions: H to `out`, H >= tau to `target`."""
+    def copy(self, image: Array, tau: float, hu_range: Range, out: Array, target: Mask) -> Callable[[], None]:
+        """Begin to write the pair without lesions, H to `out`, H >= tau to `target`; the answer ends it."""
+
+    def output(self, shape: tuple[int, ...], dtype: Any) -> Array:
+        """Return uninitialised memory for a result."""
 
     def place(self, plan: LesionPlan, lung_mask: Mask) -> Any:
         """Find the centre voxel of each blob, and read the mask."""
@@ -44,7 +49,7 @@ class Backend(Protocol):
         """Synthesise the texture of every lesion and inject it into the pair, in place."""
 
     def paint(self, lesions: Any, out: Labels) -> None:
-        """Write the labels of all lesions over zeros."""
+        """Write the labels of all lesions, and 0 elsewhere."""
 
 
 class CpuBackend:
@@ -53,9 +58,13 @@ class CpuBackend:
     def __init__(self, threads: int | None = None) -> None:
         self.threads = threads
 
-    def copy(self, image: Array, tau: float, hu_range: Range, out: Array, target: Mask) -> None:
+    def output(self, shape: tuple[int, ...], dtype: Any) -> Array:
         """See `Backend`."""
-        base_pair(image, tau, hu_range, out, target, self.threads)
+        return output(shape, dtype)
+
+    def copy(self, image: Array, tau: float, hu_range: Range, out: Array, target: Mask) -> Callable[[], None]:
+        """See `Backend`."""
+        return base_pair(image, tau, hu_range, out, target, self.threads)
 
     def place(self, plan: LesionPlan, lung_mask: Mask) -> tuple[BitMask, npt.NDArray[np.int64]]:
         """See `Backend`."""
@@ -84,4 +93,4 @@ class CpuBackend:
 
     def paint(self, lesions: Lesions, out: Labels) -> None:
         """See `Backend`."""
-        lesions.paint(self.threads, out)
+        lesions.paint(out, self.threads)

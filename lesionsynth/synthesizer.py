@@ -200,8 +200,9 @@ class LesionSynthesizer:
                 raise TypeError(
                     f"plan must be a sequence of LesionPlan for a (b, z, y, x) image, got {plan!r}"
                 )
-        a = np.empty(healthy.shape, np.float32 if healthy.dtype == np.int16 else healthy.dtype)
-        target = np.empty(healthy.shape, np.bool_)
+        dtype = np.float32 if healthy.dtype == np.int16 else healthy.dtype
+        a = self._backend.output(healthy.shape, dtype)
+        target = self._backend.output(healthy.shape, np.bool_)
         items = [x if healthy.ndim == 4 else x[None] for x in (healthy, mask, a, target)]
         rendered = [self._render_one(item, *arrays) for item, *arrays in zip(plans, *items, strict=True)]
         done, lesions = zip(*rendered, strict=True)
@@ -226,14 +227,17 @@ class LesionSynthesizer:
             raise ValueError(f"plan was drawn for a volume of shape {plan.shape}, image has {healthy.shape}")
         stages = self._backend
         placed = stages.place(plan, mask)
-        stages.copy(healthy, plan.tau, self.config.hu_range, out, target)
-        lesions = stages.merge(plan, placed, stages.draw(plan, placed))
+        finish_copy = stages.copy(healthy, plan.tau, self.config.hu_range, out, target)
+        try:
+            lesions = stages.merge(plan, placed, stages.draw(plan, placed))
+        finally:
+            finish_copy()
         components = stages.fill(plan, lesions, out, target)
         return replace(plan, components=components), lesions
 
 
 def _paint(backend: Backend, lesions: Sequence[Any], shape: tuple[int, ...], restore: Restore) -> Any:
-    labels = np.zeros(shape, dtype=np.int32)
+    labels = backend.output(shape, np.int32)
     for item, out in zip(lesions, labels if len(shape) == 4 else labels[None], strict=True):
         backend.paint(item, out)
     return restore(labels)

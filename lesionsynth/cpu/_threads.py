@@ -2,20 +2,27 @@
 
 Numba's own ``parallel=True`` is avoided on purpose: its OpenMP layer kills a forked ``DataLoader`` worker,
 and it compiles several times longer. A pool belongs to one process: a fork gets its own on first use. The
-calling thread works too, and a helper that has not begun when the work is done is not waited for, so a busy
-pool delays nobody.
+calling thread works too, so a pool has one thread less; a helper that has not begun when the work is done is
+not waited for, and a busy pool delays nobody.
 """
 
 from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from typing import Any
 
+import numba
 import numpy as np
+from numba import types
+
+from lesionsynth.cpu.simd import fetch, fetch_add
+
+give_way: Any = types.ExternalFunction("SwitchToThread" if os.name == "nt" else "sched_yield", types.int32())
+"""Let another thread have the core."""
 
 _pools: dict[tuple[int, int], ThreadPoolExecutor] = {}
 
@@ -67,15 +74,23 @@ def parallel_for(n_items: int, body: Callable[[int, int], object], threads: int 
         future.result()
 
 
-def parallel_tasks(n_tasks: int, kernel: Callable[..., object], *arguments: Any, threads: int | None) -> None:
-    """Call ``kernel(counter, n_tasks, *arguments)`` on several threads, which share the tasks out themselves.
+def work_together(
+    kernel: Callable[..., object], totals: Sequence[int], *arguments: Any, threads: int | None
+) -> None:
+    """Call ``kernel(progress, *arguments)`` on several threads, which share its tasks out themselves.
+
+    To wake a thread takes longer than many a round of tasks, so a kernel goes through all its rounds in one
+    call. Nobody waits for a thread: one that wakes late joins the round that is under way, or finds nothing
+    left to do.
 
     Parameters
     ----------
-    n_tasks : int
-        Number of independent tasks of any cost. Zero calls nothing.
     kernel : callable
-        GIL-free Numba function that takes tasks ``fetch_add(counter)`` until these reach `n_tasks`.
+        GIL-free Numba function. For each round p it takes tasks with ``take(progress, p)`` until there are
+        none, reports each with ``done(progress, p)``, and ends the round with ``wait_for(progress, p)``. It
+        allocates before its first task, and must not fail after.
+    totals : sequence of int
+        Number of tasks of each round.
     *arguments
         Passed on.
     threads : int or None
@@ -86,19 +101,69 @@ def parallel_tasks(n_tasks: int, kernel: Callable[..., object], *arguments: Any,
     ValueError
         `threads` is below 1.
     """
-    count = min(_count(threads), n_tasks)
+    count = min(_count(threads), max(totals))
     if count < 1:
         return
-    counter = np.zeros(1, dtype=np.int64)
-    helpers = [_pool(count).submit(kernel, counter, n_tasks, *arguments) for _ in range(count - 1)]
-    try:
-        kernel(counter, n_tasks, *arguments)
-    finally:
-        running = [helper for helper in helpers if not helper.cancel()]
-        for helper in running:
-            helper.exception()
-    for helper in running:
-        helper.result()
+    progress = np.zeros((len(totals), 3), dtype=np.int64)
+    progress[:, TOTAL] = totals
+    helpers = [_pool(count).submit(kernel, progress, *arguments) for _ in range(count - 1)]
+    kernel(progress, *arguments)
+    for helper in helpers:
+        helper.cancel()
+
+
+NEXT, DONE, TOTAL = 0, 1, 2
+"""Columns of the progress of each round."""
+
+
+@numba.njit(nogil=True, cache=True)
+def take(progress: Any, p: int) -> int:
+    """Return the next task of round p, or -1 where there is none left."""
+    task = fetch_add(progress, p * 3 + NEXT)
+    return task if task < progress[p, TOTAL] else -1
+
+
+@numba.njit(nogil=True, cache=True)
+def done(progress: Any, p: int) -> None:
+    """Report a task of round p."""
+    fetch_add(progress, p * 3 + DONE)
+
+
+@numba.njit(nogil=True, cache=True)
+def wait_for(progress: Any, p: int) -> None:
+    """Return when every task of round p has been reported; another thread may still be at its last one."""
+    while fetch(progress, p * 3 + DONE) < progress[p, TOTAL]:
+        give_way()
+
+
+def in_background(body: Callable[[], object], threads: int | None = None) -> Callable[[], None]:
+    """Start ``body()`` beside what the caller does next, where there is a thread to spare.
+
+    Parameters
+    ----------
+    body : callable
+        It must release the GIL to gain anything.
+    threads : int, optional
+        See `parallel_for`. With one thread the work is done at once.
+
+    Returns
+    -------
+    callable
+        Call it once: it returns when the work is done, and raises what `body` raised.
+    """
+    count = _count(threads)
+    if count == 1:
+        body()
+        return lambda: None
+    future = _pool(count).submit(body)
+
+    def finish() -> None:
+        if future.cancel():  # nobody was free so far
+            body()
+        else:
+            future.result()
+
+    return finish
 
 
 def _count(threads: int | None) -> int:
@@ -112,7 +177,7 @@ def _pool(count: int) -> ThreadPoolExecutor:
     key = (os.getpid(), count)
     pool = _pools.get(key)
     if pool is None:
-        pool = _pools[key] = ThreadPoolExecutor(count, thread_name_prefix="lesionsynth")
+        pool = _pools[key] = ThreadPoolExecutor(count - 1, thread_name_prefix="lesionsynth")
     return pool
 
 

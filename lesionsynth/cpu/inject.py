@@ -6,17 +6,34 @@ there were no lesion; then the lesions' voxels are visited, and no others.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numba
 import numpy as np
 import numpy.typing as npt
+from numba.extending import overload
 
-from lesionsynth.cpu._threads import parallel_for
+from lesionsynth.cpu._threads import done, in_background, take, wait_for, work_together
 from lesionsynth.cpu.merge import Lesions
-from lesionsynth.cpu.simd import half_of, pointer
+from lesionsynth.cpu.simd import (
+    LANES,
+    fence,
+    greatest,
+    half_of,
+    least,
+    load,
+    outside_unit,
+    pointer,
+    splat,
+    store,
+    store_at_least,
+    store_stream,
+)  # fmt: skip
 from lesionsynth.cpu.texture import Textures
 
+STREAMED = 2**23
+"""Bytes from which an output is written past the caches: they hold no such volume until it is used."""
 HALF_ONE = np.int16(0x3C00)
 """1.0 as float16. For numbers that are not negative the bits of float16 are ordered as the numbers are."""
 
@@ -28,8 +45,11 @@ def base_pair(
     out: npt.NDArray[Any],
     target: npt.NDArray[np.bool_],
     threads: int | None = None,
-) -> None:
+) -> Callable[[], None]:
     """Copy H and compute the target as if there were no lesion, refusing voxels outside [0, 1] on the way.
+
+    Reading and writing a volume keeps one thread waiting for memory while others compute, so it begins here
+    and ends when the answer is called.
 
     Parameters
     ----------
@@ -46,35 +66,48 @@ def base_pair(
     threads : int, optional
         See `parallel_for`.
 
-    Raises
-    ------
-    ValueError
-        A voxel is NaN, infinite or outside [0, 1].
+    Returns
+    -------
+    callable
+        Waits for the copy, and raises ValueError where a voxel is NaN, infinite or outside [0, 1].
     """
-    depth, height, width = image.shape
+    where = (image.ctypes.data, *image.strides)
+    shape = image.shape
+    if image[0].flags.c_contiguous:  # a slice is one long row
+        shape = (len(image), 1, image[0].size)
+    depth, height, width = shape
     sane = np.ones(depth * height, dtype=np.bool_)
     level = np.asarray(tau, dtype=out.dtype)[()]
-    where = (image.ctypes.data, *image.strides, height)
     sample = np.empty(width, dtype=image.dtype)
     flat, flat_target = out.reshape(-1, width), target.reshape(-1, width).view(np.uint8)
     if image.dtype == np.int16:
         low, high = (np.float32(v) for v in hu_range)
 
         def rows(lo: int, hi: int) -> None:
-            _window_rows(*where, sample, flat, flat_target, level, low, high, lo, hi)
+            _window_rows(*where, height, sample, flat, flat_target, level, low, high, lo, hi)
     elif image.dtype == np.float16:
         bits = flat.view(np.int16), flat_target, level.view(np.int16), sane
 
         def rows(lo: int, hi: int) -> None:
-            _copy_half_rows(*where, sample.view(np.int16), *bits, lo, hi)
+            _copy_half_rows(*where, height, sample.view(np.int16), *bits, lo, hi)
+    elif image.dtype == np.float32:
+        stream = out.nbytes >= STREAMED and width % LANES == 0 and out.ctypes.data % 64 == 0
+
+        def rows(lo: int, hi: int) -> None:
+            _copy_float_rows(*where, height, sample, flat, flat_target, level, sane, stream, lo, hi)
     else:
 
         def rows(lo: int, hi: int) -> None:
-            _copy_rows(*where, sample, flat, flat_target, level, sane, lo, hi)
+            _copy_rows(*where, height, sample, flat, flat_target, level, sane, lo, hi)
 
-    parallel_for(depth * height, rows, threads)
-    if not sane.all():
-        _explain(image)
+    finish_copy = in_background(lambda: rows(0, depth * height), threads)
+
+    def finish() -> None:
+        finish_copy()
+        if not sane.all():
+            _explain(image)
+
+    return finish
 
 
 def inject(
@@ -103,16 +136,12 @@ def inject(
     low = int(textures.fields["start"][:, 0].min())
     high = int((textures.fields["start"][:, 0] + textures.fields["size"][:, 0]).max())
     runs = (field_of, lesions.first, lesions.start, lesions.stop, lesions.label, lesions.shape[1])
-    flat, flat_target = out.reshape(-1, width), target.reshape(-1, width)
-    kernel = _inject_half_slices if out.dtype == np.float16 else _inject_slices
-    pixels = flat.view(np.int16) if out.dtype == np.float16 else flat
-    parallel_for(
-        high - low,
-        lambda lo, hi: kernel(
-            textures.fields, textures.values, *runs, pixels, flat_target, low + lo, low + hi
-        ),
-        threads,
-    )
+    pixels = out.view(np.int16) if out.dtype == np.float16 else out
+    flat, flat_target = pixels.reshape(-1), target.reshape(-1)
+    work_together(
+        _inject, [high - low], textures.fields, textures.values, *runs, flat, flat_target, width, low,
+        threads=threads,
+    )  # fmt: skip
 
 
 def _explain(image: npt.NDArray[Any]) -> None:
@@ -138,6 +167,34 @@ def _row(base: int, dz: int, dy: int, dx: int, height: int, row: int, scratch: A
     for x in range(scratch.size):
         scratch[x] = numba.carray(pointer(np.uint64(at + x * dx)), 1, scratch.dtype)[0]
     return scratch
+
+
+@numba.njit(nogil=True, cache=True)
+def _copy_float_rows(
+    base: int, dz: int, dy: int, dx: int, height: int, like: Any, out: Any, target: Any, level: Any,
+    sane: Any, stream: bool, lo: int, hi: int,
+) -> None:  # fmt: skip
+    """Float32, sixteen voxels at a time."""
+    scratch = np.empty_like(like)
+    levels = splat(level)
+    whole = like.size // LANES * LANES
+    for r in range(lo, hi):
+        row, to, bright = _row(base, dz, dy, dx, height, r, scratch), out[r], target[r]
+        strange = np.uint64(0)
+        for x in range(0, whole, LANES):
+            values = load(row, x)
+            if stream:
+                store_stream(to, x, values)
+            else:
+                store(to, x, values)
+            store_at_least(bright, x, values, levels)
+            strange |= outside_unit(values)
+        good = strange == 0
+        for x in range(whole, row.size):
+            to[x], bright[x] = row[x], row[x] >= level
+            good &= (row[x] >= 0) & (row[x] <= 1)
+        sane[r] = good
+    fence()
 
 
 @numba.njit(nogil=True, cache=True)
@@ -192,43 +249,72 @@ def _window_rows(
 
 
 @numba.njit(nogil=True, cache=True)
-def _inject_slices(
-    fields: Any, values: Any, field_of: Any, first: Any, start: Any, stop: Any, label: Any, height: int,
-    out: Any, target: Any, lo: int, hi: int,
-) -> None:  # fmt: skip
-    for row in range(lo * height, hi * height):
-        for run in range(first[row], first[row + 1]):
-            k = field_of[label[run]]
-            if k >= 0:
-                at = _value_at(fields[k], row // height, row % height, start[run])
-                beta = fields[k].beta
-                to, bright = out[row, start[run] : stop[run]], target[row, start[run] : stop[run]]
-                b = values[at : at + to.size]
-                for x in range(to.size):
-                    texture = min(max(b[x] * beta, np.float32(0.0)), np.float32(1.0))
-                    to[x] = max(to[x], texture)
-                    bright[x] = False
+def _inject(
+    progress: Any,
+    fields: Any,
+    values: Any,
+    field_of: Any,
+    first: Any,
+    start: Any,
+    stop: Any,
+    label: Any,
+    height: int,
+    out: Any,
+    target: Any,
+    width: int,
+    low: int,
+) -> None:
+    """Inject all lesions into one slice of the volume, a task."""
+    z = take(progress, 0)
+    while z >= 0:
+        for row in range((low + z) * height, (low + z + 1) * height):
+            for run in range(first[row], first[row + 1]):
+                k = field_of[label[run]]
+                if k >= 0:
+                    field, to, n = fields[k], row * width + start[run], stop[run] - start[run]
+                    line = (low + z - field.start[0]) * field.size[1] + row % height - field.start[1]
+                    at = field.at + line * field.pitch + start[run] - field.start[2]
+                    _raise_run(out, to, values, at, n, field.beta)
+                    target[to : to + n] = False
+        done(progress, 0)
+        z = take(progress, 0)
+    wait_for(progress, 0)
 
 
-@numba.njit(nogil=True, cache=True)
-def _inject_half_slices(
-    fields: Any, values: Any, field_of: Any, first: Any, start: Any, stop: Any, label: Any, height: int,
-    out: Any, target: Any, lo: int, hi: int,
-) -> None:  # fmt: skip
-    for row in range(lo * height, hi * height):
-        for run in range(first[row], first[row + 1]):
-            k = field_of[label[run]]
-            if k >= 0:
-                at = _value_at(fields[k], row // height, row % height, start[run])
-                for x in range(start[run], stop[run]):
-                    b = min(max(values[at] * fields[k].beta, np.float32(0.0)), np.float32(1.0))
-                    out[row, x] = max(out[row, x], half_of(b))
-                    target[row, x] = False
-                    at += 1
+def _raise_run(out: Any, to: int, values: Any, at: int, n: int, beta: Any) -> None:
+    """Raise ``out[to : to + n]`` to clip(beta b2, 0, 1), b2 = ``values[at : at + n]``."""
 
 
-@numba.njit(nogil=True, cache=True)
-def _value_at(field: Any, z: int, y: int, x: int) -> int:
-    """Place of a voxel in the field."""
-    line = (z - field.start[0]) * field.size[1] + y - field.start[1]
-    return field.at + line * field.pitch + x - field.start[2]
+@overload(_raise_run)
+def _raise_run_of(out: Any, to: int, values: Any, at: int, n: int, beta: Any) -> Any:
+    if out.dtype == numba.float32:
+        return _raise_floats
+    return _raise_halves if out.dtype == numba.int16 else _raise_doubles
+
+
+def _raise_floats(out: Any, to: int, values: Any, at: int, n: int, beta: Any) -> None:
+    zero, one, scale = splat(np.float32(0.0)), splat(np.float32(1.0)), splat(beta)
+    for x in range(0, n - LANES + 1, LANES):
+        b = least(greatest(load(values, at + x) * scale, zero), one)
+        store(out, to + x, greatest(load(out, to + x), b))
+    x = n // LANES * LANES
+    if x < n and n >= LANES:  # the last vector may repeat voxels: a maximum does not mind
+        x = n - LANES
+        b = least(greatest(load(values, at + x) * scale, zero), one)
+        store(out, to + x, greatest(load(out, to + x), b))
+        x = n
+    while x < n:
+        out[to + x] = max(out[to + x], min(max(values[at + x] * beta, np.float32(0.0)), np.float32(1.0)))
+        x += 1
+
+
+def _raise_halves(out: Any, to: int, values: Any, at: int, n: int, beta: Any) -> None:
+    for x in range(n):
+        b = min(max(values[at + x] * beta, np.float32(0.0)), np.float32(1.0))
+        out[to + x] = max(out[to + x], half_of(b))
+
+
+def _raise_doubles(out: Any, to: int, values: Any, at: int, n: int, beta: Any) -> None:
+    for x in range(n):
+        b = min(max(values[at + x] * beta, np.float32(0.0)), np.float32(1.0))
+        out[to + x] = max(out[to + x], np.float64(b))

@@ -99,6 +99,19 @@ def kernel_of(n: int, sigma: float, truncate: float = 4.0) -> npt.NDArray[np.flo
 
 
 @numba.njit(nogil=True, cache=True)
+def kernels_of(lengths: Any, sigmas: Any) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]:
+    """Weights of several lines in one array; those of line k are ``weights[ends[k] : ends[k + 1]]``."""
+    ends = np.zeros(lengths.size + 1, dtype=np.int64)
+    kernels = [kernel_of(lengths[k], sigmas[k]) for k in range(lengths.size)]
+    for k in range(lengths.size):
+        ends[k + 1] = ends[k] + kernels[k].size
+    weights = np.empty(ends[-1], dtype=np.float32)
+    for k in range(lengths.size):
+        weights[ends[k] : ends[k + 1]] = kernels[k]
+    return weights, ends
+
+
+@numba.njit(nogil=True, cache=True)
 def is_matrix(weights: Any, n: int) -> bool:
     """Whether `kernel_of` gave the matrix for lines of `n` voxels: 8 h >= 4 n weights, not r + 1 <= n."""
     return bool(2 * weights.size - 1 > n)

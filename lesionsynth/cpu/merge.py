@@ -15,14 +15,12 @@ import numba
 import numpy as np
 import numpy.typing as npt
 
-from lesionsynth.cpu._threads import parallel_for, parallel_tasks
-from lesionsynth.cpu.bits import next_clear, next_set
+from lesionsynth.cpu._threads import done, parallel_for, take, wait_for, work_together
+from lesionsynth.cpu.bits import count_runs, next_clear, next_set
 from lesionsynth.cpu.label import REACH
 from lesionsynth.cpu.shapes import Shapes
-from lesionsynth.cpu.simd import fetch_add
 
 Box = tuple[tuple[int, int], tuple[int, int], tuple[int, int]]
-Labels = npt.NDArray[np.int32]
 
 
 @dataclass(frozen=True)
@@ -55,15 +53,13 @@ class Lesions:
         (z0, z1), (y0, y1), (x0, x1) = self.boxes[k].tolist()
         return (z0, z1), (y0, y1), (x0, x1)
 
-    def paint(self, threads: int | None = None, out: Labels | None = None) -> Labels:
-        """Return the (z, y, x) int32 volume of labels: 0 background, 1..n the lesions."""
-        labels: Labels = np.zeros(self.shape, dtype=np.int32) if out is None else out
-        lines = labels.reshape(-1, self.shape[2])
+    def paint(self, out: npt.NDArray[np.int32], threads: int | None = None) -> None:
+        """Write the (z, y, x) volume of labels: 0 background, 1..n the lesions."""
+        lines = out.reshape(-1, self.shape[2])
         parallel_for(
             len(lines), lambda lo, hi: _paint(lines, self.first, self.start, self.stop, self.label, lo, hi),
             threads,
         )  # fmt: skip
-        return labels
 
 
 def merge(
@@ -95,14 +91,9 @@ def merge(
     # Each slice joins blobs in a table of its own; so no thread waits for another.
     parent = np.tile(np.arange(n, dtype=np.int32), (depth, 1))
     slices = np.flatnonzero(np.diff(room))
-    parallel_tasks(
-        len(slices), _collect_slices, slices, shapes.blobs, shapes.bits, room, height, start, stop, blob,
-        span, parent, threads=threads,
-    )  # fmt: skip
-    face, edge = REACH[connectivity]
-    parallel_tasks(
-        len(slices), _join_slices, slices, height, start, stop, blob, span, parent, face, edge,
-        threads=threads,
+    work_together(
+        _collect_and_join, [len(slices), len(slices)], slices, shapes.blobs, shapes.bits, room, height, start,
+        stop, blob, span, parent, *REACH[connectivity], threads=threads,
     )  # fmt: skip
     roots = np.arange(n, dtype=np.int32)
     _combine(parent, slices, roots)
@@ -141,9 +132,8 @@ def _unite(parent: Any, a: int, b: int) -> None:
 
 
 @numba.njit(nogil=True, cache=True)
-def _collect_slices(
-    counter: Any,
-    n_tasks: int,
+def _collect_and_join(
+    progress: Any,
     slices: Any,
     blobs: Any,
     bits: Any,
@@ -154,59 +144,82 @@ def _collect_slices(
     blob: Any,
     span: Any,
     parent: Any,
+    face: int,
+    edge: int,
 ) -> None:
-    """Write the runs of each row of a slice, joined where they overlap or follow each other."""
-    near = np.empty(blobs.size, dtype=np.int64)
-    t = fetch_add(counter)
-    while t < n_tasks:
+    """Collect the runs of each slice; then join those of neighbouring rows and slices. A task is a slice."""
+    count = np.empty(height, dtype=np.int64)
+    t = take(progress, 0)
+    while t >= 0:
         z = slices[t]
-        n_near = 0
-        low, high = height, 0
-        for b in range(blobs.size):
-            if blobs[b].start[0] <= z < blobs[b].start[0] + blobs[b].size[0]:
-                near[n_near] = b
-                n_near += 1
-                low, high = min(low, blobs[b].start[1]), max(high, blobs[b].start[1] + blobs[b].size[1])
-        at = room[z]
-        for y in range(low, high):
-            end = at
-            for k in range(n_near):
-                end = _insert_runs(blobs, near[k], bits, z, y, at, end, start, stop, blob)
-            span[z * height + y, 0] = at
-            at = _join_overlapping(at, end, start, stop, blob, parent[z])
-            span[z * height + y, 1] = at
-        t = fetch_add(counter)
+        _collect_slice(blobs, bits, z, height, room[z], start, stop, blob, span, parent[z], count)
+        done(progress, 0)
+        t = take(progress, 0)
+    wait_for(progress, 0)
+    t = take(progress, 1)
+    while t >= 0:
+        _join_slice(slices[t], height, start, stop, blob, span, parent[slices[t]], face, edge)
+        done(progress, 1)
+        t = take(progress, 1)
+    wait_for(progress, 1)
+
+
+@numba.njit(nogil=True, cache=True)
+def _collect_slice(
+    blobs: Any, bits: Any, z: int, height: int, at: int, start: Any, stop: Any, blob: Any, span: Any,
+    parent: Any, count: Any,
+) -> None:  # fmt: skip
+    """Write the runs of each row of a slice, joined where they overlap or follow each other."""
+    count[:] = 0
+    for b in range(blobs.size):
+        _count_rows(blobs[b], bits, z, count)
+    for y in range(height):
+        span[z * height + y] = at
+        at += count[y]
+    for b in range(blobs.size):
+        _insert_runs(blobs[b], b, bits, z, height, start, stop, blob, span)
+    for row in range(z * height, (z + 1) * height):
+        if span[row, 0] < span[row, 1]:
+            span[row, 1] = _join_overlapping(span[row, 0], span[row, 1], start, stop, blob, parent)
+
+
+@numba.njit(nogil=True, cache=True)
+def _count_rows(blob: Any, bits: Any, z: int, count: Any) -> None:
+    """Add the runs of a blob in slice z to those of the rows."""
+    line, first = z - blob.start[0], blob.start[1]
+    if 0 <= line < blob.size[0]:
+        words, at = blob.words, blob.bits + line * blob.size[1] * blob.words
+        for y in range(blob.size[1]):
+            count[first + y] += count_runs(bits[at : at + words])
+            at += words
 
 
 @numba.njit(nogil=True, cache=True)
 def _insert_runs(
-    blobs: Any, b: int, bits: Any, z: int, y: int, at: int, end: int, start: Any, stop: Any, blob: Any
-) -> int:
-    """Insert the runs of blob b in row (z, y) among those at ... end, in order of their first voxel."""
-    one = blobs[b]
-    line = y - one.start[1]
-    if not 0 <= line < one.size[1]:
-        return end
-    base = one.bits + ((z - one.start[0]) * one.size[1] + line) * one.words
-    row = bits[base : base + one.words]
-    x = next_set(row, 0)
-    while x < 64 * row.size:
-        past = next_clear(row, x)
-        first, k = np.int32(64 * one.word + x), end
-        while k > at and start[k - 1] > first:
-            start[k], stop[k], blob[k] = start[k - 1], stop[k - 1], blob[k - 1]
-            k -= 1
-        start[k], stop[k], blob[k] = first, np.int32(64 * one.word + past), b
-        end += 1
-        x = next_set(row, past)
-    return end
+    one: Any, b: int, bits: Any, z: int, height: int, start: Any, stop: Any, blob: Any, span: Any
+) -> None:
+    """Insert the runs of blob b in slice z into their rows, in order of their first voxel."""
+    line, first, words = z - one.start[0], z * height + one.start[1], one.words
+    if not 0 <= line < one.size[0]:
+        return
+    base, x0 = one.bits + line * one.size[1] * words, 64 * one.word
+    for y in range(one.size[1]):
+        row = bits[base + y * words : base + (y + 1) * words]
+        x = next_set(row, 0)
+        while x < 64 * words:
+            past = next_clear(row, x)
+            at, k = span[first + y, 0], span[first + y, 1]
+            while k > at and start[k - 1] > x0 + x:
+                start[k], stop[k], blob[k] = start[k - 1], stop[k - 1], blob[k - 1]
+                k -= 1
+            start[k], stop[k], blob[k] = x0 + x, x0 + past, b
+            span[first + y, 1] += 1
+            x = next_set(row, past)
 
 
 @numba.njit(nogil=True, cache=True)
 def _join_overlapping(at: int, end: int, start: Any, stop: Any, blob: Any, parent: Any) -> int:
     """Turn sorted runs into ones that lie apart, in place; returns their end."""
-    if at == end:
-        return at
     last = at
     for k in range(at + 1, end):
         if start[k] <= stop[last]:
@@ -219,37 +232,23 @@ def _join_overlapping(at: int, end: int, start: Any, stop: Any, blob: Any, paren
 
 
 @numba.njit(nogil=True, cache=True)
-def _join_slices(
-    counter: Any,
-    n_tasks: int,
-    slices: Any,
-    height: int,
-    start: Any,
-    stop: Any,
-    blob: Any,
-    span: Any,
-    parent: Any,
-    face: int,
-    edge: int,
+def _join_slice(
+    z: int, height: int, start: Any, stop: Any, blob: Any, span: Any, parent: Any, face: int, edge: int
 ) -> None:
     """Join the runs of each row with those of the rows before it, in its slice and in the last one."""
-    t = fetch_add(counter)
-    while t < n_tasks:
-        z = slices[t]
-        for y in range(height):
-            row = z * height + y
-            if span[row, 0] == span[row, 1]:
-                continue
-            if y > 0:
-                _join_rows(span[row], span[row - 1], start, stop, blob, parent[z], face)
-            if z > 0:
-                other = row - height
-                _join_rows(span[row], span[other], start, stop, blob, parent[z], face)
-                if edge >= 0 and y > 0:
-                    _join_rows(span[row], span[other - 1], start, stop, blob, parent[z], edge)
-                if edge >= 0 and y + 1 < height:
-                    _join_rows(span[row], span[other + 1], start, stop, blob, parent[z], edge)
-        t = fetch_add(counter)
+    for y in range(height):
+        row = z * height + y
+        if span[row, 0] == span[row, 1]:
+            continue
+        if y > 0:
+            _join_rows(span[row], span[row - 1], start, stop, blob, parent, face)
+        if z > 0:
+            other = row - height
+            _join_rows(span[row], span[other], start, stop, blob, parent, face)
+            if edge >= 0 and y > 0:
+                _join_rows(span[row], span[other - 1], start, stop, blob, parent, edge)
+            if edge >= 0 and y + 1 < height:
+                _join_rows(span[row], span[other + 1], start, stop, blob, parent, edge)
 
 
 @numba.njit(nogil=True, cache=True)
@@ -298,5 +297,6 @@ def _finish(
 @numba.njit(nogil=True, cache=True)
 def _paint(lines: Any, first: Any, start: Any, stop: Any, label: Any, lo: int, hi: int) -> None:
     for row in range(lo, hi):
+        lines[row] = 0
         for k in range(first[row], first[row + 1]):
             lines[row, start[k] : stop[k]] = label[k]

@@ -25,11 +25,21 @@ import numba
 import numpy as np
 import numpy.typing as npt
 
-from lesionsynth.cpu._scratch import borrow
-from lesionsynth.cpu._threads import parallel_tasks
+from lesionsynth.cpu._memory import scratch
+from lesionsynth.cpu._threads import done, take, wait_for, work_together
 from lesionsynth.cpu.bits import BitMask, count_runs
 from lesionsynth.cpu.philox import Stream, fill_rows
-from lesionsynth.cpu.simd import bits_below, fetch_add, fma, load, splat
+from lesionsynth.cpu.simd import (
+    bits_below,
+    fma,
+    greatest,
+    greatest_lane,
+    least,
+    least_lane,
+    load,
+    splat,
+    store,
+)  # fmt: skip
 from lesionsynth.plan import LesionPlan
 
 NODE_OFFSET = (32768, 32768, 1 << 20)
@@ -62,8 +72,12 @@ BLOB = np.dtype(
         ("bits", np.int64),  # where the box's rows begin in `Shapes.bits`
         ("first_node", np.int64, 3),  # lattice: first node and count
         ("nodes", np.int64, 3),
-        ("lattice", np.int64),  # where the nodes begin in the lattices, and the weights in the weights
-        ("weights", np.int64),
+        ("pitch", np.int64),  # nodes along x, rounded up to whole vectors
+        ("lattice", np.int64),  # where the nodes begin in the lattices
+        ("chunks", np.int64),  # of eight voxels in a row of the box, aligned to the volume
+        ("reads", np.int64),  # nodes along x that a chunk depends on
+        ("weights", np.int64),  # where its splines begin in the weights, and its first nodes in the starts
+        ("starts", np.int64),
     ],
     align=True,
 )
@@ -110,7 +124,7 @@ def draw_shapes(
     """
     blobs = _records(plan, centers)
     scale = np.array(plan.scale)
-    n_bits, n_nodes, n_weights = _measure(blobs, scale, np.array(mask.shape))
+    n_bits, n_nodes, n_weights, n_starts = _measure(blobs, scale, np.array(mask.shape))
     for blob, record in zip(plan.blobs, blobs, strict=True):
         if math.prod(record["nodes"].tolist()) > MOST_NODES:
             raise ValueError(
@@ -118,16 +132,16 @@ def draw_shapes(
                 f"semi_axes {blob.semi_axes} needs a lattice of {' x '.join(map(str, record['nodes']))} "
                 f"nodes, more than {MOST_NODES}"
             )
-    bits = borrow("shapes.bits", n_bits, np.uint64)
-    lattice = borrow("shapes.lattice", n_nodes, np.float64)
-    weights = borrow("shapes.weights", n_weights, np.float64)
+    bits = scratch("shapes.bits", n_bits, np.uint64)
+    lattice = scratch("shapes.lattice", n_nodes, np.float64)
+    weights = scratch("shapes.weights", n_weights, np.float64)
+    starts = scratch("shapes.starts", n_starts, np.int64)
     runs = np.zeros((len(blobs), mask.shape[0]), dtype=np.int64)
     tasks = np.concatenate([[0], np.cumsum(blobs["size"][:, 0])])
     words = [np.uint32(w) for w in (plan.seed, int(Stream.WARP), plan.index)]
-    parallel_tasks(len(blobs), _prepare, blobs, scale, lattice, weights, *words, threads=threads)
-    parallel_tasks(
-        int(tasks[-1]), _draw_slices, tasks, blobs, scale, lattice, weights, mask.bits, mask.shape[1],
-        bits, runs, threads=threads,
+    work_together(
+        _draw, [len(blobs), int(tasks[-1])], tasks, blobs, scale, lattice, weights, starts, *words, mask.bits,
+        mask.shape[1], bits, runs, threads=threads,
     )  # fmt: skip
     return Shapes(blobs, bits, runs)
 
@@ -159,9 +173,9 @@ def _rotation_matrices(quaternions: npt.NDArray[np.float64]) -> npt.NDArray[np.f
 
 
 @numba.njit(nogil=True, cache=True)
-def _measure(blobs: Any, scale: Any, shape: Any) -> tuple[int, int, int]:
-    """Find each blob's box and lattice; returns the sizes of all rows, lattices and weights."""
-    n_bits, n_nodes, n_weights = 0, 0, 0
+def _measure(blobs: Any, scale: Any, shape: Any) -> tuple[int, int, int, int]:
+    """Find each blob's box and lattice; returns the sizes of all rows, lattices, weights and starts."""
+    n_bits, n_nodes, n_weights, n_starts = 0, 0, 0, 0
     for b in range(blobs.size):
         blob = blobs[b]
         for i in range(3):
@@ -180,99 +194,119 @@ def _measure(blobs: Any, scale: Any, shape: Any) -> tuple[int, int, int]:
             continue
         blob.word = blob.start[2] >> 6
         blob.words = ((blob.start[2] + blob.size[2] - 1) >> 6) - blob.word + 1
-        chunks = _chunks(blob)
+        blob.chunks = (blob.start[2] + blob.size[2] - 1) // CHUNK - blob.start[2] // CHUNK + 1
         for i in range(3):
             low, high = blob.start[i] - blob.center[i], blob.start[i] + blob.size[i] - 1 - blob.center[i]
             blob.first_node[i] = math.floor(low * scale[i] / blob.spacing) - 1
             blob.nodes[i] = math.floor(high * scale[i] / blob.spacing) + 2 - blob.first_node[i] + 1
-        blob.bits, blob.lattice, blob.weights = n_bits, n_nodes, n_weights
+        blob.pitch = -(-blob.nodes[2] // CHUNK) * CHUNK
+        blob.reads = _reads_of_a_chunk(blob, scale[2])
+        blob.bits, blob.lattice, blob.weights, blob.starts = n_bits, n_nodes, n_weights, n_starts
         n_bits += blob.size[0] * blob.size[1] * blob.words
         # In floating point: a lattice too large to count is refused by the caller before it is used.
-        nodes = float(blob.nodes[0]) * float(blob.nodes[1]) * float(blob.nodes[2])
-        if nodes <= MOST_NODES:
-            n_nodes += 3 * int(nodes)
-            n_weights += chunks * _nodes_of_a_chunk(blob, scale[2]) * CHUNK
-    return n_bits, n_nodes, n_weights
+        if float(blob.nodes[0]) * float(blob.nodes[1]) * float(blob.nodes[2]) <= MOST_NODES:
+            n_nodes += 3 * blob.nodes[0] * blob.nodes[1] * blob.pitch
+            n_weights += blob.chunks * blob.reads * CHUNK
+            n_starts += blob.chunks
+    return n_bits, n_nodes, n_weights, n_starts
 
 
 @numba.njit(nogil=True, cache=True)
-def _chunks(blob: Any) -> int:
-    return ((blob.start[2] + blob.size[2] - 1) // CHUNK) - blob.start[2] // CHUNK + 1
+def _node_before(blob: Any, scale: float, x: int) -> int:
+    """First of the four nodes that voxel x depends on, counted from the lattice's first.
+
+    A chunk may begin before the box and end after it; there the nearest voxel stands in.
+    """
+    inside = max(blob.start[2], min(x, blob.start[2] + blob.size[2] - 1))
+    return math.floor((inside - blob.center[2]) * scale / blob.spacing) - 1 - blob.first_node[2]
 
 
 @numba.njit(nogil=True, cache=True)
-def _nodes_of_a_chunk(blob: Any, scale: float) -> int:
-    """Most lattice nodes along x that eight voxels depend on."""
-    return min(int((CHUNK - 1) * scale / blob.spacing) + 6, blob.nodes[2])
+def _reads_of_a_chunk(blob: Any, scale: float) -> int:
+    most = 0
+    first = blob.start[2] // CHUNK * CHUNK
+    for x in range(first, first + blob.chunks * CHUNK, CHUNK):
+        most = max(most, _node_before(blob, scale, x + CHUNK - 1) - _node_before(blob, scale, x) + 4)
+    return most
 
 
 @numba.njit(nogil=True, cache=True)
-def _prepare(
-    counter: Any,
-    n_tasks: int,
+def _draw(
+    progress: Any,
+    tasks: Any,
     blobs: Any,
     scale: Any,
     lattice: Any,
     weights: Any,
+    starts: Any,
     seed: Any,
     stream: Any,
     sample: Any,
+    mask: Any,
+    height: int,
+    bits: Any,
+    runs: Any,
 ) -> None:
-    """Draw the lattice of a blob, and tabulate the splines along x, which all of its rows share."""
-    b = fetch_add(counter)
-    while b < n_tasks:
-        blob = blobs[b]
-        if blob.size[0] > 0:
-            _draw_lattice(blob, lattice, seed, stream, sample)
-            _tabulate(blob, scale[2], weights)
-        b = fetch_add(counter)
+    """Prepare each blob, a task; then draw each slice of each blob: slice t - tasks[b] of the box of b."""
+    most_x, most_yx = 1, 1
+    for b in range(blobs.size):
+        most_x = max(most_x, blobs[b].pitch)
+        most_yx = max(most_yx, blobs[b].nodes[1] * blobs[b].pitch)
+    plane, row = np.empty(3 * most_yx), np.empty(3 * most_x)
+    t = take(progress, 0)
+    while t >= 0:
+        if blobs[t].size[0] > 0:
+            _draw_lattice(blobs[t], lattice, seed, stream, sample)
+            _tabulate(blobs[t], scale[2], weights, starts)
+        done(progress, 0)
+        t = take(progress, 0)
+    wait_for(progress, 0)
+    t = take(progress, 1)
+    while t >= 0:
+        b = np.searchsorted(tasks, t, side="right") - 1
+        runs[b, blobs[b].start[0] + t - tasks[b]] = _draw_slice(
+            blobs[b], t - tasks[b], scale, lattice, weights, starts, mask, height, bits, plane, row
+        )
+        done(progress, 1)
+        t = take(progress, 1)
+    wait_for(progress, 1)
 
 
 @numba.njit(nogil=True, cache=True)
 def _draw_lattice(blob: Any, lattice: Any, seed: Any, stream: Any, sample: Any) -> None:
-    """Displacement of the nodes, (3, z, y, x), in length units."""
+    """Displacement of the nodes, (3, z, y, pitch), in length units; a row's padding repeats its last node."""
     nz, ny, nx = blob.nodes
     z0 = np.uint32(blob.first_node[0] + NODE_OFFSET[0])
     y0 = np.uint32(blob.first_node[1] + NODE_OFFSET[1])
     x0 = np.uint32(blob.first_node[2] + NODE_OFFSET[2])
     uniform = np.empty((nz, ny, nx), dtype=np.float32)
-    flat = uniform.reshape(-1)
+    rows = uniform.reshape(nz * ny, nx)
+    at = blob.lattice
     for i in range(3):
         component = np.uint32(3 * blob.component + i)
         fill_rows(uniform, seed, stream, sample, component, z0, y0, x0, 0, nz * ny)
-        at = blob.lattice + i * flat.size
-        for k in range(flat.size):
-            lattice[at + k] = blob.bound * (2.0 * np.float64(flat[k]) - 1.0)
+        for r in range(nz * ny):
+            for k in range(blob.pitch):
+                lattice[at + k] = blob.bound * (2.0 * np.float64(rows[r, min(k, nx - 1)]) - 1.0)
+            at += blob.pitch
 
 
 @numba.njit(nogil=True, cache=True)
-def _tabulate(blob: Any, scale: float, weights: Any) -> None:
-    """Splines of each chunk: (chunk, node, voxel), nodes from that of the chunk's first voxel on.
-
-    A chunk may begin before the box and end after it; there the lattice ends, and the nearest
-    voxel stands in.
-    """
-    count = _nodes_of_a_chunk(blob, scale)
-    first = blob.start[2] - blob.start[2] % CHUNK
-    table = weights[blob.weights : blob.weights + _chunks(blob) * count * CHUNK]
+def _tabulate(blob: Any, scale: float, weights: Any, starts: Any) -> None:
+    """Splines of each chunk, (chunk, node, voxel), and the node that each begins with."""
+    first = blob.start[2] // CHUNK * CHUNK
+    table = weights[blob.weights : blob.weights + blob.chunks * blob.reads * CHUNK]
     table[:] = 0.0
-    for c in range(_chunks(blob)):
-        node = _first_node_of_chunk(blob, scale, c)
+    for c in range(blob.chunks):
+        node = min(_node_before(blob, scale, first + c * CHUNK), blob.nodes[2] - blob.reads)
+        starts[blob.starts + c] = node
         for lane in range(CHUNK):
             x = max(blob.start[2], min(first + c * CHUNK + lane, blob.start[2] + blob.size[2] - 1))
             t = (x - blob.center[2]) * scale / blob.spacing
-            k = math.floor(t)
-            w = _spline(t - k)
+            w = _spline(t - math.floor(t))
             for a in range(4):
-                table[(c * count + k - 1 - blob.first_node[2] + a - node) * CHUNK + lane] = w[a]
-
-
-@numba.njit(nogil=True, cache=True)
-def _first_node_of_chunk(blob: Any, scale: float, chunk: int) -> int:
-    """First node, counted from the lattice's own, that a chunk reads; all it reads lie in the lattice."""
-    x = max(blob.start[2], blob.start[2] - blob.start[2] % CHUNK + chunk * CHUNK) - blob.center[2]
-    node = math.floor(x * scale / blob.spacing) - 1 - blob.first_node[2]
-    return min(node, blob.nodes[2] - _nodes_of_a_chunk(blob, scale))
+                at = c * blob.reads + _node_before(blob, scale, x) + a - node
+                table[at * CHUNK + lane] = w[a]
 
 
 @numba.njit(nogil=True, cache=True)
@@ -288,94 +322,62 @@ def _spline(f: float) -> tuple[float, float, float, float]:
 
 
 @numba.njit(nogil=True, cache=True)
-def _draw_slices(
-    counter: Any,
-    n_tasks: int,
-    tasks: Any,
-    blobs: Any,
-    scale: Any,
-    lattice: Any,
-    weights: Any,
-    mask: Any,
-    height: int,
-    bits: Any,
-    runs: Any,
-) -> None:
-    """Task t is one slice of one blob: slice t - tasks[b] of the box of b."""
-    most_x, most_yx = 1, 1
-    for b in range(blobs.size):
-        most_x = max(most_x, blobs[b].nodes[2])
-        most_yx = max(most_yx, blobs[b].nodes[1] * blobs[b].nodes[2])
-    plane, row = np.empty(3 * most_yx), np.empty(3 * most_x)
-    t = fetch_add(counter)
-    while t < n_tasks:
-        b = np.searchsorted(tasks, t, side="right") - 1
-        runs[b, blobs[b].start[0] + t - tasks[b]] = _draw_slice(
-            blobs[b], t - tasks[b], scale, lattice, weights, mask, height, bits, plane, row
-        )
-        t = fetch_add(counter)
-
-
-@numba.njit(nogil=True, cache=True)
 def _draw_slice(
-    blob: Any, z: int, scale: Any, lattice: Any, weights: Any, mask: Any, height: int, bits: Any, plane: Any,
-    row: Any,
+    blob: Any, z: int, scale: Any, lattice: Any, weights: Any, starts: Any, mask: Any, height: int, bits: Any,
+    plane: Any, row: Any,
 ) -> int:  # fmt: skip
     """Evaluate slice z of a blob's box; returns its number of runs."""
-    _, ny, nx = blob.nodes
+    layer, pitch = blob.nodes[1] * blob.pitch, blob.pitch
     pz = (blob.start[0] + z - blob.center[0]) * scale[0]
     _sum_nodes(
-        lattice, blob.lattice, blob.nodes[0] * ny * nx, ny * nx, pz / blob.spacing, blob.first_node[0], plane,
-        ny * nx,
-    )  # fmt: skip
+        lattice, blob.lattice, blob.nodes[0] * layer, layer, pz / blob.spacing, blob.first_node[0], plane
+    )
     runs = 0
     for y in range(blob.size[1]):
-        py = (blob.start[1] + y - blob.center[1]) * scale[1]
-        _sum_nodes(plane, 0, ny * nx, nx, py / blob.spacing, blob.first_node[1], row, nx)
         at = blob.bits + (z * blob.size[1] + y) * blob.words
         inside = bits[at : at + blob.words]
         inside[:] = np.uint64(0)
-        lungs = mask[(blob.start[0] + z) * height + blob.start[1] + y, blob.word : blob.word + blob.words]
-        _draw_row(blob, pz, py, scale[2], row, weights, lungs, inside)
-        runs += count_runs(inside)
+        py = (blob.start[1] + y - blob.center[1]) * scale[1]
+        _sum_nodes(plane, 0, layer, pitch, py / blob.spacing, blob.first_node[1], row)
+        low, high = _possible(blob, pz, py, scale[2], row)
+        if low <= high:
+            line = (blob.start[0] + z) * height + blob.start[1] + y
+            lungs = mask[line, blob.word : blob.word + blob.words]
+            _draw_row(blob, pz, py, scale[2], low, high, row, weights, starts, lungs, inside)
+            runs += count_runs(inside)
     return runs
 
 
 @numba.njit(nogil=True, cache=True)
-def _sum_nodes(source: Any, at: int, stride: int, step: int, t: float, first: int, out: Any, n: int) -> None:
-    """Sum four layers of nodes with the spline weights of t, for each of the three components."""
+def _sum_nodes(source: Any, at: int, stride: int, step: int, t: float, first: int, out: Any) -> None:
+    """Sum four layers of `step` nodes with the spline weights of t, for each of the three components."""
     k = math.floor(t)
-    w0, w1, w2, w3 = _spline(t - k)
+    s0, s1, s2, s3 = _spline(t - k)
+    w0, w1, w2, w3 = splat(s0), splat(s1), splat(s2), splat(s3)
     for i in range(3):
         base = at + i * stride + (k - 1 - first) * step
-        for m in range(n):
-            out[i * n + m] = (
-                w0 * source[base + m]
-                + w1 * source[base + step + m]
-                + w2 * source[base + 2 * step + m]
-                + w3 * source[base + 3 * step + m]
-            )
+        for m in range(0, step, CHUNK):
+            total = w0 * load(source, base + m)
+            total = fma(w1, load(source, base + step + m), total)
+            total = fma(w2, load(source, base + 2 * step + m), total)
+            store(out, i * step + m, fma(w3, load(source, base + 3 * step + m), total))
 
 
 @numba.njit(nogil=True, cache=True)
 def _draw_row(
-    blob: Any, pz: float, py: float, scale: float, row: Any, weights: Any, lungs: Any, inside: Any
-) -> None:
-    """Set the bits of one row of the box; `row` holds the three displacements at the nodes along x."""
-    low, high = _possible(blob, pz, py, scale, row)
-    if low > high:
-        return
-    n = blob.nodes[2]
-    count = _nodes_of_a_chunk(blob, scale)
+    blob: Any, pz: float, py: float, scale: float, low: int, high: int, row: Any, weights: Any, starts: Any,
+    lungs: Any, inside: Any,
+) -> None:  # fmt: skip
+    """Set the bits of voxels low ... high of a row; `row` holds the displacements at the nodes along x."""
     # Locals: the compiler cannot know that writing a bit leaves the record alone.
-    u, center, start, table = blob.to_unit, blob.center[2], blob.start[2], blob.weights
+    u, center, first = blob.to_unit, blob.center[2], blob.start[2] // CHUNK * CHUNK
+    n, reads, table, nodes, word0 = blob.pitch, blob.reads, blob.weights, blob.starts, blob.word
     u00, u10, u20 = splat(u[0, 0]), splat(u[1, 0]), splat(u[2, 0])
     u01, u11, u21 = splat(u[0, 1]), splat(u[1, 1]), splat(u[2, 1])
     u02, u12, u22 = splat(u[0, 2]), splat(u[1, 2]), splat(u[2, 2])
-    first = start - start % CHUNK
     for c in range((low - first) // CHUNK, (high - first) // CHUNK + 1):
         x = first + c * CHUNK
-        word, shift = (x >> 6) - blob.word, np.uint64(x & 63)
+        word, shift = (x >> 6) - word0, np.uint64(x & 63)
         lung = (lungs[word] >> shift) & np.uint64(0xFF)
         if x < low:
             lung &= np.uint64(0xFF) << np.uint64(low - x)
@@ -383,11 +385,10 @@ def _draw_row(
             lung &= np.uint64(0xFF) >> np.uint64(x + CHUNK - 1 - high)
         if lung == 0:
             continue
-        node = _first_node_of_chunk(blob, scale, c)
-        at = table + c * count * CHUNK
+        at, node = table + c * reads * CHUNK, starts[nodes + c]
         vz, vy = splat(pz), splat(py)
         vx = (load(LANE_OFFSETS, 0) + splat(np.float64(x - center))) * splat(scale)
-        for k in range(node, node + count):
+        for k in range(node, node + reads):
             w = load(weights, at)
             vz = fma(w, splat(row[k]), vz)
             vy = fma(w, splat(row[n + k]), vy)
@@ -407,7 +408,7 @@ def _possible(blob: Any, pz: float, py: float, scale: float, row: Any) -> tuple[
     With the displacement in the middle of its range, q / s = A + B x. It is at most `reach` away from that,
     so |A + B x| <= 1 + reach where the voxel is inside: an interval of x.
     """
-    n = blob.nodes[2]
+    n = blob.pitch
     m0, h0 = _range(row, 0, n)
     m1, h1 = _range(row, n, n)
     m2, h2 = _range(row, 2 * n, n)
@@ -429,9 +430,9 @@ def _possible(blob: Any, pz: float, py: float, scale: float, row: Any) -> tuple[
 
 @numba.njit(nogil=True, cache=True)
 def _range(row: Any, at: int, n: int) -> tuple[float, float]:
-    """Middle and half width of the range of n numbers."""
-    least, most = row[at], row[at]
-    for k in range(at + 1, at + n):
-        least = row[k] if row[k] < least else least
-        most = row[k] if row[k] > most else most
-    return 0.5 * (most + least), 0.5 * (most - least)
+    """Middle and half width of the range of n numbers, whole vectors of them."""
+    low = high = load(row, at)
+    for k in range(at + CHUNK, at + n, CHUNK):
+        low, high = least(low, load(row, k)), greatest(high, load(row, k))
+    bottom, top = least_lane(low), greatest_lane(high)
+    return 0.5 * (top + bottom), 0.5 * (top - bottom)

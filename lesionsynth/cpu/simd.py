@@ -172,6 +172,26 @@ def _upper(typingctx: Any, product: Any) -> Any:
     return WORDS(product), codegen
 
 
+def _lane(name: str, reduction: str) -> Any:
+    def typed(typingctx: Any, vector: Any) -> Any:
+        if vector not in (F32, F64):
+            return None
+
+        def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            element = context.get_value_type(vector.element)
+            kind = ir.FunctionType(element, [_llvm(context, vector)])
+            suffix = f"v{vector.lanes}f{vector.element.bitwidth}"
+            function = cgutils.get_or_insert_function(
+                builder.module, kind, f"llvm.vector.reduce.{reduction}.{suffix}"
+            )
+            return builder.call(function, args)
+
+        return vector.element(vector), codegen
+
+    typed.__name__ = name
+    return intrinsic(typed)
+
+
 def _bits_below(typingctx: Any, a: Any, b: Any) -> Any:
     """Bit k of the answer: ``a <= b`` in lane k; NaN is not below."""
     if a not in (F32, F64) or a != b:
@@ -258,16 +278,28 @@ def _transpose(typingctx: Any, source: Any, start: Any, stride: Any, target: Any
     return types.void(source, types.intp, types.intp, target, types.intp, types.intp), codegen
 
 
-def _fetch_add(typingctx: Any, array: Any) -> Any:
-    """Add 1 to ``array[0]`` atomically and return what it was: the next task of several threads."""
-    if not (isinstance(array, types.Array) and array.dtype == types.int64):
+def _fetch_add(typingctx: Any, array: Any, index: Any) -> Any:
+    """Add 1 to an element of a C-contiguous int64 array, counted flat, and return what it was, atomically."""
+    if not (isinstance(array, types.Array) and array.dtype == types.int64 and array.layout == "C"):
         return None
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        data = context.make_array(array)(context, builder, args[0]).data
-        return builder.atomic_rmw("add", data, ir.Constant(LONG, 1), "monotonic")
+        element = _address(context, builder, array, args[0], args[1], LONG)
+        return builder.atomic_rmw("add", element, ir.Constant(LONG, 1), "seq_cst")
 
-    return types.int64(array), codegen
+    return types.int64(array, types.intp), codegen
+
+
+def _fetch(typingctx: Any, array: Any, index: Any) -> Any:
+    """Read an element of a C-contiguous int64 array, counted flat, that another thread may write."""
+    if not (isinstance(array, types.Array) and array.dtype == types.int64 and array.layout == "C"):
+        return None
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        element = _address(context, builder, array, args[0], args[1], LONG)
+        return builder.load_atomic(element, "seq_cst", 8)
+
+    return types.int64(array, types.intp), codegen
 
 
 def _trailing_zeros(typingctx: Any, word: Any) -> Any:
@@ -279,6 +311,62 @@ def _trailing_zeros(typingctx: Any, word: Any) -> Any:
         return builder.cttz(args[0], ir.Constant(ir.IntType(1), 0))
 
     return types.int64(word), codegen
+
+
+def _store_stream(typingctx: Any, array: Any, index: Any, value: Any) -> Any:
+    """Write a float32 vector to an address that is a multiple of 64, past the caches.
+
+    For what is larger than the caches: they need not fetch what is overwritten. Call `fence` when done.
+    """
+    if value != F32 or _vector_of(array) != F32:
+        return None
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        pointer = _address(context, builder, array, args[0], args[1], _llvm(context, F32))
+        written = builder.store(args[2], pointer, align=64)
+        written.set_metadata("nontemporal", builder.module.add_metadata([ir.Constant(WORD, 1)]))
+        return context.get_dummy_value()
+
+    return types.void(array, types.intp, value), codegen
+
+
+def _fence(typingctx: Any) -> Any:
+    """Let other threads see what `store_stream` wrote."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        builder.fence("seq_cst")
+        return context.get_dummy_value()
+
+    return types.void(), codegen
+
+
+def _store_at_least(typingctx: Any, array: Any, index: Any, a: Any, b: Any) -> Any:
+    """Write sixteen bytes: 1 where ``a >= b``, else 0."""
+    if a != F32 or b != F32 or _byte_array(array) is None:
+        return None
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        flags = ir.VectorType(BYTE, LANES)
+        pointer = _address(context, builder, array, args[0], args[1], flags)
+        builder.store(builder.zext(builder.fcmp_ordered(">=", args[2], args[3]), flags), pointer, align=1)
+        return context.get_dummy_value()
+
+    return types.void(array, types.intp, a, b), codegen
+
+
+def _outside_unit(typingctx: Any, value: Any) -> Any:
+    """Bit k of the answer: lane k is NaN or outside [0, 1]."""
+    if value != F32:
+        return None
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        zero, one = (ir.Constant(_llvm(context, F32), [v] * LANES) for v in (0.0, 1.0))
+        outside = builder.or_(
+            builder.fcmp_unordered("<", args[0], zero), builder.fcmp_unordered(">", args[0], one)
+        )
+        return builder.zext(builder.bitcast(outside, ir.IntType(LANES)), LONG)
+
+    return types.uint64(value), codegen
 
 
 def _half_of(typingctx: Any, value: Any) -> Any:
@@ -319,6 +407,8 @@ iota: Any = intrinsic(_iota)
 fma: Any = intrinsic(_fma)
 least: Any = _binary("least", (F32, F64), _select("<"))
 greatest: Any = _binary("greatest", (F32, F64), _select(">"))
+least_lane: Any = _lane("least_lane", "fmin")
+greatest_lane: Any = _lane("greatest_lane", "fmax")
 product: Any = _binary("product", (WORDS,), _product)
 upper: Any = intrinsic(_upper)
 bits_below: Any = intrinsic(_bits_below)
@@ -326,10 +416,15 @@ one_where_less: Any = intrinsic(_one_where_less)
 uniform_of: Any = intrinsic(_uniform_of)
 nonzero_bits: Any = intrinsic(_nonzero_bits)
 transpose: Any = intrinsic(_transpose)
+fetch: Any = intrinsic(_fetch)
 fetch_add: Any = intrinsic(_fetch_add)
 trailing_zeros: Any = intrinsic(_trailing_zeros)
 ones: Any = intrinsic(_ones)
 half_of: Any = intrinsic(_half_of)
+store_stream: Any = intrinsic(_store_stream)
+store_at_least: Any = intrinsic(_store_at_least)
+outside_unit: Any = intrinsic(_outside_unit)
+fence: Any = intrinsic(_fence)
 pointer: Any = intrinsic(_pointer)
 
 

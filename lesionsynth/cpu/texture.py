@@ -4,8 +4,8 @@
     b1 = [v < a], v ~ U[0, 1];  b2 = gaussian(b1, sigma_b);  B = clip(beta b2, 0, 1)
 
 The noise is Philox of the absolute voxel coordinate, so it depends on neither the box nor the order of
-lesions. Each box is one float32 field, filtered in place. The boxes of all lesions go through four rounds of
-tasks, so that one large lesion keeps every thread busy:
+lesions. Each box is one float32 field, filtered in place. The boxes of all lesions go through rounds of tasks
+together, so that one large lesion keeps every thread busy:
 
     noise, filtered in plane (a slice a task) -> filtered along z, extremes (a row of columns a task) ->
     salt noise, filtered in plane -> filtered along z, mean above the threshold
@@ -22,17 +22,18 @@ import numba
 import numpy as np
 import numpy.typing as npt
 
-from lesionsynth.cpu._scratch import borrow
-from lesionsynth.cpu._threads import parallel_tasks
+from lesionsynth.cpu._memory import scratch
+from lesionsynth.cpu._threads import done, take, wait_for, work_together
 from lesionsynth.cpu.filters import gather_rows, pitch_of, scatter_rows, scratch_for, smooth_columns
-from lesionsynth.cpu.lines import kernel_of, margin_of, smooth
+from lesionsynth.cpu.lines import kernels_of, margin_of, smooth
 from lesionsynth.cpu.merge import Lesions
-from lesionsynth.cpu.philox import uniform_lines
+from lesionsynth.cpu.philox import Stream, uniform_lines
 from lesionsynth.cpu.simd import (
     LANES,
-    fetch_add,
     greatest,
+    greatest_lane,
     least,
+    least_lane,
     load,
     one_where_less,
     splat,
@@ -45,6 +46,7 @@ Float32 = npt.NDArray[np.float32]
 FIXED_POINT = 2.0**26
 """A float32 of [0.125, 1] is a multiple of 2**-26, so sums in this unit are exact and know no order."""
 
+PROBABILITY, SALT = np.uint32(Stream.PROBABILITY), np.uint32(Stream.SALT)
 MARGIN = 4
 """Rows to spare around scratch lines: noise comes in quads, which begin before a box and end after it."""
 
@@ -104,25 +106,16 @@ def synthesize_textures(plan: LesionPlan, lesions: Lesions, threads: int | None 
     for fields in _groups(everything, math.prod(lesions.shape)):
         size = int((fields["size"][:, 0] * fields["size"][:, 1] * fields["pitch"]).sum())
         slack = LANES * int(fields["pitch"].max())  # `gather_rows` reads up to 15 rows on
-        values = borrow("texture.values", size + slack, np.float32)
+        values = scratch("texture.values", size + slack, np.float32)
         slices = np.concatenate([[0], np.cumsum(fields["size"][:, 0])])
         columns = np.concatenate([[0], np.cumsum(fields["size"][:, 1])])
         extremes = np.empty((columns[-1], 2), dtype=np.float32)
         sums = np.zeros((columns[-1], 2), dtype=np.int64)
-        parallel_tasks(
-            int(slices[-1]), _noise_slices, slices, fields, weights, values, *words, False, threads=threads
-        )
-        parallel_tasks(
-            int(columns[-1]), _smooth_noise, columns, fields, weights, values, extremes, threads=threads
-        )
-        _rescale(fields, columns, extremes)
-        parallel_tasks(
-            int(slices[-1]), _noise_slices, slices, fields, weights, values, *words, True, threads=threads
-        )
-        parallel_tasks(
-            int(columns[-1]), _smooth_salt, columns, fields, weights, values, sums, lesions.first,
-            lesions.start, lesions.stop, lesions.label, lesions.shape[1], np.float32(plan.mean_threshold),
-            threads=threads,
+        rounds = int(slices[-1]), int(columns[-1]), 1, int(slices[-1]), int(columns[-1])
+        work_together(
+            _synthesize, rounds, slices, columns, fields, weights, values, *words, extremes, sums,
+            lesions.first, lesions.start, lesions.stop, lesions.label, lesions.shape[1],
+            np.float32(plan.mean_threshold), threads=threads,
         )  # fmt: skip
         yield Textures(fields, values, _brightness(plan, lesions, fields, columns, sums))
 
@@ -130,23 +123,22 @@ def synthesize_textures(plan: LesionPlan, lesions: Lesions, threads: int | None 
 def _fields(plan: LesionPlan, lesions: Lesions) -> tuple[npt.NDArray[Any], Float32]:
     """Return the boxes, largest slices first so that none is left for the end, and all weights."""
     fields = np.zeros(len(lesions), dtype=FIELD)
-    kernels: list[Float32] = []
-    for k, members in enumerate(lesions.members):
-        blob, field = plan.blobs[members[0]], fields[k]
-        field["label"], field["component"] = k + 1, blob.component
-        field["start"] = lesions.boxes[k, :, 0]
-        size = field["size"] = lesions.boxes[k, :, 1] - lesions.boxes[k, :, 0]
-        field["a_low"], field["a_range"] = blob.a_low, blob.a_high - blob.a_low
-        kernels += (
-            kernel_of(int(n), sigma / scale)
-            for sigma in (blob.sigma_a, blob.sigma_b)
-            for n, scale in zip(size, plan.scale, strict=True)
-        )
-    ends = np.cumsum([0, *map(len, kernels)])
-    fields["kernels"] = np.stack([ends[:-1], ends[1:]], axis=1).reshape(len(fields), 2, 3, 2)
+    if not len(lesions):
+        return fields, np.empty(0, dtype=np.float32)
+    blobs = [plan.blobs[members[0]] for members in lesions.members]
+    fields["label"] = np.arange(1, len(lesions) + 1)
+    fields["component"] = [blob.component for blob in blobs]
+    fields["start"] = lesions.boxes[:, :, 0]
+    fields["size"] = lesions.boxes[:, :, 1] - lesions.boxes[:, :, 0]
     fields["pitch"] = -(-fields["size"][:, 2] // LANES) * LANES
+    fields["a_low"] = [blob.a_low for blob in blobs]
+    fields["a_range"] = [blob.a_high - blob.a_low for blob in blobs]
+    sigmas = np.array([(blob.sigma_a, blob.sigma_b) for blob in blobs])[:, :, None] / np.array(plan.scale)
+    lengths = np.broadcast_to(fields["size"][:, None, :], sigmas.shape)
+    weights, ends = kernels_of(lengths.ravel(), sigmas.ravel())
+    fields["kernels"] = np.stack([ends[:-1], ends[1:]], axis=1).reshape(len(fields), 2, 3, 2)
     order = np.argsort(-fields["size"][:, 1] * fields["pitch"], kind="stable")
-    return fields[order], np.concatenate(kernels) if kernels else np.empty(0, dtype=np.float32)
+    return fields[order], weights
 
 
 def _groups(fields: npt.NDArray[Any], most: int) -> Iterator[npt.NDArray[Any]]:
@@ -202,40 +194,83 @@ def _scratch(fields: Any, weights: Any) -> tuple[Any, Any]:
 
 
 @numba.njit(nogil=True, cache=True)
-def _noise_slices(
-    counter: Any,
-    n_tasks: int,
-    tasks: Any,
+def _synthesize(
+    progress: Any,
+    slices: Any,
+    columns: Any,
     fields: Any,
     weights: Any,
     values: Any,
     seed: Any,
     sample: Any,
-    salt: bool,
+    extremes: Any,
+    sums: Any,
+    first: Any,
+    start: Any,
+    stop: Any,
+    label: Any,
+    rows: int,
+    threshold: Any,
+) -> None:
+    """Go through the rounds; slice t - slices[k], or row of columns t - columns[k], is a task of field k."""
+    lines, out = _scratch(fields, weights)
+    t = take(progress, 0)
+    while t >= 0:
+        k = np.searchsorted(slices, t, side="right") - 1
+        _noise_slice(fields[k], t - slices[k], weights, values, seed, sample, False, lines, out)
+        done(progress, 0)
+        t = take(progress, 0)
+    wait_for(progress, 0)
+    t = take(progress, 1)
+    while t >= 0:
+        k = np.searchsorted(columns, t, side="right") - 1
+        _smooth_noise(fields[k], t - columns[k], weights, values, extremes[t], lines, out)
+        done(progress, 1)
+        t = take(progress, 1)
+    wait_for(progress, 1)
+    if take(progress, 2) >= 0:
+        _rescale(fields, columns, extremes)
+        done(progress, 2)
+    wait_for(progress, 2)
+    t = take(progress, 3)
+    while t >= 0:
+        k = np.searchsorted(slices, t, side="right") - 1
+        _noise_slice(fields[k], t - slices[k], weights, values, seed, sample, True, lines, out)
+        done(progress, 3)
+        t = take(progress, 3)
+    wait_for(progress, 3)
+    t = take(progress, 4)
+    while t >= 0:
+        k = np.searchsorted(columns, t, side="right") - 1
+        field, y = fields[k], t - columns[k]
+        _smooth_salt(field, y, weights, values, lines, out)
+        sums[t, 0], sums[t, 1] = _sum_above(field, y, values, first, start, stop, label, rows, threshold)
+        done(progress, 4)
+        t = take(progress, 4)
+    wait_for(progress, 4)
+
+
+@numba.njit(nogil=True, cache=True)
+def _noise_slice(
+    field: Any, z: int, weights: Any, values: Any, seed: Any, sample: Any, salt: bool, lines: Any, out: Any
 ) -> None:
     """Fill a slice of a box with a1 or, where `salt`, with b1 under the a2 it holds; filter in plane."""
-    lines, out = _scratch(fields, weights)
-    t = fetch_add(counter)
-    while t < n_tasks:
-        k = np.searchsorted(tasks, t, side="right") - 1
-        field, z = fields[k], t - tasks[k]
-        height, width, pitch = field.size[1], field.size[2], field.pitch
-        at = field.at + z * height * pitch
-        along_y, along_x = _kernel(field, weights, int(salt), 1), _kernel(field, weights, int(salt), 2)
-        margin = margin_of(along_x, width) + MARGIN
-        stream = np.uint32(3) if salt else np.uint32(2)
-        for y in range(0, height, LANES):
-            if salt:
-                gather_rows(values, at + y * pitch, pitch, out, 0)
-            _draw_lines(field, z, y, seed, stream, sample, lines, margin)
-            if salt:
-                _threshold_lines(field, width, out, lines, margin)
-            else:
-                _centre_lines(width, lines, margin)
-            smooth(lines, margin, width, along_x, out)
-            scatter_rows(out, width, values, at + y * pitch, pitch, min(LANES, height - y), lines)
-        smooth_columns(values, at, height, pitch, pitch, along_y, lines, out)
-        t = fetch_add(counter)
+    height, width, pitch = field.size[1], field.size[2], field.pitch
+    at = field.at + z * height * pitch
+    along_y, along_x = _kernel(field, weights, int(salt), 1), _kernel(field, weights, int(salt), 2)
+    margin = margin_of(along_x, width) + MARGIN
+    stream = SALT if salt else PROBABILITY
+    for y in range(0, height, LANES):
+        if salt:
+            gather_rows(values, at + y * pitch, pitch, out, 0)
+        _draw_lines(field, z, y, seed, stream, sample, lines, margin)
+        if salt:
+            _threshold_lines(field, width, out, lines, margin)
+        else:
+            _centre_lines(width, lines, margin)
+        smooth(lines, margin, width, along_x, out)
+        scatter_rows(out, width, values, at + y * pitch, pitch, min(LANES, height - y), lines)
+    smooth_columns(values, at, height, pitch, pitch, along_y, lines, out)
 
 
 @numba.njit(nogil=True, cache=True)
@@ -272,27 +307,16 @@ def _threshold_lines(field: Any, width: int, a2: Any, lines: Any, margin: int) -
 
 
 @numba.njit(nogil=True, cache=True)
-def _smooth_noise(
-    counter: Any, n_tasks: int, tasks: Any, fields: Any, weights: Any, values: Any, extremes: Any
-) -> None:
+def _smooth_noise(field: Any, y: int, weights: Any, values: Any, extremes: Any, lines: Any, out: Any) -> None:
     """Filter the columns of one y along z, and find their least and greatest value."""
-    lines, out = _scratch(fields, weights)
-    t = fetch_add(counter)
-    while t < n_tasks:
-        k = np.searchsorted(tasks, t, side="right") - 1
-        field = fields[k]
-        depth, height, pitch = field.size[0], field.size[1], field.pitch
-        at = field.at + (t - tasks[k]) * pitch
-        smooth_columns(values, at, depth, height * pitch, pitch, _kernel(field, weights, 0, 0), lines, out)
-        low, high = splat(np.float32(np.inf)), splat(np.float32(-np.inf))
-        for z in range(depth):
-            for x in range(at + z * height * pitch, at + z * height * pitch + pitch, LANES):
-                low, high = least(low, load(values, x)), greatest(high, load(values, x))
-        store(out, 0, low)
-        extremes[t, 0] = out[:LANES].min()
-        store(out, 0, high)
-        extremes[t, 1] = out[:LANES].max()
-        t = fetch_add(counter)
+    depth, step = field.size[0], field.size[1] * field.pitch
+    at = field.at + y * field.pitch
+    smooth_columns(values, at, depth, step, field.pitch, _kernel(field, weights, 0, 0), lines, out)
+    low = high = load(values, at)
+    for z in range(depth):
+        for x in range(at + z * step, at + z * step + field.pitch, LANES):
+            low, high = least(low, load(values, x)), greatest(high, load(values, x))
+    extremes[0], extremes[1] = least_lane(low), greatest_lane(high)
 
 
 @numba.njit(nogil=True, cache=True)
@@ -308,39 +332,27 @@ def _rescale(fields: Any, columns: Any, extremes: Any) -> None:
 
 
 @numba.njit(nogil=True, cache=True)
-def _smooth_salt(
-    counter: Any,
-    n_tasks: int,
-    tasks: Any,
-    fields: Any,
-    weights: Any,
-    values: Any,
-    sums: Any,
-    first: Any,
-    start: Any,
-    stop: Any,
-    label: Any,
-    rows: int,
-    threshold: Any,
-) -> None:
-    """Filter the columns of one y along z; count and sum b2 above the threshold in the lesion's voxels."""
-    lines, out = _scratch(fields, weights)
-    t = fetch_add(counter)
-    while t < n_tasks:
-        k = np.searchsorted(tasks, t, side="right") - 1
-        field, y = fields[k], t - tasks[k]
-        depth, height, pitch = field.size[0], field.size[1], field.pitch
-        at = field.at + y * pitch
-        smooth_columns(values, at, depth, height * pitch, pitch, _kernel(field, weights, 1, 0), lines, out)
-        passing, total = 0, 0
-        for z in range(depth):
-            row = (field.start[0] + z) * rows + field.start[1] + y
-            shift = at + z * height * pitch - field.start[2]
-            for run in range(first[row], first[row + 1]):
-                if label[run] == field.label:
-                    for x in range(shift + start[run], shift + stop[run]):
-                        if values[x] > threshold:
-                            passing += 1
-                            total += math.floor(np.float64(values[x]) * FIXED_POINT + 0.5)
-        sums[t, 0], sums[t, 1] = passing, total
-        t = fetch_add(counter)
+def _smooth_salt(field: Any, y: int, weights: Any, values: Any, lines: Any, out: Any) -> None:
+    """Filter the columns of one y along z."""
+    at, step = field.at + y * field.pitch, field.size[1] * field.pitch
+    smooth_columns(values, at, field.size[0], step, field.pitch, _kernel(field, weights, 1, 0), lines, out)
+
+
+@numba.njit(nogil=True, cache=True)
+def _sum_above(
+    field: Any, y: int, values: Any, first: Any, start: Any, stop: Any, label: Any, rows: int, threshold: Any
+) -> tuple[int, int]:
+    """Count b2 above the threshold in the lesion's voxels of one y, and sum it in units of 2**-26."""
+    passing, total = 0, 0
+    for z in range(field.size[0]):
+        row = (field.start[0] + z) * rows + field.start[1] + y
+        shift = field.at + (z * field.size[1] + y) * field.pitch - field.start[2]
+        for run in range(first[row], first[row + 1]):
+            if label[run] == field.label:
+                b2 = values[shift + start[run] : shift + stop[run]]
+                for x in range(b2.size):
+                    above = b2[x] > threshold
+                    passing += above
+                    unit = math.floor(np.float64(b2[x]) * FIXED_POINT + 0.5)
+                    total += unit if above else 0
+    return passing, total
