@@ -69,7 +69,7 @@ class CpuBackend:
     def place(self, plan: LesionPlan, lung_mask: Mask) -> tuple[BitMask, npt.NDArray[np.int64]]:
         """See `Backend`."""
         counts = np.empty(lung_mask.shape[0] * lung_mask.shape[1], dtype=np.int64)
-        mask = pack(lung_mask, self.threads, counts)
+        mask = pack(lung_mask, 1, counts)  # the other threads copy the image meanwhile
         return mask, place(plan, mask, counts)
 
     def draw(self, plan: LesionPlan, placed: tuple[BitMask, npt.NDArray[np.int64]]) -> Shapes:

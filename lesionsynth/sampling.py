@@ -7,12 +7,14 @@ index, number). NumPy's generators are not used: their streams may change betwee
 from __future__ import annotations
 
 import math
+from typing import Any
 
+import numba
 import numpy as np
 import numpy.typing as npt
 
 from lesionsynth.config import BlobClass, LesionConfig, Range, Texture
-from lesionsynth.cpu.philox import Stream, philox_words
+from lesionsynth.cpu.philox import Stream, philox4x32_10
 from lesionsynth.plan import Blob, LesionPlan, Triple
 
 UNIFORMS_PER_BLOB = 16
@@ -51,11 +53,19 @@ def sample_plan(
 
 def uniforms(seed: int, index: int, first: int, count: int) -> npt.NDArray[np.float64]:
     """Return (count, UNIFORMS_PER_BLOB) uniforms in [0, 1) of 53 bits for components ``first ...``."""
-    blocks = np.arange(UNIFORMS_PER_BLOB // 2, dtype=np.uint32)[None, :]
-    component = (first + np.arange(count, dtype=np.uint64)).astype(np.uint32)[:, None]
-    words = philox_words(blocks, np.uint32(0), np.uint32(index), component, seed, int(Stream.PLAN))
-    pairs = words.reshape(count, UNIFORMS_PER_BLOB, 2).astype(np.uint64)
-    return np.asarray(((pairs[..., 0] >> 5) * 2.0**26 + (pairs[..., 1] >> 6)) * 2.0**-53)
+    out = np.empty((count, UNIFORMS_PER_BLOB))
+    _fill(out, *(np.uint32(w) for w in (seed, Stream.PLAN, index, first)))
+    return out
+
+
+@numba.njit(nogil=True, cache=True)
+def _fill(out: Any, seed: Any, stream: Any, index: Any, first: Any) -> None:
+    """Two words make a uniform: 27 bits of one above 26 of the other."""
+    for k in range(out.shape[0]):
+        for block in range(out.shape[1] // 2):
+            a, b, c, d = philox4x32_10(block, np.uint32(0), index, np.uint32(first + k), seed, stream)
+            out[k, 2 * block] = (float(a >> 5) * 2.0**26 + float(b >> 6)) * 2.0**-53
+            out[k, 2 * block + 1] = (float(c >> 5) * 2.0**26 + float(d >> 6)) * 2.0**-53
 
 
 def _count(kind: BlobClass, u: float, lung_fraction: float) -> int:

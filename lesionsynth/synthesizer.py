@@ -226,9 +226,9 @@ class LesionSynthesizer:
         if plan.shape is not None and plan.shape != healthy.shape:
             raise ValueError(f"plan was drawn for a volume of shape {plan.shape}, image has {healthy.shape}")
         stages = self._backend
-        placed = stages.place(plan, mask)
         finish_copy = stages.copy(healthy, plan.tau, self.config.hu_range, out, target)
         try:
+            placed = stages.place(plan, mask)
             lesions = stages.merge(plan, placed, stages.draw(plan, placed))
         finally:
             finish_copy()

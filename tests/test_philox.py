@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import numba
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from lesionsynth import ops
-from lesionsynth.cpu.philox import fill_uniform, philox4x32_10, philox_words
+from lesionsynth.cpu.philox import fill_uniform, philox4x32_10, uniform_lines
 from tests import oracles
 
 ONES = 0xFFFFFFFF
@@ -30,16 +31,35 @@ offsets = st.tuples(st.integers(0, 2**16 - 8), st.integers(0, 2**16 - 8), st.int
 
 @pytest.mark.parametrize(("counter", "key", "expected"), KNOWN)
 def test_known_answers(counter, key, expected):
-    """Compiled and NumPy implementations against the authors' vectors."""
+    """The compiled words, and those of the oracle, against the authors' vectors."""
     compiled = philox4x32_10(*(np.uint32(w) for w in (*counter, *key)))
     assert tuple(int(w) for w in compiled) == expected
-    assert philox_words(*counter, *key).tolist() == list(expected)
+    assert tuple(int(w) for w in oracles.philox4x32_10(counter, key)) == expected
 
 
 @given(counter=st.tuples(words, words, words, words), key=st.tuples(words, words))
-def test_compiled_and_numpy_words_agree(counter, key):
+def test_words_are_the_oracles(counter, key):
     compiled = philox4x32_10(*(np.uint32(w) for w in (*counter, *key)))
-    assert [int(w) for w in compiled] == philox_words(*counter, *key).tolist()
+    assert [int(w) for w in compiled] == [int(w) for w in oracles.philox4x32_10(counter, key)]
+
+
+@numba.njit
+def draw_lines(out, first, quads, plane, sample, component, seed, stream):
+    uniform_lines(out, 0, first, quads, plane, sample, component, seed, stream)
+
+
+@given(
+    key=st.tuples(words, words), sample=words, component=words, z=st.integers(0, 2**16 - 1),
+    y=st.integers(0, 2**16 - 16), quad=st.integers(0, 2**30 - 3),
+)  # fmt: skip
+def test_vectors_of_rows_are_the_oracles(key, sample, component, z, y, quad):
+    """Sixteen rows side by side, three quads of each: the same words by other instructions."""
+    out = np.empty(3 * 4 * 16, np.float32)
+    plane = np.uint32((z << 16) | y)
+    draw_lines(out, quad, 3, plane, *(np.uint32(w) for w in (sample, component, *key)))
+    x = np.arange(4 * quad, 4 * quad + 12)
+    expected = oracles.uniform_field(*key, sample, component, np.array([z]), np.arange(y, y + 16), x)
+    np.testing.assert_array_equal(out.reshape(12, 16).T, expected[0])
 
 
 @given(shape=small_shapes, start=offsets, key=st.tuples(words, words), sample=words, component=words)

@@ -15,10 +15,10 @@ from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from typing import Any
 
-import numba
 import numpy as np
 from numba import types
 
+from lesionsynth.cpu._jit import inner
 from lesionsynth.cpu.simd import fetch, fetch_add
 
 give_way: Any = types.ExternalFunction("SwitchToThread" if os.name == "nt" else "sched_yield", types.int32())
@@ -116,20 +116,33 @@ NEXT, DONE, TOTAL = 0, 1, 2
 """Columns of the progress of each round."""
 
 
-@numba.njit(nogil=True, cache=True)
+@inner
 def take(progress: Any, p: int) -> int:
     """Return the next task of round p, or -1 where there is none left."""
     task = fetch_add(progress, p * 3 + NEXT)
     return task if task < progress[p, TOTAL] else -1
 
 
-@numba.njit(nogil=True, cache=True)
+@inner
+def group_of(firsts: Any, task: int) -> int:
+    """Group of a task where group k has the tasks ``firsts[k] ... firsts[k + 1]``."""
+    low, high = 0, firsts.size - 1
+    while high - low > 1:
+        middle = (low + high) // 2
+        if firsts[middle] <= task:
+            low = middle
+        else:
+            high = middle
+    return low
+
+
+@inner
 def done(progress: Any, p: int) -> None:
     """Report a task of round p."""
     fetch_add(progress, p * 3 + DONE)
 
 
-@numba.njit(nogil=True, cache=True)
+@inner
 def wait_for(progress: Any, p: int) -> None:
     """Return when every task of round p has been reported; another thread may still be at its last one."""
     while fetch(progress, p * 3 + DONE) < progress[p, TOTAL]:

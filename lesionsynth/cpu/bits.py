@@ -12,6 +12,7 @@ import numba
 import numpy as np
 import numpy.typing as npt
 
+from lesionsynth.cpu._jit import inner, kernel
 from lesionsynth.cpu._threads import parallel_for
 from lesionsynth.cpu.simd import nonzero_bits, ones, pointer, trailing_zeros
 
@@ -61,7 +62,7 @@ def pack(
     return BitMask(bits, (depth, height, width))
 
 
-@numba.njit(nogil=True, cache=True)
+@kernel
 def _pack(
     base: int, dz: int, dy: int, dx: int, height: int, width: int, bits: Any, counts: Any, lo: int, hi: int
 ) -> None:
@@ -84,7 +85,7 @@ def _pack(
         counts[r] = total
 
 
-@numba.njit(nogil=True, cache=True)
+@inner
 def next_set(row: Any, x: int) -> int:
     """First voxel of a row at or after x that is in the mask; 64 times the words where there is none."""
     w = x >> 6
@@ -99,7 +100,7 @@ def next_set(row: Any, x: int) -> int:
     return 64 * w + trailing_zeros(word)
 
 
-@numba.njit(nogil=True, cache=True)
+@inner
 def next_clear(row: Any, x: int) -> int:
     """First voxel of a row at or after x that is not in the mask; 64 times the words where there is none."""
     w = x >> 6
@@ -114,7 +115,7 @@ def next_clear(row: Any, x: int) -> int:
     return 64 * w + trailing_zeros(word)
 
 
-@numba.njit(nogil=True, cache=True)
+@inner
 def count_runs(row: Any) -> int:
     """Count the runs of a row: the bits that follow a 0."""
     total = 0

@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import numba
 import numpy as np
 import numpy.typing as npt
 
+from lesionsynth.cpu._jit import inner, kernel
 from lesionsynth.cpu._threads import parallel_for
 from lesionsynth.cpu.lines import kernel_of, margin_of, rows_of, smooth
 from lesionsynth.cpu.simd import LANES, load, store, transpose
@@ -66,19 +66,19 @@ def gaussian_filter(
     return np.ascontiguousarray(padded[:, :, :width])
 
 
-@numba.njit(nogil=True, cache=True)
+@inner
 def pitch_of(width: int) -> int:
     """Row length of a padded field: whole vectors."""
     return (width + LANES - 1) // LANES * LANES
 
 
-@numba.njit(nogil=True, cache=True)
+@inner
 def scratch_for(weights: Any, n: int) -> int:
     """Elements of the scratch lines for `smooth`, with four rows to spare on either side."""
     return (rows_of(weights, n) + 8) * LANES
 
 
-@numba.njit(nogil=True, cache=True)
+@kernel
 def _smooth_planes(
     field: Any, height: int, width: int, weights_y: Any, weights_x: Any, lo: int, hi: int
 ) -> None:
@@ -97,7 +97,7 @@ def _smooth_planes(
             smooth_columns(field, at, height, pitch, pitch, weights_y, lines, out)
 
 
-@numba.njit(nogil=True, cache=True)
+@kernel
 def _smooth_depth(field: Any, depth: int, height: int, width: int, weights: Any, lo: int, hi: int) -> None:
     pitch = pitch_of(width)
     lines = np.empty(scratch_for(weights, depth), dtype=np.float32)
@@ -106,14 +106,14 @@ def _smooth_depth(field: Any, depth: int, height: int, width: int, weights: Any,
         smooth_columns(field, y * pitch, depth, height * pitch, pitch, weights, lines, out)
 
 
-@numba.njit(nogil=True, cache=True)
+@inner
 def gather_rows(field: Any, at: int, pitch: int, lines: Any, margin: int) -> None:
     """Stand sixteen rows of a field side by side; the field must reach as far."""
     for x in range(0, pitch, LANES):
         transpose(field, at + x, pitch, lines, (margin + x) * LANES, LANES)
 
 
-@numba.njit(nogil=True, cache=True)
+@inner
 def scatter_rows(lines: Any, width: int, field: Any, at: int, pitch: int, rows: int, scratch: Any) -> None:
     """Write the first `rows` of sixteen lines back as rows; their padding repeats the last voxel."""
     last = load(lines, (width - 1) * LANES)
@@ -128,7 +128,7 @@ def scatter_rows(lines: Any, width: int, field: Any, at: int, pitch: int, rows: 
                 store(field, at + j * pitch + x, load(scratch, j * LANES))
 
 
-@numba.njit(nogil=True, cache=True)
+@inner
 def smooth_columns(
     field: Any, at: int, n: int, stride: int, width: int, weights: Any, lines: Any, out: Any
 ) -> None:
@@ -176,14 +176,14 @@ def uniform_filter(
     return result
 
 
-@numba.njit(nogil=True, cache=True)
+@inner
 def reflect(i: int, n: int) -> int:
     """Index of SciPy's "reflect" edge, d c b a | a b c d | d c b a, at any distance."""
     i %= 2 * n
     return i if i < n else 2 * n - 1 - i
 
 
-@numba.njit(nogil=True, cache=True)
+@kernel
 def _box_means(volume: Any, result: Any, nz: int, ny: int, nx: int, lo: int, hi: int) -> None:
     """Average the strips lo ... hi - 1; sums along z move with the slice, those along y with the row."""
     depth, height, width = volume.shape
@@ -212,19 +212,19 @@ def _box_means(volume: Any, result: Any, nz: int, ny: int, nx: int, lo: int, hi:
                 _means_along(sums_zy, line, nx, np.float64(nz) * ny * nx, result[z, first + r])
 
 
-@numba.njit(nogil=True, cache=True)
+@inner
 def _add(sums: Any, row: Any) -> None:
     for x in range(sums.size):
         sums[x] += row[x]
 
 
-@numba.njit(nogil=True, cache=True)
+@inner
 def _replace(sums: Any, new: Any, old: Any) -> None:
     for x in range(sums.size):
         sums[x] += np.float64(new[x]) - np.float64(old[x])
 
 
-@numba.njit(nogil=True, cache=True)
+@inner
 def _means_along(row: Any, line: Any, size: int, count: float, out: Any) -> None:
     """Average along a row with its reflections, in windows of `size`; `line` is scratch."""
     width, left = row.size, size // 2

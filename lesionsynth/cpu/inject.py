@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 from numba.extending import overload
 
+from lesionsynth.cpu._jit import inner, kernel
 from lesionsynth.cpu._threads import done, in_background, take, wait_for, work_together
 from lesionsynth.cpu.merge import Lesions
 from lesionsynth.cpu.simd import (
@@ -158,7 +159,7 @@ def _explain(image: npt.NDArray[Any]) -> None:
     raise ValueError(f"image must be in [0, 1], got values from {low:g} to {high:g}{hint}")
 
 
-@numba.njit(nogil=True, cache=True)
+@inner
 def _row(base: int, dz: int, dy: int, dx: int, height: int, row: int, scratch: Any) -> Any:
     """Row of a strided volume at an address: a view where it is contiguous, else copied to `scratch`."""
     at = base + (row // height) * dz + (row % height) * dy
@@ -169,7 +170,7 @@ def _row(base: int, dz: int, dy: int, dx: int, height: int, row: int, scratch: A
     return scratch
 
 
-@numba.njit(nogil=True, cache=True)
+@kernel
 def _copy_float_rows(
     base: int, dz: int, dy: int, dx: int, height: int, like: Any, out: Any, target: Any, level: Any,
     sane: Any, stream: bool, lo: int, hi: int,
@@ -197,7 +198,7 @@ def _copy_float_rows(
     fence()
 
 
-@numba.njit(nogil=True, cache=True)
+@kernel
 def _copy_rows(
     base: int, dz: int, dy: int, dx: int, height: int, like: Any, out: Any, target: Any, level: Any,
     sane: Any, lo: int, hi: int,
@@ -214,7 +215,7 @@ def _copy_rows(
         sane[r] = good
 
 
-@numba.njit(nogil=True, cache=True)
+@kernel
 def _copy_half_rows(
     base: int, dz: int, dy: int, dx: int, height: int, like: Any, out: Any, target: Any, level: Any,
     sane: Any, lo: int, hi: int,
@@ -232,7 +233,7 @@ def _copy_half_rows(
         sane[r] = good
 
 
-@numba.njit(nogil=True, cache=True)
+@kernel
 def _window_rows(
     base: int, dz: int, dy: int, dx: int, height: int, like: Any, out: Any, target: Any, level: Any,
     low: Any, high: Any, lo: int, hi: int,
@@ -248,7 +249,7 @@ def _window_rows(
             bright[x] = value >= level
 
 
-@numba.njit(nogil=True, cache=True)
+@kernel
 def _inject(
     progress: Any,
     fields: Any,

@@ -22,10 +22,10 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import numba
 import numpy as np
 import numpy.typing as npt
 
+from lesionsynth.cpu._jit import inner, kernel
 from lesionsynth.cpu.simd import LANES, fma, load, splat, store
 
 BLOCK = 8
@@ -34,7 +34,13 @@ PAIRS = 4
 """The same for the matrix: outputs i and n - 1 - i of four i."""
 
 
-@numba.njit(nogil=True, cache=True)
+@inner
+def gaussian_radius(sigma: float, truncate: float) -> int:
+    """R of `gaussian_taps`."""
+    return int(truncate * sigma + 0.5)
+
+
+@kernel
 def gaussian_taps(sigma: float, truncate: float = 4.0) -> npt.NDArray[np.float64]:
     """Weights w_0 ... w_r of a Gaussian, r = int(truncate * sigma + 0.5), normalised over -r ... r.
 
@@ -49,16 +55,18 @@ def gaussian_taps(sigma: float, truncate: float = 4.0) -> npt.NDArray[np.float64
     -------
     (r + 1,) float64 array
     """
-    radius = int(truncate * sigma + 0.5)
-    weights = np.ones(radius + 1)
-    total = 1.0
+    radius = gaussian_radius(sigma, truncate)
+    weights = np.empty(radius + 1)
+    weights[0] = total = 1.0
     for k in range(1, radius + 1):
         weights[k] = math.exp(-0.5 * (k / sigma) ** 2)
         total += 2.0 * weights[k]
-    return weights / total
+    for k in range(radius + 1):
+        weights[k] /= total
+    return weights
 
 
-@numba.njit(nogil=True, cache=True)
+@kernel
 def kernel_of(n: int, sigma: float, truncate: float = 4.0) -> npt.NDArray[np.float32]:
     """Weights for lines of `n` voxels: taps w_0 ... w_r where 2 r + 1 <= n, else the folded matrix.
 
@@ -77,8 +85,11 @@ def kernel_of(n: int, sigma: float, truncate: float = 4.0) -> npt.NDArray[np.flo
         short as taps would be, which is how `smooth` knows it.
     """
     taps = gaussian_taps(sigma, truncate)
+    out = np.empty(_size_of(n, taps.size - 1), dtype=np.float32)
     if 2 * taps.size - 1 <= n:
-        return taps.astype(np.float32)
+        for k in range(taps.size):
+            out[k] = taps[k]
+        return out
     # Reflecting edges make a line periodic with period 2n and symmetric about its ends.
     period = np.zeros(2 * n)
     period[0] = taps[0]
@@ -86,50 +97,58 @@ def kernel_of(n: int, sigma: float, truncate: float = 4.0) -> npt.NDArray[np.flo
         period[k % (2 * n)] += taps[k]
         period[-k % (2 * n)] += taps[k]
     half = (n + 1) // 2
-    matrix = np.zeros((half + PAIRS - 1) // PAIRS * half * 2 * PAIRS, dtype=np.float32)
+    out[:] = 0.0
     for i in range(half):
         for j in range(half):
             here = period[(i - j) % (2 * n)] + period[(i + j + 1) % (2 * n)]
             there = period[(i + j + 1 - n) % (2 * n)] + period[(i - j + n) % (2 * n)]  # for n - 1 - j
             at = (i // PAIRS * half + j) * 2 * PAIRS + i % PAIRS
             middle = 2 * j + 1 == n
-            matrix[at] = here if middle else 0.5 * (here + there)
-            matrix[at + PAIRS] = 0.0 if middle else 0.5 * (here - there)
-    return matrix
+            out[at] = here if middle else 0.5 * (here + there)
+            out[at + PAIRS] = 0.0 if middle else 0.5 * (here - there)
+    return out
 
 
-@numba.njit(nogil=True, cache=True)
+@inner
+def _size_of(n: int, radius: int) -> int:
+    """Weights for lines of `n` voxels."""
+    half = (n + 1) // 2
+    return radius + 1 if 2 * radius + 1 <= n else (half + PAIRS - 1) // PAIRS * half * 2 * PAIRS
+
+
+@kernel
 def kernels_of(lengths: Any, sigmas: Any) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]:
     """Weights of several lines in one array; those of line k are ``weights[ends[k] : ends[k + 1]]``."""
     ends = np.zeros(lengths.size + 1, dtype=np.int64)
-    kernels = [kernel_of(lengths[k], sigmas[k]) for k in range(lengths.size)]
     for k in range(lengths.size):
-        ends[k + 1] = ends[k] + kernels[k].size
+        ends[k + 1] = ends[k] + _size_of(lengths[k], gaussian_radius(sigmas[k], 4.0))
     weights = np.empty(ends[-1], dtype=np.float32)
     for k in range(lengths.size):
-        weights[ends[k] : ends[k + 1]] = kernels[k]
+        one = kernel_of(lengths[k], sigmas[k], 4.0)
+        for i in range(one.size):
+            weights[ends[k] + i] = one[i]
     return weights, ends
 
 
-@numba.njit(nogil=True, cache=True)
+@inner
 def is_matrix(weights: Any, n: int) -> bool:
     """Whether `kernel_of` gave the matrix for lines of `n` voxels: 8 h >= 4 n weights, not r + 1 <= n."""
     return bool(2 * weights.size - 1 > n)
 
 
-@numba.njit(nogil=True, cache=True)
+@inner
 def margin_of(weights: Any, n: int) -> int:
     """Rows that `smooth` needs before the first and after the last row of a line."""
     return 0 if is_matrix(weights, n) else weights.size - 1
 
 
-@numba.njit(nogil=True, cache=True)
+@inner
 def rows_of(weights: Any, n: int) -> int:
     """Rows of a source for `smooth`, outputs rounded up to whole blocks."""
     return -(-n // LANES) * LANES + 2 * margin_of(weights, n)
 
 
-@numba.njit(nogil=True, cache=True)
+@inner
 def smooth(source: Any, margin: int, n: int, weights: Any, out: Any) -> None:
     """Filter sixteen lines of `n` voxels.
 
@@ -143,7 +162,7 @@ def smooth(source: Any, margin: int, n: int, weights: Any, out: Any) -> None:
     _convolve(source, margin, n, weights, out)
 
 
-@numba.njit(nogil=True, cache=True)
+@inner
 def reflect_margins(source: Any, margin: int, n: int, radius: int) -> None:
     """Write `radius` reflected rows on either side, d c b a | a b c d | d c b a; the radius is below n."""
     first, last = margin * LANES, (margin + n - 1) * LANES
@@ -152,7 +171,7 @@ def reflect_margins(source: Any, margin: int, n: int, radius: int) -> None:
         store(source, last + (k + 1) * LANES, load(source, last - k * LANES))
 
 
-@numba.njit(nogil=True, cache=True)
+@inner
 def _convolve(source: Any, margin: int, n: int, taps: Any, out: Any) -> None:
     radius = taps.size - 1
     for i in range(0, n, BLOCK):
@@ -176,7 +195,7 @@ def _convolve(source: Any, margin: int, n: int, taps: Any, out: Any) -> None:
         _store_block(out, i * LANES, a0, a1, a2, a3, a4, a5, a6, a7)
 
 
-@numba.njit(nogil=True, cache=True)
+@inner
 def _multiply(source: Any, margin: int, n: int, matrix: Any, out: Any) -> None:
     half, first, last = (n + 1) // 2, margin * LANES, (margin + n - 1) * LANES
     for j in range(n // 2):
@@ -201,7 +220,7 @@ def _multiply(source: Any, margin: int, n: int, matrix: Any, out: Any) -> None:
         _store_pair(out, i + 3, n, e3, o3)
 
 
-@numba.njit(nogil=True, cache=True)
+@inner
 def _times(matrix: Any, at: int, x: Any) -> Any:
     return (
         splat(matrix[at]) * x,
@@ -211,14 +230,14 @@ def _times(matrix: Any, at: int, x: Any) -> Any:
     )
 
 
-@numba.njit(nogil=True, cache=True)
+@inner
 def _store_pair(out: Any, i: int, n: int, even: Any, odd: Any) -> None:
     if 2 * i < n:
         store(out, i * LANES, even + odd)
         store(out, (n - 1 - i) * LANES, even - odd)
 
 
-@numba.njit(nogil=True, cache=True)
+@inner
 def _store_block(
     out: Any, at: int, a0: Any, a1: Any, a2: Any, a3: Any, a4: Any, a5: Any, a6: Any, a7: Any
 ) -> None:

@@ -11,10 +11,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import numba
 import numpy as np
 import numpy.typing as npt
 
+from lesionsynth.cpu._jit import inner, kernel
 from lesionsynth.cpu._threads import done, parallel_for, take, wait_for, work_together
 from lesionsynth.cpu.bits import count_runs, next_clear, next_set
 from lesionsynth.cpu.label import REACH
@@ -113,14 +113,14 @@ def merge(
     return Lesions(shape, first, starts, stops, labels, boxes, voxels, members)
 
 
-@numba.njit(nogil=True, cache=True)
+@inner
 def _find(parent: Any, k: int) -> int:
     while parent[k] != k:
         k = parent[k]
     return k
 
 
-@numba.njit(nogil=True, cache=True)
+@inner
 def _unite(parent: Any, a: int, b: int) -> None:
     if a == b:
         return
@@ -131,7 +131,7 @@ def _unite(parent: Any, a: int, b: int) -> None:
         parent[a] = b
 
 
-@numba.njit(nogil=True, cache=True)
+@kernel
 def _collect_and_join(
     progress: Any,
     slices: Any,
@@ -164,7 +164,7 @@ def _collect_and_join(
     wait_for(progress, 1)
 
 
-@numba.njit(nogil=True, cache=True)
+@inner
 def _collect_slice(
     blobs: Any, bits: Any, z: int, height: int, at: int, start: Any, stop: Any, blob: Any, span: Any,
     parent: Any, count: Any,
@@ -183,7 +183,7 @@ def _collect_slice(
             span[row, 1] = _join_overlapping(span[row, 0], span[row, 1], start, stop, blob, parent)
 
 
-@numba.njit(nogil=True, cache=True)
+@inner
 def _count_rows(blob: Any, bits: Any, z: int, count: Any) -> None:
     """Add the runs of a blob in slice z to those of the rows."""
     line, first = z - blob.start[0], blob.start[1]
@@ -194,7 +194,7 @@ def _count_rows(blob: Any, bits: Any, z: int, count: Any) -> None:
             at += words
 
 
-@numba.njit(nogil=True, cache=True)
+@inner
 def _insert_runs(
     one: Any, b: int, bits: Any, z: int, height: int, start: Any, stop: Any, blob: Any, span: Any
 ) -> None:
@@ -217,7 +217,7 @@ def _insert_runs(
             x = next_set(row, past)
 
 
-@numba.njit(nogil=True, cache=True)
+@inner
 def _join_overlapping(at: int, end: int, start: Any, stop: Any, blob: Any, parent: Any) -> int:
     """Turn sorted runs into ones that lie apart, in place; returns their end."""
     last = at
@@ -231,7 +231,7 @@ def _join_overlapping(at: int, end: int, start: Any, stop: Any, blob: Any, paren
     return last + 1
 
 
-@numba.njit(nogil=True, cache=True)
+@inner
 def _join_slice(
     z: int, height: int, start: Any, stop: Any, blob: Any, span: Any, parent: Any, face: int, edge: int
 ) -> None:
@@ -251,7 +251,7 @@ def _join_slice(
                 _join_rows(span[row], span[other + 1], start, stop, blob, parent, edge)
 
 
-@numba.njit(nogil=True, cache=True)
+@inner
 def _join_rows(one: Any, other: Any, start: Any, stop: Any, blob: Any, parent: Any, reach: int) -> None:
     """Unite the runs of two rows that lie within `reach` of each other, walking both rows once."""
     a, b = one[0], other[0]
@@ -264,7 +264,7 @@ def _join_rows(one: Any, other: Any, start: Any, stop: Any, blob: Any, parent: A
             b += 1
 
 
-@numba.njit(nogil=True, cache=True)
+@kernel
 def _combine(parent: Any, slices: Any, roots: Any) -> None:
     """Unite what any slice united, and point every blob at its root."""
     for z in slices:
@@ -274,7 +274,7 @@ def _combine(parent: Any, slices: Any, roots: Any) -> None:
         roots[b] = _find(roots, b)
 
 
-@numba.njit(nogil=True, cache=True)
+@kernel
 def _finish(
     span: Any, start: Any, stop: Any, blob: Any, label_of: Any, height: int, first: Any, starts: Any,
     stops: Any, labels: Any, boxes: Any, voxels: Any,
@@ -294,7 +294,7 @@ def _finish(
             voxels[label - 1] += stop[k] - start[k]
 
 
-@numba.njit(nogil=True, cache=True)
+@kernel
 def _paint(lines: Any, first: Any, start: Any, stop: Any, label: Any, lo: int, hi: int) -> None:
     for row in range(lo, hi):
         lines[row] = 0

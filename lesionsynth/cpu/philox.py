@@ -14,10 +14,10 @@ from collections.abc import Sequence
 from enum import IntEnum
 from typing import Any
 
-import numba
 import numpy as np
 import numpy.typing as npt
 
+from lesionsynth.cpu._jit import inner, kernel
 from lesionsynth.cpu._threads import parallel_for
 from lesionsynth.cpu.simd import LANES, iota, product, splat, store, uniform_of, upper
 
@@ -37,7 +37,7 @@ class Stream(IntEnum):
     FREE = 16
 
 
-@numba.njit(nogil=True, cache=True, inline="always")
+@kernel
 def philox4x32_10(c0: Any, c1: Any, c2: Any, c3: Any, k0: Any, k1: Any) -> Any:
     """Return the four words of a counter (c0, c1, c2, c3) under the key (k0, k1); all uint32."""
     c0, c1, c2, c3, k0, k1 = (
@@ -55,29 +55,6 @@ def philox4x32_10(c0: Any, c1: Any, c2: Any, c3: Any, k0: Any, k1: Any) -> Any:
         k0 = np.uint32(k0 + WEYL_0)
         k1 = np.uint32(k1 + WEYL_1)
     return c0, c1, c2, c3
-
-
-def philox_words(c0: Any, c1: Any, c2: Any, c3: Any, k0: Any, k1: Any) -> npt.NDArray[np.uint32]:
-    """Philox4x32-10 of broadcast arrays of counters and keys, in NumPy.
-
-    Parameters
-    ----------
-    c0, c1, c2, c3, k0, k1 : integers or integer arrays
-        Counter and key words, taken modulo 2**32; broadcast against each other.
-
-    Returns
-    -------
-    (..., 4) uint32 array
-        The four words of each counter.
-    """
-    low = np.uint64(0xFFFFFFFF)
-    words = np.broadcast_arrays(*(np.asarray(w).astype(np.uint64) & low for w in (c0, c1, c2, c3, k0, k1)))
-    a, b, c, d, key0, key1 = words
-    for _ in range(ROUNDS):
-        p0, p1 = MULTIPLIER_0 * a, MULTIPLIER_1 * c
-        a, b, c, d = (p1 >> np.uint64(32)) ^ b ^ key0, p1 & low, (p0 >> np.uint64(32)) ^ d ^ key1, p0 & low
-        key0, key1 = (key0 + np.uint64(WEYL_0)) & low, (key1 + np.uint64(WEYL_1)) & low
-    return np.stack([a, b, c, d], axis=-1).astype(np.uint32)
 
 
 def fill_uniform(
@@ -109,7 +86,7 @@ def fill_uniform(
     parallel_for(rows, lambda lo, hi: fill_rows(out, *words, lo, hi), threads)
 
 
-@numba.njit(nogil=True, cache=True)
+@kernel
 def fill_rows(
     out: Any, seed: Any, stream: Any, sample: Any, component: Any, z0: Any, y0: Any, x0: Any, lo: int, hi: int
 ) -> None:
@@ -131,7 +108,7 @@ def fill_rows(
             out[z, y, x] = row[skip + x]
 
 
-@numba.njit(nogil=True, cache=True)
+@inner
 def uniform_lines(
     out: Any, at: int, first: int, quads: int, plane: Any, sample: Any, component: Any, seed: Any, stream: Any
 ) -> None:

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import numba
 import numpy as np
 import numpy.typing as npt
 
+from lesionsynth.cpu._jit import kernel
+from lesionsynth.cpu._threads import group_of
 from lesionsynth.cpu.bits import BitMask
 from lesionsynth.cpu.simd import ones
 from lesionsynth.plan import LesionPlan
@@ -55,13 +56,13 @@ def place(plan: LesionPlan, mask: BitMask, counts: npt.NDArray[np.int64]) -> npt
     return centers
 
 
-@numba.njit(nogil=True, cache=True)
+@kernel
 def _find(ranks: Any, ends: Any, counts: Any, bits: Any, height: int, centers: Any) -> None:
     """Write the voxel of each rank >= 0."""
     for b in range(ranks.size):
         if ranks[b] < 0:
             continue
-        row = np.searchsorted(ends, ranks[b], side="right")
+        row = group_of(ends, ranks[b]) + 1 if ranks[b] >= ends[0] else 0
         left = ranks[b] - (ends[row] - counts[row])
         w = 0
         while left >= ones(bits[row, w]):

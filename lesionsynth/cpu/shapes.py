@@ -21,12 +21,12 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-import numba
 import numpy as np
 import numpy.typing as npt
 
+from lesionsynth.cpu._jit import inner, kernel
 from lesionsynth.cpu._memory import scratch
-from lesionsynth.cpu._threads import done, take, wait_for, work_together
+from lesionsynth.cpu._threads import done, group_of, take, wait_for, work_together
 from lesionsynth.cpu.bits import BitMask, count_runs
 from lesionsynth.cpu.philox import Stream, fill_rows
 from lesionsynth.cpu.simd import (
@@ -172,7 +172,7 @@ def _rotation_matrices(quaternions: npt.NDArray[np.float64]) -> npt.NDArray[np.f
     return np.moveaxis(np.array(rows), 2, 0)
 
 
-@numba.njit(nogil=True, cache=True)
+@kernel
 def _measure(blobs: Any, scale: Any, shape: Any) -> tuple[int, int, int, int]:
     """Find each blob's box and lattice; returns the sizes of all rows, lattices, weights and starts."""
     n_bits, n_nodes, n_weights, n_starts = 0, 0, 0, 0
@@ -211,7 +211,7 @@ def _measure(blobs: Any, scale: Any, shape: Any) -> tuple[int, int, int, int]:
     return n_bits, n_nodes, n_weights, n_starts
 
 
-@numba.njit(nogil=True, cache=True)
+@inner
 def _node_before(blob: Any, scale: float, x: int) -> int:
     """First of the four nodes that voxel x depends on, counted from the lattice's first.
 
@@ -221,7 +221,7 @@ def _node_before(blob: Any, scale: float, x: int) -> int:
     return math.floor((inside - blob.center[2]) * scale / blob.spacing) - 1 - blob.first_node[2]
 
 
-@numba.njit(nogil=True, cache=True)
+@inner
 def _reads_of_a_chunk(blob: Any, scale: float) -> int:
     most = 0
     first = blob.start[2] // CHUNK * CHUNK
@@ -230,7 +230,7 @@ def _reads_of_a_chunk(blob: Any, scale: float) -> int:
     return most
 
 
-@numba.njit(nogil=True, cache=True)
+@kernel
 def _draw(
     progress: Any,
     tasks: Any,
@@ -263,7 +263,7 @@ def _draw(
     wait_for(progress, 0)
     t = take(progress, 1)
     while t >= 0:
-        b = np.searchsorted(tasks, t, side="right") - 1
+        b = group_of(tasks, t)
         runs[b, blobs[b].start[0] + t - tasks[b]] = _draw_slice(
             blobs[b], t - tasks[b], scale, lattice, weights, starts, mask, height, bits, plane, row
         )
@@ -272,7 +272,7 @@ def _draw(
     wait_for(progress, 1)
 
 
-@numba.njit(nogil=True, cache=True)
+@inner
 def _draw_lattice(blob: Any, lattice: Any, seed: Any, stream: Any, sample: Any) -> None:
     """Displacement of the nodes, (3, z, y, pitch), in length units; a row's padding repeats its last node."""
     nz, ny, nx = blob.nodes
@@ -280,18 +280,19 @@ def _draw_lattice(blob: Any, lattice: Any, seed: Any, stream: Any, sample: Any) 
     y0 = np.uint32(blob.first_node[1] + NODE_OFFSET[1])
     x0 = np.uint32(blob.first_node[2] + NODE_OFFSET[2])
     uniform = np.empty((nz, ny, nx), dtype=np.float32)
-    rows = uniform.reshape(nz * ny, nx)
     at = blob.lattice
     for i in range(3):
         component = np.uint32(3 * blob.component + i)
         fill_rows(uniform, seed, stream, sample, component, z0, y0, x0, 0, nz * ny)
         for r in range(nz * ny):
             for k in range(blob.pitch):
-                lattice[at + k] = blob.bound * (2.0 * np.float64(rows[r, min(k, nx - 1)]) - 1.0)
+                lattice[at + k] = blob.bound * (
+                    2.0 * np.float64(uniform[r // ny, r % ny, min(k, nx - 1)]) - 1.0
+                )
             at += blob.pitch
 
 
-@numba.njit(nogil=True, cache=True)
+@inner
 def _tabulate(blob: Any, scale: float, weights: Any, starts: Any) -> None:
     """Splines of each chunk, (chunk, node, voxel), and the node that each begins with."""
     first = blob.start[2] // CHUNK * CHUNK
@@ -309,7 +310,7 @@ def _tabulate(blob: Any, scale: float, weights: Any, starts: Any) -> None:
                 table[at * CHUNK + lane] = w[a]
 
 
-@numba.njit(nogil=True, cache=True)
+@inner
 def _spline(f: float) -> tuple[float, float, float, float]:
     """Cubic B-spline at the nodes -1, 0, 1, 2 for the fraction f in [0, 1)."""
     g = 1.0 - f
@@ -321,7 +322,7 @@ def _spline(f: float) -> tuple[float, float, float, float]:
     )
 
 
-@numba.njit(nogil=True, cache=True)
+@inner
 def _draw_slice(
     blob: Any, z: int, scale: Any, lattice: Any, weights: Any, starts: Any, mask: Any, height: int, bits: Any,
     plane: Any, row: Any,
@@ -348,7 +349,7 @@ def _draw_slice(
     return runs
 
 
-@numba.njit(nogil=True, cache=True)
+@inner
 def _sum_nodes(source: Any, at: int, stride: int, step: int, t: float, first: int, out: Any) -> None:
     """Sum four layers of `step` nodes with the spline weights of t, for each of the three components."""
     k = math.floor(t)
@@ -363,7 +364,7 @@ def _sum_nodes(source: Any, at: int, stride: int, step: int, t: float, first: in
             store(out, i * step + m, fma(w3, load(source, base + 3 * step + m), total))
 
 
-@numba.njit(nogil=True, cache=True)
+@inner
 def _draw_row(
     blob: Any, pz: float, py: float, scale: float, low: int, high: int, row: Any, weights: Any, starts: Any,
     lungs: Any, inside: Any,
@@ -401,7 +402,7 @@ def _draw_row(
         inside[word] |= (bits_below(level, splat(SURFACE)) & lung) << shift
 
 
-@numba.njit(nogil=True, cache=True)
+@inner
 def _possible(blob: Any, pz: float, py: float, scale: float, row: Any) -> tuple[int, int]:
     """First and last voxel x of a row that can lie in the blob, given the range of its displacements.
 
@@ -428,7 +429,7 @@ def _possible(blob: Any, pz: float, py: float, scale: float, row: Any) -> tuple[
     return max(low, int(max(middle - half, -1.0))), min(high, int(min(middle + half + 1.0, 2.0**40)))
 
 
-@numba.njit(nogil=True, cache=True)
+@inner
 def _range(row: Any, at: int, n: int) -> tuple[float, float]:
     """Middle and half width of the range of n numbers, whole vectors of them."""
     low = high = load(row, at)

@@ -18,12 +18,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import numba
 import numpy as np
 import numpy.typing as npt
 
+from lesionsynth.cpu._jit import inner, kernel
 from lesionsynth.cpu._memory import scratch
-from lesionsynth.cpu._threads import done, take, wait_for, work_together
+from lesionsynth.cpu._threads import done, group_of, take, wait_for, work_together
 from lesionsynth.cpu.filters import gather_rows, pitch_of, scatter_rows, scratch_for, smooth_columns
 from lesionsynth.cpu.lines import kernels_of, margin_of, smooth
 from lesionsynth.cpu.merge import Lesions
@@ -175,12 +175,12 @@ def _brightness(
     return tuple(components)
 
 
-@numba.njit(nogil=True, cache=True)
+@inner
 def _kernel(field: Any, weights: Any, which: int, axis: int) -> Any:
     return weights[field.kernels[which, axis, 0] : field.kernels[which, axis, 1]]
 
 
-@numba.njit(nogil=True, cache=True)
+@inner
 def _scratch(fields: Any, weights: Any) -> tuple[Any, Any]:
     """Lines and outputs that are long enough for every axis of every field."""
     lines, out = 0, 0
@@ -193,7 +193,7 @@ def _scratch(fields: Any, weights: Any) -> tuple[Any, Any]:
     return np.empty(lines, dtype=np.float32), np.empty(out, dtype=np.float32)
 
 
-@numba.njit(nogil=True, cache=True)
+@kernel
 def _synthesize(
     progress: Any,
     slices: Any,
@@ -216,14 +216,14 @@ def _synthesize(
     lines, out = _scratch(fields, weights)
     t = take(progress, 0)
     while t >= 0:
-        k = np.searchsorted(slices, t, side="right") - 1
+        k = group_of(slices, t)
         _noise_slice(fields[k], t - slices[k], weights, values, seed, sample, False, lines, out)
         done(progress, 0)
         t = take(progress, 0)
     wait_for(progress, 0)
     t = take(progress, 1)
     while t >= 0:
-        k = np.searchsorted(columns, t, side="right") - 1
+        k = group_of(columns, t)
         _smooth_noise(fields[k], t - columns[k], weights, values, extremes[t], lines, out)
         done(progress, 1)
         t = take(progress, 1)
@@ -234,14 +234,14 @@ def _synthesize(
     wait_for(progress, 2)
     t = take(progress, 3)
     while t >= 0:
-        k = np.searchsorted(slices, t, side="right") - 1
+        k = group_of(slices, t)
         _noise_slice(fields[k], t - slices[k], weights, values, seed, sample, True, lines, out)
         done(progress, 3)
         t = take(progress, 3)
     wait_for(progress, 3)
     t = take(progress, 4)
     while t >= 0:
-        k = np.searchsorted(columns, t, side="right") - 1
+        k = group_of(columns, t)
         field, y = fields[k], t - columns[k]
         _smooth_salt(field, y, weights, values, lines, out)
         sums[t, 0], sums[t, 1] = _sum_above(field, y, values, first, start, stop, label, rows, threshold)
@@ -250,7 +250,7 @@ def _synthesize(
     wait_for(progress, 4)
 
 
-@numba.njit(nogil=True, cache=True)
+@inner
 def _noise_slice(
     field: Any, z: int, weights: Any, values: Any, seed: Any, sample: Any, salt: bool, lines: Any, out: Any
 ) -> None:
@@ -273,7 +273,7 @@ def _noise_slice(
     smooth_columns(values, at, height, pitch, pitch, along_y, lines, out)
 
 
-@numba.njit(nogil=True, cache=True)
+@inner
 def _draw_lines(
     field: Any, z: int, y: int, seed: Any, stream: Any, sample: Any, lines: Any, margin: int
 ) -> None:
@@ -285,7 +285,7 @@ def _draw_lines(
     uniform_lines(lines, margin + 4 * first - x0, first, quads, plane, sample, field.component, seed, stream)
 
 
-@numba.njit(nogil=True, cache=True)
+@inner
 def _centre_lines(width: int, lines: Any, margin: int) -> None:
     """Subtract the mean, 1/2.
 
@@ -296,7 +296,7 @@ def _centre_lines(width: int, lines: Any, margin: int) -> None:
         store(lines, x * LANES, load(lines, x * LANES) - splat(np.float32(0.5)))
 
 
-@numba.njit(nogil=True, cache=True)
+@inner
 def _threshold_lines(field: Any, width: int, a2: Any, lines: Any, margin: int) -> None:
     """Turn uniforms v into salt noise [v < a], with a rescaled from a2 (eq. 2 and 8)."""
     low, slope, a_low = splat(field.low), splat(field.slope), splat(field.a_low)
@@ -306,7 +306,7 @@ def _threshold_lines(field: Any, width: int, a2: Any, lines: Any, margin: int) -
         store(lines, at, one_where_less(load(lines, at), a))
 
 
-@numba.njit(nogil=True, cache=True)
+@inner
 def _smooth_noise(field: Any, y: int, weights: Any, values: Any, extremes: Any, lines: Any, out: Any) -> None:
     """Filter the columns of one y along z, and find their least and greatest value."""
     depth, step = field.size[0], field.size[1] * field.pitch
@@ -319,7 +319,7 @@ def _smooth_noise(field: Any, y: int, weights: Any, values: Any, extremes: Any, 
     extremes[0], extremes[1] = least_lane(low), greatest_lane(high)
 
 
-@numba.njit(nogil=True, cache=True)
+@inner
 def _rescale(fields: Any, columns: Any, extremes: Any) -> None:
     """Find the map of a2 to [a_L, a_U]; a field without range (one voxel, say) becomes a_L everywhere."""
     for k in range(fields.size):
@@ -331,14 +331,14 @@ def _rescale(fields: Any, columns: Any, extremes: Any) -> None:
         fields[k].slope = np.float32(fields[k].a_range / span) if span > 0.0 else np.float32(0.0)
 
 
-@numba.njit(nogil=True, cache=True)
+@inner
 def _smooth_salt(field: Any, y: int, weights: Any, values: Any, lines: Any, out: Any) -> None:
     """Filter the columns of one y along z."""
     at, step = field.at + y * field.pitch, field.size[1] * field.pitch
     smooth_columns(values, at, field.size[0], step, field.pitch, _kernel(field, weights, 1, 0), lines, out)
 
 
-@numba.njit(nogil=True, cache=True)
+@inner
 def _sum_above(
     field: Any, y: int, values: Any, first: Any, start: Any, stop: Any, label: Any, rows: int, threshold: Any
 ) -> tuple[int, int]:
