@@ -14,5 +14,6 @@ kernel: Any = numba.njit(nogil=True, cache=True)
 """A function that Python calls: it runs without the GIL."""
 
 inner: Any = numba.njit(no_cpython_wrapper=True, no_cfunc_wrapper=True)
-"""A function that only kernels call. It becomes a part of them, and needs neither wrappers nor a place on
+"""A function that only kernels call; Python must not, it would crash. It becomes a part of them, and needs
+neither wrappers nor a place on
 disk, which are half of the time that a small function takes to compile."""

@@ -66,7 +66,7 @@ def gaussian_filter(
     return np.ascontiguousarray(padded[:, :, :width])
 
 
-@inner
+@kernel
 def pitch_of(width: int) -> int:
     """Row length of a padded field: whole vectors."""
     return (width + LANES - 1) // LANES * LANES
