@@ -14,6 +14,7 @@ import numpy.typing as npt
 
 from lesionsynth.config import Range
 from lesionsynth.cpu._memory import output
+from lesionsynth.cpu._threads import check_threads
 from lesionsynth.cpu.bits import BitMask, pack
 from lesionsynth.cpu.inject import base_pair, inject
 from lesionsynth.cpu.merge import Lesions, merge
@@ -56,6 +57,7 @@ class CpuBackend:
     """Numba kernels over threads."""
 
     def __init__(self, threads: int | None = None) -> None:
+        check_threads(threads)
         self.threads = threads
 
     def output(self, shape: tuple[int, ...], dtype: Any) -> Array:

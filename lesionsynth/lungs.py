@@ -9,13 +9,11 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from lesionsynth._arguments import accept_pair
-from lesionsynth.cpu.label import check_connectivity, label
-from lesionsynth.cpu.shell import in_shell
-
-Mask = npt.NDArray[np.bool_]
+from lesionsynth.cpu._threads import check_threads
+from lesionsynth.cpu.edges import remove_edges
+from lesionsynth.cpu.label import check_connectivity
 
 
 def remove_erroneous_edges(
@@ -26,6 +24,7 @@ def remove_erroneous_edges(
     contact_fraction: float = 0.5,
     shell_width: int = 2,
     connectivity: int = 26,
+    threads: int | None = None,
 ) -> tuple[Any, Any]:
     """Take bright rims out of a lung mask, and out of the image with it.
 
@@ -47,6 +46,8 @@ def remove_erroneous_edges(
         included. What lies beyond the image is outside. 0 removes nothing.
     connectivity : {6, 18, 26}
         Neighbourhood of the bright components.
+    threads : int, optional
+        CPU threads; all cores, or ``NUMBA_NUM_THREADS``, where omitted. Results do not depend on it.
 
     Returns
     -------
@@ -65,23 +66,11 @@ def remove_erroneous_edges(
     """
     _check_options(threshold, contact_fraction, shell_width)
     check_connectivity(connectivity)
+    check_threads(threads)
     healthy, mask, restore = accept_pair(image, lung_mask, ranks=(3,), dtypes=(np.float32, np.float64))
-    if not mask.any():
-        raise ValueError(f"lung_mask must have at least one voxel, got none in shape {mask.shape}")
-    box = _bounding_box(mask)
-    inside, values = mask[box].copy(order="C"), healthy[box]
-    _check_values(values, inside)
-    bright = inside & (values >= values.dtype.type(threshold))
-    labels, count = label(bright, connectivity)
-    at = np.flatnonzero(bright)
-    numbers, near = labels.ravel()[at], in_shell(inside, shell_width).ravel()[at]
-    size = np.bincount(numbers, minlength=count + 1)
-    contact = np.bincount(numbers[near], minlength=count + 1)
-    erroneous = contact > contact_fraction * size
-    inside.ravel()[at[erroneous[numbers]]] = False
-    kept = np.zeros(mask.shape, dtype=np.bool_)
-    kept[box] = inside
-    return restore(np.where(kept, healthy, healthy.dtype.type(0))), restore(kept)
+    level = healthy.dtype.type(threshold)
+    kept, lungs = remove_edges(healthy, mask, level, contact_fraction, shell_width, connectivity, threads)
+    return restore(kept), restore(lungs)
 
 
 def _check_options(threshold: Any, contact_fraction: Any, shell_width: Any) -> None:
@@ -90,20 +79,3 @@ def _check_options(threshold: Any, contact_fraction: Any, shell_width: Any) -> N
             raise ValueError(f"{name} must be in [0, 1], got {value}")
     if isinstance(shell_width, bool) or not isinstance(shell_width, int | np.integer) or shell_width < 0:
         raise ValueError(f"shell_width must be an integer >= 0, got {shell_width!r}")
-
-
-def _check_values(values: npt.NDArray[Any], inside: Mask) -> None:
-    tissue = values[inside]
-    low, high = tissue.min(), tissue.max()
-    if not (low >= 0 and high <= 1):  # NaN compares false
-        raise ValueError(f"image must lie in [0, 1] inside lung_mask, got values from {low} to {high}")
-
-
-def _bounding_box(mask: Mask) -> tuple[slice, slice, slice]:
-    """Smallest box with all of a mask that has a voxel."""
-    plane: Mask = np.any(mask, axis=0)
-    rows: Mask = np.any(mask, axis=2)
-    z, y, x = (
-        np.flatnonzero(m) for m in (np.any(rows, axis=1), np.any(plane, axis=1), np.any(plane, axis=0))
-    )
-    return slice(z[0], z[-1] + 1), slice(y[0], y[-1] + 1), slice(x[0], x[-1] + 1)

@@ -15,6 +15,8 @@ import numpy.typing as npt
 
 from lesionsynth._dlpack import Restore, accept, library_of
 from lesionsynth.cpu import filters, philox
+from lesionsynth.cpu._memory import output
+from lesionsynth.cpu._threads import check_threads
 from lesionsynth.cpu.grow import grow as _grow
 from lesionsynth.cpu.label import check_connectivity
 from lesionsynth.cpu.label import label as _label
@@ -33,6 +35,7 @@ def philox_uniform(
     sample: int = 0,
     component: int = 0,
     offset: Sequence[int] = (0, 0, 0),
+    threads: int | None = None,
 ) -> npt.NDArray[np.float32]:
     """Draw uniform noise in [0, 1) that depends on the voxel's coordinate alone (Philox4x32-10).
 
@@ -47,6 +50,8 @@ def philox_uniform(
     offset : (3,) ints
         Coordinate of the first voxel: a crop of a field is the field of the crop. ``offset + shape`` is at
         most 2**16 along z and y, and 2**32 along x.
+    threads : int, optional
+        CPU threads; all cores, or ``NUMBA_NUM_THREADS``, where omitted.
 
     Returns
     -------
@@ -79,8 +84,9 @@ def philox_uniform(
     for axis, first, n, limit in zip("zyx", start, size, (2**16, 2**16, 2**32), strict=True):
         if first + n > limit:
             raise ValueError(f"offset + shape must be <= {limit} along {axis}, got {first} + {n}")
-    out = np.empty(size, dtype=np.float32)
-    philox.fill_uniform(out, seed, stream, sample, component, start)
+    check_threads(threads)
+    out = output(size, np.float32)
+    philox.fill_uniform(out, seed, stream, sample, component, start, threads)
     return out
 
 
@@ -90,6 +96,7 @@ def gaussian_filter(
     *,
     mode: str = "reflect",
     truncate: float = 4.0,
+    threads: int | None = None,
 ) -> Any:
     r"""Smooth a volume, as `scipy.ndimage.gaussian_filter`, in float32.
 
@@ -103,6 +110,8 @@ def gaussian_filter(
         Edges: d c b a | a b c d | d c b a, repeated where the kernel is wider than the volume.
     truncate : float
         Radius of the kernel in standard deviations.
+    threads : int, optional
+        See `philox_uniform`.
 
     Returns
     -------
@@ -117,7 +126,8 @@ def gaussian_filter(
     Notes
     -----
     :math:`w_k \propto e^{-k^2/2\sigma^2}`, :math:`|k| \le \lfloor t\sigma + 1/2 \rfloor`, t = `truncate`.
-    Within 1e-6 of SciPy's float64 result for values in [0, 1].
+    Within 1e-6 of SciPy's float64 result for values in [0, 1]. An axis of n voxels costs at most
+    min(r, n / 2) multiply-adds a voxel, r = tσ, which hardly shows beside reading and writing it.
     """
     volume, restore = _volume("input", input)
     _check_mode(mode)
@@ -126,7 +136,8 @@ def gaussian_filter(
         raise ValueError(f"sigma must be finite and >= 0, got {sigma}")
     if not (np.isfinite(truncate) and truncate > 0):
         raise ValueError(f"truncate must be finite and > 0, got {truncate}")
-    return restore(filters.gaussian_filter(np.asarray(volume, dtype=np.float32), sigmas, truncate))
+    check_threads(threads)
+    return restore(filters.gaussian_filter(volume, sigmas, truncate, threads))
 
 
 def uniform_filter(
@@ -134,6 +145,7 @@ def uniform_filter(
     size: int | Sequence[int] = 3,
     *,
     mode: str = "reflect",
+    threads: int | None = None,
 ) -> Any:
     """Average over a box, as `scipy.ndimage.uniform_filter`, summed in float64 and returned in float32.
 
@@ -145,6 +157,8 @@ def uniform_filter(
         Voxels of the box; it starts at ``i - size // 2``. The cost does not depend on it.
     mode : {"reflect"}
         Edges, as for `gaussian_filter`.
+    threads : int, optional
+        See `philox_uniform`.
 
     Returns
     -------
@@ -161,11 +175,12 @@ def uniform_filter(
     sizes = _three("size", size)
     if min(sizes) < 1:
         raise ValueError(f"size must be >= 1, got {size}")
+    check_threads(threads)
     low, high = volume.min(), volume.max()
     if not (np.isfinite(low) and np.isfinite(high)):
         raise ValueError(f"input must be finite, got values from {low} to {high}")
     exact = np.float32 if np.can_cast(volume.dtype, np.float32) else np.float64
-    return restore(filters.uniform_filter(np.ascontiguousarray(volume, dtype=exact), sizes))
+    return restore(filters.uniform_filter(np.ascontiguousarray(volume, dtype=exact), sizes, threads))
 
 
 def label(
@@ -173,6 +188,7 @@ def label(
     structure: Any = None,
     *,
     connectivity: int | None = None,
+    threads: int | None = None,
 ) -> tuple[Any, int]:
     """Label connected components, as `scipy.ndimage.label`.
 
@@ -184,6 +200,8 @@ def label(
         SciPy's way to say `connectivity`: one of ``scipy.ndimage.generate_binary_structure(3, 1 | 2 | 3)``.
     connectivity : {6, 18, 26}, optional
         Neighbours by faces; and edges; and corners. 6 where neither is given, as in SciPy.
+    threads : int, optional
+        See `philox_uniform`.
 
     Returns
     -------
@@ -202,7 +220,8 @@ def label(
         if connectivity is not None:
             raise ValueError(f"connectivity must be left out beside structure, got {connectivity}")
         connectivity = _connectivity_of(structure)
-    labels, count = _label(_mask(volume), 6 if connectivity is None else connectivity)
+    check_threads(threads)
+    labels, count = _label(_mask(volume), 6 if connectivity is None else connectivity, threads)
     return restore(labels), count
 
 
@@ -212,6 +231,7 @@ def grow(
     *,
     iterations: int = 1,
     connectivity: int = 6,
+    threads: int | None = None,
 ) -> Any:
     """Grow a region inside a mask, step by step: `scipy.ndimage.binary_dilation` with ``mask``.
 
@@ -228,6 +248,8 @@ def grow(
         Steps; below 1, until nothing changes (`scipy.ndimage.binary_propagation`).
     connectivity : {6, 18, 26}
         Neighbours by faces; and edges; and corners.
+    threads : int, optional
+        See `philox_uniform`.
 
     Returns
     -------
@@ -248,7 +270,9 @@ def grow(
     if room.shape != region.shape:
         raise ValueError(f"mask must have the shape of input, {region.shape}, got {room.shape}")
     check_connectivity(connectivity)
-    return restore(_grow(_mask(region), _mask(room), _integer("iterations", iterations), connectivity))
+    check_threads(threads)
+    steps = _integer("iterations", iterations)
+    return restore(_grow(_mask(region), _mask(room), steps, connectivity, threads))
 
 
 def _volume(name: str, value: Any) -> tuple[npt.NDArray[Any], Restore]:
@@ -260,9 +284,9 @@ def _volume(name: str, value: Any) -> tuple[npt.NDArray[Any], Restore]:
     return volume, restore
 
 
-def _mask(volume: npt.NDArray[Any]) -> npt.NDArray[np.bool_]:
-    # One memory layout, or Numba would compile each kernel again for every other.
-    return np.ascontiguousarray(volume, dtype=np.bool_)
+def _mask(volume: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """Return a volume of bytes that are 0 where it is 0: bytes as they are, whatever their strides."""
+    return volume if volume.dtype.itemsize == 1 else volume != 0
 
 
 def _check_mode(mode: str) -> None:

@@ -74,8 +74,6 @@ class LesionSynthesizer:
         if not isinstance(config, LesionConfig):
             raise TypeError(f"config must be a LesionConfig, got {type(config).__name__}")
         check_word("seed", seed)
-        if threads is not None and (isinstance(threads, bool) or not isinstance(threads, int) or threads < 1):
-            raise ValueError(f"threads must be an integer >= 1, got {threads!r}")
         self.config = config
         self.seed = seed
         self._backend: Backend = CpuBackend(threads)

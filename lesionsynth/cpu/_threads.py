@@ -40,6 +40,12 @@ def default_threads() -> int:
     return max(1, cores // _dataloader_workers())
 
 
+def check_threads(threads: Any) -> None:
+    """Raise ValueError unless `threads` is None or an integer >= 1."""
+    if threads is not None and (isinstance(threads, bool) or not isinstance(threads, int) or threads < 1):
+        raise ValueError(f"threads must be an integer >= 1, got {threads!r}")
+
+
 def parallel_for(n_items: int, body: Callable[[int, int], object], threads: int | None = None) -> None:
     """Call ``body(lo, hi)`` over a partition of ``range(n_items)``, in parallel.
 

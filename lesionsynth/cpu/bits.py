@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lesionsynth.cpu._jit import inner, kernel
+from lesionsynth.cpu._memory import output
 from lesionsynth.cpu._threads import parallel_for
 from lesionsynth.cpu.simd import nonzero_bits, ones, pointer, trailing_zeros
 
@@ -83,6 +84,34 @@ def _pack(
             bits[r, w] = nonzero_bits(scratch, 0)
             total += ones(bits[r, w])
         counts[r] = total
+
+
+def unpack(mask: BitMask, threads: int | None = None) -> npt.NDArray[np.bool_]:
+    """Return a mask as a (z, y, x) bool array."""
+    out = output(mask.shape, np.bool_)
+    flat = out.view(np.uint8).reshape(-1, mask.shape[2])
+    parallel_for(len(flat), lambda lo, hi: _unpack(mask.bits, flat, lo, hi), threads)
+    return out
+
+
+@kernel
+def _unpack(bits: Any, out: Any, lo: int, hi: int) -> None:
+    for r in range(lo, hi):
+        row = out[r]
+        for x in range(row.size):
+            row[x] = (bits[r, x >> 6] >> np.uint64(x & 63)) & np.uint64(1)
+
+
+@inner
+def shifted(row: Any, w: int, by: int) -> Any:
+    """Word w of a row moved by `by` voxels: its bit x is the row's voxel x - by, 0 beyond the ends."""
+    far, near = abs(by) >> 6, np.uint64(abs(by) & 63)
+    step = 1 if by < 0 else -1
+    here, next_one = w + step * far, w + step * (far + 1)
+    word = row[here] if 0 <= here < row.size else np.uint64(0)
+    beyond = row[next_one] if 0 <= next_one < row.size and near > 0 else np.uint64(0)
+    back = np.uint64(64) - near if near > 0 else np.uint64(0)
+    return (word >> near) | (beyond << back) if by < 0 else (word << near) | (beyond >> back)
 
 
 @inner

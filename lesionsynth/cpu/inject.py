@@ -14,9 +14,10 @@ import numpy as np
 import numpy.typing as npt
 from numba.extending import overload
 
-from lesionsynth.cpu._jit import inner, kernel
+from lesionsynth.cpu._jit import kernel
 from lesionsynth.cpu._threads import done, in_background, take, wait_for, work_together
 from lesionsynth.cpu.merge import Lesions
+from lesionsynth.cpu.rows import row_of
 from lesionsynth.cpu.simd import (
     LANES,
     fence,
@@ -25,7 +26,6 @@ from lesionsynth.cpu.simd import (
     least,
     load,
     outside_unit,
-    pointer,
     splat,
     store,
     store_at_least,
@@ -159,17 +159,6 @@ def _explain(image: npt.NDArray[Any]) -> None:
     raise ValueError(f"image must be in [0, 1], got values from {low:g} to {high:g}{hint}")
 
 
-@inner
-def _row(base: int, dz: int, dy: int, dx: int, height: int, row: int, scratch: Any) -> Any:
-    """Row of a strided volume at an address: a view where it is contiguous, else copied to `scratch`."""
-    at = base + (row // height) * dz + (row % height) * dy
-    if dx == scratch.itemsize:
-        return numba.carray(pointer(np.uint64(at)), scratch.size, scratch.dtype)
-    for x in range(scratch.size):
-        scratch[x] = numba.carray(pointer(np.uint64(at + x * dx)), 1, scratch.dtype)[0]
-    return scratch
-
-
 @kernel
 def _copy_float_rows(
     base: int, dz: int, dy: int, dx: int, height: int, like: Any, out: Any, target: Any, level: Any,
@@ -180,7 +169,7 @@ def _copy_float_rows(
     levels = splat(level)
     whole = like.size // LANES * LANES
     for r in range(lo, hi):
-        row, to, bright = _row(base, dz, dy, dx, height, r, scratch), out[r], target[r]
+        row, to, bright = row_of(base, dz, dy, dx, height, r, scratch), out[r], target[r]
         strange = np.uint64(0)
         for x in range(0, whole, LANES):
             values = load(row, x)
@@ -205,7 +194,7 @@ def _copy_rows(
 ) -> None:  # fmt: skip
     scratch = np.empty_like(like)
     for r in range(lo, hi):
-        row, to, bright = _row(base, dz, dy, dx, height, r, scratch), out[r], target[r]
+        row, to, bright = row_of(base, dz, dy, dx, height, r, scratch), out[r], target[r]
         good = True
         for x in range(row.size):
             value = row[x]
@@ -223,7 +212,7 @@ def _copy_half_rows(
     """Float16 by its bits; -0.0 is the least int16."""
     scratch = np.empty_like(like)
     for r in range(lo, hi):
-        row, to, bright = _row(base, dz, dy, dx, height, r, scratch), out[r], target[r]
+        row, to, bright = row_of(base, dz, dy, dx, height, r, scratch), out[r], target[r]
         good = True
         for x in range(row.size):
             value = row[x]
@@ -242,7 +231,7 @@ def _window_rows(
     scratch = np.empty_like(like)
     span = high - low
     for r in range(lo, hi):
-        row, to, bright = _row(base, dz, dy, dx, height, r, scratch), out[r], target[r]
+        row, to, bright = row_of(base, dz, dy, dx, height, r, scratch), out[r], target[r]
         for x in range(row.size):
             value = (min(max(np.float32(row[x]), low), high) - low) / span
             to[x] = value

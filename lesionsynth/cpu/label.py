@@ -2,24 +2,44 @@
 
 A row is a handful of runs, so the union-find works on runs and not on voxels: find the runs, join each with
 those of the rows before it, number the roots, paint. A root is always the earliest run of its component, so
-roots in ascending order are components in C order of their first voxel. Finding and painting are parallel,
-joining is serial.
+roots in ascending order are components in C order of their first voxel. Blocks of slices are joined in
+parallel, then the seams between them.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
-import numba
 import numpy as np
 import numpy.typing as npt
 
-from lesionsynth.cpu._threads import parallel_for
+from lesionsynth.cpu._jit import inner, kernel
+from lesionsynth.cpu._memory import output
+from lesionsynth.cpu._threads import done, parallel_for, take, wait_for, work_together
+from lesionsynth.cpu.bits import BitMask, count_runs, next_clear, next_set, pack
 
 Labels = npt.NDArray[np.int32]
 
 REACH = {6: (0, -1), 18: (1, 0), 26: (1, 1)}
 """How far apart in x two voxels may be whose rows touch by a face or by an edge; -1: such rows never join."""
+
+BLOCKS = 16
+"""Parts of a volume that are joined on their own."""
+
+
+@dataclass(frozen=True)
+class Runs:
+    """A mask as runs of voxels along x."""
+
+    shape: tuple[int, int, int]
+    """(z, y, x)."""
+    first: npt.NDArray[np.int64]
+    """(z y + 1,): the runs of row r are ``first[r] ... first[r + 1]``, ascending and apart."""
+    start: npt.NDArray[np.int32]
+    """First voxel of each run."""
+    stop: npt.NDArray[np.int32]
+    """Voxel after the last."""
 
 
 def check_connectivity(connectivity: Any) -> None:
@@ -28,15 +48,13 @@ def check_connectivity(connectivity: Any) -> None:
         raise ValueError(f"connectivity must be 6, 18 or 26, got {connectivity!r}")
 
 
-def label(
-    mask: npt.NDArray[np.bool_], connectivity: int = 6, threads: int | None = None
-) -> tuple[Labels, int]:
+def label(mask: npt.NDArray[Any], connectivity: int = 6, threads: int | None = None) -> tuple[Labels, int]:
     """Find the connected components of a mask.
 
     Parameters
     ----------
-    mask : (z, y, x) bool array
-        Any strides; not modified.
+    mask : (z, y, x) array of bytes or bool
+        Any strides; 0 is background. Not modified.
     connectivity : {6, 18, 26}
         Neighbours by faces; and edges; and corners.
     threads : int, optional
@@ -56,63 +74,63 @@ def label(
 
     Notes
     -----
-    Needs 16 bytes for every run of voxels along x besides the result.
+    Needs a bit for every voxel and 12 bytes for every run of voxels along x besides the result.
     """
     check_connectivity(connectivity)
-    labels = np.zeros(mask.shape, dtype=np.int32)
-    depth, height, width = mask.shape
-    rows = depth * height
-    first = np.zeros(rows + 1, dtype=np.int64)
-    parallel_for(rows, lambda lo, hi: _count_runs(mask, first, lo, hi), threads)
-    np.cumsum(first, out=first)
-    start, stop = np.empty(first[-1], dtype=np.int32), np.empty(first[-1], dtype=np.int32)
-    parallel_for(rows, lambda lo, hi: _find_runs(mask, first, start, stop, lo, hi), threads)
-    parent = np.arange(first[-1], dtype=np.int64)
-    face, edge = REACH[connectivity]
-    _join(first, start, stop, parent, depth, height, face, edge)
-    count = int(_number(parent))
-    lines = labels.reshape(rows, width)
-    parallel_for(rows, lambda lo, hi: _paint(lines, first, start, stop, parent, lo, hi), threads)
+    runs = runs_of(pack(mask, threads), threads)
+    number, count = number_runs(runs, connectivity, threads)
+    labels = output(runs.shape, np.int32)
+    lines = labels.reshape(-1, runs.shape[2])
+    parallel_for(
+        len(lines), lambda lo, hi: paint_rows(lines, runs.first, runs.start, runs.stop, number, lo, hi),
+        threads,
+    )  # fmt: skip
     return labels, count
 
 
-@numba.njit(nogil=True, cache=True)
-def _count_runs(mask: Any, first: Any, lo: int, hi: int) -> None:
+def runs_of(mask: BitMask, threads: int | None = None) -> Runs:
+    """Find the runs of a mask."""
+    bits = mask.bits
+    first = np.zeros(len(bits) + 1, dtype=np.int64)
+    parallel_for(len(bits), lambda lo, hi: _count_runs(bits, first, lo, hi), threads)
+    np.cumsum(first, out=first)
+    start, stop = (np.empty(first[-1], dtype=np.int32) for _ in range(2))
+    parallel_for(len(bits), lambda lo, hi: _find_runs(bits, first, start, stop, lo, hi), threads)
+    return Runs(mask.shape, first, start, stop)
+
+
+def number_runs(runs: Runs, connectivity: int, threads: int | None = None) -> tuple[Labels, int]:
+    """Return the component of each run, 1..n in C order of their first voxels, and n."""
+    depth, height, _ = runs.shape
+    parent = np.arange(len(runs.start), dtype=np.int32)
+    blocks = min(BLOCKS, depth)
+    bounds = np.arange(blocks + 1) * depth // blocks
+    work_together(
+        _join_blocks, [blocks, 1], bounds, runs.first, runs.start, runs.stop, parent, height,
+        *REACH[connectivity], threads=threads,
+    )  # fmt: skip
+    return parent, int(_number(parent))
+
+
+@kernel
+def _count_runs(bits: Any, first: Any, lo: int, hi: int) -> None:
     """Write the number of runs of row r to first[r + 1]."""
-    height, width = mask.shape[1], mask.shape[2]
     for r in range(lo, hi):
-        z, y = r // height, r % height
-        runs = 0
-        before = False
-        for x in range(width):
-            here = mask[z, y, x]
-            runs += here and not before
-            before = here
-        first[r + 1] = runs
+        first[r + 1] = count_runs(bits[r])
 
 
-@numba.njit(nogil=True, cache=True)
-def _find_runs(mask: Any, first: Any, start: Any, stop: Any, lo: int, hi: int) -> None:
-    height, width = mask.shape[1], mask.shape[2]
+@kernel
+def _find_runs(bits: Any, first: Any, start: Any, stop: Any, lo: int, hi: int) -> None:
     for r in range(lo, hi):
-        if first[r] == first[r + 1]:
-            continue
-        z, y = r // height, r % height
-        k = first[r]
-        before = False
-        for x in range(width):
-            here = mask[z, y, x]
-            if here and not before:
-                start[k] = x
-            elif before and not here:
-                stop[k] = x
-                k += 1
-            before = here
-        if before:
-            stop[k] = width
+        row, x = bits[r], 0
+        for k in range(first[r], first[r + 1]):
+            x = next_set(row, x)
+            start[k] = x
+            x = next_clear(row, x)
+            stop[k] = x
 
 
-@numba.njit(nogil=True, cache=True)
+@inner
 def _root(parent: Any, k: int) -> int:
     while parent[k] != k:
         parent[k] = parent[parent[k]]  # halves the path for the next search
@@ -120,7 +138,7 @@ def _root(parent: Any, k: int) -> int:
     return k
 
 
-@numba.njit(nogil=True, cache=True)
+@inner
 def _join_rows(first: Any, start: Any, stop: Any, parent: Any, row: int, other: int, reach: int) -> None:
     """Unite the runs of two rows that lie within `reach` of each other, walking both rows once."""
     a, b = first[row], first[other]
@@ -137,29 +155,51 @@ def _join_rows(first: Any, start: Any, stop: Any, parent: Any, row: int, other: 
             b += 1
 
 
-@numba.njit(nogil=True, cache=True)
-def _join(
-    first: Any, start: Any, stop: Any, parent: Any, depth: int, height: int, face: int, edge: int
+@inner
+def _join_slice(
+    first: Any, start: Any, stop: Any, parent: Any, z: int, height: int, face: int, edge: int, inside: bool
 ) -> None:
-    for z in range(depth):
-        for y in range(height):
-            row = z * height + y
-            if first[row] == first[row + 1]:
-                continue
+    """Join the rows of a slice with each other, or, not `inside`, with those of the slice before."""
+    for y in range(height):
+        row = z * height + y
+        if first[row] == first[row + 1]:
+            continue
+        if inside:
             if y > 0:
                 _join_rows(first, start, stop, parent, row, row - 1, face)
-            if z > 0:
-                _join_rows(first, start, stop, parent, row, row - height, face)
-            if z > 0 and edge >= 0:
-                if y > 0:
-                    _join_rows(first, start, stop, parent, row, row - height - 1, edge)
-                if y + 1 < height:
-                    _join_rows(first, start, stop, parent, row, row - height + 1, edge)
+            continue
+        _join_rows(first, start, stop, parent, row, row - height, face)
+        if edge >= 0 and y > 0:
+            _join_rows(first, start, stop, parent, row, row - height - 1, edge)
+        if edge >= 0 and y + 1 < height:
+            _join_rows(first, start, stop, parent, row, row - height + 1, edge)
 
 
-@numba.njit(nogil=True, cache=True)
+@kernel
+def _join_blocks(
+    progress: Any, bounds: Any, first: Any, start: Any, stop: Any, parent: Any, height: int, face: int,
+    edge: int,
+) -> None:  # fmt: skip
+    """Join each block of slices, a task; then, in one task, each block with the one before."""
+    t = take(progress, 0)
+    while t >= 0:
+        for z in range(bounds[t], bounds[t + 1]):
+            _join_slice(first, start, stop, parent, z, height, face, edge, True)
+            if z > bounds[t]:
+                _join_slice(first, start, stop, parent, z, height, face, edge, False)
+        done(progress, 0)
+        t = take(progress, 0)
+    wait_for(progress, 0)
+    if take(progress, 1) >= 0:
+        for k in range(1, bounds.size - 1):
+            _join_slice(first, start, stop, parent, bounds[k], height, face, edge, False)
+        done(progress, 1)
+    wait_for(progress, 1)
+
+
+@kernel
 def _number(parent: Any) -> int:
-    """Replace each run's parent by minus its component's number; roots come before what hangs on them."""
+    """Replace each run's parent by its component's number; roots come before what hangs on them."""
     count = 0
     for k in range(parent.size):
         if parent[k] == k:
@@ -167,13 +207,15 @@ def _number(parent: Any) -> int:
             parent[k] = -count
         else:
             parent[k] = parent[parent[k]]
+    for k in range(parent.size):
+        parent[k] = -parent[k]
     return count
 
 
-@numba.njit(nogil=True, cache=True)
-def _paint(lines: Any, first: Any, start: Any, stop: Any, parent: Any, lo: int, hi: int) -> None:
-    for r in range(lo, hi):
-        for k in range(first[r], first[r + 1]):
-            number = np.int32(-parent[k])
-            for x in range(start[k], stop[k]):
-                lines[r, x] = number
+@kernel
+def paint_rows(lines: Any, first: Any, start: Any, stop: Any, number: Any, lo: int, hi: int) -> None:
+    """Write the number of each run to its voxels, and 0 to the others, of rows lo ... hi - 1."""
+    for row in range(lo, hi):
+        lines[row] = 0
+        for k in range(first[row], first[row + 1]):
+            lines[row, start[k] : stop[k]] = number[k]

@@ -17,7 +17,7 @@ import numpy.typing as npt
 from lesionsynth.cpu._jit import inner, kernel
 from lesionsynth.cpu._threads import done, parallel_for, take, wait_for, work_together
 from lesionsynth.cpu.bits import count_runs, next_clear, next_set
-from lesionsynth.cpu.label import REACH
+from lesionsynth.cpu.label import REACH, paint_rows
 from lesionsynth.cpu.shapes import Shapes
 
 Box = tuple[tuple[int, int], tuple[int, int], tuple[int, int]]
@@ -57,9 +57,10 @@ class Lesions:
         """Write the (z, y, x) volume of labels: 0 background, 1..n the lesions."""
         lines = out.reshape(-1, self.shape[2])
         parallel_for(
-            len(lines), lambda lo, hi: _paint(lines, self.first, self.start, self.stop, self.label, lo, hi),
+            len(lines),
+            lambda lo, hi: paint_rows(lines, self.first, self.start, self.stop, self.label, lo, hi),
             threads,
-        )  # fmt: skip
+        )
 
 
 def merge(
@@ -292,11 +293,3 @@ def _finish(
             box[1, 0], box[1, 1] = min(box[1, 0], y), max(box[1, 1], y + 1)
             box[2, 0], box[2, 1] = min(box[2, 0], start[k]), max(box[2, 1], stop[k])
             voxels[label - 1] += stop[k] - start[k]
-
-
-@kernel
-def _paint(lines: Any, first: Any, start: Any, stop: Any, label: Any, lo: int, hi: int) -> None:
-    for row in range(lo, hi):
-        lines[row] = 0
-        for k in range(first[row], first[row + 1]):
-            lines[row, start[k] : stop[k]] = label[k]

@@ -4,21 +4,19 @@ from __future__ import annotations
 
 from typing import Any
 
-import numba
 import numpy as np
-import numpy.typing as npt
 
+from lesionsynth.cpu._jit import kernel
 from lesionsynth.cpu._threads import parallel_for
+from lesionsynth.cpu.bits import BitMask, shifted
 
-Mask = npt.NDArray[np.bool_]
 
-
-def in_shell(mask: Mask, width: int, threads: int | None = None) -> Mask:
+def shell_of(mask: BitMask, width: int, threads: int | None = None) -> BitMask:
     """Mark the voxels of a mask within `width` steps of the outside, in plane.
 
     Parameters
     ----------
-    mask : (z, y, x) bool array
+    mask : BitMask
         What lies beyond the array is outside; not modified.
     width : int
         Steps, diagonal ones included: the complement of `width` erosions with a 3 x 3 square.
@@ -27,28 +25,33 @@ def in_shell(mask: Mask, width: int, threads: int | None = None) -> Mask:
 
     Returns
     -------
-    (z, y, x) bool array
+    BitMask
     """
-    out = np.empty(mask.shape, dtype=np.bool_)
-    parallel_for(len(mask), lambda lo, hi: _in_shell(mask, width, out, lo, hi), threads)
-    return out
+    depth, height, n = mask.shape
+    reach = min(width, max(height, n))  # further than that everything is near the outside
+    out = np.empty_like(mask.bits)
+    parallel_for(depth, lambda lo, hi: _shell(mask.bits, height, reach, out, lo, hi), threads)
+    return BitMask(out, mask.shape)
 
 
-@numba.njit(nogil=True, cache=True)
-def _in_shell(mask: Any, width: int, out: Any, lo: int, hi: int) -> None:
-    """Chessboard distance to the outside, exact after one pass down and one up; the frame is outside."""
-    height, n = mask.shape[1], mask.shape[2]
-    distance = np.zeros((height + 2, n + 2), dtype=np.int32)
-    for z in range(lo, hi):
-        for y in range(1, height + 1):
-            for x in range(1, n + 1):
-                if mask[z, y - 1, x - 1]:
-                    above = min(distance[y - 1, x - 1], distance[y - 1, x], distance[y - 1, x + 1])
-                    distance[y, x] = 1 + min(above, distance[y, x - 1])
-                else:
-                    distance[y, x] = 0
-        for y in range(height, 0, -1):
-            for x in range(n, 0, -1):
-                below = min(distance[y + 1, x - 1], distance[y + 1, x], distance[y + 1, x + 1])
-                distance[y, x] = min(distance[y, x], 1 + min(below, distance[y, x + 1]))
-                out[z, y - 1, x - 1] = 0 < distance[y, x] <= width
+@kernel
+def _shell(bits: Any, height: int, reach: int, out: Any, lo: int, hi: int) -> None:
+    """Keep what is not deep: a voxel is, where the mask holds the whole square around it."""
+    words = bits.shape[1]
+    column = np.empty(words, dtype=np.uint64)
+    for row in range(lo * height, hi * height):
+        y = row % height
+        whole = y - reach >= 0 and y + reach < height
+        for w in range(words):
+            column[w] = bits[row, w] if whole else np.uint64(0)
+        if whole:
+            for other in range(row - reach, row + reach + 1):
+                for w in range(words):
+                    column[w] &= bits[other, w]
+        for w in range(words):
+            deep = column[w]
+            for x in range(1, reach + 1):
+                if deep == 0:
+                    break
+                deep &= shifted(column, w, x) & shifted(column, w, -x)
+            out[row, w] = bits[row, w] & ~deep
