@@ -15,7 +15,7 @@ import numpy.typing as npt
 from lesionsynth.cpu._jit import inner, kernel
 from lesionsynth.cpu._memory import output
 from lesionsynth.cpu._threads import parallel_for
-from lesionsynth.cpu.simd import nonzero_bits, ones, pointer, trailing_zeros
+from lesionsynth.cpu.simd import nonzero_bits, ones, pointer, store_bits, trailing_zeros
 
 ALL = np.uint64(0xFFFFFFFFFFFFFFFF)
 
@@ -96,9 +96,12 @@ def unpack(mask: BitMask, threads: int | None = None) -> npt.NDArray[np.bool_]:
 
 @kernel
 def _unpack(bits: Any, out: Any, lo: int, hi: int) -> None:
+    whole = out.shape[1] // 64
     for r in range(lo, hi):
         row = out[r]
-        for x in range(row.size):
+        for w in range(whole):
+            store_bits(row, 64 * w, bits[r, w])
+        for x in range(64 * whole, row.size):
             row[x] = (bits[r, x >> 6] >> np.uint64(x & 63)) & np.uint64(1)
 
 

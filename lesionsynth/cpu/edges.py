@@ -17,7 +17,7 @@ from lesionsynth.cpu.bits import BitMask, pack, unpack
 from lesionsynth.cpu.label import number_runs, runs_of
 from lesionsynth.cpu.rows import row_of
 from lesionsynth.cpu.shell import shell_of
-from lesionsynth.cpu.simd import ones
+from lesionsynth.cpu.simd import bits_at_least, load, ones, outside_unit, splat, store, where
 
 
 def remove_edges(
@@ -104,20 +104,28 @@ def _threshold_rows(
     sane: Any, lo: int, hi: int,
 ) -> None:  # fmt: skip
     scratch = np.empty_like(like)
+    lanes = np.int64(64 // scratch.itemsize)  # of a vector of 64 bytes
+    levels = splat(level)
     for r in range(lo, hi):
         row = row_of(base, dz, dy, dx, height, r, scratch)
-        good = True
+        strange = np.uint64(0)
         for w in range(bits.shape[1]):
-            word = np.uint64(0)
-            lung = lungs[r, w]
-            if lung != 0:
-                for x in range(64 * w, min(64 * w + 64, row.size)):
+            lung, bright = lungs[r, w], np.uint64(0)
+            if lung == 0:
+                bits[r, w] = lung
+                continue
+            if 64 * w + 64 <= row.size:
+                for k in range(0, 64, lanes):
+                    values = load(row, 64 * w + k)
+                    bright |= bits_at_least(values, levels) << np.uint64(k)
+                    strange |= (outside_unit(values) << np.uint64(k)) & lung
+            else:
+                for x in range(64 * w, row.size):
                     bit = np.uint64(x - 64 * w)
-                    inside = (lung >> bit) & np.uint64(1)
-                    good &= (inside == 0) | ((row[x] >= 0) & (row[x] <= 1))
-                    word |= np.uint64(row[x] >= level) << bit
-            bits[r, w] = word & lung
-        sane[r] = good
+                    bright |= np.uint64(row[x] >= level) << bit
+                    strange |= (np.uint64(not ((row[x] >= 0) & (row[x] <= 1))) << bit) & lung
+            bits[r, w] = bright & lung
+        sane[r] = strange == 0
 
 
 @kernel
@@ -125,6 +133,7 @@ def _keep_rows(
     base: int, dz: int, dy: int, dx: int, height: int, lungs: Any, lines: Any, lo: int, hi: int
 ) -> None:
     scratch = np.empty_like(lines[0])
+    lanes = np.int64(64 // scratch.itemsize)  # of a vector of 64 bytes
     for r in range(lo, hi):
         out = lines[r]
         empty = True
@@ -134,8 +143,14 @@ def _keep_rows(
             out[:] = 0
             continue
         row = row_of(base, dz, dy, dx, height, r, scratch)
-        for x in range(out.size):
-            out[x] = row[x] if (lungs[r, x >> 6] >> np.uint64(x & 63)) & np.uint64(1) else 0
+        for w in range(lungs.shape[1]):
+            lung = lungs[r, w]
+            if 64 * w + 64 <= row.size:
+                for k in range(0, 64, lanes):
+                    store(out, 64 * w + k, where(lung >> np.uint64(k), load(row, 64 * w + k)))
+            else:
+                for x in range(64 * w, row.size):
+                    out[x] = row[x] if (lung >> np.uint64(x - 64 * w)) & np.uint64(1) else 0
 
 
 @kernel

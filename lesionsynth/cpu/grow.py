@@ -65,20 +65,17 @@ def grow(
     lively = region.bits.any(axis=1)  # rows that the last step changed
     step = 0
     while lively.any() and (iterations < 1 or step < iterations):
-        near = _near(lively.reshape(depth, height), connectivity).ravel()
-        rows = np.flatnonzero(near)
+        rows = np.flatnonzero(_near(lively.reshape(depth, height), connectivity))
+        lively[:] = False
         team = threads if len(rows) >= LIVELY else 1
         parallel_for(
             len(rows),
-            lambda lo, hi, rows=rows: _step(  # type: ignore[misc]
-                region.bits, room.bits, added, rows, depth, height, connectivity, lo, hi
+            lambda lo, hi, rows=rows: _find(  # type: ignore[misc]
+                region.bits, room.bits, added, rows, lively, depth, height, connectivity, lo, hi
             ),
             team,
         )
-        lively = np.zeros_like(lively)
-        lively[rows] = added[rows].any(axis=1)
-        rows = np.flatnonzero(lively)
-        region.bits[rows] |= added[rows]
+        _add(region.bits, added, rows, lively)
         step += 1
     return unpack(region, threads)
 
@@ -95,18 +92,19 @@ def _near(rows: Mask, connectivity: int) -> Mask:
 
 
 @kernel
-def _step(
-    region: Any,
-    room: Any,
-    added: Any,
-    rows: Any,
-    depth: int,
-    height: int,
-    connectivity: int,
-    lo: int,
-    hi: int,
-) -> None:
-    """Find what a step adds to each of some rows."""
+def _add(region: Any, added: Any, rows: Any, lively: Any) -> None:
+    for row in rows:
+        if lively[row]:
+            for w in range(region.shape[1]):
+                region[row, w] |= added[row, w]
+
+
+@kernel
+def _find(
+    region: Any, room: Any, added: Any, rows: Any, lively: Any, depth: int, height: int, connectivity: int,
+    lo: int, hi: int,
+) -> None:  # fmt: skip
+    """Find what a step adds to each of some rows, and which of them it changes."""
     for r in range(lo, hi):
         row = rows[r]
         z, y = row // height, row % height
@@ -128,6 +126,7 @@ def _step(
                     elif connectivity == 18 or apart == 1:
                         reached |= other[w]
             added[row, w] = reached & free
+            lively[row] |= added[row, w] != 0
 
 
 @inner

@@ -19,12 +19,11 @@ import numpy.typing as npt
 
 from lesionsynth.cpu._jit import inner, kernel
 from lesionsynth.cpu._threads import parallel_for
-from lesionsynth.cpu.simd import LANES, iota, product, splat, store, uniform_of, upper
+from lesionsynth.cpu.simd import LANES, iota, product, splat, store, transpose, uniform_of, upper
 
 MULTIPLIER_0, MULTIPLIER_1 = np.uint64(0xD2511F53), np.uint64(0xCD9E8D57)
 WEYL_0, WEYL_1 = np.uint32(0x9E3779B9), np.uint32(0xBB67AE85)
 ROUNDS = 10
-UNIT = np.float32(2.0**-24)
 
 
 class Stream(IntEnum):
@@ -82,30 +81,31 @@ def fill_uniform(
         See `parallel_for`.
     """
     words = [np.uint32(w) for w in (seed, stream, sample, component, *origin)]
-    rows = out.shape[0] * out.shape[1]
-    parallel_for(rows, lambda lo, hi: fill_rows(out, *words, lo, hi), threads)
+    blocks = out.shape[0] * -(-out.shape[1] // LANES)
+    parallel_for(blocks, lambda lo, hi: fill_blocks(out, *words, lo, hi), threads)
 
 
 @kernel
-def fill_rows(
+def fill_blocks(
     out: Any, seed: Any, stream: Any, sample: Any, component: Any, z0: Any, y0: Any, x0: Any, lo: int, hi: int
 ) -> None:
-    """Fill the rows lo ... hi - 1 of a box; all words uint32."""
+    """Fill blocks lo ... hi - 1 of sixteen rows of a box; all words uint32."""
     height, width = out.shape[1], out.shape[2]
-    first, last = x0 >> np.uint32(2), (x0 + np.uint32(width) - np.uint32(1)) >> np.uint32(2)
-    skip = np.int64(x0) - 4 * np.int64(first)  # voxels of the first quad that lie before the box
-    row = np.empty(4 * (np.int64(last) - np.int64(first) + 1), dtype=np.float32)
-    for r in range(lo, hi):
-        z, y = r // height, r % height
+    first = np.int64(x0) // 4
+    quads = (np.int64(x0) + width - 1) // 4 - first + 1
+    skip = np.int64(x0) - 4 * first  # voxels of the first quad that lie before the box
+    pitch = (4 * quads + LANES - 1) // LANES * LANES
+    lines, rows = np.empty(pitch * LANES, dtype=np.float32), np.empty(pitch * LANES, dtype=np.float32)
+    blocks = (height + LANES - 1) // LANES
+    for b in range(lo, hi):
+        z, y = b // blocks, b % blocks * LANES
         plane = ((z0 + np.uint32(z)) << np.uint32(16)) | (y0 + np.uint32(y))
-        for k in range(row.size // 4):
-            a, b, c, d = philox4x32_10(first + np.uint32(k), plane, sample, component, seed, stream)
-            row[4 * k] = np.float32(a >> np.uint32(8)) * UNIT
-            row[4 * k + 1] = np.float32(b >> np.uint32(8)) * UNIT
-            row[4 * k + 2] = np.float32(c >> np.uint32(8)) * UNIT
-            row[4 * k + 3] = np.float32(d >> np.uint32(8)) * UNIT
-        for x in range(width):
-            out[z, y, x] = row[skip + x]
+        uniform_lines(lines, 0, first, quads, plane, sample, component, seed, stream)
+        for x in range(0, pitch, LANES):
+            transpose(lines, x * LANES, LANES, rows, x, pitch)
+        for j in range(min(LANES, height - y)):
+            for x in range(width):
+                out[z, y + j, x] = rows[j * pitch + skip + x]
 
 
 @inner

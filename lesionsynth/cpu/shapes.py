@@ -28,9 +28,9 @@ from lesionsynth.cpu._jit import inner, kernel
 from lesionsynth.cpu._memory import scratch
 from lesionsynth.cpu._threads import done, group_of, take, wait_for, work_together
 from lesionsynth.cpu.bits import BitMask, count_runs
-from lesionsynth.cpu.philox import Stream, fill_rows
+from lesionsynth.cpu.philox import Stream, fill_blocks
 from lesionsynth.cpu.simd import (
-    bits_below,
+    bits_at_most,
     fma,
     greatest,
     greatest_lane,
@@ -283,7 +283,7 @@ def _draw_lattice(blob: Any, lattice: Any, seed: Any, stream: Any, sample: Any) 
     at = blob.lattice
     for i in range(3):
         component = np.uint32(3 * blob.component + i)
-        fill_rows(uniform, seed, stream, sample, component, z0, y0, x0, 0, nz * ny)
+        fill_blocks(uniform, seed, stream, sample, component, z0, y0, x0, 0, nz * ((ny + 15) // 16))
         for r in range(nz * ny):
             for k in range(blob.pitch):
                 lattice[at + k] = blob.bound * (
@@ -399,7 +399,7 @@ def _draw_row(
         q1 = fma(u21, vx, fma(u11, vy, u01 * vz))
         q2 = fma(u22, vx, fma(u12, vy, u02 * vz))
         level = fma(q2, q2, fma(q1, q1, q0 * q0))
-        inside[word] |= (bits_below(level, splat(SURFACE)) & lung) << shift
+        inside[word] |= (bits_at_most(level, splat(SURFACE)) & lung) << shift
 
 
 @inner

@@ -192,16 +192,51 @@ def _lane(name: str, reduction: str) -> Any:
     return intrinsic(typed)
 
 
-def _bits_below(typingctx: Any, a: Any, b: Any) -> Any:
-    """Bit k of the answer: ``a <= b`` in lane k; NaN is not below."""
-    if a not in (F32, F64) or a != b:
+def _comparison(name: str, symbol: str) -> Any:
+    """Bit k of the answer: lane k of one vector compares so with that of another; NaN never does."""
+
+    def typed(typingctx: Any, a: Any, b: Any) -> Any:
+        if a not in (F32, F64) or a != b:
+            return None
+
+        def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            bits = builder.bitcast(builder.fcmp_ordered(symbol, *args), ir.IntType(a.lanes))
+            return builder.zext(bits, LONG)
+
+        return types.uint64(a, b), codegen
+
+    typed.__name__ = name
+    return intrinsic(typed)
+
+
+def _where(typingctx: Any, bits: Any, value: Any) -> Any:
+    """Keep lane k of a vector where bit k is 1, else 0."""
+    if bits != types.uint64 or value not in (F32, F64):
         return None
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        bits = builder.bitcast(builder.fcmp_ordered("<=", *args), ir.IntType(a.lanes))
-        return builder.zext(bits, LONG)
+        flags = builder.trunc(args[0], ir.IntType(value.lanes))
+        flags = builder.bitcast(flags, ir.VectorType(ir.IntType(1), value.lanes))
+        zero = ir.Constant(_llvm(context, value), [0.0] * value.lanes)
+        return builder.select(flags, args[1], zero)
 
-    return types.uint64(a, b), codegen
+    return value(bits, value), codegen
+
+
+def _store_bits(typingctx: Any, array: Any, index: Any, bits: Any) -> Any:
+    """Write 64 bytes: 1 where bit k is 1, else 0."""
+    if bits != types.uint64 or _byte_array(array) is None:
+        return None
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        bytes_ = ir.VectorType(BYTE, 64)
+        flags = builder.bitcast(args[2], ir.VectorType(ir.IntType(1), 64))
+        builder.store(
+            builder.zext(flags, bytes_), _address(context, builder, array, args[0], args[1], bytes_), align=1
+        )
+        return context.get_dummy_value()
+
+    return types.void(array, types.intp, bits), codegen
 
 
 def _one_where_less(typingctx: Any, a: Any, b: Any) -> Any:
@@ -356,15 +391,15 @@ def _store_at_least(typingctx: Any, array: Any, index: Any, a: Any, b: Any) -> A
 
 def _outside_unit(typingctx: Any, value: Any) -> Any:
     """Bit k of the answer: lane k is NaN or outside [0, 1]."""
-    if value != F32:
+    if value not in (F32, F64):
         return None
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        zero, one = (ir.Constant(_llvm(context, F32), [v] * LANES) for v in (0.0, 1.0))
+        zero, one = (ir.Constant(_llvm(context, value), [v] * value.lanes) for v in (0.0, 1.0))
         outside = builder.or_(
             builder.fcmp_unordered("<", args[0], zero), builder.fcmp_unordered(">", args[0], one)
         )
-        return builder.zext(builder.bitcast(outside, ir.IntType(LANES)), LONG)
+        return builder.zext(builder.bitcast(outside, ir.IntType(value.lanes)), LONG)
 
     return types.uint64(value), codegen
 
@@ -411,7 +446,10 @@ least_lane: Any = _lane("least_lane", "fmin")
 greatest_lane: Any = _lane("greatest_lane", "fmax")
 product: Any = _binary("product", (WORDS,), _product)
 upper: Any = intrinsic(_upper)
-bits_below: Any = intrinsic(_bits_below)
+bits_at_most: Any = _comparison("bits_at_most", "<=")
+bits_at_least: Any = _comparison("bits_at_least", ">=")
+where: Any = intrinsic(_where)
+store_bits: Any = intrinsic(_store_bits)
 one_where_less: Any = intrinsic(_one_where_less)
 uniform_of: Any = intrinsic(_uniform_of)
 nonzero_bits: Any = intrinsic(_nonzero_bits)
