@@ -3,12 +3,25 @@
 from __future__ import annotations
 
 import multiprocessing
+import sys
+import threading
+from types import SimpleNamespace
 
+import numba
 import numpy as np
 import pytest
 
 import lesionsynth as ls
-from lesionsynth.cpu._threads import default_threads, parallel_for
+from lesionsynth.cpu import _threads
+from lesionsynth.cpu._threads import (
+    default_threads,
+    done,
+    in_background,
+    parallel_for,
+    take,
+    wait_for,
+    work_together,
+)  # fmt: skip
 
 CONFIG = ls.LesionConfig(small=ls.BlobClass(count=(6.0, 6.0), radius=(3.0, 6.0)), medium=None, large=None)
 
@@ -69,3 +82,112 @@ def test_workers_give_the_same_pair(method):
     context = multiprocessing.get_context(method)
     with context.Pool(1) as pool:
         assert pool.apply_async(pair_bytes, (2,)).get(timeout=120) == expected
+
+
+@numba.njit(nogil=True)
+def two_rounds(progress, first, second):
+    """Each task of the second round adds up the whole first round."""
+    t = take(progress, 0)
+    while t >= 0:
+        for k in range(2000 * (t % 3)):  # tasks of unequal cost
+            first[t] += k % 2
+        first[t] += 1
+        done(progress, 0)
+        t = take(progress, 0)
+    wait_for(progress, 0)
+    t = take(progress, 1)
+    while t >= 0:
+        for k in range(first.size):
+            second[t] += first[k]
+        done(progress, 1)
+        t = take(progress, 1)
+    wait_for(progress, 1)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 7])
+def test_rounds_follow_each_other(threads):
+    for _ in range(50):
+        first, second = np.zeros(40, np.int64), np.zeros(30, np.int64)
+        work_together(two_rounds, [40, 30], first, second, threads=threads)
+        assert (second == first.sum()).all()
+        assert first.sum() == 40 + sum(1000 * (t % 3) for t in range(40))
+
+
+def test_a_busy_pool_delays_nobody():
+    """The helper is held up; the caller does all of the work and returns."""
+    held, first, second = threading.Event(), np.zeros(9, np.int64), np.zeros(9, np.int64)
+    finish = in_background(held.wait, 2)
+    try:
+        work_together(two_rounds, [9, 9], first, second, threads=2)
+        assert (second == first.sum()).all()
+    finally:
+        held.set()
+        finish()
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_background_work_is_done_once_and_its_error_raised(threads):
+    calls = []
+    in_background(lambda: calls.append(1), threads)()
+    assert calls == [1]
+
+    def fail():
+        raise RuntimeError("in the background")
+
+    with pytest.raises(RuntimeError, match="in the background"):
+        in_background(fail, threads)()
+
+
+def test_no_tasks_call_nothing():
+    work_together(two_rounds, [0, 0], np.zeros(0, np.int64), np.zeros(0, np.int64), threads=2)
+
+
+def test_callers_on_several_threads_do_not_meet():
+    """Scratch belongs to the calling thread."""
+    expected, got = pair_bytes(2), {}
+
+    def call(k):
+        got[k] = [pair_bytes(2) for _ in range(3)]
+
+    callers = [threading.Thread(target=call, args=(k,)) for k in range(4)]
+    for caller in callers:
+        caller.start()
+    for caller in callers:
+        caller.join()
+    assert all(found == expected for results in got.values() for found in results)
+    assert len(got) == 4
+
+
+def test_a_dataloader_worker_takes_its_share(monkeypatch):
+    monkeypatch.delenv("NUMBA_NUM_THREADS", raising=False)
+    cores = default_threads()
+    loader = SimpleNamespace(get_worker_info=lambda: SimpleNamespace(num_workers=cores))
+    monkeypatch.setitem(sys.modules, "torch.utils.data", loader)
+    assert default_threads() == 1
+    loader.get_worker_info = lambda: SimpleNamespace(num_workers=10 * cores)
+    assert default_threads() == 1
+    loader.get_worker_info = lambda: None
+    assert default_threads() == cores
+    assert _threads._dataloader_workers() == 1
+
+
+class Pairs:
+    """A map-style data set of (pair, threads that a call would take)."""
+
+    def __len__(self) -> int:
+        return 4
+
+    def __getitem__(self, index: int):
+        return np.frombuffer(pair_bytes(), np.uint8).copy(), default_threads()
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+@pytest.mark.parametrize("context", ["fork", "spawn"])
+def test_dataloader_workers(context):
+    data = pytest.importorskip("torch.utils.data")
+    expected = pair_bytes(2)
+    loader = data.DataLoader(Pairs(), batch_size=None, num_workers=2, multiprocessing_context=context)
+    for found, threads in loader:
+        assert bytes(found) == expected
+        assert threads == max(1, _threads.default_threads() // 2)

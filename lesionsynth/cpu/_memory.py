@@ -61,7 +61,12 @@ def scratch(purpose: str, size: int, dtype: Any) -> npt.NDArray[Any]:
 
 
 def release() -> None:
-    """Give back what is kept for later calls: free blocks, and the scratch arrays of the calling thread."""
+    """Give back the memory that is kept for later calls.
+
+    Results come from the memory of earlier results that nobody holds any more, and scratch arrays stay with
+    the thread that used them: at most three results of the sizes used last, and 64 MiB for each purpose. This
+    returns the free ones, and the scratch arrays of the calling thread, to the system.
+    """
     with _lock:
         _blocks.clear()
     _local.__dict__.clear()

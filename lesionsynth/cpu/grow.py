@@ -66,11 +66,11 @@ def grow(
     step = 0
     while lively.any() and (iterations < 1 or step < iterations):
         rows = np.flatnonzero(_near(lively.reshape(depth, height), connectivity))
-        lively[:] = False
+        lively = np.zeros_like(lively)
         team = threads if len(rows) >= LIVELY else 1
         parallel_for(
             len(rows),
-            lambda lo, hi, rows=rows: _find(  # type: ignore[misc]
+            lambda lo, hi, rows=rows, lively=lively: _find(  # type: ignore[misc]
                 region.bits, room.bits, added, rows, lively, depth, height, connectivity, lo, hi
             ),
             team,

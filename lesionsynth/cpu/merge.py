@@ -107,11 +107,13 @@ def merge(
     first = np.zeros(depth * height + 1, dtype=np.int64)
     np.cumsum(span[:, 1] - span[:, 0], out=first[1:])
     starts, stops, labels = (np.empty(first[-1], dtype=np.int32) for _ in range(3))
-    members = tuple(tuple(np.flatnonzero(label_of == k + 1).tolist()) for k in range(len(kept)))
+    members: list[list[int]] = [[] for _ in kept]
+    for b in np.flatnonzero(seen).tolist():
+        members[label_of[b] - 1].append(b)
     _finish(
         span, start, stop, blob, label_of, height, first, starts, stops, labels, boxes, voxels
     )  # fmt: skip
-    return Lesions(shape, first, starts, stops, labels, boxes, voxels, members)
+    return Lesions(shape, first, starts, stops, labels, boxes, voxels, tuple(map(tuple, members)))
 
 
 @inner
