@@ -9,11 +9,11 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import numba
 import numpy as np
 import numpy.typing as npt
 
 from lesionsynth.config import BlobClass, LesionConfig, Range, Texture
+from lesionsynth.cpu._jit import kernel
 from lesionsynth.cpu.philox import Stream, philox4x32_10
 from lesionsynth.plan import Blob, LesionPlan, Triple
 
@@ -58,7 +58,7 @@ def uniforms(seed: int, index: int, first: int, count: int) -> npt.NDArray[np.fl
     return out
 
 
-@numba.njit(nogil=True, cache=True)
+@kernel
 def _fill(out: Any, seed: Any, stream: Any, index: Any, first: Any) -> None:
     """Two words make a uniform: 27 bits of one above 26 of the other."""
     for k in range(out.shape[0]):

@@ -28,7 +28,8 @@ from lesionsynth.cpu._jit import inner, kernel
 from lesionsynth.cpu._memory import scratch
 from lesionsynth.cpu._threads import done, group_of, take, wait_for, work_together
 from lesionsynth.cpu.bits import BitMask, count_runs
-from lesionsynth.cpu.philox import Stream, fill_blocks
+from lesionsynth.cpu.lattice import CHUNK, draw_lattice, reads_of_a_chunk, sum_nodes, tabulate
+from lesionsynth.cpu.philox import Stream
 from lesionsynth.cpu.simd import (
     bits_at_most,
     fma,
@@ -38,12 +39,8 @@ from lesionsynth.cpu.simd import (
     least_lane,
     load,
     splat,
-    store,
 )  # fmt: skip
 from lesionsynth.plan import LesionPlan
-
-NODE_OFFSET = (32768, 32768, 1 << 20)
-"""Added to a lattice node (z, y, x) to make the unsigned Philox counter."""
 
 SURFACE = 1.0 + 1e-9
 """Level of the surface. The points of a sphere of whole radius that lie on voxels (30 for radius 12) must not
@@ -52,9 +49,7 @@ hang on the rounding of a rotation, about 1e-15."""
 MOST_NODES = 2**25
 """Largest control lattice, 1.2 GB; the paper's blobs need some thousands of nodes."""
 
-CHUNK = 8
 LANE_OFFSETS = np.arange(8.0)
-"""Voxels of a row evaluated together, a vector of float64; chunks start at multiples of eight."""
 
 BLOB = np.dtype(
     [
@@ -200,7 +195,7 @@ def _measure(blobs: Any, scale: Any, shape: Any) -> tuple[int, int, int, int]:
             blob.first_node[i] = math.floor(low * scale[i] / blob.spacing) - 1
             blob.nodes[i] = math.floor(high * scale[i] / blob.spacing) + 2 - blob.first_node[i] + 1
         blob.pitch = -(-blob.nodes[2] // CHUNK) * CHUNK
-        blob.reads = _reads_of_a_chunk(blob, scale[2])
+        blob.reads = reads_of_a_chunk(blob, scale[2])
         blob.bits, blob.lattice, blob.weights, blob.starts = n_bits, n_nodes, n_weights, n_starts
         n_bits += blob.size[0] * blob.size[1] * blob.words
         # In floating point: a lattice too large to count is refused by the caller before it is used.
@@ -209,25 +204,6 @@ def _measure(blobs: Any, scale: Any, shape: Any) -> tuple[int, int, int, int]:
             n_weights += blob.chunks * blob.reads * CHUNK
             n_starts += blob.chunks
     return n_bits, n_nodes, n_weights, n_starts
-
-
-@inner
-def _node_before(blob: Any, scale: float, x: int) -> int:
-    """First of the four nodes that voxel x depends on, counted from the lattice's first.
-
-    A chunk may begin before the box and end after it; there the nearest voxel stands in.
-    """
-    inside = max(blob.start[2], min(x, blob.start[2] + blob.size[2] - 1))
-    return math.floor((inside - blob.center[2]) * scale / blob.spacing) - 1 - blob.first_node[2]
-
-
-@inner
-def _reads_of_a_chunk(blob: Any, scale: float) -> int:
-    most = 0
-    first = blob.start[2] // CHUNK * CHUNK
-    for x in range(first, first + blob.chunks * CHUNK, CHUNK):
-        most = max(most, _node_before(blob, scale, x + CHUNK - 1) - _node_before(blob, scale, x) + 4)
-    return most
 
 
 @kernel
@@ -256,8 +232,8 @@ def _draw(
     t = take(progress, 0)
     while t >= 0:
         if blobs[t].size[0] > 0:
-            _draw_lattice(blobs[t], lattice, seed, stream, sample)
-            _tabulate(blobs[t], scale[2], weights, starts)
+            draw_lattice(blobs[t], lattice, seed, stream, sample)
+            tabulate(blobs[t], scale[2], weights, starts)
         done(progress, 0)
         t = take(progress, 0)
     wait_for(progress, 0)
@@ -273,56 +249,6 @@ def _draw(
 
 
 @inner
-def _draw_lattice(blob: Any, lattice: Any, seed: Any, stream: Any, sample: Any) -> None:
-    """Displacement of the nodes, (3, z, y, pitch), in length units; a row's padding repeats its last node."""
-    nz, ny, nx = blob.nodes
-    z0 = np.uint32(blob.first_node[0] + NODE_OFFSET[0])
-    y0 = np.uint32(blob.first_node[1] + NODE_OFFSET[1])
-    x0 = np.uint32(blob.first_node[2] + NODE_OFFSET[2])
-    uniform = np.empty((nz, ny, nx), dtype=np.float32)
-    at = blob.lattice
-    for i in range(3):
-        component = np.uint32(3 * blob.component + i)
-        fill_blocks(uniform, seed, stream, sample, component, z0, y0, x0, 0, nz * ((ny + 15) // 16))
-        for r in range(nz * ny):
-            for k in range(blob.pitch):
-                lattice[at + k] = blob.bound * (
-                    2.0 * np.float64(uniform[r // ny, r % ny, min(k, nx - 1)]) - 1.0
-                )
-            at += blob.pitch
-
-
-@inner
-def _tabulate(blob: Any, scale: float, weights: Any, starts: Any) -> None:
-    """Splines of each chunk, (chunk, node, voxel), and the node that each begins with."""
-    first = blob.start[2] // CHUNK * CHUNK
-    table = weights[blob.weights : blob.weights + blob.chunks * blob.reads * CHUNK]
-    table[:] = 0.0
-    for c in range(blob.chunks):
-        node = min(_node_before(blob, scale, first + c * CHUNK), blob.nodes[2] - blob.reads)
-        starts[blob.starts + c] = node
-        for lane in range(CHUNK):
-            x = max(blob.start[2], min(first + c * CHUNK + lane, blob.start[2] + blob.size[2] - 1))
-            t = (x - blob.center[2]) * scale / blob.spacing
-            w = _spline(t - math.floor(t))
-            for a in range(4):
-                at = c * blob.reads + _node_before(blob, scale, x) + a - node
-                table[at * CHUNK + lane] = w[a]
-
-
-@inner
-def _spline(f: float) -> tuple[float, float, float, float]:
-    """Cubic B-spline at the nodes -1, 0, 1, 2 for the fraction f in [0, 1)."""
-    g = 1.0 - f
-    return (
-        g * g * g / 6.0,
-        2.0 / 3.0 - f * f * (1.0 - 0.5 * f),
-        2.0 / 3.0 - g * g * (1.0 - 0.5 * g),
-        f * f * f / 6.0,
-    )
-
-
-@inner
 def _draw_slice(
     blob: Any, z: int, scale: Any, lattice: Any, weights: Any, starts: Any, mask: Any, height: int, bits: Any,
     plane: Any, row: Any,
@@ -330,7 +256,7 @@ def _draw_slice(
     """Evaluate slice z of a blob's box; returns its number of runs."""
     layer, pitch = blob.nodes[1] * blob.pitch, blob.pitch
     pz = (blob.start[0] + z - blob.center[0]) * scale[0]
-    _sum_nodes(
+    sum_nodes(
         lattice, blob.lattice, blob.nodes[0] * layer, layer, pz / blob.spacing, blob.first_node[0], plane
     )
     runs = 0
@@ -339,7 +265,7 @@ def _draw_slice(
         inside = bits[at : at + blob.words]
         inside[:] = np.uint64(0)
         py = (blob.start[1] + y - blob.center[1]) * scale[1]
-        _sum_nodes(plane, 0, layer, pitch, py / blob.spacing, blob.first_node[1], row)
+        sum_nodes(plane, 0, layer, pitch, py / blob.spacing, blob.first_node[1], row)
         low, high = _possible(blob, pz, py, scale[2], row)
         if low <= high:
             line = (blob.start[0] + z) * height + blob.start[1] + y
@@ -347,21 +273,6 @@ def _draw_slice(
             _draw_row(blob, pz, py, scale[2], low, high, row, weights, starts, lungs, inside)
             runs += count_runs(inside)
     return runs
-
-
-@inner
-def _sum_nodes(source: Any, at: int, stride: int, step: int, t: float, first: int, out: Any) -> None:
-    """Sum four layers of `step` nodes with the spline weights of t, for each of the three components."""
-    k = math.floor(t)
-    s0, s1, s2, s3 = _spline(t - k)
-    w0, w1, w2, w3 = splat(s0), splat(s1), splat(s2), splat(s3)
-    for i in range(3):
-        base = at + i * stride + (k - 1 - first) * step
-        for m in range(0, step, CHUNK):
-            total = w0 * load(source, base + m)
-            total = fma(w1, load(source, base + step + m), total)
-            total = fma(w2, load(source, base + 2 * step + m), total)
-            store(out, i * step + m, fma(w3, load(source, base + 3 * step + m), total))
 
 
 @inner
