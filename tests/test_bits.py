@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import numba
 import numpy as np
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lesionsynth.cpu import bits, label
 from lesionsynth.cpu.simd import transpose
 
 widths = st.integers(1, 200)
+many = settings(max_examples=300)  # cheap, and what breaks hangs on few widths
 densities = st.sampled_from([0.0, 0.02, 0.5, 0.98, 1.0])
 
 
@@ -18,6 +19,7 @@ def random_mask(shape, density, seed):
     return np.random.default_rng(seed).random(shape) < density
 
 
+@many
 @given(width=widths, height=st.integers(1, 4), density=densities, seed=st.integers(0, 99))
 def test_packing_and_back(width, height, density, seed):
     mask = random_mask((2, height, width), density, seed)
@@ -37,6 +39,7 @@ def shift_row(row, by, out):
         out[w] = bits.shifted(row, w, by)
 
 
+@many
 @given(width=widths, density=densities, seed=st.integers(0, 99), by=st.integers(-210, 210))
 def test_shifted_rows(width, density, seed, by):
     """A row of zeros stands on either side; what is pushed beyond the last word is lost."""
@@ -51,6 +54,7 @@ def test_shifted_rows(width, density, seed, by):
     np.testing.assert_array_equal(np.unpackbits(out.view(np.uint8), bitorder="little").view(bool), expected)
 
 
+@many
 @given(width=widths, density=densities, seed=st.integers(0, 99))
 def test_runs(width, density, seed):
     mask = random_mask((2, 3, width), density, seed)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import ndimage
 
@@ -90,6 +90,7 @@ def test_taps_are_scipys(sigma, truncate):
     np.testing.assert_allclose(taps, response, rtol=1e-12, atol=1e-300)
 
 
+@settings(max_examples=150)
 @given(
     n=st.integers(1, 70),
     sigma=st.floats(0.8, 20),
