@@ -103,9 +103,7 @@ def kernel_of(n: int, sigma: float, truncate: float = 4.0) -> npt.NDArray[np.flo
             here = period[(i - j) % (2 * n)] + period[(i + j + 1) % (2 * n)]
             there = period[(i + j + 1 - n) % (2 * n)] + period[(i - j + n) % (2 * n)]  # for n - 1 - j
             at = (i // PAIRS * half + j) * 2 * PAIRS + i % PAIRS
-            middle = 2 * j + 1 == n
-            out[at] = here if middle else 0.5 * (here + there)
-            out[at + PAIRS] = 0.0 if middle else 0.5 * (here - there)
+            out[at], out[at + PAIRS] = 0.5 * (here + there), 0.5 * (here - there)
     return out
 
 

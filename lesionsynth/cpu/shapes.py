@@ -280,7 +280,11 @@ def _draw_row(
     blob: Any, pz: float, py: float, scale: float, low: int, high: int, row: Any, weights: Any, starts: Any,
     lungs: Any, inside: Any,
 ) -> None:  # fmt: skip
-    """Set the bits of voxels low ... high of a row; `row` holds the displacements at the nodes along x."""
+    """Set the bits of voxels low ... high of a row; `row` holds the displacements at the nodes along x.
+
+    The first and the last chunk reach beyond the box. There no displacement within the bound leads inside,
+    and beyond the volume there are no lungs.
+    """
     # Locals: the compiler cannot know that writing a bit leaves the record alone.
     u, center, first = blob.to_unit, blob.center[2], blob.start[2] // CHUNK * CHUNK
     n, reads, table, nodes, word0 = blob.pitch, blob.reads, blob.weights, blob.starts, blob.word
@@ -291,10 +295,6 @@ def _draw_row(
         x = first + c * CHUNK
         word, shift = (x >> 6) - word0, np.uint64(x & 63)
         lung = (lungs[word] >> shift) & np.uint64(0xFF)
-        if x < low:
-            lung &= np.uint64(0xFF) << np.uint64(low - x)
-        if x + CHUNK - 1 > high:
-            lung &= np.uint64(0xFF) >> np.uint64(x + CHUNK - 1 - high)
         if lung == 0:
             continue
         at, node = table + c * reads * CHUNK, starts[nodes + c]
