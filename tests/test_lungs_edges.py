@@ -185,3 +185,17 @@ def test_bad_input_is_named(change, error, message):
     image, mask = rim_and_vessel()
     with pytest.raises(error, match=message):
         ls.remove_erroneous_edges(**({"image": image, "lung_mask": mask} | change))
+
+
+@pytest.mark.parametrize("x", [0, 15, 16, 40, 63, 64, 100, 149])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_strange_voxels_count_inside_the_mask_only(x, dtype):
+    """Rows of two words and a rest, wherever in a word the voxel lies."""
+    image, mask = np.full((2, 5, 150), 0.2, dtype), np.ones((2, 5, 150), bool)
+    image[1, 2, x] = np.nan
+    with pytest.raises(ValueError, match="image must lie in"):
+        ls.remove_erroneous_edges(image, mask)
+    mask[1, 2, x] = False
+    clean, _ = ls.remove_erroneous_edges(image, mask)
+    assert clean[1, 2, x] == 0
+    assert np.isfinite(clean).all()

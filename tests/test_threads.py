@@ -85,13 +85,14 @@ def test_workers_give_the_same_pair(method):
 
 
 @numba.njit(nogil=True)
-def two_rounds(progress, first, second):
+def two_rounds(progress, first, second, work):
     """Each task of the second round adds up the whole first round."""
     t = take(progress, 0)
     while t >= 0:
-        for k in range(2000 * (t % 3)):  # tasks of unequal cost
-            first[t] += k % 2
-        first[t] += 1
+        x = np.uint64(t)
+        for _ in range(work * (1 + t % 3)):  # tasks of unequal length, which no compiler can shorten
+            x = x * np.uint64(6364136223846793005) + np.uint64(1442695040888963407)
+        first[t] = 1 if x != 5 else 2
         done(progress, 0)
         t = take(progress, 0)
     wait_for(progress, 0)
@@ -106,11 +107,12 @@ def two_rounds(progress, first, second):
 
 @pytest.mark.parametrize("threads", [1, 2, 7])
 def test_rounds_follow_each_other(threads):
-    for _ in range(50):
-        first, second = np.zeros(40, np.int64), np.zeros(30, np.int64)
-        work_together(two_rounds, [40, 30], first, second, threads=threads)
-        assert (second == first.sum()).all()
-        assert first.sum() == 40 + sum(1000 * (t % 3) for t in range(40))
+    """Tasks of some milliseconds: long enough for the helpers to wake and be at one when a round ends."""
+    for _ in range(5):
+        first, second = np.zeros(7, np.int64), np.zeros(3, np.int64)
+        work_together(two_rounds, [7, 3], first, second, 2_000_000, threads=threads)
+        assert first.tolist() == [1] * 7
+        assert second.tolist() == [7] * 3
 
 
 def test_a_busy_pool_delays_nobody():
@@ -118,8 +120,8 @@ def test_a_busy_pool_delays_nobody():
     held, first, second = threading.Event(), np.zeros(9, np.int64), np.zeros(9, np.int64)
     finish = in_background(held.wait, 2)
     try:
-        work_together(two_rounds, [9, 9], first, second, threads=2)
-        assert (second == first.sum()).all()
+        work_together(two_rounds, [9, 9], first, second, 1, threads=2)
+        assert second.tolist() == [9] * 9
     finally:
         held.set()
         finish()
@@ -139,7 +141,7 @@ def test_background_work_is_done_once_and_its_error_raised(threads):
 
 
 def test_no_tasks_call_nothing():
-    work_together(two_rounds, [0, 0], np.zeros(0, np.int64), np.zeros(0, np.int64), threads=2)
+    work_together(two_rounds, [0, 0], np.zeros(0, np.int64), np.zeros(0, np.int64), 1, threads=2)
 
 
 def test_callers_on_several_threads_do_not_meet():
