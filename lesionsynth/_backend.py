@@ -6,6 +6,7 @@ branches.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -14,7 +15,7 @@ import numpy.typing as npt
 
 from lesionsynth.config import Range
 from lesionsynth.cpu._memory import output
-from lesionsynth.cpu._threads import check_threads
+from lesionsynth.cpu._threads import check_threads, team_for
 from lesionsynth.cpu.bits import BitMask, pack
 from lesionsynth.cpu.inject import base_pair, inject
 from lesionsynth.cpu.merge import Lesions, merge
@@ -66,7 +67,7 @@ class CpuBackend:
 
     def copy(self, image: Array, tau: float, hu_range: Range, out: Array, target: Mask) -> Callable[[], None]:
         """See `Backend`."""
-        return base_pair(image, tau, hu_range, out, target, self.threads)
+        return base_pair(image, tau, hu_range, out, target, team_for(out.size, self.threads))
 
     def place(self, plan: LesionPlan, lung_mask: Mask) -> tuple[BitMask, npt.NDArray[np.int64]]:
         """See `Backend`."""
@@ -77,22 +78,24 @@ class CpuBackend:
     def draw(self, plan: LesionPlan, placed: tuple[BitMask, npt.NDArray[np.int64]]) -> Shapes:
         """See `Backend`."""
         mask, centers = placed
-        return draw_shapes(plan, centers, mask, self.threads)
+        return draw_shapes(plan, centers, mask, team_for(math.prod(mask.shape), self.threads))
 
     def merge(
         self, plan: LesionPlan, placed: tuple[BitMask, npt.NDArray[np.int64]], shapes: Shapes
     ) -> Lesions:
         """See `Backend`."""
-        return merge(shapes, placed[0].shape, plan.connectivity, self.threads)
+        shape = placed[0].shape
+        return merge(shapes, shape, plan.connectivity, team_for(math.prod(shape), self.threads))
 
     def fill(self, plan: LesionPlan, lesions: Lesions, out: Array, target: Mask) -> tuple[Component, ...]:
         """See `Backend`."""
         components: list[Component] = []
-        for textures in synthesize_textures(plan, lesions, self.threads):
-            inject(textures, lesions, out, target, self.threads)
+        threads = team_for(out.size, self.threads)
+        for textures in synthesize_textures(plan, lesions, threads):
+            inject(textures, lesions, out, target, threads)
             components += textures.components
         return tuple(sorted(components, key=lambda c: c.label))
 
     def paint(self, lesions: Lesions, out: Labels) -> None:
         """See `Backend`."""
-        lesions.paint(out, self.threads)
+        lesions.paint(out, team_for(out.size, self.threads))

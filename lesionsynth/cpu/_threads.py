@@ -24,6 +24,9 @@ from lesionsynth.cpu.simd import fetch, fetch_add
 give_way: Any = types.ExternalFunction("SwitchToThread" if os.name == "nt" else "sched_yield", types.int32())
 """Let another thread have the core."""
 
+WORTHWHILE = 2**16
+"""Voxels: below, waking a thread takes longer than its share of the work (measured: about 40,000)."""
+
 _pools: dict[tuple[int, int], ThreadPoolExecutor] = {}
 
 
@@ -44,6 +47,11 @@ def check_threads(threads: Any) -> None:
     """Raise ValueError unless `threads` is None or an integer >= 1."""
     if threads is not None and (isinstance(threads, bool) or not isinstance(threads, int) or threads < 1):
         raise ValueError(f"threads must be an integer >= 1, got {threads!r}")
+
+
+def team_for(voxels: int, threads: int | None) -> int | None:
+    """Return `threads`, or 1 where a volume of so many voxels is not worth waking anybody."""
+    return 1 if voxels < WORTHWHILE else threads
 
 
 def parallel_for(n_items: int, body: Callable[[int, int], object], threads: int | None = None) -> None:

@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from lesionsynth.cpu._jit import inner, kernel
 from lesionsynth.cpu._memory import output
-from lesionsynth.cpu._threads import parallel_for
+from lesionsynth.cpu._threads import parallel_for, team_for
 from lesionsynth.cpu.bits import BitMask, pack, unpack
 from lesionsynth.cpu.label import number_runs, runs_of
 from lesionsynth.cpu.rows import row_of
@@ -56,6 +56,7 @@ def remove_edges(
     ValueError
         The mask is empty, or a voxel inside it is NaN or outside [0, 1].
     """
+    threads = team_for(mask.size, threads)
     lungs = pack(mask, threads)
     if not lungs.bits.any():
         raise ValueError(f"lung_mask must have at least one voxel, got none in shape {mask.shape}")

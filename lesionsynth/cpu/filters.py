@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lesionsynth.cpu._jit import inner, kernel
-from lesionsynth.cpu._threads import parallel_for
+from lesionsynth.cpu._threads import parallel_for, team_for
 from lesionsynth.cpu.lines import kernel_of, margin_of, rows_of, smooth
 from lesionsynth.cpu.simd import LANES, load, store, transpose
 
@@ -47,6 +47,7 @@ def gaussian_filter(
     `lesionsynth.cpu.lines`.
     """
     depth, height, width = volume.shape
+    threads = team_for(volume.size, threads)
     pitch = pitch_of(width)
     field = np.empty((depth * height + LANES) * pitch, dtype=np.float32)  # `transpose` reads up to 15 rows on
     padded = field[: depth * height * pitch].reshape(depth, height, pitch)
@@ -172,6 +173,7 @@ def uniform_filter(
     sizes = (size,) * 3 if isinstance(size, int) else tuple(size)
     result = np.empty(volume.shape, dtype=np.float32)
     strips = -(-volume.shape[1] // STRIP)
+    threads = team_for(volume.size, threads)
     parallel_for(strips, lambda lo, hi: _box_means(volume, result, *sizes, lo, hi), threads)
     return result
 

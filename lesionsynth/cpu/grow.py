@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lesionsynth.cpu._jit import inner, kernel
-from lesionsynth.cpu._threads import parallel_for
+from lesionsynth.cpu._threads import parallel_for, team_for
 from lesionsynth.cpu.bits import pack, shifted, unpack
 from lesionsynth.cpu.label import check_connectivity
 
@@ -59,6 +59,7 @@ def grow(
     Needs three bits a voxel besides the result.
     """
     check_connectivity(connectivity)
+    threads = team_for(seed.size, threads)
     region, room = pack(seed, threads), pack(mask, threads)
     depth, height, _ = region.shape
     added = np.zeros_like(region.bits)

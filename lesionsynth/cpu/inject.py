@@ -20,6 +20,7 @@ from lesionsynth.cpu.merge import Lesions
 from lesionsynth.cpu.rows import row_of
 from lesionsynth.cpu.simd import (
     LANES,
+    STREAMED,
     fence,
     greatest,
     half_of,
@@ -33,8 +34,6 @@ from lesionsynth.cpu.simd import (
 )  # fmt: skip
 from lesionsynth.cpu.texture import Textures
 
-STREAMED = 2**23
-"""Bytes from which an output is written past the caches: they hold no such volume until it is used."""
 HALF_ONE = np.int16(0x3C00)
 """1.0 as float16. For numbers that are not negative the bits of float16 are ordered as the numbers are."""
 

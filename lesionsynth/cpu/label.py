@@ -16,8 +16,9 @@ import numpy.typing as npt
 
 from lesionsynth.cpu._jit import inner, kernel
 from lesionsynth.cpu._memory import output
-from lesionsynth.cpu._threads import done, parallel_for, take, wait_for, work_together
+from lesionsynth.cpu._threads import done, parallel_for, take, team_for, wait_for, work_together
 from lesionsynth.cpu.bits import BitMask, count_runs, next_clear, next_set, pack
+from lesionsynth.cpu.simd import LANES, STREAMED, fence, splat, store_stream
 
 Labels = npt.NDArray[np.int32]
 
@@ -77,15 +78,25 @@ def label(mask: npt.NDArray[Any], connectivity: int = 6, threads: int | None = N
     Needs a bit for every voxel and 12 bytes for every run of voxels along x besides the result.
     """
     check_connectivity(connectivity)
+    threads = team_for(mask.size, threads)
     runs = runs_of(pack(mask, threads), threads)
     number, count = number_runs(runs, connectivity, threads)
     labels = output(runs.shape, np.int32)
-    lines = labels.reshape(-1, runs.shape[2])
-    parallel_for(
-        len(lines), lambda lo, hi: paint_rows(lines, runs.first, runs.start, runs.stop, number, lo, hi),
-        threads,
-    )  # fmt: skip
+    paint(runs.first, runs.start, runs.stop, number, labels, threads)
     return labels, count
+
+
+def paint(first: Any, start: Any, stop: Any, number: Any, labels: Labels, threads: int | None = None) -> None:
+    """Write the number of each run to its voxels of a C-contiguous volume, and 0 to the others."""
+    width = labels.shape[2]
+    lines = labels.reshape(-1, width)
+    clear = lines.view(np.float32)  # 0 has the same bits, and vectors are of floats
+    stream = labels.nbytes >= STREAMED and width % LANES == 0 and labels.ctypes.data % 64 == 0
+    parallel_for(
+        len(lines),
+        lambda lo, hi: _paint_rows(lines, clear, first, start, stop, number, stream, lo, hi),
+        threads,
+    )
 
 
 def runs_of(mask: BitMask, threads: int | None = None) -> Runs:
@@ -213,9 +224,18 @@ def _number(parent: Any) -> int:
 
 
 @kernel
-def paint_rows(lines: Any, first: Any, start: Any, stop: Any, number: Any, lo: int, hi: int) -> None:
-    """Write the number of each run to its voxels, and 0 to the others, of rows lo ... hi - 1."""
+def _paint_rows(
+    lines: Any, clear: Any, first: Any, start: Any, stop: Any, number: Any, stream: bool, lo: int, hi: int
+) -> None:
+    zero = splat(np.float32(0.0))
     for row in range(lo, hi):
-        lines[row] = 0
+        if stream:
+            line = clear[row]
+            for x in range(0, line.size, LANES):
+                store_stream(line, x, zero)
+        else:
+            lines[row] = 0
+    fence()
+    for row in range(lo, hi):
         for k in range(first[row], first[row + 1]):
             lines[row, start[k] : stop[k]] = number[k]

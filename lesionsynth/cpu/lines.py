@@ -36,7 +36,7 @@ PAIRS = 4
 
 @inner
 def gaussian_radius(sigma: float, truncate: float) -> int:
-    """R of `gaussian_taps`."""
+    """Radius r of `gaussian_taps`."""
     return int(truncate * sigma + 0.5)
 
 

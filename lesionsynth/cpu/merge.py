@@ -15,9 +15,9 @@ import numpy as np
 import numpy.typing as npt
 
 from lesionsynth.cpu._jit import inner, kernel
-from lesionsynth.cpu._threads import done, parallel_for, take, wait_for, work_together
+from lesionsynth.cpu._threads import done, take, wait_for, work_together
 from lesionsynth.cpu.bits import count_runs, next_clear, next_set
-from lesionsynth.cpu.label import REACH, paint_rows
+from lesionsynth.cpu.label import REACH, paint
 from lesionsynth.cpu.shapes import Shapes
 
 Box = tuple[tuple[int, int], tuple[int, int], tuple[int, int]]
@@ -55,12 +55,7 @@ class Lesions:
 
     def paint(self, out: npt.NDArray[np.int32], threads: int | None = None) -> None:
         """Write the (z, y, x) volume of labels: 0 background, 1..n the lesions."""
-        lines = out.reshape(-1, self.shape[2])
-        parallel_for(
-            len(lines),
-            lambda lo, hi: paint_rows(lines, self.first, self.start, self.stop, self.label, lo, hi),
-            threads,
-        )
+        paint(self.first, self.start, self.stop, self.label, out, threads)
 
 
 def merge(

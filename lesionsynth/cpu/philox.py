@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lesionsynth.cpu._jit import inner, kernel
-from lesionsynth.cpu._threads import parallel_for
+from lesionsynth.cpu._threads import parallel_for, team_for
 from lesionsynth.cpu.simd import LANES, iota, product, splat, store, transpose, uniform_of, upper
 
 MULTIPLIER_0, MULTIPLIER_1 = np.uint64(0xD2511F53), np.uint64(0xCD9E8D57)
@@ -82,7 +82,8 @@ def fill_uniform(
     """
     words = [np.uint32(w) for w in (seed, stream, sample, component, *origin)]
     blocks = out.shape[0] * -(-out.shape[1] // LANES)
-    parallel_for(blocks, lambda lo, hi: fill_blocks(out, *words, lo, hi), threads)
+    team = team_for(out.size, threads)
+    parallel_for(blocks, lambda lo, hi: fill_blocks(out, *words, lo, hi), team)
 
 
 @kernel

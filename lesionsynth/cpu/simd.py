@@ -46,6 +46,8 @@ WORDS = Vector(types.uint64, 16)
 """Words of 32 bits in the lower halves of 64; the upper halves mean nothing, which saves clearing them."""
 OF_ELEMENT = {kind.element: kind for kind in (F32, F64, WORDS)}
 LANES = F32.lanes
+STREAMED = 2**23
+"""Bytes from which an output is written past the caches: they hold no such volume until it is used."""
 
 
 def _llvm(context: Any, kind: Vector) -> Any:
