@@ -13,8 +13,9 @@ import numpy as np
 import numpy.typing as npt
 
 from lesionsynth.cpu._jit import inner, kernel
+from lesionsynth.cpu._memory import output
 from lesionsynth.cpu._threads import parallel_for, team_for
-from lesionsynth.cpu.lines import kernel_of, margin_of, rows_of, smooth
+from lesionsynth.cpu.lines import aligned, kernel_of, margin_of, rows_of, smooth
 from lesionsynth.cpu.simd import LANES, load, store, transpose
 
 Float32 = npt.NDArray[np.float32]
@@ -49,7 +50,7 @@ def gaussian_filter(
     depth, height, width = volume.shape
     threads = team_for(volume.size, threads)
     pitch = pitch_of(width)
-    field = np.empty((depth * height + LANES) * pitch, dtype=np.float32)  # `transpose` reads up to 15 rows on
+    field = output(((depth * height + LANES) * pitch,), np.float32)  # `transpose` reads up to 15 rows on
     padded = field[: depth * height * pitch].reshape(depth, height, pitch)
     sizes = zip(volume.shape, sigmas, strict=True)
     weights_z, weights_y, weights_x = (kernel_of(n, float(sigma), float(truncate)) for n, sigma in sizes)
@@ -84,8 +85,8 @@ def _smooth_planes(
     field: Any, height: int, width: int, weights_y: Any, weights_x: Any, lo: int, hi: int
 ) -> None:
     pitch = pitch_of(width)
-    lines = np.empty(max(scratch_for(weights_x, width), scratch_for(weights_y, height)), dtype=np.float32)
-    out = np.empty(pitch_of(max(width, height)) * LANES, dtype=np.float32)
+    lines = aligned(max(scratch_for(weights_x, width), scratch_for(weights_y, height)))
+    out = aligned(pitch_of(max(width, height)) * LANES)
     margin = margin_of(weights_x, width)
     for z in range(lo, hi):
         at = z * height * pitch
@@ -101,8 +102,8 @@ def _smooth_planes(
 @kernel
 def _smooth_depth(field: Any, depth: int, height: int, width: int, weights: Any, lo: int, hi: int) -> None:
     pitch = pitch_of(width)
-    lines = np.empty(scratch_for(weights, depth), dtype=np.float32)
-    out = np.empty(pitch_of(depth) * LANES, dtype=np.float32)
+    lines = aligned(scratch_for(weights, depth))
+    out = aligned(pitch_of(depth) * LANES)
     for y in range(lo, hi):
         smooth_columns(field, y * pitch, depth, height * pitch, pitch, weights, lines, out)
 

@@ -135,6 +135,14 @@ def is_matrix(weights: Any, n: int) -> bool:
 
 
 @inner
+def aligned(size: int) -> Any:
+    """Return uninitialised float32 for vectors, on a cache line: a load across two takes twice as long."""
+    block = np.empty(size + LANES, dtype=np.float32)
+    skip = (-(block.ctypes.data // 4)) % LANES
+    return block[skip : skip + size]
+
+
+@inner
 def margin_of(weights: Any, n: int) -> int:
     """Rows that `smooth` needs before the first and after the last row of a line."""
     return 0 if is_matrix(weights, n) else weights.size - 1

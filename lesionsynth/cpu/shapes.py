@@ -29,6 +29,7 @@ from lesionsynth.cpu._memory import scratch
 from lesionsynth.cpu._threads import done, group_of, take, wait_for, work_together
 from lesionsynth.cpu.bits import BitMask, count_runs
 from lesionsynth.cpu.lattice import CHUNK, draw_lattice, reads_of_a_chunk, sum_nodes, tabulate
+from lesionsynth.cpu.lines import aligned
 from lesionsynth.cpu.philox import Stream
 from lesionsynth.cpu.simd import (
     bits_at_most,
@@ -228,7 +229,7 @@ def _draw(
     for b in range(blobs.size):
         most_x = max(most_x, blobs[b].pitch)
         most_yx = max(most_yx, blobs[b].nodes[1] * blobs[b].pitch)
-    plane, row = np.empty(3 * most_yx), np.empty(3 * most_x)
+    plane, row = aligned(6 * most_yx).view(np.float64), aligned(6 * most_x).view(np.float64)
     t = take(progress, 0)
     while t >= 0:
         if blobs[t].size[0] > 0:

@@ -25,7 +25,7 @@ from lesionsynth.cpu._jit import inner, kernel
 from lesionsynth.cpu._memory import scratch
 from lesionsynth.cpu._threads import done, group_of, take, wait_for, work_together
 from lesionsynth.cpu.filters import gather_rows, pitch_of, scatter_rows, scratch_for, smooth_columns
-from lesionsynth.cpu.lines import kernels_of, margin_of, smooth
+from lesionsynth.cpu.lines import aligned, kernels_of, margin_of, smooth
 from lesionsynth.cpu.merge import Lesions
 from lesionsynth.cpu.philox import Stream, uniform_lines
 from lesionsynth.cpu.simd import (
@@ -63,8 +63,6 @@ FIELD = np.dtype(
         ("a_range", np.float64),
         ("low", np.float32),  # least a2 on the box
         ("slope", np.float32),  # (a_U - a_L) / (greatest - least)
-        ("passing", np.int64),  # voxels of the lesion with b2 above the threshold, and their sum
-        ("total", np.int64),
         ("beta", np.float32),
     ],
     align=True,
@@ -190,7 +188,7 @@ def _scratch(fields: Any, weights: Any) -> tuple[Any, Any]:
             out = max(out, pitch_of(n) * LANES)
             for which in range(2):
                 lines = max(lines, scratch_for(_kernel(fields[k], weights, which, axis), n))
-    return np.empty(lines, dtype=np.float32), np.empty(out, dtype=np.float32)
+    return aligned(lines), aligned(out)
 
 
 @kernel
