@@ -161,3 +161,24 @@ def test_more_blobs_than_bits_in_a_word():
     assert [c.blobs for c in pair.plan.components] == [tuple(g) for g in expected.groups]
     assert (pair.image >= expected.image_low).all()
     assert (pair.image <= expected.image_high).all()
+
+
+@pytest.mark.parametrize(
+    ("dtype", "at", "below"),
+    [
+        (np.float32, np.float32(1 / 3), np.nextafter(np.float32(1 / 3), np.float32(0))),
+        (np.float64, 1 / 3, np.nextafter(1 / 3, 0)),
+        (np.float16, np.float16(1 / 3), np.nextafter(np.float16(1 / 3), np.float16(0))),
+        (np.int16, -500, -501),
+    ],
+)
+def test_a_voxel_on_the_threshold_is_tissue(dtype, at, below):
+    """GT = (H >= τ) & ~G, on both sides of a vector's end."""
+    image = np.full((2, 5, 37), below, dtype)
+    image[:, ::2] = at
+    pair = renderer().render(
+        plan(blob(center=(0, 0, 0), semi_axes=(0.5,) * 3), shape=None), image, image == at
+    )
+    expected = image == at
+    expected[0, 0, 0] = False
+    np.testing.assert_array_equal(pair.target, expected)
