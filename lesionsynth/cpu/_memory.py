@@ -39,10 +39,9 @@ def output(shape: tuple[int, ...], dtype: Any) -> npt.NDArray[Any]:
     if size < LEAST_BLOCK:
         return np.empty(shape, dtype=kind)
     block = _take(size)
-    start = -block.ctypes.data % ALIGNMENT
     # Every view of the array holds this object, and it dies with the last. A view of `block` would not do:
     # NumPy shortens chains of arrays, and views would hold `block` itself.
-    lease = (ctypes.c_char * size).from_buffer(block, start)
+    lease = (ctypes.c_char * size).from_buffer(_aligned(block))
     weakref.finalize(lease, _give_back, block).atexit = False
     return np.frombuffer(lease, dtype=kind).reshape(shape)
 

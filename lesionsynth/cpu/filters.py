@@ -15,7 +15,7 @@ import numpy.typing as npt
 from lesionsynth.cpu._jit import inner, kernel
 from lesionsynth.cpu._memory import output
 from lesionsynth.cpu._threads import parallel_for, team_for
-from lesionsynth.cpu.lines import aligned, kernel_of, margin_of, rows_of, smooth
+from lesionsynth.cpu.lines import aligned, kernel_of, margin_of, pitch_of, rows_of, smooth
 from lesionsynth.cpu.simd import LANES, load, store, transpose
 
 Float32 = npt.NDArray[np.float32]
@@ -44,8 +44,8 @@ def gaussian_filter(
     Notes
     -----
     Filters in place in the result, whose rows are padded to whole vectors where their length is no multiple
-    of 16. A voxel costs at most min(r, n) multiply-adds along an axis of n voxels, r = truncate sigma; see
-    `lesionsynth.cpu.lines`.
+    of 16. A voxel costs at most min(r, n / 2) multiply-adds along an axis of n voxels, r = truncate sigma;
+    see `lesionsynth.cpu.lines`.
     """
     depth, height, width = volume.shape
     threads = team_for(volume.size, threads)
@@ -66,12 +66,6 @@ def gaussian_filter(
             height, lambda lo, hi: _smooth_depth(field, depth, height, width, weights_z, lo, hi), threads
         )
     return np.ascontiguousarray(padded[:, :, :width])
-
-
-@kernel
-def pitch_of(width: int) -> int:
-    """Row length of a padded field: whole vectors."""
-    return (width + LANES - 1) // LANES * LANES
 
 
 @inner

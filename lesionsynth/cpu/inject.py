@@ -34,8 +34,9 @@ from lesionsynth.cpu.simd import (
 )  # fmt: skip
 from lesionsynth.cpu.texture import Textures
 
-HALF_ONE = np.int16(0x3C00)
-"""1.0 as float16. For numbers that are not negative the bits of float16 are ordered as the numbers are."""
+HALF_ONE, HALF_MINUS_ZERO = np.int16(0x3C00), np.int16(-0x8000)
+"""1.0 and -0.0 as float16. For numbers that are not negative the bits of float16 are ordered as the numbers
+are."""
 
 
 def base_pair(
@@ -86,10 +87,10 @@ def base_pair(
         def rows(lo: int, hi: int) -> None:
             _window_rows(*where, height, sample, flat, flat_target, level, low, high, lo, hi)
     elif image.dtype == np.float16:
-        bits = flat.view(np.int16), flat_target, level.view(np.int16), sane
+        bits = flat.view(np.int16), flat_target, level.view(np.int16), HALF_ONE, HALF_MINUS_ZERO
 
         def rows(lo: int, hi: int) -> None:
-            _copy_half_rows(*where, height, sample.view(np.int16), *bits, lo, hi)
+            _copy_rows(*where, height, sample.view(np.int16), *bits, sane, lo, hi)
     elif image.dtype == np.float32:
         stream = out.nbytes >= STREAMED and width % LANES == 0 and out.ctypes.data % 64 == 0
 
@@ -98,7 +99,7 @@ def base_pair(
     else:
 
         def rows(lo: int, hi: int) -> None:
-            _copy_rows(*where, height, sample, flat, flat_target, level, sane, lo, hi)
+            _copy_rows(*where, height, sample, flat, flat_target, level, 1.0, -0.0, sane, lo, hi)
 
     finish_copy = in_background(lambda: rows(0, depth * height), threads)
 
@@ -130,12 +131,13 @@ def inject(
     threads : int, optional
         See `parallel_for`.
     """
-    width = lesions.shape[2]
+    cut = lesions.runs
+    width = cut.shape[2]
     field_of = np.full(len(lesions) + 1, -1, dtype=np.int64)
     field_of[textures.fields["label"]] = np.arange(len(textures.fields))
     low = int(textures.fields["start"][:, 0].min())
     high = int((textures.fields["start"][:, 0] + textures.fields["size"][:, 0]).max())
-    runs = (field_of, lesions.first, lesions.start, lesions.stop, lesions.label, lesions.shape[1])
+    runs = (field_of, cut.first, cut.start, cut.stop, lesions.label, cut.shape[1])
     pixels = out.view(np.int16) if out.dtype == np.float16 else out
     flat, flat_target = pixels.reshape(-1), target.reshape(-1)
     work_together(
@@ -189,8 +191,9 @@ def _copy_float_rows(
 @kernel
 def _copy_rows(
     base: int, dz: int, dy: int, dx: int, height: int, like: Any, out: Any, target: Any, level: Any,
-    sane: Any, lo: int, hi: int,
+    one: Any, minus_zero: Any, sane: Any, lo: int, hi: int,
 ) -> None:  # fmt: skip
+    """Float64, or float16 by its bits; `one` and `minus_zero` are 1.0 and -0.0 in that form."""
     scratch = np.empty_like(like)
     for r in range(lo, hi):
         row, to, bright = row_of(base, dz, dy, dx, height, r, scratch), out[r], target[r]
@@ -199,25 +202,7 @@ def _copy_rows(
             value = row[x]
             to[x] = value
             bright[x] = value >= level
-            good &= (value >= 0) & (value <= 1)  # NaN fails both
-        sane[r] = good
-
-
-@kernel
-def _copy_half_rows(
-    base: int, dz: int, dy: int, dx: int, height: int, like: Any, out: Any, target: Any, level: Any,
-    sane: Any, lo: int, hi: int,
-) -> None:  # fmt: skip
-    """Float16 by its bits; -0.0 is the least int16."""
-    scratch = np.empty_like(like)
-    for r in range(lo, hi):
-        row, to, bright = row_of(base, dz, dy, dx, height, r, scratch), out[r], target[r]
-        good = True
-        for x in range(row.size):
-            value = row[x]
-            to[x] = value
-            bright[x] = value >= level
-            good &= ((value >= 0) & (value <= HALF_ONE)) | (value == np.int16(-32768))
+            good &= ((value >= 0) & (value <= one)) | (value == minus_zero)  # NaN fails all
         sane[r] = good
 
 

@@ -82,11 +82,11 @@ def label(mask: npt.NDArray[Any], connectivity: int = 6, threads: int | None = N
     runs = runs_of(pack(mask, threads), threads)
     number, count = number_runs(runs, connectivity, threads)
     labels = output(runs.shape, np.int32)
-    paint(runs.first, runs.start, runs.stop, number, labels, threads)
+    paint(runs, number, labels, threads)
     return labels, count
 
 
-def paint(first: Any, start: Any, stop: Any, number: Any, labels: Labels, threads: int | None = None) -> None:
+def paint(runs: Runs, number: Labels, labels: Labels, threads: int | None = None) -> None:
     """Write the number of each run to its voxels of a C-contiguous volume, and 0 to the others."""
     width = labels.shape[2]
     lines = labels.reshape(-1, width)
@@ -94,7 +94,7 @@ def paint(first: Any, start: Any, stop: Any, number: Any, labels: Labels, thread
     stream = labels.nbytes >= STREAMED and width % LANES == 0 and labels.ctypes.data % 64 == 0
     parallel_for(
         len(lines),
-        lambda lo, hi: _paint_rows(lines, clear, first, start, stop, number, stream, lo, hi),
+        lambda lo, hi: _paint_rows(lines, clear, runs.first, runs.start, runs.stop, number, stream, lo, hi),
         threads,
     )
 
@@ -142,11 +142,24 @@ def _find_runs(bits: Any, first: Any, start: Any, stop: Any, lo: int, hi: int) -
 
 
 @inner
-def _root(parent: Any, k: int) -> int:
+def root_of(parent: Any, k: int) -> int:
+    """Return the root of a member: the lowest number of its set."""
     while parent[k] != k:
         parent[k] = parent[parent[k]]  # halves the path for the next search
         k = parent[k]
     return k
+
+
+@inner
+def unite(parent: Any, a: int, b: int) -> None:
+    """Make one set of those of two members; the lower root stays the root."""
+    if a == b:
+        return
+    a, b = root_of(parent, a), root_of(parent, b)
+    if a < b:
+        parent[b] = a
+    elif b < a:
+        parent[a] = b
 
 
 @inner
@@ -155,11 +168,7 @@ def _join_rows(first: Any, start: Any, stop: Any, parent: Any, row: int, other: 
     a, b = first[row], first[other]
     while a < first[row + 1] and b < first[other + 1]:
         if start[a] < stop[b] + reach and start[b] < stop[a] + reach:
-            ra, rb = _root(parent, a), _root(parent, b)
-            if ra < rb:
-                parent[rb] = ra
-            elif rb < ra:
-                parent[ra] = rb
+            unite(parent, a, b)
         if stop[a] < stop[b]:
             a += 1
         else:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from lesionsynth.cpu._jit import inner
-from lesionsynth.cpu.philox import fill_blocks
+from lesionsynth.cpu.philox import blocks_of, fill_blocks
 from lesionsynth.cpu.simd import fma, load, splat, store
 
 NODE_OFFSET = (32768, 32768, 1 << 20)
@@ -33,7 +33,7 @@ def draw_lattice(blob: Any, lattice: Any, seed: Any, stream: Any, sample: Any) -
     at = blob.lattice
     for i in range(3):
         component = np.uint32(3 * blob.component + i)
-        fill_blocks(uniform, seed, stream, sample, component, z0, y0, x0, 0, nz * ((ny + 15) // 16))
+        fill_blocks(uniform, seed, stream, sample, component, z0, y0, x0, 0, blocks_of(nz, ny))
         for r in range(nz * ny):
             for k in range(blob.pitch):
                 lattice[at + k] = blob.bound * (

@@ -134,6 +134,12 @@ def is_matrix(weights: Any, n: int) -> bool:
     return bool(2 * weights.size - 1 > n)
 
 
+@kernel
+def pitch_of(width: int) -> int:
+    """Row length of a padded field: whole vectors."""
+    return (width + LANES - 1) // LANES * LANES
+
+
 @inner
 def aligned(size: int) -> Any:
     """Return uninitialised float32 for vectors, on a cache line: a load across two takes twice as long."""
@@ -151,7 +157,7 @@ def margin_of(weights: Any, n: int) -> int:
 @inner
 def rows_of(weights: Any, n: int) -> int:
     """Rows of a source for `smooth`, outputs rounded up to whole blocks."""
-    return -(-n // LANES) * LANES + 2 * margin_of(weights, n)
+    return pitch_of(n) + 2 * margin_of(weights, n)
 
 
 @inner

@@ -17,7 +17,7 @@ import numpy.typing as npt
 from lesionsynth.cpu._jit import inner, kernel
 from lesionsynth.cpu._threads import done, take, wait_for, work_together
 from lesionsynth.cpu.bits import count_runs, next_clear, next_set
-from lesionsynth.cpu.label import REACH, paint
+from lesionsynth.cpu.label import REACH, Runs, paint, root_of, unite
 from lesionsynth.cpu.shapes import Shapes
 
 Box = tuple[tuple[int, int], tuple[int, int], tuple[int, int]]
@@ -25,16 +25,10 @@ Box = tuple[tuple[int, int], tuple[int, int], tuple[int, int]]
 
 @dataclass(frozen=True)
 class Lesions:
-    """The non-adjacent lesions G_j as runs of voxels along x."""
+    """The non-adjacent lesions G_j."""
 
-    shape: tuple[int, int, int]
-    """Volume (z, y, x)."""
-    first: npt.NDArray[np.int64]
-    """(z y + 1,): the runs of row r are ``first[r] ... first[r + 1]``, ascending and apart."""
-    start: npt.NDArray[np.int32]
-    """First voxel of each run."""
-    stop: npt.NDArray[np.int32]
-    """Voxel after the last."""
+    runs: Runs
+    """Their voxels."""
     label: npt.NDArray[np.int32]
     """Lesion of each run, 1..n."""
     boxes: npt.NDArray[np.int64]
@@ -55,7 +49,7 @@ class Lesions:
 
     def paint(self, out: npt.NDArray[np.int32], threads: int | None = None) -> None:
         """Write the (z, y, x) volume of labels: 0 background, 1..n the lesions."""
-        paint(self.first, self.start, self.stop, self.label, out, threads)
+        paint(self.runs, self.label, out, threads)
 
 
 def merge(
@@ -108,25 +102,8 @@ def merge(
     _finish(
         span, start, stop, blob, label_of, height, first, starts, stops, labels, boxes, voxels
     )  # fmt: skip
-    return Lesions(shape, first, starts, stops, labels, boxes, voxels, tuple(map(tuple, members)))
-
-
-@inner
-def _find(parent: Any, k: int) -> int:
-    while parent[k] != k:
-        k = parent[k]
-    return k
-
-
-@inner
-def _unite(parent: Any, a: int, b: int) -> None:
-    if a == b:
-        return
-    a, b = _find(parent, a), _find(parent, b)
-    if a < b:  # the root is always the lowest number
-        parent[b] = a
-    elif b < a:
-        parent[a] = b
+    runs = Runs(shape, first, starts, stops)
+    return Lesions(runs, labels, boxes, voxels, tuple(map(tuple, members)))
 
 
 @kernel
@@ -221,7 +198,7 @@ def _join_overlapping(at: int, end: int, start: Any, stop: Any, blob: Any, paren
     last = at
     for k in range(at + 1, end):
         if start[k] <= stop[last]:
-            _unite(parent, blob[last], blob[k])
+            unite(parent, blob[last], blob[k])
             stop[last] = max(stop[last], stop[k])
         else:
             last += 1
@@ -255,7 +232,7 @@ def _join_rows(one: Any, other: Any, start: Any, stop: Any, blob: Any, parent: A
     a, b = one[0], other[0]
     while a < one[1] and b < other[1]:
         if start[a] < stop[b] + reach and start[b] < stop[a] + reach:
-            _unite(parent, blob[a], blob[b])
+            unite(parent, blob[a], blob[b])
         if stop[a] < stop[b]:
             a += 1
         else:
@@ -267,9 +244,9 @@ def _combine(parent: Any, slices: Any, roots: Any) -> None:
     """Unite what any slice united, and point every blob at its root."""
     for z in slices:
         for b in range(roots.size):
-            _unite(roots, b, parent[z, b])
+            unite(roots, b, parent[z, b])
     for b in range(roots.size):
-        roots[b] = _find(roots, b)
+        roots[b] = root_of(roots, b)
 
 
 @kernel

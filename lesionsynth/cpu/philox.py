@@ -19,6 +19,7 @@ import numpy.typing as npt
 
 from lesionsynth.cpu._jit import inner, kernel
 from lesionsynth.cpu._threads import parallel_for, team_for
+from lesionsynth.cpu.lines import aligned, pitch_of
 from lesionsynth.cpu.simd import LANES, iota, product, splat, store, transpose, uniform_of, upper
 
 MULTIPLIER_0, MULTIPLIER_1 = np.uint64(0xD2511F53), np.uint64(0xCD9E8D57)
@@ -81,9 +82,15 @@ def fill_uniform(
         See `parallel_for`.
     """
     words = [np.uint32(w) for w in (seed, stream, sample, component, *origin)]
-    blocks = out.shape[0] * -(-out.shape[1] // LANES)
+    blocks = blocks_of(out.shape[0], out.shape[1])
     team = team_for(out.size, threads)
     parallel_for(blocks, lambda lo, hi: fill_blocks(out, *words, lo, hi), team)
+
+
+@kernel
+def blocks_of(depth: int, height: int) -> int:
+    """Count the blocks of sixteen rows of a box."""
+    return depth * (pitch_of(height) // LANES)
 
 
 @kernel
@@ -95,9 +102,9 @@ def fill_blocks(
     first = np.int64(x0) // 4
     quads = (np.int64(x0) + width - 1) // 4 - first + 1
     skip = np.int64(x0) - 4 * first  # voxels of the first quad that lie before the box
-    pitch = (4 * quads + LANES - 1) // LANES * LANES
-    lines, rows = np.empty(pitch * LANES, dtype=np.float32), np.empty(pitch * LANES, dtype=np.float32)
-    blocks = (height + LANES - 1) // LANES
+    pitch = pitch_of(4 * quads)
+    lines, rows = aligned(pitch * LANES), aligned(pitch * LANES)
+    blocks = blocks_of(1, height)
     for b in range(lo, hi):
         z, y = b // blocks, b % blocks * LANES
         plane = ((z0 + np.uint32(z)) << np.uint32(16)) | (y0 + np.uint32(y))

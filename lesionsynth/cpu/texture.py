@@ -24,8 +24,8 @@ import numpy.typing as npt
 from lesionsynth.cpu._jit import inner, kernel
 from lesionsynth.cpu._memory import scratch
 from lesionsynth.cpu._threads import done, group_of, take, wait_for, work_together
-from lesionsynth.cpu.filters import gather_rows, pitch_of, scatter_rows, scratch_for, smooth_columns
-from lesionsynth.cpu.lines import aligned, kernels_of, margin_of, smooth
+from lesionsynth.cpu.filters import gather_rows, scatter_rows, scratch_for, smooth_columns
+from lesionsynth.cpu.lines import aligned, kernels_of, margin_of, pitch_of, smooth
 from lesionsynth.cpu.merge import Lesions
 from lesionsynth.cpu.philox import Stream, uniform_lines
 from lesionsynth.cpu.simd import (
@@ -100,8 +100,8 @@ def synthesize_textures(plan: LesionPlan, lesions: Lesions, threads: int | None 
         Every lesion once.
     """
     everything, weights = _fields(plan, lesions)
-    words = [np.uint32(w) for w in (plan.seed, plan.index)]
-    for fields in _groups(everything, math.prod(lesions.shape)):
+    words, runs = [np.uint32(w) for w in (plan.seed, plan.index)], lesions.runs
+    for fields in _groups(everything, math.prod(runs.shape)):
         size = int((fields["size"][:, 0] * fields["size"][:, 1] * fields["pitch"]).sum())
         slack = LANES * int(fields["pitch"].max())  # `gather_rows` reads up to 15 rows on
         values = scratch("texture.values", size + slack, np.float32)
@@ -112,7 +112,7 @@ def synthesize_textures(plan: LesionPlan, lesions: Lesions, threads: int | None 
         rounds = int(slices[-1]), int(columns[-1]), 1, int(slices[-1]), int(columns[-1])
         work_together(
             _synthesize, rounds, slices, columns, fields, weights, values, *words, extremes, sums,
-            lesions.first, lesions.start, lesions.stop, lesions.label, lesions.shape[1],
+            runs.first, runs.start, runs.stop, lesions.label, runs.shape[1],
             np.float32(plan.mean_threshold), threads=threads,
         )  # fmt: skip
         yield Textures(fields, values, _brightness(plan, lesions, fields, columns, sums))
