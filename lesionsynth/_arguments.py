@@ -7,13 +7,15 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from lesionsynth._dlpack import Restore, accept, library_of
+from lesionsynth._dlpack import DLPACK_CUDA, Restore, accept, device_kind, library_of
+
+__all__ = ["DLPACK_CUDA", "accept_out", "accept_pair", "check_pair", "device_kind"]
 
 _AXES = {3: "(z, y, x)", 4: "(b, z, y, x)"}
 
 
 def accept_pair(
-    image: Any, lung_mask: Any, ranks: tuple[int, ...], dtypes: tuple[type[np.generic], ...]
+    image: Any, lung_mask: Any, ranks: tuple[int, ...], dtypes: tuple[str, ...]
 ) -> tuple[npt.NDArray[Any], npt.NDArray[np.bool_], Restore]:
     """Take an image and its mask as NumPy arrays, or say what is wrong with them.
 
@@ -25,8 +27,8 @@ def accept_pair(
         Bool, or numbers 0 and 1.
     ranks : tuple of int
         Ranks that are taken: 3, 4 or both.
-    dtypes : tuple of dtype
-        Dtypes of the image that are taken; int16 stands for Hounsfield units.
+    dtypes : tuple of str
+        Names of the dtypes of the image that are taken; int16 stands for Hounsfield units.
 
     Returns
     -------
@@ -46,30 +48,85 @@ def accept_pair(
     """
     healthy, restore = accept(image, "image")
     mask, _ = accept(lung_mask, "lung_mask")
+    check_same_library(image, lung_mask)
+    kind = healthy.dtype.name if healthy.dtype.isnative else str(healthy.dtype)
+    check_pair(healthy.shape, kind, mask.shape, ranks, dtypes)
+    return healthy, _binary(mask), restore
+
+
+def check_same_library(image: Any, lung_mask: Any) -> None:
+    """Raise `TypeError` unless both are arrays of one library."""
     if library_of(image) != library_of(lung_mask):
         raise TypeError(
             "image and lung_mask must be arrays of one library, "
             f"got {library_of(image)} and {library_of(lung_mask)}"
         )
-    if healthy.ndim not in ranks:
+
+
+def check_pair(
+    shape: tuple[int, ...],
+    dtype: str,
+    mask_shape: tuple[int, ...],
+    ranks: tuple[int, ...],
+    dtypes: tuple[str, ...],
+) -> None:
+    """Check what every device checks; see `accept_pair`."""
+    if len(shape) not in ranks:
         axes = " or ".join(_AXES[rank] for rank in ranks)
-        raise ValueError(f"image must be {axes}, got shape {healthy.shape}")
-    if healthy.shape != mask.shape:
-        raise ValueError(f"lung_mask must have the shape of image, {healthy.shape}, got {mask.shape}")
-    if healthy.size == 0:
-        raise ValueError(f"image must have at least one voxel, got shape {healthy.shape}")
-    if healthy.dtype not in dtypes:
-        names = " or ".join(np.dtype(d).name for d in dtypes if d is not np.int16)
-        if np.int16 in dtypes:
+        raise ValueError(f"image must be {axes}, got shape {shape}")
+    if shape != mask_shape:
+        raise ValueError(f"lung_mask must have the shape of image, {shape}, got {mask_shape}")
+    if 0 in shape:
+        raise ValueError(f"image must have at least one voxel, got shape {shape}")
+    if dtype not in dtypes:
+        names = " or ".join(name for name in dtypes if name != "int16")
+        if "int16" in dtypes:
             names += ", or Hounsfield units in int16"
             hint = ""
         else:
             hint = "; for Hounsfield units use lesionsynth.window_hu first"
         raise TypeError(
-            f"image must be in [0, 1] and {names}, got {healthy.dtype}"
-            + (hint if healthy.dtype.kind in "iu" else "")
+            f"image must be in [0, 1] and {names}, got {dtype}" + (hint if "int" in dtype else "")
         )
-    return healthy, _binary(mask), restore
+
+
+def accept_out(
+    out: Any, image: npt.NDArray[Any], dtype: np.dtype[Any], mask: npt.NDArray[Any]
+) -> tuple[npt.NDArray[Any], npt.NDArray[np.bool_]]:
+    """Take the buffers of a pair in CPU memory, or say what is wrong with them; see `check_buffer`."""
+    buffers = []
+    for name, buffer, kind in zip(
+        ("out image", "out target"), pair_of(out), (dtype, np.dtype(bool)), strict=True
+    ):
+        array, _ = accept(buffer, name)
+        check_buffer(name, array.shape, array.dtype.name, array.flags.c_contiguous, image.shape, kind.name)
+        if not array.flags.writeable:
+            raise ValueError(f"{name} must be writeable, got a read-only array")
+        if np.may_share_memory(array, image) or np.may_share_memory(array, mask):
+            raise ValueError(f"{name} must not share memory with image or lung_mask, which are never written")
+        buffers.append(array)
+    return buffers[0], buffers[1]
+
+
+def pair_of(out: Any) -> tuple[Any, Any]:
+    """Return the image and the target buffer of ``out=``: a `LesionPair`, or the two in a tuple."""
+    if isinstance(out, tuple) and len(out) == 2:
+        return out
+    if hasattr(out, "image") and hasattr(out, "target"):
+        return out.image, out.target
+    raise TypeError(f"out must be a LesionPair or (image, target), got {type(out).__name__}")
+
+
+def check_buffer(
+    name: str, shape: tuple[int, ...], dtype: str, contiguous: bool, wanted: tuple[int, ...], kind: str
+) -> None:
+    """Raise unless a buffer can take a result."""
+    if shape != wanted:
+        raise ValueError(f"{name} must have the shape of image, {wanted}, got {shape}")
+    if dtype != kind:
+        raise TypeError(f"{name} must be {kind}, got {dtype}")
+    if not contiguous:
+        raise ValueError(f"{name} must be C-contiguous, got an array with other strides")
 
 
 def _binary(mask: npt.NDArray[Any]) -> npt.NDArray[np.bool_]:

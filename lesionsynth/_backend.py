@@ -1,101 +1,79 @@
-"""The stages of a rendering, and who provides them for an array.
-
-A backend is chosen once, at the public boundary; `lesionsynth.synthesizer` calls stages and has no device
-branches.
-"""
+"""Who renders: the backend of the device that holds the image, chosen once, at the public boundary."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
+import sys
+from collections.abc import Sequence
 from typing import Any, Protocol
 
-import numpy as np
-import numpy.typing as npt
-
+from lesionsynth._arguments import DLPACK_CUDA, device_kind
+from lesionsynth._recipe import Recipe
 from lesionsynth.config import Range
-from lesionsynth.cpu._memory import output
-from lesionsynth.cpu._threads import check_threads, team_for
-from lesionsynth.cpu.bits import BitMask, pack
-from lesionsynth.cpu.inject import base_pair, inject
-from lesionsynth.cpu.merge import Lesions, merge
-from lesionsynth.cpu.place import place
-from lesionsynth.cpu.shapes import Shapes, draw_shapes
-from lesionsynth.cpu.texture import synthesize_textures
-from lesionsynth.plan import Component, LesionPlan
+from lesionsynth.cpu import _memory
+from lesionsynth.cpu.backend import CpuBackend
+from lesionsynth.plan import Component
 
-Array = npt.NDArray[Any]
-Mask = npt.NDArray[np.bool_]
-Labels = npt.NDArray[np.int32]
+
+class Inputs(Protocol):
+    """An image and its mask on a device, checked, with the buffers of the results where the caller gave some."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(z, y, x) or (b, z, y, x)."""
+
+
+class Rendering(Protocol):
+    """A pair on its device, in the caller's library; what is not always wanted is made when asked for."""
+
+    @property
+    def image(self) -> Any:
+        """A."""
+
+    @property
+    def target(self) -> Any:
+        """GT."""
+
+    def components(self) -> tuple[tuple[Component, ...], ...]:
+        """Tell the lesions of each item."""
+
+    def labels(self) -> Any:
+        """Paint the lesions."""
 
 
 class Backend(Protocol):
-    """One method per stage of DESIGN.md section 2. What passes between stages is the backend's own affair."""
+    """Takes arrays of one kind of device and renders on it."""
 
-    def copy(self, image: Array, tau: float, hu_range: Range, out: Array, target: Mask) -> Callable[[], None]:
-        """Begin to write the pair without lesions, H to `out`, H >= tau to `target`; the answer ends it."""
+    def accept(self, image: Any, lung_mask: Any, out: Any) -> Any:
+        """Check the arguments of a rendering; returns `Inputs`."""
 
-    def output(self, shape: tuple[int, ...], dtype: Any) -> Array:
-        """Return uninitialised memory for a result."""
-
-    def place(self, plan: LesionPlan, lung_mask: Mask) -> Any:
-        """Find the centre voxel of each blob, and read the mask."""
-
-    def draw(self, plan: LesionPlan, placed: Any) -> Any:
-        """Evaluate the blobs' voxels."""
-
-    def merge(self, plan: LesionPlan, placed: Any, shapes: Any) -> Any:
-        """Join blobs that touch into lesions."""
-
-    def fill(self, plan: LesionPlan, lesions: Any, out: Array, target: Mask) -> tuple[Component, ...]:
-        """Synthesise the texture of every lesion and inject it into the pair, in place."""
-
-    def paint(self, lesions: Any, out: Labels) -> None:
-        """Write the labels of all lesions, and 0 elsewhere."""
+    def render(self, recipes: Sequence[Recipe], inputs: Any, hu_range: Range) -> Rendering:
+        """Render one recipe an item."""
 
 
-class CpuBackend:
-    """Numba kernels over threads."""
+class Backends:
+    """The backends of a synthesizer. CuPy is imported for the first CUDA array, and never before."""
 
     def __init__(self, threads: int | None = None) -> None:
-        check_threads(threads)
-        self.threads = threads
+        self._cpu: Backend = CpuBackend(threads)
 
-    def output(self, shape: tuple[int, ...], dtype: Any) -> Array:
-        """See `Backend`."""
-        return output(shape, dtype)
+    def of(self, image: Any) -> Backend:
+        """Return the backend for an array."""
+        if device_kind(image) == DLPACK_CUDA:
+            from lesionsynth.cuda.backend import backend
 
-    def copy(self, image: Array, tau: float, hu_range: Range, out: Array, target: Mask) -> Callable[[], None]:
-        """See `Backend`."""
-        return base_pair(image, tau, hu_range, out, target, team_for(out.size, self.threads))
+            return backend()
+        return self._cpu
 
-    def place(self, plan: LesionPlan, lung_mask: Mask) -> tuple[BitMask, npt.NDArray[np.int64]]:
-        """See `Backend`."""
-        counts = np.empty(lung_mask.shape[0] * lung_mask.shape[1], dtype=np.int64)
-        mask = pack(lung_mask, 1, counts)  # the other threads copy the image meanwhile
-        return mask, place(plan, mask, counts)
 
-    def draw(self, plan: LesionPlan, placed: tuple[BitMask, npt.NDArray[np.int64]]) -> Shapes:
-        """See `Backend`."""
-        mask, centers = placed
-        return draw_shapes(plan, centers, mask, team_for(math.prod(mask.shape), self.threads))
+def release_memory() -> None:
+    """Give back the memory that is kept for later calls.
 
-    def merge(
-        self, plan: LesionPlan, placed: tuple[BitMask, npt.NDArray[np.int64]], shapes: Shapes
-    ) -> Lesions:
-        """See `Backend`."""
-        shape = placed[0].shape
-        return merge(shapes, shape, plan.connectivity, team_for(math.prod(shape), self.threads))
-
-    def fill(self, plan: LesionPlan, lesions: Lesions, out: Array, target: Mask) -> tuple[Component, ...]:
-        """See `Backend`."""
-        components: list[Component] = []
-        threads = team_for(out.size, self.threads)
-        for textures in synthesize_textures(plan, lesions, threads):
-            inject(textures, lesions, out, target, threads)
-            components += textures.components
-        return tuple(sorted(components, key=lambda c: c.label))
-
-    def paint(self, lesions: Lesions, out: Labels) -> None:
-        """See `Backend`."""
-        lesions.paint(out, team_for(out.size, self.threads))
+    On the CPU, results come from the memory of earlier results that nobody holds any more, and scratch arrays stay
+    with the thread that used them: at most three results of the sizes used last, and 64 MiB for each purpose. This
+    returns the free ones, and the scratch arrays of the calling thread, to the system. On GPUs it waits for the
+    batches under way and returns the workspaces (`lesionsynth.cuda.memory_report`) to CuPy's memory pool.
+    """
+    _memory.release()
+    cuda = sys.modules.get("lesionsynth.cuda.backend")
+    if cuda is not None:
+        cuda.backend().release()

@@ -15,8 +15,8 @@ import numpy.typing as npt
 Array = npt.NDArray[Any]
 Restore = Callable[[Array], Any]
 
-_DLPACK_CPU = 1
-_DLPACK_CUDA = 2
+DLPACK_CPU = 1
+DLPACK_CUDA = 2
 
 
 def accept(x: Any, name: str) -> tuple[Array, Restore]:
@@ -53,12 +53,10 @@ def accept(x: Any, name: str) -> tuple[Array, Restore]:
         kind = int(x.__dlpack_device__()[0])
     except (BufferError, TypeError, ValueError) as error:  # torch's meta tensors have no memory to speak of
         device = getattr(x, "device", "unknown")
-        raise ValueError(f"{name} must be in CPU memory, got device {device}: {error}") from error
-    if kind == _DLPACK_CUDA:
-        raise ValueError(
-            f"{name} is on a CUDA device, and this version computes on the CPU: pass {name}.cpu()"
-        )
-    if kind != _DLPACK_CPU:
+        raise ValueError(f"{name} must be in CPU or CUDA memory, got device {device}: {error}") from error
+    if kind == DLPACK_CUDA:
+        raise ValueError(f"{name} must be in CPU memory, as the other arrays are, got a CUDA array")
+    if kind != DLPACK_CPU:
         raise ValueError(f"{name} must be in CPU memory, got DLPack device type {kind}")
     if getattr(x, "requires_grad", False):
         raise ValueError(f"{name} requires a gradient, which synthesis cannot give: pass {name}.detach()")
@@ -69,6 +67,14 @@ def accept(x: Any, name: str) -> tuple[Array, Restore]:
         raise ValueError(f"{name} must have a dtype NumPy knows, got {dtype}: {error}") from error
     from_dlpack = getattr(sys.modules.get(library_of(x)), "from_dlpack", None)
     return view, _identity if from_dlpack is None else from_dlpack
+
+
+def device_kind(x: Any) -> int | None:
+    """Return the DLPack device type of an array; None where it has none, or will not tell."""
+    try:
+        return int(x.__dlpack_device__()[0])
+    except (AttributeError, BufferError, TypeError, ValueError):
+        return None
 
 
 def library_of(x: Any) -> str:

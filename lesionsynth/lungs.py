@@ -67,7 +67,7 @@ def remove_erroneous_edges(
     _check_options(threshold, contact_fraction, shell_width)
     check_connectivity(connectivity)
     check_threads(threads)
-    healthy, mask, restore = accept_pair(image, lung_mask, ranks=(3,), dtypes=(np.float32, np.float64))
+    healthy, mask, restore = accept_pair(image, lung_mask, ranks=(3,), dtypes=("float32", "float64"))
     level = healthy.dtype.type(threshold)
     kept, lungs = remove_edges(healthy, mask, level, contact_fraction, shell_width, connectivity, threads)
     return restore(kept), restore(lungs)

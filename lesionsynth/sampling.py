@@ -12,10 +12,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from lesionsynth.config import BlobClass, LesionConfig, Range, Texture
-from lesionsynth.cpu._jit import kernel
+from lesionsynth._recipe import DRAWN, Recipe
+from lesionsynth.config import BlobClass, LesionConfig, Texture
+from lesionsynth.cpu._jit import inner, kernel
 from lesionsynth.cpu.philox import Stream, philox4x32_10
-from lesionsynth.plan import Blob, LesionPlan, Triple
+from lesionsynth.plan import Triple, check_lung_fraction, check_word
 
 UNIFORMS_PER_BLOB = 16
 """Draws reserved for a blob: adding a parameter must not shift the others."""
@@ -23,31 +24,46 @@ COUNTS = 2**32 - 1
 """Philox component of the draws that belong to the sample, not to a blob."""
 
 
-def sample_plan(
+def sample_recipe(
     config: LesionConfig,
     seed: int,
     index: int,
     lung_fraction: float,
     shape: tuple[int, int, int] | None,
     spacing: Triple,
-) -> LesionPlan:
-    """Draw the plan of sample `index` (PAPER.md III-C); arguments are checked by `LesionPlan`."""
+) -> Recipe:
+    """Draw the numbers of sample `index` (PAPER.md III-C).
+
+    Raises
+    ------
+    TypeError, ValueError
+        `index` or `lung_fraction` is of the wrong kind or out of range.
+    """
+    check_word("index", index)
+    check_lung_fraction(lung_fraction)
     counts = [
         _count(kind, u, lung_fraction)
         for kind, u in zip(config.blob_classes, uniforms(seed, index, COUNTS, 1)[0], strict=False)
     ]
-    kinds = [kind for kind, n in zip(config.blob_classes, counts, strict=True) for _ in range(n)]
-    draws = uniforms(seed, index, 0, len(kinds))
-    return LesionPlan(
+    kinds = [(*kind.radius, float(kind.spherical)) for kind in config.blob_classes]
+    blobs = np.empty(sum(counts), dtype=DRAWN)
+    _draw(
+        blobs.view(np.float64).reshape(len(blobs), DRAWN.itemsize // 8),
+        uniforms(seed, index, 0, len(blobs)),
+        np.repeat(np.array(kinds, dtype=np.float64).reshape(-1, 3), counts, axis=0),
+        np.array([*config.warp.amplitude, *config.warp.correlation]),
+        _laws(config.texture),
+    )
+    return Recipe(
         seed=seed,
         index=index,
-        lung_fraction=lung_fraction,
+        lung_fraction=float(lung_fraction),
         shape=shape,
         scale=spacing if config.lengths == "mm" else (1.0, 1.0, 1.0),
         connectivity=config.connectivity,
         tau=config.tau,
         mean_threshold=config.texture.mean_threshold,
-        blobs=tuple(_blob(i, kind, config, draws[i].tolist()) for i, kind in enumerate(kinds)),
+        blobs=blobs,
     )
 
 
@@ -74,47 +90,49 @@ def _count(kind: BlobClass, u: float, lung_fraction: float) -> int:
         return int(u < kind.probability * factor)
     assert kind.count is not None  # BlobClass holds exactly one of the two
     low, high = kind.count
-    return math.floor(_within((low * factor, high * factor), u) + 0.5)
+    low, high = low * factor, high * factor
+    return math.floor(min(low + (high - low) * u, high) + 0.5)
 
 
-def _blob(number: int, kind: BlobClass, config: LesionConfig, u: list[float]) -> Blob:
-    axes = [_within(kind.radius, u[0])] * 3 if kind.spherical else [_within(kind.radius, v) for v in u[0:3]]
-    texture = config.texture
-    a_low, a_high = _probability_bounds(texture, u[10], u[11])
-    sigma_b = texture.sigma_b_low if u[12] < texture.p_sigma_b_low else texture.sigma_b_high
-    return Blob(
-        component=number,
-        semi_axes=(axes[0], axes[1], axes[2]),
-        rotation=_quaternion(u[3], u[4], u[5]),
-        position=u[6],
-        warp_amplitude=_within(config.warp.amplitude, u[7]),
-        warp_correlation=_within(config.warp.correlation, u[8]),
-        sigma_a=_within(texture.sigma_a, u[9]),
-        a_low=a_low,
-        a_high=a_high,
-        sigma_b=_within(sigma_b, u[13]),
-        mu0=_within(texture.mu0, u[14]),
-    )
+def _laws(texture: Texture) -> npt.NDArray[np.float64]:
+    """Bounds of the texture's distributions, in the order that `_draw` reads them."""
+    bounds = texture.sigma_a, texture.a_range, texture.sigma_b_low, texture.sigma_b_high, texture.mu0
+    return np.array([*sum(bounds, ()), texture.a_min_gap, texture.p_sigma_b_low], dtype=np.float64)
 
 
-def _within(bounds: Range, u: float) -> float:
-    low, high = bounds
+@kernel
+def _draw(out: Any, uniforms: Any, kinds: Any, warp: Any, laws: Any) -> None:
+    """Turn the uniforms of each blob into a row of `DRAWN`."""
+    for b in range(out.shape[0]):
+        u, row, (low, high, spherical) = uniforms[b], out[b], kinds[b]
+        row[0] = b
+        for i in range(3):
+            row[1 + i] = _within(low, high, u[0] if spherical else u[i])
+        _quaternion(u[3], u[4], u[5], row[4:8])
+        row[8] = u[6]
+        row[9:12] = -1.0
+        row[12] = _within(warp[0], warp[1], u[7])
+        row[13] = _within(warp[2], warp[3], u[8])
+        row[14] = _within(laws[0], laws[1], u[9])
+        # (a_L, a_U): independent uniforms given that a_U - a_L exceeds the gap. Redrawing until the gap is met
+        # leaves the uniform law on a triangle; sorting two uniforms gives the same law at once.
+        gap, slack = laws[10], laws[3] - laws[2] - laws[10]
+        row[15] = laws[2] + slack * min(u[10], u[11])
+        row[16] = min(laws[2] + gap + slack * max(u[10], u[11]), laws[3])
+        common = u[12] < laws[11]
+        row[17] = _within(laws[4] if common else laws[6], laws[5] if common else laws[7], u[13])
+        row[18] = _within(laws[8], laws[9], u[14])
+
+
+@inner
+def _within(low: float, high: float, u: float) -> float:
     return min(low + (high - low) * u, high)  # rounding must not leave the range
 
 
-def _probability_bounds(texture: Texture, u: float, v: float) -> Range:
-    """Draw (a_L, a_U), independent uniforms given that a_U - a_L exceeds the gap.
-
-    Redrawing until the gap is met leaves the uniform law on a triangle; sorting two uniforms gives the same
-    law at once.
-    """
-    low, high = texture.a_range
-    slack = high - low - texture.a_min_gap
-    return low + slack * min(u, v), min(low + texture.a_min_gap + slack * max(u, v), high)
-
-
-def _quaternion(u: float, v: float, w: float) -> tuple[float, float, float, float]:
+@inner
+def _quaternion(u: float, v: float, w: float, out: Any) -> None:
     """Uniform random rotation as a unit quaternion (Shoemake, Graphics Gems III, 1992)."""
     a, b = math.sqrt(1.0 - u), math.sqrt(u)
     s, t = 2.0 * math.pi * v, 2.0 * math.pi * w
-    return a * math.sin(s), a * math.cos(s), b * math.sin(t), b * math.cos(t)
+    out[0], out[1] = a * math.sin(s), a * math.cos(s)
+    out[2], out[3] = b * math.sin(t), b * math.cos(t)

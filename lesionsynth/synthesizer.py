@@ -1,40 +1,40 @@
-"""The generator of PAPER.md III-C, read downwards: plan, place, shapes, merge, pair, texture, inject."""
+"""The generator of PAPER.md III-C: draw a plan, render it on the device that holds the image."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property, partial
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
-
-from lesionsynth._arguments import accept_pair
-from lesionsynth._backend import Backend, CpuBackend
-from lesionsynth._dlpack import Restore
+from lesionsynth._backend import Backends, Rendering
+from lesionsynth._recipe import Recipe
 from lesionsynth.config import LesionConfig, check_spacing
-from lesionsynth.plan import LesionPlan, Triple, check_lung_fraction, check_word
-from lesionsynth.sampling import sample_plan
-
-DTYPES = (np.float32, np.float64, np.float16, np.int16)
-"""What `render` takes; int16 holds Hounsfield units."""
+from lesionsynth.plan import LesionPlan, Triple, check_word
+from lesionsynth.sampling import sample_recipe
 
 
 @dataclass(frozen=True)
 class LesionPair:
     """A training pair: image with synthetic lesions, and the healthy tissue to recover.
 
-    Arrays have the library and the shape, (z, y, x) or (b, z, y, x), of the image that went in.
+    Arrays have the library, the device and the shape, (z, y, x) or (b, z, y, x), of the image that went in.
     """
 
     image: Any
     """A, float: max(H, B) inside lesions, H elsewhere; the dtype of the input, float32 for int16."""
     target: Any
     """GT, bool: (H >= τ) & ~lesions."""
-    plan: LesionPlan | tuple[LesionPlan, ...]
-    """What was drawn, with the lesions it became; one per item of a batch."""
+    _plan: Callable[[], LesionPlan | tuple[LesionPlan, ...]] = field(repr=False, compare=False)
     _paint: Callable[[], Any] = field(repr=False, compare=False)
+
+    @cached_property
+    def plan(self) -> LesionPlan | tuple[LesionPlan, ...]:
+        """What was drawn, with the lesions it became; one per item of a batch.
+
+        A GPU is waited for when this is first asked for, and what it found wrong with the input is raised.
+        """
+        return self._plan()
 
     @cached_property
     def labels(self) -> Any:
@@ -76,7 +76,7 @@ class LesionSynthesizer:
         check_word("seed", seed)
         self.config = config
         self.seed = seed
-        self._backend: Backend = CpuBackend(threads)
+        self._backends = Backends(threads)
 
     def __call__(
         self,
@@ -86,6 +86,7 @@ class LesionSynthesizer:
         index: int | Sequence[int],
         lung_fraction: float | Sequence[float] = 1.0,
         spacing: Triple | None = None,
+        out: Any = None,
     ) -> LesionPair:
         """Draw and render: `sample`, then `render`.
 
@@ -103,6 +104,9 @@ class LesionSynthesizer:
             λ in (0, 1].
         spacing : (3,) floats, optional
             Voxel size (z, y, x) in mm, for configurations in mm; the configuration's where omitted.
+        out : LesionPair or (image, target), optional
+            Buffers for the results, in the library and on the device of `image`, C-contiguous: an image of
+            its shape and dtype (float32 for int16) and a bool target. They become the pair's arrays.
 
         Returns
         -------
@@ -117,8 +121,8 @@ class LesionSynthesizer:
         shape = _shape_of(image)
         if shape is not None and len(shape) == 3 and not _is_scalar(index):
             raise ValueError(f"index must be one integer for a (z, y, x) image, got {index!r}")
-        plan = self.sample(index=index, lung_fraction=lung_fraction, shape=shape, spacing=spacing)
-        return self.render(plan, image, lung_mask)
+        recipes, _ = self._draw(index, lung_fraction, shape, spacing)
+        return self._render(recipes, image, lung_mask, out)
 
     def sample(
         self,
@@ -147,29 +151,39 @@ class LesionSynthesizer:
         TypeError, ValueError
             An index outside [0, 2**32), λ outside (0, 1], lengths that differ from the batch, spacing <= 0.
         """
-        index, lung_fraction = _plain(index), _plain(lung_fraction)
+        recipes, batched = self._draw(_plain(index), _plain(lung_fraction), shape, spacing)
+        plans = tuple(recipe.plan for recipe in recipes)
+        return plans if batched else plans[0]
+
+    def _draw(
+        self, index: Any, lung_fraction: Any, shape: Sequence[int] | None, spacing: Triple | None
+    ) -> tuple[list[Recipe], bool]:
+        """Draw each item; also tells whether there is a batch axis."""
         if spacing is not None:
             check_spacing(spacing)
         spacing = self.config.spacing if spacing is None else (spacing[0], spacing[1], spacing[2])
         shape = None if shape is None else tuple(int(n) for n in shape)
         if shape is not None and len(shape) not in (3, 4):
             raise ValueError(f"shape must be (z, y, x) or (b, z, y, x), got {shape}")
+        volume = None if shape is None else (shape[-3], shape[-2], shape[-1])
         batched = not _is_scalar(index) or (shape is not None and len(shape) == 4)
         if not batched:
-            return self._sample_one(index, lung_fraction, shape, spacing)
+            return [sample_recipe(self.config, self.seed, index, lung_fraction, volume, spacing)], False
         indices = _per_item("index", index, shape[0] if shape is not None and len(shape) == 4 else None)
         fractions = _per_item("lung_fraction", lung_fraction, len(indices), spread=True)
-        volume = None if shape is None else shape[-3:]
-        return tuple(self._sample_one(i, f, volume, spacing) for i, f in zip(indices, fractions, strict=True))
+        pairs = zip(indices, fractions, strict=True)
+        return [sample_recipe(self.config, self.seed, i, f, volume, spacing) for i, f in pairs], True
 
-    def render(self, plan: LesionPlan | Sequence[LesionPlan], image: Any, lung_mask: Any) -> LesionPair:
+    def render(
+        self, plan: LesionPlan | Sequence[LesionPlan], image: Any, lung_mask: Any, *, out: Any = None
+    ) -> LesionPair:
         """Render a plan: the same plan, image and mask give the same pair, bit for bit.
 
         Parameters
         ----------
         plan : LesionPlan or sequence of LesionPlan
             One per item of a batch.
-        image, lung_mask
+        image, lung_mask, out
             See `__call__`.
 
         Returns
@@ -185,60 +199,36 @@ class LesionSynthesizer:
             Rank or shapes differ from each other or from the plan; the mask is empty or not binary; a voxel
             is NaN, infinite or outside [0, 1].
         """
-        healthy, mask, restore = accept_pair(image, lung_mask, ranks=(3, 4), dtypes=DTYPES)
-        if healthy.ndim == 3:
-            if not isinstance(plan, LesionPlan):
-                raise TypeError(
-                    f"plan must be one LesionPlan for a (z, y, x) image, got {type(plan).__name__}"
-                )
-            plans = [plan]
-        else:
-            plans = _per_item("plan", plan, len(healthy))
+        shape = _shape_of(image)
+        if shape is not None and len(shape) == 4:
+            plans = _per_item("plan", plan, shape[0])
             if not all(isinstance(item, LesionPlan) for item in plans):
                 raise TypeError(
                     f"plan must be a sequence of LesionPlan for a (b, z, y, x) image, got {plan!r}"
                 )
-        dtype = np.float32 if healthy.dtype == np.int16 else healthy.dtype
-        a = self._backend.output(healthy.shape, dtype)
-        target = self._backend.output(healthy.shape, np.bool_)
-        items = [x if healthy.ndim == 4 else x[None] for x in (healthy, mask, a, target)]
-        rendered = [self._render_one(item, *arrays) for item, *arrays in zip(plans, *items, strict=True)]
-        done, lesions = zip(*rendered, strict=True)
-        paint = partial(_paint, self._backend, lesions, healthy.shape, restore)
-        return LesionPair(restore(a), restore(target), done if healthy.ndim == 4 else done[0], paint)
+        elif isinstance(plan, LesionPlan):
+            plans = [plan]
+        else:
+            raise TypeError(f"plan must be one LesionPlan for a (z, y, x) image, got {type(plan).__name__}")
+        return self._render([Recipe.of(item) for item in plans], image, lung_mask, out)
 
-    def _sample_one(self, index: Any, lung_fraction: Any, shape: Any, spacing: Triple) -> LesionPlan:
-        check_word("index", index)
-        check_lung_fraction(lung_fraction)
-        return sample_plan(self.config, self.seed, index, float(lung_fraction), shape, spacing)
-
-    def _render_one(
-        self,
-        plan: LesionPlan,
-        healthy: npt.NDArray[Any],
-        mask: npt.NDArray[np.bool_],
-        out: npt.NDArray[Any],
-        target: npt.NDArray[np.bool_],
-    ) -> tuple[LesionPlan, Any]:
-        """Write one pair to `out` and `target`; returns the plan as rendered, and the lesions."""
-        if plan.shape is not None and plan.shape != healthy.shape:
-            raise ValueError(f"plan was drawn for a volume of shape {plan.shape}, image has {healthy.shape}")
-        stages = self._backend
-        finish_copy = stages.copy(healthy, plan.tau, self.config.hu_range, out, target)
-        try:
-            placed = stages.place(plan, mask)
-            lesions = stages.merge(plan, placed, stages.draw(plan, placed))
-        finally:
-            finish_copy()
-        components = stages.fill(plan, lesions, out, target)
-        return replace(plan, components=components), lesions
+    def _render(self, recipes: Sequence[Recipe], image: Any, lung_mask: Any, out: Any) -> LesionPair:
+        backend = self._backends.of(image)
+        inputs = backend.accept(image, lung_mask, out)
+        volume = tuple(inputs.shape[-3:])
+        for recipe in recipes:
+            if recipe.shape is not None and recipe.shape != volume:
+                raise ValueError(f"plan was drawn for a volume of shape {recipe.shape}, image has {volume}")
+        rendering = backend.render(recipes, inputs, self.config.hu_range)
+        plans = partial(_plans, recipes, rendering, len(inputs.shape) == 4)
+        return LesionPair(rendering.image, rendering.target, plans, rendering.labels)
 
 
-def _paint(backend: Backend, lesions: Sequence[Any], shape: tuple[int, ...], restore: Restore) -> Any:
-    labels = backend.output(shape, np.int32)
-    for item, out in zip(lesions, labels if len(shape) == 4 else labels[None], strict=True):
-        backend.paint(item, out)
-    return restore(labels)
+def _plans(recipes: Sequence[Recipe], rendering: Rendering, batched: bool) -> Any:
+    """Plans as rendered."""
+    found = zip(recipes, rendering.components(), strict=True)
+    plans = tuple(recipe.rendered(components) for recipe, components in found)
+    return plans if batched else plans[0]
 
 
 def _shape_of(image: Any) -> Sequence[int] | None:

@@ -378,7 +378,7 @@ def test_volume_and_mask_kinds(lungs) -> None:
 
 def test_a_wide_filter_on_a_small_box_keeps_its_range() -> None:
     """The range of a2 is 1e-5 here. Centred noise gives it to 1e-4 of itself; around 1/2 an ulp is 6e-8."""
-    from lesionsynth._backend import CpuBackend
+    from lesionsynth.cpu.backend import CpuBackend
     from lesionsynth.cpu.texture import synthesize_textures
 
     one = blob(semi_axes=(3.2, 3.2, 3.2), center=(6, 8, 9), sigma_a=20.0)

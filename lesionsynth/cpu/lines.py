@@ -67,6 +67,18 @@ def gaussian_taps(sigma: float, truncate: float = 4.0) -> npt.NDArray[np.float64
 
 
 @kernel
+def taps_of(sigmas: Any) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.int64]]:
+    """Taps of several Gaussians in one array; those of sigma k are ``taps[ends[k] : ends[k + 1]]``."""
+    ends = np.zeros(sigmas.size + 1, dtype=np.int64)
+    for k in range(sigmas.size):
+        ends[k + 1] = ends[k] + gaussian_radius(sigmas[k], 4.0) + 1
+    taps = np.empty(ends[-1])
+    for k in range(sigmas.size):
+        taps[ends[k] : ends[k + 1]] = gaussian_taps(sigmas[k], 4.0)
+    return taps, ends
+
+
+@kernel
 def kernel_of(n: int, sigma: float, truncate: float = 4.0) -> npt.NDArray[np.float32]:
     """Weights for lines of `n` voxels: taps w_0 ... w_r where 2 r + 1 <= n, else the folded matrix.
 

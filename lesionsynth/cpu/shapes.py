@@ -150,14 +150,14 @@ def _records(plan: LesionPlan, centers: npt.NDArray[np.int64]) -> npt.NDArray[An
         axes = np.array([blob.semi_axes for blob in plan.blobs])
         radius = np.prod(axes, axis=1) ** (1.0 / 3.0)  # geometric mean, the unit of the warp
         blobs["semi_axes"] = axes
-        blobs["rotation"] = _rotation_matrices(np.array([blob.rotation for blob in plan.blobs]))
+        blobs["rotation"] = rotation_matrices(np.array([blob.rotation for blob in plan.blobs]))
         blobs["to_unit"] = blobs["rotation"] / axes[:, None, :]
         blobs["bound"] = radius * [blob.warp_amplitude for blob in plan.blobs]
         blobs["spacing"] = radius * [blob.warp_correlation for blob in plan.blobs]
     return blobs
 
 
-def _rotation_matrices(quaternions: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+def rotation_matrices(quaternions: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
     """(n, 3, 3) matrices of unit quaternions (w, x, y, z), acting on (axis 0, axis 1, axis 2)."""
     w, x, y, z = quaternions.T
     rows = [

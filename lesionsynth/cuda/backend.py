@@ -1,0 +1,219 @@
+"""The CUDA backend: arguments checked, memory found, a batch launched."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+from lesionsynth._arguments import check_buffer, check_pair, check_same_library, pair_of
+from lesionsynth._recipe import Recipe
+from lesionsynth.config import Range
+from lesionsynth.plan import Component
+
+if TYPE_CHECKING:
+    from lesionsynth.cuda.arrays import DeviceArray
+    from lesionsynth.cuda.lesions import Lesions
+    from lesionsynth.cuda.render import Renderer
+
+DTYPES = ("float32", "float16", "bfloat16", "float64", "int16")
+"""Images that a rendering takes; int16 holds Hounsfield units."""
+
+
+@dataclass(frozen=True)
+class CudaInputs:
+    """Views of the arguments; results are made when the batch is launched, unless the caller gave buffers."""
+
+    given: Any
+    """The caller's image."""
+    image: DeviceArray
+    mask: DeviceArray
+    out: tuple[Any, Any] | None
+    views: tuple[DeviceArray, DeviceArray] | None
+    """Of `out`."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(z, y, x) or (b, z, y, x)."""
+        return self.image.shape
+
+    @property
+    def kinds(self) -> tuple[str, str]:
+        """Types of the results."""
+        return ("float32" if self.image.kind == "int16" else self.image.kind), "bool"
+
+
+@dataclass(frozen=True)
+class CudaRendering:
+    """The pair, under way on its device."""
+
+    image: Any
+    """A."""
+    target: Any
+    """GT."""
+    like: DeviceArray
+    lesions: Lesions = field(repr=False)
+
+    def components(self) -> tuple[tuple[Component, ...], ...]:
+        """Wait, and tell the lesions of each item."""
+        from lesionsynth.cuda.arrays import stream_of
+
+        with stream_of(self.image):
+            return self.lesions.components()
+
+    def labels(self) -> Any:
+        """Paint the lesions."""
+        from lesionsynth.cuda.arrays import empty, stream_of
+
+        with stream_of(self.image):
+            labels, view = empty(self.like, tuple(self.image.shape), "int32")
+            self.lesions.paint(view.volume().pointer)
+        return labels
+
+
+class CudaBackend:
+    """Renders batches on whichever device holds them.
+
+    Parameters
+    ----------
+    plain : bool
+        Use the slow kernels, for tests.
+    graphs : bool
+        Replay batches as CUDA graphs.
+    """
+
+    def __init__(self, *, plain: bool = False, graphs: bool = True) -> None:
+        self.plain, self.graphs = plain, graphs
+        self.renderers: dict[int, Renderer] = {}
+
+    def accept(self, image: Any, lung_mask: Any, out: Any) -> CudaInputs:
+        """Check the arguments of a rendering."""
+        check_cupy("image and lung_mask are on a CUDA device")
+        from lesionsynth.cuda import arrays
+
+        check_same_library(image, lung_mask)
+        healthy, mask = arrays.accept(image, "image"), arrays.accept(lung_mask, "lung_mask")
+        check_pair(healthy.shape, healthy.kind, mask.shape, ranks=(3, 4), dtypes=DTYPES)
+        if mask.device != healthy.device:
+            raise ValueError(
+                f"lung_mask must be on the device of image, cuda:{healthy.device}, got cuda:{mask.device}"
+            )
+        with arrays.stream_of(image):
+            inputs = CudaInputs(image, healthy, _bytes_of(mask), None, None)
+        if out is None:
+            return inputs
+        buffers = pair_of(out)
+        views = arrays.accept(buffers[0], "out image"), arrays.accept(buffers[1], "out target")
+        for name, view, kind in zip(("out image", "out target"), views, inputs.kinds, strict=True):
+            check_buffer(name, view.shape, view.kind, bool(view.view.flags.c_contiguous), healthy.shape, kind)
+            for other in (healthy, mask):
+                _check_apart(name, view, other)
+        return CudaInputs(image, healthy, inputs.mask, buffers, views)
+
+    def render(self, recipes: Sequence[Recipe], inputs: CudaInputs, hu_range: Range) -> CudaRendering:
+        """Launch one recipe an item; nothing is waited for.
+
+        Raises
+        ------
+        MemoryError
+            The device has too little memory for the results or the workspace.
+        ValueError
+            A blob's centre lies outside the volume; or an earlier batch was wrong.
+        """
+        import cupy
+
+        from lesionsynth.cuda.arrays import empty, stream_of
+        from lesionsynth.cuda.render import Job
+
+        check_centers(recipes, inputs.shape[-3:])
+        with stream_of(inputs.given):
+            renderer = self._renderer(inputs.image.device)
+            try:
+                made = (
+                    [empty(inputs.image, inputs.shape, kind) for kind in inputs.kinds]
+                    if inputs.out is None
+                    else []
+                )
+                results = inputs.out or (made[0][0], made[1][0])
+                views = inputs.views or (made[0][1], made[1][1])
+                arrays = inputs.image, inputs.mask, *views
+                lesions = renderer.render(recipes, Job(*(array.volume() for array in arrays)), hu_range)
+            except cupy.cuda.memory.OutOfMemoryError as error:
+                held = sum(renderer.workspace.report().values())
+                raise MemoryError(
+                    f"a batch of shape {inputs.shape} needs more memory than cuda:{inputs.image.device} has free "
+                    f"(the workspace holds {held / 2**20:.0f} MiB): render fewer items at once, or call "
+                    f"lesionsynth.release_memory() first: {error}"
+                ) from error
+        return CudaRendering(*results, inputs.image, lesions)
+
+    def release(self) -> None:
+        """Give the memory of all workspaces back to CuPy's pool."""
+        for renderer in self.renderers.values():
+            renderer.release()
+
+    def _renderer(self, number: int) -> Renderer:
+        from lesionsynth.cuda.cupy_device import CupyDevice, check_usable
+        from lesionsynth.cuda.render import Renderer
+
+        check_usable()
+        if number not in self.renderers:
+            self.renderers[number] = Renderer(CupyDevice(number, graphs=self.graphs), plain=self.plain)
+        return self.renderers[number]
+
+
+@cache
+def backend() -> CudaBackend:
+    """The backend of this process."""
+    return CudaBackend()
+
+
+def check_cupy(reason: str) -> None:
+    """Raise `RuntimeError` unless CuPy is installed and a device is there; `reason` says who needs them."""
+    try:
+        import cupy  # noqa: F401
+    except ImportError as error:
+        raise RuntimeError(
+            f"{reason}, which takes CuPy: pip install 'lesionsynth[cuda13]' (or 'lesionsynth[cuda12]'): {error}"
+        ) from error
+    from lesionsynth.cuda.cupy_device import check_usable
+
+    try:
+        check_usable()
+    except RuntimeError as error:
+        raise RuntimeError(f"{reason}, but {error}") from error
+
+
+def check_centers(recipes: Sequence[Recipe], shape: tuple[int, ...]) -> None:
+    """Raise unless every centre that a plan gives lies in the volume, as `lesionsynth.cpu.place` does."""
+    for recipe in recipes:
+        outside = (recipe.blobs["center"] >= shape).any(axis=1)
+        if outside.any():
+            number = int(outside.argmax())
+            center = tuple(recipe.blobs["center"][number].astype(int).tolist())
+            raise ValueError(f"blobs[{number}].center must lie in the volume {tuple(shape)}, got {center}")
+
+
+def _bytes_of(mask: DeviceArray) -> DeviceArray:
+    """Return a mask of bytes: as it is where its type has one, else 0, 1, and 2 for what is neither."""
+    from lesionsynth.cuda.arrays import DeviceArray
+
+    if mask.view.itemsize == 1:
+        return mask
+    if mask.view.dtype.kind not in "iuf" or mask.kind == "bfloat16":
+        raise TypeError(f"lung_mask must be bool or numbers 0 and 1, got {mask.kind}")
+    ones, others = mask.view == 1, (mask.view != 1) & (mask.view != 0)
+    return DeviceArray(ones.view("uint8") + 2 * others.view("uint8"), "uint8", mask.library)
+
+
+def _check_apart(name: str, buffer: DeviceArray, other: DeviceArray) -> None:
+    """Raise where two arrays may share memory."""
+    spans = []
+    for view in (buffer.view, other.view):
+        reach = sum((n - 1) * step for n, step in zip(view.shape, view.strides, strict=True) if step > 0)
+        back = sum((n - 1) * step for n, step in zip(view.shape, view.strides, strict=True) if step < 0)
+        spans.append((view.data.ptr + back, view.data.ptr + reach + view.itemsize))
+    (a0, a1), (b0, b1) = spans
+    if a0 < b1 and b0 < a1:
+        raise ValueError(f"{name} must not share memory with image or lung_mask, which are never written")

@@ -1,0 +1,160 @@
+// read.cu: the mask as bits, and where blobs go.  Twins: cpu/bits.py, cpu/place.py
+// Floor of read_mask: a byte a voxel read, a bit written.
+enum Status { EMPTY_MASK, NOT_BINARY, OUTSIDE_UNIT, LATTICE_TOO_LARGE };
+
+__device__ __forceinline__ void report(const Batch& batch, Status what) { ((volatile u32*)batch.status)[what] = 1u; }
+__device__ __forceinline__ Item& item_of(const Batch& batch, int i) { return ((Item*)batch.items)[i]; }
+__device__ __forceinline__ const Blob& blob_of(const Batch& batch, int b) { return ((const Blob*)batch.blobs)[b]; }
+__device__ __forceinline__ State& state_of(const Batch& batch, int b) { return ((State*)batch.states)[b]; }
+
+// Rows of the mask's bits, and their counts: (item, z, y).
+__device__ __forceinline__ u32* lungs_of(const Batch& batch, i64 row) { return (u32*)batch.lungs + row * batch.row_words; }
+
+// Sixteen bytes of 0 or 1 as sixteen bits.
+__device__ __forceinline__ u32 bits_of(uint4 bytes, u32* strange) {
+    *strange |= (bytes.x | bytes.y | bytes.z | bytes.w) & 0xFEFEFEFEu;
+    // Bit 8 k times 2^(24 - 7 k) is bit 24 + k, and no two products share a bit.
+    u32 a = ((bytes.x & 0x01010101u) * 0x01020408u) >> 24, b = ((bytes.y & 0x01010101u) * 0x01020408u) >> 24;
+    u32 c = ((bytes.z & 0x01010101u) * 0x01020408u) >> 24, d = ((bytes.w & 0x01010101u) * 0x01020408u) >> 24;
+    return a | b << 4 | c << 8 | d << 12;
+}
+
+// Pack a row of the mask, a whole warp; returns its voxels.
+__device__ u32 pack_row(const u8* bytes, i64 step, int width, u32* words, u32* strange) {
+    int lane = lane_of_thread(), n_words = (width + 31) / 32;
+    bool wide = step == 1 && ((u64)bytes & 15) == 0;
+    u32 count = 0;
+    for (int x0 = 0; x0 < width; x0 += 16 * WARP) {
+        int x = x0 + 16 * lane;
+        u32 half = 0;
+        if (wide && x + 16 <= width) {
+            half = bits_of(*(const uint4*)(bytes + x), strange);
+        } else {
+            for (int k = 0; k < 16 && x + k < width; ++k) {
+                u32 value = bytes[(x + k) * step];
+                *strange |= value & 0xFEu;
+                half |= (value & 1u) << k;
+            }
+        }
+        u32 word = half | __shfl_down_sync(ALL_LANES, half, 1) << 16;
+        if ((lane & 1) == 0 && x / 32 < n_words) words[x / 32] = word;
+        count += __popc(half);
+    }
+    return warp_sum(count);
+}
+
+// Inclusive sums over the block's threads, in place.
+__device__ void scan_block(i64* values) {
+    for (int d = 1; d < THREADS; d *= 2) {
+        i64 other = (int)threadIdx.x >= d ? values[threadIdx.x - d] : 0;
+        __syncthreads();
+        values[threadIdx.x] += other;
+        __syncthreads();
+    }
+}
+
+__device__ __forceinline__ u32 inclusive_sum(u32 n) {
+    for (int d = 1; d < WARP; d *= 2) {
+        u32 other = __shfl_up_sync(ALL_LANES, n, d);
+        if (lane_of_thread() >= d) n += other;
+    }
+    return n;
+}
+
+// Among `n` counts from `counts(k)`, a whole warp: the k whose voxels contain the one of rank *left, which becomes
+// its rank there.
+template <class Counts>
+__device__ int find_rank(const Counts& counts, int n, u32* left) {
+    for (int k0 = 0;; k0 += WARP) {
+        int k = k0 + lane_of_thread();
+        u32 here = k < n ? counts(k) : 0u, sum = inclusive_sum(here);
+        u32 found = __ballot_sync(ALL_LANES, sum > *left);
+        if (found || k0 + WARP >= n) {
+            int at = found ? __ffs(found) - 1 : WARP - 1;
+            *left -= __shfl_sync(ALL_LANES, sum - here, at);
+            return k0 + at;
+        }
+        *left -= __shfl_sync(ALL_LANES, sum, WARP - 1);
+    }
+}
+
+// Box of a blob around its centre, clipped to the volume.
+__device__ void clip_box(const Batch& batch, const Item& item, const Blob& blob, const int* center, State& state) {
+    int shape[3] = {batch.depth, batch.height, batch.width};
+    bool empty = false;
+    double nodes = 1.0;
+    for (int i = 0; i < 3; ++i) {
+        int start = imax(center[i] - blob.reach[i], 0);
+        int size = imin(center[i] + blob.reach[i] + 1, shape[i]) - start;
+        state.start[i] = start;
+        state.size[i] = size;
+        empty |= size <= 0;
+        double low = (double)(start - center[i]) * item.scale[i], high = (double)(start + size - 1 - center[i]) * item.scale[i];
+        nodes *= floor(high / blob.spacing) - floor(low / blob.spacing) + 4.0;
+    }
+    bool endless = nodes > 33554432.0;  // MOST_NODES of cpu/shapes.py
+    if (endless && !empty) report(batch, LATTICE_TOO_LARGE);
+    if (empty || endless) state.size[0] = state.size[1] = state.size[2] = 0;
+    state.word = state.start[2] >> 5;
+    state.words = empty || endless ? 0 : ((state.start[2] + state.size[2] - 1) >> 5) - state.word + 1;
+}
+
+// Centre of every blob of an item: voxel floor(u |M|) of the mask in C order.  `sums` is shared memory.
+__device__ void place_blobs(const Batch& batch, int i, i64* sums) {
+    Item& item = item_of(batch, i);
+    int rows = batch.depth * batch.height, share = (rows + THREADS - 1) / THREADS;
+    const volatile u32* counts = (const volatile u32*)batch.rows + (i64)i * rows;
+    i64 sum = 0;
+    for (int r = threadIdx.x * share; r < imin((threadIdx.x + 1) * share, rows); ++r) sum += counts[r];
+    sums[threadIdx.x] = sum;
+    __syncthreads();
+    scan_block(sums);
+    i64 total = sums[THREADS - 1];
+    if (threadIdx.x == 0) {
+        item.lung_voxels = total;
+        if (total == 0) report(batch, EMPTY_MASK);
+    }
+    for (int b = item.first_blob + warp_of_thread(); b < item.first_blob + item.blobs; b += WARPS) {
+        const Blob& blob = blob_of(batch, b);
+        int center[3] = {blob.center[0], blob.center[1], blob.center[2]};
+        if (center[0] < 0 && total > 0) {
+            i64 rank = lmin((i64)(blob.position * (double)total), total - 1);  // the product may round up to |M|
+            int k = 0;
+            while (sums[k] <= rank) ++k;
+            u32 left = (u32)(rank - (k ? sums[k - 1] : 0));
+            int first = k * share;
+            int row = first + find_rank([=](int r) { return counts[first + r]; }, imin(share, rows - first), &left);
+            const volatile u32* words = lungs_of(batch, (i64)i * rows + row);
+            int w = find_rank([=](int at) { return (u32)__popc(words[at]); }, batch.row_words, &left);
+            u32 word = words[w];
+            for (; left > 0; --left) word &= word - 1u;  // takes the lowest voxel off
+            center[0] = row / batch.height;
+            center[1] = row % batch.height;
+            center[2] = 32 * w + __ffs(word) - 1;
+        }
+        if (lane_of_thread() == 0) {
+            State& state = state_of(batch, b);
+            if (total > 0) clip_box(batch, item, blob, center, state);
+            for (int axis = 0; axis < 3; ++axis) state.center[axis] = center[axis];
+        }
+    }
+}
+
+// Blocks take rows of one item each; the last of an item places its blobs.
+KERNEL read_mask(Batch* table) {
+    __shared__ i64 sums[THREADS];
+    __shared__ int last;
+    const Batch& batch = *table;
+    int i = blockIdx.x % batch.n_items, part = blockIdx.x / batch.n_items;
+    int parts = (gridDim.x - i + batch.n_items - 1) / batch.n_items, rows = batch.depth * batch.height;
+    const u8* mask = (const u8*)batch.mask + i * batch.mask_strides[0];
+    u32 strange = 0;
+    for (int row = part * WARPS + warp_of_thread(); row < rows; row += parts * WARPS) {
+        const u8* bytes = mask + row / batch.height * batch.mask_strides[1] + row % batch.height * batch.mask_strides[2];
+        i64 at = (i64)i * rows + row;
+        u32 count = pack_row(bytes, batch.mask_strides[3], batch.width, lungs_of(batch, at), &strange);
+        if (lane_of_thread() == 0) ((u32*)batch.rows)[at] = count;
+    }
+    if (strange) report(batch, NOT_BINARY);
+    if (is_last_block(&item_of(batch, i).ticket, parts, &last)) place_blobs(batch, i, sums);
+}

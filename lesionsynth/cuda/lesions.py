@@ -1,0 +1,174 @@
+"""What became of the blobs of a batch: in the workspace, or in memory of its own once that moves on."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from lesionsynth.cuda._device import Buffer
+from lesionsynth.cuda.records import BATCH, STATE
+from lesionsynth.cuda.table import Table
+from lesionsynth.cuda.workspace import STATUS_BYTES, Slot
+from lesionsynth.plan import Component
+
+if TYPE_CHECKING:
+    from lesionsynth.cuda.render import Renderer
+
+FIXED_POINT = 2.0**26
+"""Unit of the sums of b2, as in `lesionsynth.cpu.texture`."""
+
+RULES = {
+    "empty_mask": "lung_mask must contain at least one voxel, got an empty mask",
+    "mask_not_binary": "lung_mask must be binary (bool, or 0 and 1), got another value",
+    "image_outside_unit": "image must be finite and in [0, 1], got a voxel that is not",
+    "lattice_too_large": "warp_correlation must not need a lattice of more than 2**25 nodes, got one that does",
+}
+"""What the device finds wrong, in words."""
+
+
+def explain(found: Sequence[str], samples: Sequence[int]) -> str:
+    """Say what was wrong with a batch."""
+    return f"{'; '.join(RULES[name] for name in found)} (samples {', '.join(map(str, samples))})"
+
+
+class Lesions:
+    """The lesions of a batch: told and painted when asked for.
+
+    Parameters
+    ----------
+    renderer : Renderer
+        Whose workspace they are in.
+    table : Table
+        What went up.
+    samples : sequence of int
+        Sample indices of the items.
+    shape : (3,) ints
+        Volume (z, y, x) of an item.
+    side : int
+        Which of the workspace's tables and bits are theirs.
+    slot : Slot
+        Where the device tells what it finds wrong.
+    """
+
+    def __init__(
+        self,
+        renderer: Renderer,
+        table: Table,
+        samples: Sequence[int],
+        shape: tuple[int, int, int],
+        side: int,
+        slot: Slot,
+    ) -> None:
+        self._renderer, self._table, self._shape = renderer, table, shape
+        self._samples = tuple(samples)
+        space = renderer.workspace
+        self._buffers: tuple[Buffer, Buffer] = space.buffers[f"table {side}"], space.buffers[f"bits {side}"]
+        self._slot: Slot | None = slot
+        self._found: tuple[str, ...] = ()
+        slot.user, slot.samples = weakref.ref(self), self._samples
+
+    def check(self) -> None:
+        """Wait for the device, and raise what it found wrong with the batch."""
+        with self._renderer.lock:
+            slot, self._slot = self._slot, None
+            if slot is not None:
+                assert slot.mark is not None
+                slot.mark.wait()
+                self._found, slot.user = slot.findings(), None
+        if self._found:
+            raise ValueError(explain(self._found, self._samples))
+
+    def components(self) -> tuple[tuple[Component, ...], ...]:
+        """Wait for the device, and tell the lesions of each item.
+
+        Raises
+        ------
+        ValueError
+            A mask was empty or not binary, or a voxel of an image was NaN, infinite or outside [0, 1].
+        """
+        self.check()
+        first, parents, taps = self._table.offsets[2:5]
+        with self._renderer.lock:
+            down = self._renderer.device.download(self._buffers[0].pointer + first, taps - first)
+        n = len(self._table.blobs)
+        states = down[: n * STATE.itemsize].view(STATE)
+        roots = down[parents - first :][: 4 * n].view(np.int32)
+        return tuple(_components(self._table, k, states, roots) for k in range(len(self._table.items)))
+
+    def paint(self, labels: int) -> None:
+        """Write the labels of all items, int32, to device memory, in the order of the caller's stream."""
+        self.check()
+        renderer, device = self._renderer, self._renderer.device
+        voxels, items = int(np.prod(self._shape, dtype=np.int64)), len(self._table.items)
+        grid = device.processors * 8
+        with renderer.lock:
+            if renderer.workspace.mark is not None:
+                device.follow(renderer.workspace.mark)
+            renderer.launch("float32", "clear_words", grid, np.uint64(labels), np.int64(items * voxels))
+            if self._table.tasks:
+                for k in range(items):
+                    at = np.uint64(labels + 4 * k * voxels)
+                    table = np.uint64(self._buffers[0].pointer)
+                    renderer.launch("float32", "paint_labels", grid, table, np.int32(k), at)
+            renderer.workspace.mark = device.mark()
+
+    def leave_slot(self, found: tuple[str, ...]) -> None:
+        """Remember what the device found wrong; the slot is another batch's from now on."""
+        self._slot, self._found = None, found
+
+    def move_out(self) -> None:
+        """Copy what painting and telling need; the workspace is another batch's from now on."""
+        device = self._renderer.device
+        own = tuple(device.allocate(buffer.nbytes) for buffer in self._buffers)
+        sizes = self._table.size, self._table.room.bits
+        for copy, buffer, nbytes in zip(own, self._buffers, sizes, strict=True):
+            device.copy(copy.pointer, buffer.pointer, nbytes)
+        self._buffers = own[0], own[1]
+        self._point(own[0].pointer, own[1].pointer)
+
+    def _point(self, table: int, bits: int) -> None:
+        """Correct the addresses in the copied header."""
+        header = np.zeros((), dtype=BATCH)
+        self._table.point(header, table)
+        header["bits"] = bits
+        names = ("items", "blobs", "states", "parents", "taps", "bits")
+        start = BATCH.fields["items"][1]  # type: ignore[index]
+        assert all(BATCH.fields[name][1] == start + 8 * k for k, name in enumerate(names))  # type: ignore[index]
+        space = self._renderer.workspace
+        slot = space.slot(8 * len(names))
+        raw = np.array([header[name] for name in names], dtype=np.uint64).view(np.uint8)
+        slot.pinned.array[STATUS_BYTES : STATUS_BYTES + raw.size] = raw
+        self._renderer.device.upload(table + start, slot.pinned.pointer + STATUS_BYTES, raw.size)
+        slot.mark = self._renderer.device.mark()
+
+
+def _components(
+    table: Table, item: int, states: npt.NDArray[Any], roots: npt.NDArray[np.int32]
+) -> tuple[Component, ...]:
+    """Tell the lesions of one item, in the order of their labels."""
+    record = table.items[item]
+    first, n = int(record["first_blob"]), int(record["blobs"])
+    found = []
+    for root in range(first, first + n):
+        state = states[root]
+        if state["label"] == 0:
+            continue
+        blobs = [b for b in range(first, first + n) if roots[b] == root and states[b]["high"][0] >= 0]
+        passing, total = int(state["passing"]), int(state["total"])
+        mean = total / FIXED_POINT / passing if passing else float(record["threshold"])
+        (z0, y0, x0), (z1, y1, x1) = state["lesion_low"].tolist(), (state["lesion_high"] + 1).tolist()
+        found.append(
+            Component(
+                label=int(state["label"]),
+                blobs=tuple(b - first for b in blobs),
+                box=((z0, z1), (y0, y1), (x0, x1)),
+                voxels=int(state["voxels"]),
+                beta=float(table.blobs[root]["mu0"]) / mean,
+                beta_fallback=passing == 0,
+            )
+        )
+    return tuple(found)

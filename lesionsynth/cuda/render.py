@@ -1,0 +1,203 @@
+"""Render a batch: one table up, eleven launches beside a copy, nothing down. Read `_launch_all` downwards.
+
+What one kernel leaves for the next is described in `lesionsynth.cuda.records`; which module of
+`lesionsynth.cpu` each is the twin of, at the head of its file in ``kernels/``.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from lesionsynth._recipe import Recipe
+from lesionsynth.config import Range
+from lesionsynth.cuda._device import Device
+from lesionsynth.cuda.lesions import Lesions, explain
+from lesionsynth.cuda.records import BATCH
+from lesionsynth.cuda.table import WORD, Table, build
+from lesionsynth.cuda.workspace import STATUS_BYTES, Slot, Workspace
+
+FIELD_SHARE = 4
+"""The fields of a batch get a volume for every so many items; lesions' boxes fill 6 % of one on average."""
+LEAST_FIELD = 2**20
+"""Voxels of a field, at least, for small volumes that lesions fill many times over."""
+BLOCKS_OF_TILES = 4
+"""Blocks a multiprocessor for kernels that filter: what 228 KiB of shared memory hold."""
+BLOCKS_OF_ROWS = 8
+"""The same for kernels that hold little: 2048 threads."""
+
+
+@dataclass(frozen=True)
+class Volume:
+    """An image, a mask or a result on the device."""
+
+    pointer: int
+    shape: tuple[int, ...]
+    """(b, z, y, x)."""
+    strides: tuple[int, ...]
+    """Elements."""
+    kind: str
+    """Name of the dtype."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """The arguments of a rendering; results are C-contiguous."""
+
+    image: Volume
+    mask: Volume
+    out: Volume
+    target: Volume
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(z, y, x)."""
+        _, z, y, x = self.image.shape
+        return z, y, x
+
+    @property
+    def padded(self) -> int:
+        """Voxels of a field as large as an item: rows are whole eights."""
+        z, y, x = self.shape
+        return z * y * (-(-x // 8) * 8)
+
+
+class Renderer:
+    """Renders on one device; batches follow each other, whatever streams they come from.
+
+    Parameters
+    ----------
+    device : Device
+        Where.
+    plain : bool
+        Use the slow kernels, for tests: the same bits.
+    """
+
+    def __init__(self, device: Device, *, plain: bool = False) -> None:
+        self.device = device
+        self.plain = plain
+        self.workspace = Workspace(device)
+        self.lock = threading.Lock()
+        self._side = 0  # tables and bits alternate: the last pair's are still there while the next is made
+        self._held: list[weakref.ref[Lesions] | None] = [None, None]
+
+    def render(self, recipes: Sequence[Recipe], job: Job, hu_range: Range) -> Lesions:
+        """Launch a batch on the caller's stream; nothing is waited for.
+
+        Raises
+        ------
+        ValueError
+            An earlier batch, of which nobody asked for the plan or the labels, was wrong.
+        """
+        table = build(recipes, job.shape, [rounded(recipe.tau, job.image.kind) for recipe in recipes])
+        with self.lock:
+            space = self.workspace
+            if space.mark is not None:
+                self.device.follow(space.mark)
+            side, self._side = self._side, 1 - self._side
+            self._move_out(side)
+            slot = space.slot(table.size)
+            self._settle(slot)
+            space.widen(slot, table.size)
+            header = self._header(table, job, hu_range, side, slot)
+            table.write(slot.pinned.array[STATUS_BYTES:], header)
+            base = space.buffers[f"table {side}"].pointer
+            self.device.upload(base, slot.pinned.pointer + STATUS_BYTES, table.size)
+            self._launch_batch(base, job.image.kind, len(recipes), table.tasks > 0)
+            space.mark = slot.mark = self.device.mark()
+            lesions = Lesions(self, table, [recipe.index for recipe in recipes], job.shape, side, slot)
+            self._held[side] = weakref.ref(lesions)
+        return lesions
+
+    def launch(self, kind: str, kernel: str, grid: int, *arguments: Any) -> None:
+        """Launch a kernel of the generator."""
+        self.device.launch("generator", kind, kernel, grid, *arguments)
+
+    def release(self) -> None:
+        """Give all memory back; pairs whose labels may still be wanted take theirs along."""
+        with self.lock:
+            if self.workspace.mark is not None:
+                self.workspace.mark.wait()
+            for side in (0, 1):
+                self._move_out(side)
+            self.workspace.buffers.clear()
+            self.workspace.generation += 1
+
+    def _launch_batch(self, table: int, kind: str, items: int, blobs: bool) -> None:
+        """Launch it all, as a graph once the same has been launched before.
+
+        The address of the table, the type and these counts are all that a graph may depend on.
+        """
+        key = (table, self.workspace.generation, kind, items, blobs)
+        self.device.replay(key, lambda: self._launch_all(np.uint64(table), kind, items, blobs))
+
+    def _launch_all(self, table: np.uint64, kind: str, items: int, blobs: bool) -> None:
+        tiles, rows = (self.device.processors * n for n in (BLOCKS_OF_TILES, BLOCKS_OF_ROWS))
+        with self.device.beside():
+            self.launch(kind, "copy_pair", rows, table)
+        self.launch(kind, "read_mask", -(-rows // items) * items, table)
+        if blobs:
+            self.launch(kind, "draw_blobs", tiles, table)
+            self.launch(kind, "join_blobs", rows, table)
+            self.launch(kind, "fold_matrices", rows, table)
+            for noise in ("noise", "salt"):
+                for axis in ("x", "y", "z"):
+                    self.launch(kind, f"{noise}_along_{axis}", tiles, table)
+        self.device.join()
+        if blobs:
+            self.launch(kind, "inject", tiles, table)
+
+    def _settle(self, slot: Slot) -> None:
+        """Tell what the last batch of a slot found wrong, should nobody have asked."""
+        found = slot.findings()
+        user = None if slot.user is None else slot.user()
+        slot.user = None
+        if user is not None:
+            user.leave_slot(found)
+        if found:
+            raise ValueError(f"{explain(found, slot.samples)}, in an earlier call")
+
+    def _move_out(self, side: int) -> None:
+        held = self._held[side]
+        lesions = None if held is None else held()
+        self._held[side] = None
+        if lesions is not None:
+            lesions.move_out()
+
+    def _header(self, table: Table, job: Job, hu_range: Range, side: int, slot: Slot) -> npt.NDArray[Any]:
+        """Reserve what the batch needs, and fill in where everything is."""
+        z, y, x = job.shape
+        items, words, n = job.image.shape[0], -(-x // WORD), len(table.blobs)
+        capacity = max(job.padded * max(1, items // FIELD_SHARE), min(job.padded * n, LEAST_FIELD))
+        header = np.zeros((), dtype=BATCH)
+        for name in ("image", "mask", "out", "target"):
+            header[name] = getattr(job, name).pointer
+        header["status"] = slot.pinned.pointer
+        table.point(header, self.workspace.reserve(f"table {side}", table.size).pointer)
+        header["bits"] = self.workspace.reserve(f"bits {side}", table.room.bits).pointer
+        for name, nbytes in (
+            ("lungs", 4 * items * z * y * words), ("rows", 4 * items * z * y), ("field0", 4 * capacity),
+            ("field1", 4 * capacity), ("weights", table.room.weights), ("tiles", table.room.tiles),
+        ):  # fmt: skip
+            header[name] = self.workspace.reserve(name, nbytes).pointer
+        header["image_strides"], header["mask_strides"] = job.image.strides, job.mask.strides
+        header["capacity"] = capacity
+        header["n_items"], header["n_blobs"], header["n_tasks"] = items, n, table.tasks
+        header["depth"], header["height"], header["width"], header["row_words"] = z, y, x, words
+        header["plain"] = self.plain
+        header["hu_low"], header["hu_high"] = hu_range
+        return header
+
+
+def rounded(value: float, kind: str) -> float:
+    """Return a threshold as the type of an image holds it; int16 is compared in float32."""
+    if kind == "bfloat16":
+        bits = int(np.float32(value).view(np.uint32))
+        return float(np.uint32((bits + 0x7FFF + (bits >> 16 & 1)) & 0xFFFF0000).view(np.float32))
+    return float(np.dtype("float32" if kind == "int16" else kind).type(value))

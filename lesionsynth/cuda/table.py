@@ -1,0 +1,181 @@
+"""Fill the table that goes up: everything the host knows of a batch, and the room that its stages need.
+
+The host knows the blobs, not where they will lie, so every size here is an upper bound that holds wherever the
+blobs are placed. Nothing ever comes down to size anything.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from lesionsynth._recipe import DRAWN, Recipe
+from lesionsynth.cpu.lines import PAIRS, taps_of
+from lesionsynth.cpu.shapes import SURFACE, rotation_matrices
+from lesionsynth.cuda.records import AXES, BATCH, BLOB, ITEM, NOTHING, STAGES, STATE
+
+FAR = 2**30
+"""Reach beyond any volume."""
+WORD = 32
+"""Voxels of a word."""
+
+
+@dataclass(frozen=True)
+class Room:
+    """Bytes that a batch needs, by purpose."""
+
+    bits: int
+    weights: int
+    tiles: int
+
+
+@dataclass(frozen=True)
+class Table:
+    """Records of a batch, ready to be written one after another."""
+
+    items: npt.NDArray[Any]
+    blobs: npt.NDArray[Any]
+    taps: npt.NDArray[np.float64]
+    tasks: int
+    """Slices that may hold a blob."""
+    room: Room
+
+    @property
+    def offsets(self) -> tuple[int, int, int, int, int, int]:
+        """Where items, blobs, states, parents and taps begin behind the header; the last is the size of all."""
+        n = len(self.blobs)
+        sizes = (
+            BATCH.itemsize,
+            self.items.nbytes,
+            self.blobs.nbytes,
+            n * STATE.itemsize,
+            4 * n,
+            self.taps.nbytes,
+        )
+        items, blobs, states, parents, taps, end = np.cumsum([-(-size // 16) * 16 for size in sizes]).tolist()
+        return items, blobs, states, parents, taps, end
+
+    @property
+    def size(self) -> int:
+        """Bytes."""
+        return self.offsets[-1]
+
+    def point(self, header: npt.NDArray[Any], base: int) -> None:
+        """Write into the header where its records are, for a table at an address."""
+        for name, start in zip(("items", "blobs", "states", "parents", "taps"), self.offsets, strict=False):
+            header[name] = base + start
+
+    def write(self, out: npt.NDArray[np.uint8], header: npt.NDArray[Any]) -> None:
+        """Write header, items, blobs, states as they begin, parents and taps."""
+        n = len(self.blobs)
+        states = np.zeros(n, dtype=STATE)
+        for name in ("low", "lesion_low"):
+            states[name] = NOTHING
+        for name in ("high", "lesion_high"):
+            states[name] = -1
+        states["least"] = 0xFFFFFFFF
+        parents = np.arange(n, dtype=np.int32)
+        parts = header, self.items, self.blobs, states, parents, self.taps
+        for start, part in zip((0, *self.offsets), parts, strict=False):
+            raw = np.ascontiguousarray(part).view(np.uint8).reshape(-1)
+            out[start : start + raw.size] = raw
+
+
+def build(recipes: Sequence[Recipe], shape: tuple[int, int, int], taus: Sequence[float]) -> Table:
+    """Build the table of a batch.
+
+    Parameters
+    ----------
+    recipes : sequence of Recipe
+        One an item.
+    shape : (3,) ints
+        Volume (z, y, x) of an item.
+    taus : sequence of float
+        τ of each item, rounded to the type of the image.
+    """
+    counts = [len(recipe.blobs) for recipe in recipes]
+    drawn = np.concatenate([recipe.blobs for recipe in recipes]) if sum(counts) else np.empty(0, dtype=DRAWN)
+    item = np.repeat(np.arange(len(recipes)), counts)
+    scale = np.array([recipe.scale for recipe in recipes])[item]
+    blobs = _blobs(drawn, item, scale)
+    slices = np.minimum(2 * blobs["reach"][:, 0].astype(np.int64) + 1, shape[0])
+    tasks = _starts(blobs["first_task"], slices)
+    words = _starts(blobs["bits"], slices * _row_words(blobs, shape))
+    taps = _add_taps(blobs, drawn, scale)
+    floats = _starts(blobs["weights"], _matrix_sizes(blobs, shape))
+    tiles = STAGES * (len(blobs) + 1) * 8
+    return Table(_items(recipes, counts, taus), blobs, taps, tasks, Room(4 * words, 4 * floats, tiles))
+
+
+def _items(recipes: Sequence[Recipe], counts: Sequence[int], taus: Sequence[float]) -> npt.NDArray[Any]:
+    items = np.zeros(len(recipes), dtype=ITEM)
+    items["seed"] = [recipe.seed for recipe in recipes]
+    items["sample"] = [recipe.index for recipe in recipes]
+    items["connectivity"] = [recipe.connectivity for recipe in recipes]
+    items["blobs"] = counts
+    items["first_blob"] = np.cumsum([0, *counts[:-1]])
+    items["mean_threshold"] = items["threshold"] = [recipe.mean_threshold for recipe in recipes]
+    items["scale"] = [recipe.scale for recipe in recipes]
+    items["tau"] = taus
+    return items
+
+
+def _blobs(drawn: npt.NDArray[Any], item: Any, scale: npt.NDArray[np.float64]) -> npt.NDArray[Any]:
+    """Shapes and texture parameters; geometry as `lesionsynth.cpu.shapes` rounds it."""
+    blobs = np.zeros(len(drawn), dtype=BLOB)
+    axes = drawn["semi_axes"]
+    radius = np.prod(axes, axis=1) ** (1.0 / 3.0)
+    rotation = rotation_matrices(drawn["rotation"])
+    blobs["component"] = drawn["component"]
+    blobs["item"] = item
+    blobs["center"] = np.minimum(drawn["center"], FAR)
+    blobs["position"] = drawn["position"]
+    blobs["to_unit"] = rotation / axes[:, None, :]
+    blobs["bound"] = radius * drawn["warp_amplitude"]
+    blobs["spacing"] = radius * drawn["warp_correlation"]
+    blobs["a_low"] = drawn["a_low"]
+    blobs["a_range"] = drawn["a_high"] - drawn["a_low"]
+    blobs["mu0"] = drawn["mu0"]
+    extent = np.zeros((len(drawn), AXES))
+    for j in range(AXES):
+        extent += (rotation[:, :, j] * axes[:, None, j]) ** 2
+    half = np.sqrt(extent) + blobs["bound"][:, None]
+    blobs["reach"] = np.minimum(np.floor(half * SURFACE / scale + 1e-9), FAR)
+    return blobs
+
+
+def _row_words(blobs: npt.NDArray[Any], shape: tuple[int, int, int]) -> npt.NDArray[np.int64]:
+    """Words of a slice of each box, at most."""
+    reach = blobs["reach"].astype(np.int64)
+    rows = np.minimum(2 * reach[:, 1] + 1, shape[1])
+    # 2 r + 1 voxels lie in at most this many words, wherever they begin.
+    words = np.minimum((2 * reach[:, 2] + WORD - 1) // WORD + 1, -(-shape[2] // WORD))
+    return np.asarray(rows * words, dtype=np.int64)
+
+
+def _add_taps(blobs: npt.NDArray[Any], drawn: npt.NDArray[Any], scale: npt.NDArray[np.float64]) -> Any:
+    """Compute the Gaussians of each blob, once where the voxels are cubes; returns all taps."""
+    sigmas = np.stack([drawn["sigma_a"], drawn["sigma_b"]], axis=1)[:, :, None] / scale[:, None, :]
+    cubes = bool((scale == scale[:, :1]).all())
+    taps, ends = taps_of(np.ascontiguousarray(sigmas[:, :, :1] if cubes else sigmas).reshape(-1))
+    first = ends[:-1].reshape(len(blobs), 2, -1)
+    blobs["taps"] = first
+    blobs["radius"] = (ends[1:] - ends[:-1] - 1).reshape(first.shape)
+    return taps
+
+
+def _matrix_sizes(blobs: npt.NDArray[Any], shape: tuple[int, int, int]) -> npt.NDArray[np.int64]:
+    """Floats of each folded matrix, at most: lines of n <= 2 r voxels, and no longer than the volume."""
+    half = np.minimum((np.array(shape) + 1) // 2, blobs["radius"].astype(np.int64))
+    return np.asarray(-(-half // PAIRS) * half * 2 * PAIRS, dtype=np.int64)
+
+
+def _starts(out: npt.NDArray[Any], sizes: npt.NDArray[np.int64]) -> int:
+    """Write where each part begins; returns the size of all."""
+    ends = np.cumsum(sizes.reshape(-1))
+    out[...] = (ends - sizes.reshape(-1)).reshape(out.shape)
+    return int(ends[-1]) if len(ends) else 0
