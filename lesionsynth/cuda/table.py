@@ -160,9 +160,10 @@ def _row_words(blobs: npt.NDArray[Any], shape: tuple[int, int, int]) -> npt.NDAr
 def _add_taps(blobs: npt.NDArray[Any], drawn: npt.NDArray[Any], scale: npt.NDArray[np.float64]) -> Any:
     """Compute the Gaussians of each blob, once where the voxels are cubes; returns all taps."""
     sigmas = np.stack([drawn["sigma_a"], drawn["sigma_b"]], axis=1)[:, :, None] / scale[:, None, :]
-    cubes = bool((scale == scale[:, :1]).all())
-    taps, ends = taps_of(np.ascontiguousarray(sigmas[:, :, :1] if cubes else sigmas).reshape(-1))
-    first = ends[:-1].reshape(len(blobs), 2, -1)
+    if (scale == scale[:, :1]).all():
+        sigmas = sigmas[:, :, :1]
+    taps, ends = taps_of(np.ascontiguousarray(sigmas).reshape(-1))
+    first = ends[:-1].reshape(sigmas.shape)
     blobs["taps"] = first
     blobs["radius"] = (ends[1:] - ends[:-1] - 1).reshape(first.shape)
     return taps

@@ -1,14 +1,16 @@
-// edges.cu: erroneous edges (PAPER.md III-B), bright components of which most lies in the shell of the lung mask.
+// edges.cu: erroneous edges (PAPER.md III-B), bright components of which most lies in the lung mask's shell.
 // Twins: cpu/edges.py, cpu/shell.py; oracle: SciPy's erosion and labels in tests/test_lungs_edges.py
 //
-// The image is read once for what is bright and once for the result; between, everything works on bits and on the
-// nodes of label.cu.
+// The image is read once for what is bright and once for the result; between, everything works on bits and on
+// the nodes of label.cu.
 struct EdgesState {
     u32 found, strange;  // a voxel of the mask; one of them outside [0, 1]
 };
 
-// Voxels of the mask at or above the level; a warp is a word.  Floor: 1/8, and a value a lung voxel, read, 1/8 written.
-KERNEL edges_bright(const Real* image, const u32* lungs, u32* bright, EdgesState* state, i64 rows, int width, Real level) {
+// Voxels of the mask at or above the level; a warp is a word.  Floor: 1/8 and the lungs' values read, 1/8
+// written.
+KERNEL edges_bright(const Real* image, const u32* lungs, u32* bright, EdgesState* state, i64 rows, int width,
+                    Real level) {
     int words = words_of(width), lane = lane_of_thread();
     bool found = false, strange = false;
     for (i64 t = first_warp_task(); t < rows * words; t += warp_task_step()) {
@@ -33,14 +35,16 @@ KERNEL edges_erode_y(const u32* lungs, u32* out, int depth, int height, int widt
         int y;
         divide(t / words, height, &y);
         u32 deep = y >= reach && y + reach < height ? lungs[t] : 0u;
-        for (int d = 1; d <= reach && deep; ++d) deep &= lungs[t - (i64)d * words] & lungs[t + (i64)d * words];
+        for (int d = 1; d <= reach && deep; ++d)
+            deep &= lungs[t - (i64)d * words] & lungs[t + (i64)d * words];
         out[t] = deep;
     }
 }
 
 // Word w of a row moved by `by` voxels: its bit x is the row's voxel x - by.  Twin: shifted
 __device__ __forceinline__ u32 shifted(const u32* row, int w, int words, int by) {
-    int whole = by >> 5, part = by & (WARP - 1), from = w - whole;  // rounds down, also where `by` is negative
+    int whole = by >> 5, part = by & (WARP - 1);  // rounds down, also where `by` is negative
+    int from = w - whole;
     u32 here = from >= 0 && from < words ? row[from] : 0u;
     u32 before = from >= 1 && from <= words ? row[from - 1] : 0u;
     return part ? here << part | before >> (WARP - part) : here;
@@ -53,7 +57,8 @@ KERNEL edges_shell(const u32* lungs, const u32* columns, u32* shell, i64 rows, i
         int w;
         const u32* row = columns + divide(t, words, &w) * words;
         u32 deep = row[w];
-        for (int d = 1; d <= reach && deep; ++d) deep &= shifted(row, w, words, d) & shifted(row, w, words, -d);
+        for (int d = 1; d <= reach && deep; ++d)
+            deep &= shifted(row, w, words, d) & shifted(row, w, words, -d);
         shell[t] = lungs[t] & ~deep;
     }
 }
@@ -68,8 +73,9 @@ __device__ __forceinline__ void add(Tally* tallies, int number, const Tally& tal
     if (tally.contact) atomicAdd(&tallies[number].contact, tally.contact);
 }
 
-// A thread takes the words of a sector and adds up what belongs to one component.  Floor: 2/8 and the nodes read.
-KERNEL edges_measure(const u32* bright, const u32* shell, const int* table, Tally* tallies, i64 rows, int width) {
+// A thread takes the words of a sector and adds up what is one component's.  Floor: 2/8 and the nodes read.
+KERNEL edges_measure(const u32* bright, const u32* shell, const int* table, Tally* tallies, i64 rows,
+                     int width) {
     constexpr int SECTOR = 8;
     i64 words = rows * words_of(width);
     for (i64 s = first_task(); s * SECTOR < words; s += task_step()) {
@@ -95,8 +101,9 @@ KERNEL edges_measure(const u32* bright, const u32* shell, const int* table, Tall
     }
 }
 
-// Take the runs of erroneous components out of the mask, in place.  Floor: 2/8 and the nodes read, 1/8 written.
-KERNEL edges_clear(const u32* bright, const int* table, const Tally* tallies, u32* lungs, i64 rows, int width, double fraction) {
+// Take the runs of erroneous components out of the mask.  Floor: 2/8 and the nodes read, 1/8 written.
+KERNEL edges_clear(const u32* bright, const int* table, const Tally* tallies, u32* lungs, i64 rows, int width,
+                   double fraction) {
     for (i64 t = first_task(); t < rows * words_of(width); t += task_step()) {
         u32 rest = bright[t], wrong = 0;
         if (rest == 0) continue;
@@ -109,7 +116,8 @@ KERNEL edges_clear(const u32* bright, const int* table, const Tally* tallies, u3
     }
 }
 
-// The image, 0 outside the mask, and the mask in bytes.  Floor: 1/8, and a value a lung voxel, read; a value and 1 written.
+// The image, 0 outside the mask, and the mask in bytes.  Floor: 1/8 and the lungs' values read, a value and 1
+// written.
 KERNEL edges_keep(const Real* image, const u32* lungs, Real* out, u8* mask, i64 voxels, int width) {
     bool wide = ((u64)image & (sizeof(Quad<Real>) < 16 ? sizeof(Quad<Real>) - 1 : 15)) == 0;
     for (i64 q = first_task(); q < (voxels + 3) / 4; q += task_step()) {
@@ -119,12 +127,19 @@ KERNEL edges_keep(const Real* image, const u32* lungs, Real* out, u8* mask, i64 
         if (four && wide && 4 * q + 4 <= voxels) {
             values = ((const Quad<Real>*)image)[q];
         } else {
+#pragma unroll
             for (int k = 0; k < 4; ++k)
                 if (four >> k & 1u) values.v[k] = image[4 * q + k];
         }
+#pragma unroll
         for (int k = 0; k < 4; ++k)
             if ((four >> k & 1u) == 0) values.v[k] = (Real)0;
-        if (4 * q + 4 <= voxels) ((Quad<Real>*)out)[q] = values;
-        else for (int k = 0; 4 * q + k < voxels; ++k) out[4 * q + k] = values.v[k];
+        if (4 * q + 4 <= voxels) {
+            ((Quad<Real>*)out)[q] = values;
+        } else {
+#pragma unroll
+            for (int k = 0; k < 4; ++k)
+                if (4 * q + k < voxels) out[4 * q + k] = values.v[k];
+        }
     }
 }

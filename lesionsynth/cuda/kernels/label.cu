@@ -1,9 +1,10 @@
-// label.cu: connected components, numbered as scipy.ndimage.label numbers them.  Twin: cpu/label.py; oracle: SciPy
+// label.cu: connected components, numbered as scipy.ndimage.label does.  Twin: cpu/label.py; oracle: SciPy
 //
-// As in Playne and Hawick (2018) and Hennequin, Lacassagne, Cabaret and Meunier (2018), in three dimensions: the mask is
-// packed, a node of the union-find is a run of voxels within a word, and a node's name is its first voxel.  Two runs of
-// neighbouring rows touch in one stretch, found by shifting words, and are united once.  Parents are never greater than
-// their children, so roots in ascending order are components in C order of their first voxels; sums of roots number them.
+// As in Playne and Hawick (2018) and Hennequin, Lacassagne, Cabaret and Meunier (2018), in three dimensions:
+// the mask is packed, a node of the union-find is a run of voxels within a word, and a node's name is its
+// first voxel.  Two runs of neighbouring rows touch in one stretch, found by shifting words, and are united
+// once.  Parents are never greater than their children, so roots in ascending order are components in C order
+// of their first voxels; sums of roots number them.
 //
 // The table is the label volume itself, in turn
 //     label_runs, label_unite   parent of each node
@@ -11,14 +12,15 @@
 //     label_number              roots: minus their number
 //     label_paint               labels
 // Other entries are never read.  Floor of all: 1 byte read, 4 written; the rest works on bits and on nodes.
-constexpr int LOOK_BACK = 16;  // words: a run of more hangs on itself, so that no thread walks along a whole row
+constexpr int LOOK_BACK = 16;  // words: a longer run hangs on itself, so that no thread walks a whole row
 
 struct LabelState {
     u32 ticket, components;
 };
 
-// Root of a node.  Halves the path: else rows that all hang on their neighbour at once make a path of thousands.  The
-// write may undo another thread's atomicMin, but that thread goes on to unite what it displaced, so no link is lost.
+// Root of a node.  Halves the path: else rows that all hang on their neighbour at once make a path of
+// thousands.  The write may undo another thread's atomicMin, but that thread goes on to unite what it
+// displaced, so no link is lost.
 __device__ __forceinline__ int find(volatile int* parent, int a) {
     int p = parent[a];
     while (p != a) {
@@ -37,8 +39,8 @@ __device__ __forceinline__ void unite_runs(int* parent, int a, int b) {
         b = find(parent, b);
         if (a == b) return;
         int high = imax(a, b), low = imin(a, b);
-        int old = atomicMin(&parent[high], low);  // hang one under the other, unless another thread moved it meanwhile
-        if (old == high) return;
+        int old = atomicMin(&parent[high], low);
+        if (old == high) return;  // else another thread moved it meanwhile
         a = old;
         b = low;
     }
@@ -74,7 +76,8 @@ KERNEL label_runs(const u32* bits, int* parent, LabelState* state, i64 rows, int
 }
 
 // Unite the nodes of a word and of the same word of another row, whose bits 0 are voxels `first` and `other`.
-__device__ void join_words(int* parent, const Triple& a, int first, const Triple& b, int other, bool diagonal) {
+__device__ __forceinline__ void join_words(int* parent, const Triple& a, int first, const Triple& b,
+                                           int other, bool diagonal) {
     u32 both = a.here & b.here;
     u32 starts = both & ~(both << 1 | (a.before & b.before) >> 31);
     for (; starts; starts &= starts - 1) {
@@ -83,7 +86,8 @@ __device__ void join_words(int* parent, const Triple& a, int first, const Triple
     }
     if (!diagonal) return;
     // Runs that touch without a stretch in common: one begins right behind the other's end.
-    u32 behind = a.here & b.lower() & ~(a.lower() | b.here), ahead = a.here & b.upper() & ~(a.upper() | b.here);
+    u32 behind = a.here & b.lower() & ~(a.lower() | b.here);
+    u32 ahead = a.here & b.upper() & ~(a.upper() | b.here);
     for (; behind; behind &= behind - 1) {
         int bit = __ffs(behind) - 1;
         int node = bit > 0 ? run_start(b.here, bit - 1) : run_start(b.before, WARP - 1) - WARP;
@@ -97,20 +101,22 @@ __device__ void join_words(int* parent, const Triple& a, int first, const Triple
 
 // A thread is a word; the four earlier rows are joined once, from the later one.
 // Floor: 1/8 read; a union takes an atomic and some four dependent reads in the L2 cache.
-KERNEL label_unite(const u32* bits, int* parent, int depth, int height, int width, int connectivity) {
+KERNEL_OF(4) label_unite(const u32* bits, int* parent, int depth, int height, int width, int connectivity) {
     int words = words_of(width);
     for (i64 t = first_task(); t < (i64)depth * height * words; t += task_step()) {
         int w, y;
         i64 row = divide(t, words, &w), z = divide(row, height, &y);
         Triple here = triple_of(bits, row, w, words);
         if (here.here == 0) continue;
+#pragma unroll 1
         for (int k = 0; k < 4; ++k) {
             int dz = k < 3 ? -1 : 0, dy = k < 3 ? k - 1 : -1, apart = (dz != 0) + (dy != 0);
             if (z + dz < 0 || y + dy < 0 || y + dy >= height || (connectivity == 6 && apart > 1)) continue;
             i64 other = row + (i64)dz * height + dy;
             Triple there = triple_of(bits, other, w, words);
             bool diagonal = connectivity == 26 || (connectivity == 18 && apart == 1);
-            join_words(parent, here, (int)(row * width) + WARP * w, there, (int)(other * width) + WARP * w, diagonal);
+            int first = (int)(row * width) + WARP * w, base = (int)(other * width) + WARP * w;
+            join_words(parent, here, first, there, base, diagonal);
         }
     }
 }
@@ -129,7 +135,8 @@ KERNEL label_unite_plain(const u8* mask, int* parent, int depth, int height, int
             int dz = n / 9 - 1, dy = n / 3 % 3 - 1, dx = n % 3 - 1;
             bool inside = z + dz >= 0 && y + dy >= 0 && y + dy < height && x + dx >= 0 && x + dx < width;
             i64 other = i + ((i64)dz * height + dy) * width + dx;
-            if (inside && (dz != 0) + (dy != 0) + (dx != 0) <= most && mask[other]) unite(parent, (int)i, (int)other);
+            bool near = (dz != 0) + (dy != 0) + (dx != 0) <= most;
+            if (inside && near && mask[other]) unite(parent, (int)i, (int)other);
         }
     }
 }
@@ -212,7 +219,7 @@ KERNEL label_number(const u32* bits, int* table, const u32* counts, i64 rows, in
     }
 }
 
-// A warp is a word: a lane learns its node's number before any lane writes over it.  Floor: 1/8 read, 4 written.
+// A warp is a word: lanes learn their node's number before any writes over it.  Floor: 1/8 read, 4 written.
 KERNEL label_paint(const u32* bits, int* table, i64 rows, int width) {
     int words = words_of(width);
     for (i64 t = first_warp_task(); t < rows * words; t += warp_task_step()) {
@@ -225,8 +232,8 @@ KERNEL label_paint(const u32* bits, int* table, i64 rows, int width) {
     }
 }
 
-// Growth until nothing changes: of the components of seed or room, those that hold a voxel of the seed.  Their roots are
-// marked with -1 behind label_count.  Floor: 2/8 and the nodes read.
+// Growth until nothing changes: of the components of seed or room, those that hold a voxel of the seed. Their
+// roots are marked with -1 behind label_count.  Floor: 2/8 and the nodes read.
 KERNEL grow_mark(const u32* seed, const u32* both, int* table, i64 rows, int width) {
     volatile int* roots = table;
     for (i64 t = first_task(); t < rows * words_of(width); t += task_step()) {

@@ -1,8 +1,8 @@
 // ops.cu: packed masks, growth, means over a box, noise and the Gaussian of a volume.
-// Twins: cpu/bits.py, cpu/grow.py, cpu/filters.py, cpu/philox.py; oracle: scipy.ndimage in tests/test_cuda_ops.py
+// Twins: cpu/bits.py, cpu/grow.py, cpu/filters.py, cpu/philox.py; oracle: SciPy, in tests/test_cuda_ops.py
 //
-// Bit x & 31 of word x >> 5 of a row is voxel x; bits beyond the row are 0, and so is what lies beyond the volume.
-// Floors count bytes a voxel through device memory: b bits are b / 8 bytes.
+// Bit x & 31 of word x >> 5 of a row is voxel x; bits beyond the row are 0, as is what lies beyond the
+// volume. Floors count bytes a voxel through device memory: b bits are b / 8 bytes.
 #if IMAGE == 4
 typedef double Real;
 #else
@@ -49,7 +49,9 @@ __device__ __forceinline__ Triple triple_of(const u32* bits, i64 row, int w, int
 }
 
 // First bit of the run of a word that a set bit belongs to.
-__device__ __forceinline__ int run_start(u32 word, int bit) { return WARP - __clz(~word & ((1u << bit) - 1u)); }
+__device__ __forceinline__ int run_start(u32 word, int bit) {
+    return WARP - __clz(~word & ((1u << bit) - 1u));
+}
 
 // Bits of the lowest run of a word: adding its first bit carries through it.
 __device__ __forceinline__ u32 lowest_run(u32 word) { return word & ~(word + (word & (0u - word))); }
@@ -57,7 +59,8 @@ __device__ __forceinline__ u32 lowest_run(u32 word) { return word & ~(word + (wo
 // Four bytes, zero or not, as four bits.
 __device__ __forceinline__ u32 four_bits(u32 bytes) {
     u32 high = (((bytes & 0x7F7F7F7Fu) + 0x7F7F7F7Fu) | bytes) & 0x80808080u;
-    return (high >> 7) * 0x01020408u >> 24 & 15u;  // bit 8 k times 2^(24 - 7 k) is bit 24 + k; no two share one
+    // Bit 8 k times 2^(24 - 7 k) is bit 24 + k, and no two products share a bit.
+    return (high >> 7) * 0x01020408u >> 24 & 15u;
 }
 
 // Pack a row that begins on sixteen bytes, a whole warp: a lane reads half a word.
@@ -85,7 +88,7 @@ __device__ __forceinline__ void pack_row(const u8* bytes, int width, const u32* 
     }
 }
 
-// Pack a mask of bytes, and unite it with one already packed, or with none (null).  Floor: 1 read, 1/8 written.
+// Pack a mask of bytes, united with one that is packed, or with none (null).  Floor: 1 read, 1/8 written.
 KERNEL pack_mask(const u8* mask, const u32* also, u32* bits, i64 rows, int width) {
     int words = words_of(width);
     for (i64 row = first_warp_task(); row < rows; row += warp_task_step()) {
@@ -116,13 +119,15 @@ __device__ __forceinline__ u32 bits_of_quad(const u32* bits, i64 quad, i64 voxel
 __device__ __forceinline__ void put_bytes(u8* out, u32 four, i64 quad, i64 voxels) {
     u32 bytes = four * 0x00204081u & 0x01010101u;
     if (4 * quad + 4 <= voxels) ((u32*)out)[quad] = bytes;
-    else for (int k = 0; 4 * quad + k < voxels; ++k) out[4 * quad + k] = (u8)(four >> k & 1u);
+    else
+        for (int k = 0; 4 * quad + k < voxels; ++k) out[4 * quad + k] = (u8)(four >> k & 1u);
 }
 
 // Packed to bytes.  Floor: 1/8 read, 1 written.
 KERNEL unpack_mask(const u32* bits, u8* out, i64 voxels, int width) {
     i64 quads = (voxels + 3) / 4;
-    for (i64 q = first_task(); q < quads; q += task_step()) put_bytes(out, bits_of_quad(bits, q, voxels, width), q, voxels);
+    for (i64 q = first_task(); q < quads; q += task_step())
+        put_bytes(out, bits_of_quad(bits, q, voxels, width), q, voxels);
 }
 
 KERNEL clear_words(u32* words, i64 count) {
@@ -139,8 +144,8 @@ __device__ __forceinline__ u32 reach_from(const u32* bits, i64 row, int w, int w
 
 // One step.  Does nothing where the step before changed nothing: both buffers hold the same then.
 // Floor: 2/8 read, 1/8 written.
-KERNEL grow_step(const u32* region, const u32* room, u32* grown, const volatile u32* before, u32* changed, int depth, int height,
-                 int width, int connectivity) {
+KERNEL grow_step(const u32* region, const u32* room, u32* grown, const volatile u32* before, u32* changed,
+                 int depth, int height, int width, int connectivity) {
     if (before && *before == 0) return;
     int words = words_of(width), most = connectivity == 6 ? 1 : connectivity == 18 ? 2 : 3;
     i64 count = (i64)depth * height * words;
@@ -151,8 +156,10 @@ KERNEL grow_step(const u32* region, const u32* room, u32* grown, const volatile 
         u32 here = region[t], free = room[t] & ~here, reached = 0;
         if (free) {
             for (int dz = z > 0 ? -1 : 0; dz <= (z + 1 < depth); ++dz)
-                for (int dy = y > 0 ? -1 : 0; dy <= (y + 1 < height); ++dy)
-                    reached |= reach_from(region, row + (i64)dz * height + dy, w, words, (dz != 0) + (dy != 0), most);
+                for (int dy = y > 0 ? -1 : 0; dy <= (y + 1 < height); ++dy) {
+                    int apart = (dz != 0) + (dy != 0);
+                    reached |= reach_from(region, row + (i64)dz * height + dy, w, words, apart, most);
+                }
         }
         grown[t] = here | (free & reached);
         any |= (free & reached) != 0;
@@ -161,7 +168,8 @@ KERNEL grow_step(const u32* region, const u32* room, u32* grown, const volatile 
 }
 
 // The same, a thread a voxel: for tests.
-KERNEL grow_step_plain(const u8* region, const u8* room, u8* grown, u32* changed, int depth, int height, int width, int connectivity) {
+KERNEL grow_step_plain(const u8* region, const u8* room, u8* grown, u32* changed, int depth, int height,
+                       int width, int connectivity) {
     int most = connectivity == 6 ? 1 : connectivity == 18 ? 2 : 3;
     i64 voxels = (i64)depth * height * width;
     for (i64 i = first_task(); i < voxels; i += task_step()) {
@@ -169,7 +177,8 @@ KERNEL grow_step_plain(const u8* region, const u8* room, u8* grown, u32* changed
         bool here = region[i] != 0, reached = here;
         for (int n = 0; n < 27 && room[i] && !reached; ++n) {
             int dz = n / 9 - 1, dy = n / 3 % 3 - 1, dx = n % 3 - 1;
-            bool inside = z + dz >= 0 && z + dz < depth && y + dy >= 0 && y + dy < height && x + dx >= 0 && x + dx < width;
+            bool inside_z = z + dz >= 0 && z + dz < depth, inside_y = y + dy >= 0 && y + dy < height;
+            bool inside = inside_z && inside_y && x + dx >= 0 && x + dx < width;
             bool near = (dz != 0) + (dy != 0) + (dx != 0) <= most;
             reached = inside && near && region[i + ((i64)dz * height + dy) * width + dx] != 0;
         }
@@ -180,39 +189,43 @@ KERNEL grow_step_plain(const u8* region, const u8* room, u8* grown, u32* changed
 
 // --- Mean over a box: sums along z, then y, then x, divided once ---
 
-__device__ __forceinline__ int near(int i, int n) { return i >= 0 && i < n ? i : reflect(i, n); }
+__device__ __forceinline__ int mirrored(int i, int n) { return i >= 0 && i < n ? i : reflect(i, n); }
 
 // Sums of windows i - size / 2 ... of a line, for outputs begin ... end - 1: a sum moves with its window.
 template <class Line, class Out>
-__device__ __forceinline__ void run_sums(const Line& line, const Out& put, int n, int size, int begin, int end) {
+__device__ __forceinline__ void run_sums(const Line& line, const Out& put, int n, int size, int begin,
+                                         int end) {
     int left = size / 2;
     double total = 0.0;
-    for (int k = 0; k < size; ++k) total += line(near(begin - left + k, n));
+    for (int k = 0; k < size; ++k) total += line(mirrored(begin - left + k, n));
     for (int i = begin; i < end; ++i) {
         put(i, total);
-        if (i + 1 < end) total += line(near(i - left + size, n)) - line(near(i - left, n));
+        if (i + 1 < end) total += line(mirrored(i - left + size, n)) - line(mirrored(i - left, n));
     }
 }
 
 // A thread is a column and takes up to `run` outputs.
 template <class T>
-__device__ __forceinline__ void box_along_z(const T* volume, double* sums, int depth, i64 plane, int first, int slices, int size,
-                                            int run) {
+__device__ __forceinline__ void box_along_z(const T* volume, double* sums, int depth, i64 plane, int first,
+                                            int slices, int size, int run) {
     i64 pieces = (slices + run - 1) / run;
     for (i64 t = first_task(); t < plane * pieces; t += task_step()) {
         i64 piece = t / plane, column = t - piece * plane;
         int begin = first + (int)piece * run, end = imin(begin + run, first + slices);
         run_sums([=](int z) { return (double)volume[z * plane + column]; },
-                 [=](int z, double sum) { sums[(z - first) * plane + column] = sum; }, depth, size, begin, end);
+                 [=](int z, double sum) { sums[(z - first) * plane + column] = sum; }, depth, size, begin,
+                 end);
     }
 }
 
-// Slices first ... first + slices - 1 of the sums.  Floor: a value read, 8 written; each value is read twice, `size`
-// slices apart.
-KERNEL box_z_image(const Real* volume, double* sums, int depth, i64 plane, int first, int slices, int size, int run) {
+// Slices first ... first + slices - 1 of the sums.  Floor: a value read, 8 written; each is read twice,
+// `size` slices apart.
+KERNEL box_z_image(const Real* volume, double* sums, int depth, i64 plane, int first, int slices, int size,
+                   int run) {
     box_along_z(volume, sums, depth, plane, first, slices, size, run);
 }
-KERNEL box_z_bytes(const u8* volume, double* sums, int depth, i64 plane, int first, int slices, int size, int run) {
+KERNEL box_z_bytes(const u8* volume, double* sums, int depth, i64 plane, int first, int slices, int size,
+                   int run) {
     box_along_z(volume, sums, depth, plane, first, slices, size, run);
 }
 
@@ -237,18 +250,19 @@ __device__ __forceinline__ double inclusive_sum(double x) {
     return x;
 }
 
-// A warp is a row: 32 windows at a time, by a scan of what enters less what leaves.  Floor: 8 read, 4 written.
+// A warp is a row: 32 windows at a time, scanning what enters less what leaves.  Floor: 8 read, 4 written.
 KERNEL box_x(const double* sums, float* out, i64 rows, int width, int size, double count) {
     int left = size / 2;
     for (i64 r = first_warp_task(); r < rows; r += warp_task_step()) {
         const double* row = sums + r * width;
         double total = 0.0;
-        for (int k = lane_of_thread(); k < size; k += WARP) total += row[near(k - left, width)];
+        for (int k = lane_of_thread(); k < size; k += WARP) total += row[mirrored(k - left, width)];
         for (int d = WARP / 2; d; d /= 2) total += __shfl_xor_sync(ALL_LANES, total, d);
         for (int x0 = 0; x0 < width; x0 += WARP) {
             int x = x0 + lane_of_thread();
             bool moved = x > 0 && x < width;
-            double change = moved ? row[near(x - left + size - 1, width)] - row[near(x - left - 1, width)] : 0.0;
+            int enters = mirrored(x - left + size - 1, width), leaves = mirrored(x - left - 1, width);
+            double change = moved ? row[enters] - row[leaves] : 0.0;
             double sum = total + inclusive_sum(change);
             if (x < width) out[r * width + x] = (float)(sum / count);
             total = __shfl_sync(ALL_LANES, sum, WARP - 1);
@@ -259,15 +273,16 @@ KERNEL box_x(const double* sums, float* out, i64 rows, int width, int size, doub
 // --- Noise ---
 
 // A thread is a Philox call, four voxels along x.  Floor: 4 written, 25 integer operations.
-KERNEL fill_uniform(float* out, int depth, int height, int width, u32 seed, u32 stream, u32 sample, u32 component, u32 z0, u32 y0,
-                    u32 x0) {
+KERNEL fill_uniform(float* out, int depth, int height, int width, u32 seed, u32 stream, u32 sample,
+                    u32 component, u32 z0, u32 y0, u32 x0) {
     u32 skip = x0 & 3;  // voxels of the first quad that lie before the box
     int quads = (int)(((i64)width + skip + 3) / 4);
     i64 count = (i64)depth * height * quads;
     for (i64 t = first_task(); t < count; t += task_step()) {
         int k, y;
         i64 row = divide(t, quads, &k), z = divide(row, height, &y);
-        Words w = philox4x32_10((x0 >> 2) + k, (z0 + (u32)z) << 16 | (y0 + y), sample, component, seed, stream);
+        u32 plane = (z0 + (u32)z) << 16 | (y0 + y);
+        Words w = philox4x32_10((x0 >> 2) + k, plane, sample, component, seed, stream);
         i64 x = 4 * (i64)k - skip;
         float* at = out + row * width + x;
         Quad<float> q = {{uniform_of(w.w[0]), uniform_of(w.w[1]), uniform_of(w.w[2]), uniform_of(w.w[3])}};
@@ -290,7 +305,8 @@ struct Rows {
 
     __device__ void fill(float* tile, int begin, int end) const {
         for (int r = warp_of_thread(); r < LINES; r += WARPS)
-            for (int i = begin + lane_of_thread(); i < end; i += WARP) tile[i * PITCH + r] = r < rows ? base[r * width + i] : 0.0f;
+            for (int i = begin + lane_of_thread(); i < end; i += WARP)
+                tile[i * PITCH + r] = r < rows ? base[r * width + i] : 0.0f;
     }
     __device__ float at(int line, int i) const { return line < rows ? base[line * width + i] : 0.0f; }
 };
@@ -309,7 +325,8 @@ struct RowsOut {
         __syncwarp();
         int j = lane_of_thread() % BLOCK;
         if (j >= from && j < to)
-            for (int r = lane_of_thread() / BLOCK; r < rows; r += WARP / BLOCK) base[r * width + i + j] = stage[r * (BLOCK + 1) + j];
+            for (int r = lane_of_thread() / BLOCK; r < rows; r += WARP / BLOCK)
+                base[r * width + i + j] = stage[r * (BLOCK + 1) + j];
         __syncwarp();
     }
 };
@@ -321,7 +338,8 @@ struct Columns {
     bool on;
 
     __device__ void fill(float* tile, int begin, int end) const {
-        for (int i = begin + warp_of_thread(); i < end; i += WARPS) tile[i * PITCH + lane_of_thread()] = on ? base[i * step] : 0.0f;
+        for (int i = begin + warp_of_thread(); i < end; i += WARPS)
+            tile[i * PITCH + lane_of_thread()] = on ? base[i * step] : 0.0f;
     }
     __device__ float at(int, int i) const { return on ? base[i * step] : 0.0f; }
 };
@@ -339,15 +357,15 @@ struct ColumnsOut {
 };
 
 template <class Source, class Sink>
-__device__ __forceinline__ void filter(const Source& source, Sink& sink, const Piece& piece, const Weights& w, bool plain, float* tile,
-                                       float* taps) {
+__device__ __forceinline__ void filter(const Source& source, Sink& sink, const Piece& piece, const Weights& w,
+                                       bool plain, float* tile, float* taps) {
     if (plain) filter_plainly(source, sink, piece, w);
     else filter_tile(source, sink, piece, w, tile, taps);
 }
 
 // Along x.  Floor: 4 read, 4 written; min(r, n / 2) multiply-adds.
-KERNEL gauss_rows(const float* volume, float* out, i64 rows, int width, const double* weights, const float* matrix, int radius,
-                  int plain) {
+KERNEL_OF(3) gauss_rows(const float* volume, float* out, i64 rows, int width, const double* weights, const float* matrix,
+           int radius, int plain) {
     __shared__ float tile[ROWS * PITCH], stage[WARPS][WARP * (BLOCK + 1)], taps[ROWS / 2];
     Weights w = {weights, matrix, radius};
     bool slow = plain || chunk_of(width, radius) == 0;
@@ -363,10 +381,10 @@ KERNEL gauss_rows(const float* volume, float* out, i64 rows, int width, const do
     }
 }
 
-// Along y (outer = depth, step = width) or z (outer = 1, step = height width): lines of n voxels, `step` of them side by
-// side.  Floor: as along x.
-KERNEL gauss_columns(const float* volume, float* out, int outer, int n, i64 step, const double* weights, const float* matrix,
-                     int radius, int plain) {
+// Along y (outer = depth, step = width) or z (outer = 1, step = height width): lines of n voxels, `step` of
+// them side by side.  Floor: as along x.
+KERNEL_OF(3) gauss_columns(const float* volume, float* out, int outer, int n, i64 step, const double* weights,
+              const float* matrix, int radius, int plain) {
     __shared__ float tile[ROWS * PITCH], taps[ROWS / 2];
     Weights w = {weights, matrix, radius};
     bool slow = plain || chunk_of(n, radius) == 0;
@@ -374,7 +392,8 @@ KERNEL gauss_columns(const float* volume, float* out, int outer, int n, i64 step
     i64 groups = (step + LINES - 1) / LINES;
     for (i64 t = blockIdx.x; t < outer * groups * chunks; t += gridDim.x) {
         int chunk;
-        i64 group = divide(t, chunks, &chunk), other = group / groups, column = (group - other * groups) * LINES + lane_of_thread();
+        i64 group = divide(t, chunks, &chunk), other = group / groups;
+        i64 column = (group - other * groups) * LINES + lane_of_thread();
         i64 at = other * n * step + column;
         Columns source = {volume + at, step, column < step};
         ColumnsOut sink = {out + at, step, column < step};
