@@ -75,10 +75,3 @@ def c_struct(name: str, kind: np.dtype[Any]) -> str:
 def _read(name: str) -> str:
     text = files("lesionsynth.cuda").joinpath("kernels", name).read_text(encoding="utf-8")
     return f'#line 1 "{name}"\n{text}'
-
-
-def kernels_of(text: str) -> Sequence[str]:
-    """Names of the kernels that a program defines."""
-    import re
-
-    return re.findall(r"extern \"C\" __global__ void (?:__launch_bounds__\(\w+\) )?(\w+)\(", text)

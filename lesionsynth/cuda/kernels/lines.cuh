@@ -173,6 +173,58 @@ __device__ __noinline__ float plain_output(const Source& source, int line, int n
     return 2 * i < n - 1 ? e + o : e - o;
 }
 
+// Shared memory of a tile: 46,736 bytes.
+struct LineMemory {
+    float tile[ROWS * PITCH];
+    float stage[WARPS][WARP * (BLOCK + 1)];  // for `RowsOut`
+    float taps[ROWS / 2];
+};
+
+// Columns of a volume: a lane is a column, and the lines run along another axis.
+struct Columns {
+    const float* base;  // voxel 0 of this lane's line
+    i64 step;
+    bool on;
+
+    __device__ void fill(float* tile, int begin, int end) const {
+        for (int i = begin + warp_of_thread(); i < end; i += WARPS)
+            tile[i * PITCH + lane_of_thread()] = on ? base[i * step] : 0.0f;
+    }
+    __device__ float at(int, int i) const { return on ? base[i * step] : 0.0f; }
+};
+
+// Rows go out through shared memory, eight voxels of four rows at a time, so that whole sectors are written.
+struct RowsOut {
+    float* out;  // column of voxel 0 in the first row of the group
+    float* stage;
+    i64 pitch;
+    int rows;
+
+    __device__ __forceinline__ void put(int i, const float* values, int from, int to) {
+#pragma unroll
+        for (int j = 0; j < BLOCK; ++j)
+            if (j >= from && j < to) stage[lane_of_thread() * (BLOCK + 1) + j] = values[j];
+        __syncwarp();
+        int j = lane_of_thread() % BLOCK;
+        if (j >= from && j < to) {
+            for (int r = lane_of_thread() / BLOCK; r < rows; r += WARP / BLOCK) out[r * pitch + i + j] = stage[r * (BLOCK + 1) + j];
+        }
+        __syncwarp();
+    }
+};
+
+struct ColumnsOut {
+    float* out;
+    i64 step;
+    bool on;
+
+    __device__ __forceinline__ void put(int i, const float* values, int from, int to) const {
+#pragma unroll
+        for (int j = 0; j < BLOCK; ++j)
+            if (on && j >= from && j < to) out[(i + j) * step] = values[j];
+    }
+};
+
 // The piece of its lines that a tile computes.
 struct Piece {
     int n, first, count;
@@ -188,8 +240,8 @@ __device__ __forceinline__ Piece piece_of(int n, int radius, int chunk, bool pla
 //   sink.put(i, values, from, to): outputs i + from ... i + to - 1 of this thread's lane; whole warps call it
 // Begins with a barrier, so that the shared memory is free; ends without one.
 template <class Source, class Sink>
-__device__ __forceinline__ void filter_tile(const Source& source, Sink& sink, const Piece& piece, const Weights& w, float* tile,
-                                            float* taps) {
+__device__ __forceinline__ void filter_tile(const Source& source, Sink& sink, const Piece& piece, const Weights& w, LineMemory& memory) {
+    float *tile = memory.tile, *taps = memory.taps;
     int n = piece.n, first = piece.first, count = piece.count;
     float out[BLOCK];
     __syncthreads();

@@ -204,7 +204,3 @@ KERNEL paint_labels(const Batch* table, int item, int* labels) {
         }
     }
 }
-
-KERNEL clear_words(u32* words, i64 n) {
-    for (i64 k = (i64)blockIdx.x * THREADS + threadIdx.x; k < n; k += (i64)gridDim.x * THREADS) words[k] = 0u;
-}

@@ -107,3 +107,7 @@ __device__ __forceinline__ bool is_last_block(u32* ticket, u32 blocks, int* last
     __threadfence();
     return answer;
 }
+
+KERNEL clear_words(u32* words, i64 n) {
+    for (i64 k = (i64)blockIdx.x * THREADS + threadIdx.x; k < n; k += (i64)gridDim.x * THREADS) words[k] = 0u;
+}

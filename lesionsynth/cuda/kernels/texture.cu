@@ -7,9 +7,7 @@
 // a pass: four bytes read and four written a voxel of the boxes, which the L2 cache of a large card holds, and
 // min(r, n / 2) multiply-adds.
 struct TextureMemory {
-    float tile[ROWS * PITCH];
-    float stage[WARPS][WARP * (BLOCK + 1)];
-    float taps[ROWS / 2];
+    LineMemory lines;
     u32 voxels[ROWS];
 };
 
@@ -91,19 +89,6 @@ struct NoiseRows {
     }
 };
 
-// Columns of a field: a lane is a column, and the lines run along y or z.
-struct Columns {
-    const float* base;  // voxel 0 of this lane's line
-    i64 step;
-    bool on;
-
-    __device__ void fill(float* tile, int begin, int end) const {
-        for (int i = begin + warp_of_thread(); i < end; i += WARPS)
-            tile[i * PITCH + lane_of_thread()] = on ? base[i * step] : 0.0f;
-    }
-    __device__ float at(int, int i) const { return on ? base[i * step] : 0.0f; }
-};
-
 // Where the columns of a group lie: the first, and which of them are the box's.
 struct Group {
     int other;   // z for lines along y, y for lines along z
@@ -122,38 +107,6 @@ __device__ __forceinline__ Group group_of(const Lesion& l, int axis, i64 number)
     g.at = (i64)g.other * (axis == ALONG_Y ? (i64)l.size[1] * l.pitch : l.pitch) + g.column;
     return g;
 }
-
-// Rows go out through shared memory, eight voxels of four rows at a time, so that whole sectors are written.
-struct RowsOut {
-    float* out;  // column of voxel 0 in the first row of the group
-    float* stage;
-    i64 pitch;
-    int rows;
-
-    __device__ __forceinline__ void put(int i, const float* values, int from, int to) {
-#pragma unroll
-        for (int j = 0; j < BLOCK; ++j)
-            if (j >= from && j < to) stage[lane_of_thread() * (BLOCK + 1) + j] = values[j];
-        __syncwarp();
-        int j = lane_of_thread() % BLOCK;
-        if (j >= from && j < to) {
-            for (int r = lane_of_thread() / BLOCK; r < rows; r += WARP / BLOCK) out[r * pitch + i + j] = stage[r * (BLOCK + 1) + j];
-        }
-        __syncwarp();
-    }
-};
-
-struct ColumnsOut {
-    float* out;
-    i64 step;
-    bool on;
-
-    __device__ __forceinline__ void put(int i, const float* values, int from, int to) const {
-#pragma unroll
-        for (int j = 0; j < BLOCK; ++j)
-            if (on && j >= from && j < to) out[(i + j) * step] = values[j];
-    }
-};
 
 // a2, with its extremes on the box.
 struct Extremes {
@@ -270,7 +223,7 @@ struct Brightness {
 template <bool PLAIN, class Source, class Sink>
 __device__ __forceinline__ void filter(const Source& source, Sink& sink, const Piece& piece, const Weights& w, TextureMemory& memory) {
     if (PLAIN) filter_plainly(source, sink, piece, w);
-    else filter_tile(source, sink, piece, w, memory.tile, memory.taps);
+    else filter_tile(source, sink, piece, w, memory.lines);
 }
 
 template <int STAGE, bool PLAIN>
@@ -281,7 +234,7 @@ __device__ __forceinline__ void noise_tile(const Batch& batch, const Lesion& l, 
     NoiseRows<SALT> source(batch, l, group);
     i64 rows = (i64)l.size[0] * l.size[1] - group * LINES;
     float* out = (float*)field_of(batch, l, SALT) + group * LINES * l.pitch + l.skip;
-    RowsOut sink = {out, memory.stage[warp_of_thread()], l.pitch, rows < LINES ? (int)rows : LINES};
+    RowsOut sink = {out, memory.lines.stage[warp_of_thread()], l.pitch, rows < LINES ? (int)rows : LINES};
     filter<PLAIN>(source, sink, piece_of(l.size[2], w.radius, (int)(number % chunks), batch.plain), w, memory);
 }
 
