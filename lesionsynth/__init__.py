@@ -14,8 +14,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from lesionsynth import presets
-from lesionsynth.config import BlobClass, LesionConfig, Texture, Warp
 from lesionsynth._backend import release_memory
+from lesionsynth.config import BlobClass, LesionConfig, Texture, Warp
 from lesionsynth.lungs import remove_erroneous_edges
 from lesionsynth.plan import Blob, Component, LesionPlan
 from lesionsynth.synthesizer import LesionPair, LesionSynthesizer

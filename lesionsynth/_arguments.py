@@ -7,9 +7,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from lesionsynth._dlpack import DLPACK_CUDA, Restore, accept, device_kind, library_of
-
-__all__ = ["DLPACK_CUDA", "accept_out", "accept_pair", "check_pair", "device_kind"]
+from lesionsynth._dlpack import Restore, accept, library_of
 
 _AXES = {3: "(z, y, x)", 4: "(b, z, y, x)"}
 

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any, Protocol
 
-from lesionsynth._arguments import DLPACK_CUDA, device_kind
+from lesionsynth._dlpack import DLPACK_CUDA, device_kind
 from lesionsynth._recipe import Recipe
 from lesionsynth.config import Range
 from lesionsynth.cpu import _memory
@@ -15,7 +15,7 @@ from lesionsynth.plan import Component
 
 
 class Inputs(Protocol):
-    """An image and its mask on a device, checked, with the buffers of the results where the caller gave some."""
+    """An image and its mask on a device, checked, and the buffers of results that the caller gave."""
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -68,10 +68,11 @@ class Backends:
 def release_memory() -> None:
     """Give back the memory that is kept for later calls.
 
-    On the CPU, results come from the memory of earlier results that nobody holds any more, and scratch arrays stay
-    with the thread that used them: at most three results of the sizes used last, and 64 MiB for each purpose. This
-    returns the free ones, and the scratch arrays of the calling thread, to the system. On GPUs it waits for the
-    batches under way and returns the workspaces (`lesionsynth.cuda.memory_report`) to CuPy's memory pool.
+    On the CPU, results come from the memory of earlier results that nobody holds any more, and scratch arrays
+    stay with the thread that used them: at most three results of the sizes used last, and 64 MiB for each
+    purpose. This returns the free ones, and the scratch arrays of the calling thread, to the system. On GPUs
+    it waits for the batches under way and returns the workspaces (`lesionsynth.cuda.memory_report`) to CuPy's
+    memory pool.
     """
     _memory.release()
     cuda = sys.modules.get("lesionsynth.cuda.backend")

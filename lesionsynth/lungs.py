@@ -11,9 +11,11 @@ from typing import Any
 import numpy as np
 
 from lesionsynth._arguments import accept_pair
+from lesionsynth._dlpack import DLPACK_CUDA, device_kind
 from lesionsynth.cpu._threads import check_threads
 from lesionsynth.cpu.edges import remove_edges
 from lesionsynth.cpu.label import check_connectivity
+from lesionsynth.cuda.backend import check_cupy
 
 
 def remove_erroneous_edges(
@@ -34,7 +36,8 @@ def remove_erroneous_edges(
     Parameters
     ----------
     image : (z, y, x) float32 or float64 array
-        H' in [0, 1], a whole volume rather than a slab; NumPy or a CPU DLPack library. Never written.
+        H' in [0, 1], a whole volume rather than a slab; NumPy or a DLPack library, on the CPU or on a CUDA
+        device, where the work is then done. Never written.
     lung_mask : (z, y, x) array
         M': bool, or numbers 0 and 1, in the library of `image`. Never written.
     threshold : float
@@ -67,6 +70,12 @@ def remove_erroneous_edges(
     _check_options(threshold, contact_fraction, shell_width)
     check_connectivity(connectivity)
     check_threads(threads)
+    if device_kind(image) == DLPACK_CUDA:
+        check_cupy("image and lung_mask are on a CUDA device")
+        from lesionsynth.cuda import frontend
+
+        options = threshold, contact_fraction, int(shell_width), connectivity
+        return frontend.remove_erroneous_edges(image, lung_mask, *options)
     healthy, mask, restore = accept_pair(image, lung_mask, ranks=(3,), dtypes=("float32", "float64"))
     level = healthy.dtype.type(threshold)
     kept, lungs = remove_edges(healthy, mask, level, contact_fraction, shell_width, connectivity, threads)

@@ -1,7 +1,8 @@
 """The generator's building blocks as functions: SciPy's names, arguments and meaning, for NumPy and DLPack.
 
-Each takes a (z, y, x) volume of any strides, never writes it, and answers in its library. The number of
-threads cannot change a result.
+Each takes a (z, y, x) volume of any strides, never writes it, and answers in its library and on its device: a
+volume on a CUDA device is worked on there, on the stream its library uses. Results are the same bits on both,
+where nothing else is said. The number of threads cannot change a result; a GPU does not look at it.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from lesionsynth._dlpack import Restore, accept, library_of
+from lesionsynth._dlpack import DLPACK_CUDA, Restore, accept, device_kind, library_of
 from lesionsynth.cpu import filters, philox
 from lesionsynth.cpu._memory import output
 from lesionsynth.cpu._threads import check_threads
@@ -36,7 +37,8 @@ def philox_uniform(
     component: int = 0,
     offset: Sequence[int] = (0, 0, 0),
     threads: int | None = None,
-) -> npt.NDArray[np.float32]:
+    device: str | int = "cpu",
+) -> Any:
     """Draw uniform noise in [0, 1) that depends on the voxel's coordinate alone (Philox4x32-10).
 
     Parameters
@@ -52,11 +54,13 @@ def philox_uniform(
         most 2**16 along z and y, and 2**32 along x.
     threads : int, optional
         CPU threads; all cores, or ``NUMBA_NUM_THREADS``, where omitted.
+    device : str or int
+        "cpu"; or "cuda", "cuda:1" or 1 for an array on a GPU.
 
     Returns
     -------
     (z, y, x) float32 array
-        Multiples of 2**-24; NumPy.
+        Multiples of 2**-24; NumPy, or CuPy on a GPU.
 
     Raises
     ------
@@ -85,6 +89,8 @@ def philox_uniform(
         if first + n > limit:
             raise ValueError(f"offset + shape must be <= {limit} along {axis}, got {first} + {n}")
     check_threads(threads)
+    if device != "cpu":
+        return _on_cuda().philox_uniform(device, size, (seed, stream, sample, component), start)
     out = output(size, np.float32)
     philox.fill_uniform(out, seed, stream, sample, component, start, threads)
     return out
@@ -129,7 +135,6 @@ def gaussian_filter(
     Within 1e-6 of SciPy's float64 result for values in [0, 1]. An axis of n voxels costs at most
     min(r, n / 2) multiply-adds a voxel, r = tσ, which hardly shows beside reading and writing it.
     """
-    volume, restore = _volume("input", input)
     _check_mode(mode)
     sigmas = _three_floats("sigma", sigma)
     if not all(np.isfinite(s) and s >= 0 for s in sigmas):
@@ -137,6 +142,9 @@ def gaussian_filter(
     if not (np.isfinite(truncate) and truncate > 0):
         raise ValueError(f"truncate must be finite and > 0, got {truncate}")
     check_threads(threads)
+    if device_kind(input) == DLPACK_CUDA:
+        return _on_cuda().gaussian_filter(input, sigmas, truncate)
+    volume, restore = _volume("input", input)
     return restore(filters.gaussian_filter(volume, sigmas, truncate, threads))
 
 
@@ -168,14 +176,17 @@ def uniform_filter(
     Raises
     ------
     TypeError, ValueError
-        Wrong rank or dtype, NaN or infinity, which would spread along whole rows, size < 1 or another mode.
+        Wrong rank or dtype, NaN or infinity, which would spread along whole rows, size < 1 or another mode. A
+        GPU does not look for NaN and infinity.
     """
-    volume, restore = _volume("input", input)
     _check_mode(mode)
     sizes = _three("size", size)
     if min(sizes) < 1:
         raise ValueError(f"size must be >= 1, got {size}")
     check_threads(threads)
+    if device_kind(input) == DLPACK_CUDA:
+        return _on_cuda().uniform_filter(input, sizes)
+    volume, restore = _volume("input", input)
     low, high = volume.min(), volume.max()
     if not (np.isfinite(low) and np.isfinite(high)):
         raise ValueError(f"input must be finite, got values from {low} to {high}")
@@ -208,20 +219,25 @@ def label(
     labels : (z, y, x) int32 array
         0 background, 1..n in C order of the components' first voxels; in the library of `input`.
     n : int
-        Number of components.
+        Number of components; a GPU is waited for.
 
     Raises
     ------
     TypeError, ValueError
         Wrong rank or dtype, another structure or connectivity, or both given.
     """
-    volume, restore = _volume("input", input)
     if structure is not None:
         if connectivity is not None:
             raise ValueError(f"connectivity must be left out beside structure, got {connectivity}")
         connectivity = _connectivity_of(structure)
+    connectivity = 6 if connectivity is None else connectivity
+    check_connectivity(connectivity)
     check_threads(threads)
-    labels, count = _label(_mask(volume), 6 if connectivity is None else connectivity, threads)
+    if device_kind(input) == DLPACK_CUDA:
+        labelled: tuple[Any, int] = _on_cuda().label(input, connectivity)
+        return labelled
+    volume, restore = _volume("input", input)
+    labels, count = _label(_mask(volume), connectivity, threads)
     return restore(labels), count
 
 
@@ -261,18 +277,36 @@ def grow(
     TypeError, ValueError
         Wrong rank or dtype, shapes or libraries that differ, another connectivity, `iterations` no integer.
     """
-    region, restore = _volume("input", input)
-    room, _ = _volume("mask", mask)
     if library_of(input) != library_of(mask):
         raise TypeError(
             f"input and mask must be arrays of one library, got {library_of(input)} and {library_of(mask)}"
         )
-    if room.shape != region.shape:
-        raise ValueError(f"mask must have the shape of input, {region.shape}, got {room.shape}")
     check_connectivity(connectivity)
     check_threads(threads)
     steps = _integer("iterations", iterations)
+    if device_kind(input) == DLPACK_CUDA:
+        return _on_cuda().grow(input, mask, steps, connectivity)
+    region, restore = _volume("input", input)
+    room, _ = _volume("mask", mask)
+    if room.shape != region.shape:
+        raise ValueError(f"mask must have the shape of input, {region.shape}, got {room.shape}")
     return restore(_grow(_mask(region), _mask(room), steps, connectivity, threads))
+
+
+def _on_cuda() -> Any:
+    """Return the same functions for CUDA arrays; CuPy is imported here, and not before.
+
+    Raises
+    ------
+    RuntimeError
+        CuPy is not installed, or there is no device.
+    """
+    from lesionsynth.cuda.backend import check_cupy
+
+    check_cupy("the array is on a CUDA device")
+    from lesionsynth.cuda import frontend
+
+    return frontend
 
 
 def _volume(name: str, value: Any) -> tuple[npt.NDArray[Any], Restore]:

@@ -114,8 +114,8 @@ def _draw(out: Any, uniforms: Any, kinds: Any, warp: Any, laws: Any) -> None:
         row[12] = _within(warp[0], warp[1], u[7])
         row[13] = _within(warp[2], warp[3], u[8])
         row[14] = _within(laws[0], laws[1], u[9])
-        # (a_L, a_U): independent uniforms given that a_U - a_L exceeds the gap. Redrawing until the gap is met
-        # leaves the uniform law on a triangle; sorting two uniforms gives the same law at once.
+        # (a_L, a_U): independent uniforms given that a_U - a_L exceeds the gap. Redrawing until the gap is
+        # met leaves the uniform law on a triangle; sorting two uniforms gives the same law at once.
         gap, slack = laws[10], laws[3] - laws[2] - laws[10]
         row[15] = laws[2] + slack * min(u[10], u[11])
         row[16] = min(laws[2] + gap + slack * max(u[10], u[11]), laws[3])

@@ -48,7 +48,9 @@ def test_label(connectivity, device, plain) -> None:
     rng = np.random.default_rng(connectivity)
     for shape in SHAPES:
         for density in (0.0, 0.1, 0.3, 0.6, 1.0):
-            mask = (rng.random(shape) < density).astype(np.uint8) * rng.integers(1, 255, shape, dtype=np.uint8)
+            mask = (rng.random(shape) < density).astype(np.uint8) * rng.integers(
+                1, 255, shape, dtype=np.uint8
+            )
             labels, count = label(device, mask, connectivity, plain)
             expected, n = ndimage.label(mask, structure)
             assert_array_equal(labels, expected)
@@ -93,7 +95,14 @@ def test_grow(iterations, device, plain) -> None:
             seed, room = ((rng.random(shape) < p).astype(np.uint8) for p in (0.03, 0.6))
             out = blank(shape, np.uint8)
             ops.grow(
-                device, seed.ctypes.data, room.ctypes.data, shape, iterations, connectivity, out.ctypes.data, plain=plain
+                device,
+                seed.ctypes.data,
+                room.ctypes.data,
+                shape,
+                iterations,
+                connectivity,
+                out.ctypes.data,
+                plain=plain,
             )
             expected = ndimage.binary_dilation(
                 seed, ndimage.generate_binary_structure(3, structure), iterations=iterations, mask=room
@@ -123,7 +132,11 @@ def test_uniform_filter(size, device) -> None:
     sizes = (size,) * 3 if isinstance(size, int) else size
     for shape in (*SHAPES, (3, 40, 70)):
         image = rng.random(shape, dtype=np.float32)
-        for volume, atol in ((image, 1e-6), (image.astype(np.float64), 1e-6), ((image > 0.5).astype(np.uint8), 0)):
+        for volume, atol in (
+            (image, 1e-6),
+            (image.astype(np.float64), 1e-6),
+            ((image > 0.5).astype(np.uint8), 0),
+        ):
             out = blank(shape, np.float32)
             ops.uniform_filter(device, volume.ctypes.data, volume.dtype.name, shape, sizes, out.ctypes.data)
             assert_allclose(out, ndimage.uniform_filter(volume.astype(np.float64), sizes), atol=1e-6)
@@ -164,7 +177,11 @@ def test_gaussian_filter_of_long_lines(axis) -> None:
 
 @devices
 def test_fill_uniform(device) -> None:
-    for shape, offset in (((1, 1, 1), (0, 0, 0)), ((3, 4, 33), (5, 6, 7)), ((2, 2, 9), (65534, 65534, 2**32 - 9))):
+    for shape, offset in (
+        ((1, 1, 1), (0, 0, 0)),
+        ((3, 4, 33), (5, 6, 7)),
+        ((2, 2, 9), (65534, 65534, 2**32 - 9)),
+    ):
         out = blank(shape, np.float32)
         ops.fill_uniform(device, shape, (1, 2, 3, 2**32 - 1), offset, out.ctypes.data)
         assert_array_equal(
@@ -195,9 +212,12 @@ def test_remove_edges(dtype, device) -> None:
         image = ndimage.gaussian_filter(rng.random(shape), 0.7).astype(dtype).clip(0, 1)
         image[~mask] = 5.0
         for options in (
-            {"threshold": 0.5}, {"threshold": 0.45, "contact_fraction": 0.0}, {"threshold": 0.5, "shell_width": 0},
-            {"threshold": 0.5, "shell_width": 40}, {"threshold": 0.5, "connectivity": 6, "contact_fraction": 0.3},
-        ):  # fmt: skip
+            {"threshold": 0.5},
+            {"threshold": 0.45, "contact_fraction": 0.0},
+            {"threshold": 0.5, "shell_width": 0},
+            {"threshold": 0.5, "shell_width": 40},
+            {"threshold": 0.5, "connectivity": 6, "contact_fraction": 0.3},
+        ):
             expected = ls.remove_erroneous_edges(image, mask, **options)
             out, kept = edges(device, image, mask.view(np.uint8), **options)
             assert_array_equal(kept, expected[1])

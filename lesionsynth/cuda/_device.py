@@ -1,7 +1,7 @@
 """What the launches need of a GPU: memory, one way up, order, and kernels by name.
 
-`lesionsynth.cuda.cupy_device` is the real one. The tests put the kernels' own source behind the same methods on
-the host (tests/cuda_host), so everything above this module runs wherever there is a C++ compiler.
+`lesionsynth.cuda.cupy_device` is the real one. The tests put the kernels' own source behind the same methods
+on the host (tests/cuda_host), so everything above this module runs wherever there is a C++ compiler.
 """
 
 from __future__ import annotations

@@ -6,7 +6,6 @@ another, so NVRTC needs no headers, and the text compiles unchanged for the host
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import cache
 from importlib.resources import files
 from typing import Any

@@ -1,4 +1,4 @@
-"""CUDA arrays in, the same kind of arrays out: by DLPack, without copies, on the stream that their library uses.
+"""CUDA arrays in, the same kind of arrays out: by DLPack, without copies, on the stream of their library.
 
 torch is never imported: a tensor's library is found in ``sys.modules``.
 """

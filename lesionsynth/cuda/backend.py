@@ -100,7 +100,7 @@ class CudaBackend:
                 f"lung_mask must be on the device of image, cuda:{healthy.device}, got cuda:{mask.device}"
             )
         with arrays.stream_of(image):
-            inputs = CudaInputs(image, healthy, _bytes_of(mask), None, None)
+            inputs = CudaInputs(image, healthy, byte_mask(mask), None, None)
         if out is None:
             return inputs
         buffers = pair_of(out)
@@ -128,7 +128,7 @@ class CudaBackend:
 
         check_centers(recipes, inputs.shape[-3:])
         with stream_of(inputs.given):
-            renderer = self._renderer(inputs.image.device)
+            renderer = self.renderer(inputs.image.device)
             try:
                 made = (
                     [empty(inputs.image, inputs.shape, kind) for kind in inputs.kinds]
@@ -142,8 +142,8 @@ class CudaBackend:
             except cupy.cuda.memory.OutOfMemoryError as error:
                 held = sum(renderer.workspace.report().values())
                 raise MemoryError(
-                    f"a batch of shape {inputs.shape} needs more memory than cuda:{inputs.image.device} has free "
-                    f"(the workspace holds {held / 2**20:.0f} MiB): render fewer items at once, or call "
+                    f"a batch of shape {inputs.shape} needs more memory than cuda:{inputs.image.device} has "
+                    f"free (the workspace holds {held / 2**20:.0f} MiB): render fewer items at once, or call "
                     f"lesionsynth.release_memory() first: {error}"
                 ) from error
         return CudaRendering(*results, inputs.image, lesions)
@@ -153,7 +153,8 @@ class CudaBackend:
         for renderer in self.renderers.values():
             renderer.release()
 
-    def _renderer(self, number: int) -> Renderer:
+    def renderer(self, number: int) -> Renderer:
+        """Return the renderer of a device; the same one each time."""
         from lesionsynth.cuda.cupy_device import CupyDevice, check_usable
         from lesionsynth.cuda.render import Renderer
 
@@ -165,7 +166,7 @@ class CudaBackend:
 
 @cache
 def backend() -> CudaBackend:
-    """The backend of this process."""
+    """Return the backend of this process."""
     return CudaBackend()
 
 
@@ -175,7 +176,7 @@ def check_cupy(reason: str) -> None:
         import cupy  # noqa: F401
     except ImportError as error:
         raise RuntimeError(
-            f"{reason}, which takes CuPy: pip install 'lesionsynth[cuda13]' (or 'lesionsynth[cuda12]'): {error}"
+            f"{reason}, which takes CuPy: pip install 'lesionsynth[cuda13]' or 'lesionsynth[cuda12]': {error}"
         ) from error
     from lesionsynth.cuda.cupy_device import check_usable
 
@@ -195,7 +196,7 @@ def check_centers(recipes: Sequence[Recipe], shape: tuple[int, ...]) -> None:
             raise ValueError(f"blobs[{number}].center must lie in the volume {tuple(shape)}, got {center}")
 
 
-def _bytes_of(mask: DeviceArray) -> DeviceArray:
+def byte_mask(mask: DeviceArray) -> DeviceArray:
     """Return a mask of bytes: as it is where its type has one, else 0, 1, and 2 for what is neither."""
     from lesionsynth.cuda.arrays import DeviceArray
 

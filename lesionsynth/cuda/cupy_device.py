@@ -1,7 +1,7 @@
 """The real device: CuPy for memory, streams, graphs and NVRTC.
 
-CuPy is imported here and in `lesionsynth.cuda.arrays`, and nowhere else; `lesionsynth.cuda.backend` loads both
-for the first CUDA array.
+CuPy is imported here, in `lesionsynth.cuda.arrays` and in `lesionsynth.cuda.frontend`;
+`lesionsynth.cuda.backend` loads them for the first CUDA array.
 """
 
 from __future__ import annotations
@@ -197,8 +197,9 @@ def _module(device: int, program: str, image: str) -> Any:
             module.compile()
         except (ImportError, OSError, RuntimeError) as error:
             raise RuntimeError(
-                "the CUDA kernels could not be compiled: NVRTC must be installed for the CUDA version of CuPy "
-                f"({cuda_version()}), as by pip install 'lesionsynth[cuda13]' or 'lesionsynth[cuda12]': {error}"
+                "the CUDA kernels could not be compiled: NVRTC must be installed for the CUDA version of "
+                f"CuPy, {cuda_version()}, as by pip install 'lesionsynth[cuda13]' or 'lesionsynth[cuda12]': "
+                f"{error}"
             ) from error
         _modules[key] = module
     return _modules[key]
@@ -223,7 +224,7 @@ def check_usable() -> None:
         text = str(error)
         if "InsufficientDriver" in text:
             remedy = (
-                f"the NVIDIA driver is older than CUDA {cuda_version()}, which CuPy was built for; update it, "
+                f"the NVIDIA driver is older than CUDA {cuda_version()}, which CuPy was built for; update it "
                 "or install the extra of lesionsynth for an older CUDA ('lesionsynth[cuda12]')"
             )
         else:

@@ -25,7 +25,7 @@ RULES = {
     "empty_mask": "lung_mask must contain at least one voxel, got an empty mask",
     "mask_not_binary": "lung_mask must be binary (bool, or 0 and 1), got another value",
     "image_outside_unit": "image must be finite and in [0, 1], got a voxel that is not",
-    "lattice_too_large": "warp_correlation must not need a lattice of more than 2**25 nodes, got one that does",
+    "lattice_too_large": "warp_correlation must need no lattice of more than 2**25 nodes, got one that does",
 }
 """What the device finds wrong, in words."""
 

@@ -1,4 +1,4 @@
-"""The building blocks of `lesionsynth.ops` on a device, for C-contiguous (z, y, x) volumes by their addresses.
+"""Building blocks of `lesionsynth.ops` on a device, for C-contiguous (z, y, x) volumes by their addresses.
 
 Every function launches on the caller's stream and returns buffers; none waits, except where it says so.
 """
@@ -51,9 +51,7 @@ class Launcher:
         return bits
 
 
-def fill_uniform(
-    device: Device, shape: Shape, words: Sequence[int], offset: Sequence[int], out: int
-) -> None:
+def fill_uniform(device: Device, shape: Shape, words: Sequence[int], offset: Sequence[int], out: int) -> None:
     """Fill a float32 volume with the uniforms of its voxels; `words` are seed, stream, sample, component."""
     Launcher(device, shape)("fill_uniform", np.uint64(out), ..., *(np.uint32(w) for w in (*words, *offset)))
 
@@ -89,10 +87,11 @@ def uniform_filter(device: Device, source: int, kind: str, shape: Shape, sizes: 
     launch = Launcher(device, shape)
     sums = [device.allocate(8 * launch.voxels) for _ in range(2)]
     none, count = np.uint64(0), np.float64(float(sizes[0]) * sizes[1] * sizes[2])
-    names = {"uint8": "byte", "float32": "float", "float64": "double"}
-    launch(f"window_sums_{names[kind]}", np.uint64(source), sums[0], none, ..., np.int32(0), np.int32(sizes[0]), count)
-    launch("window_sums_double", sums[0], sums[1], none, ..., np.int32(1), np.int32(sizes[1]), count)
-    launch("window_sums_double", sums[1], none, np.uint64(out), ..., np.int32(2), np.int32(sizes[2]), count)
+    name = {"uint8": "byte", "float32": "float", "float64": "double"}[kind]
+    (z, y, x), axes = (np.int32(n) for n in sizes), [np.int32(axis) for axis in range(3)]
+    launch(f"window_sums_{name}", np.uint64(source), sums[0], none, ..., axes[0], z, count)
+    launch("window_sums_double", sums[0], sums[1], none, ..., axes[1], y, count)
+    launch("window_sums_double", sums[1], none, np.uint64(out), ..., axes[2], x, count)
 
 
 def label(
@@ -103,13 +102,13 @@ def label(
     bits = launch.bits(np.uint64(mask))
     parents, total = components(launch, bits, connectivity, np.uint64(mask) if plain else None)
     launch("write_labels", bits, ..., parents, np.uint64(out))
-    return int(device.download(total.pointer, 4).view(np.uint32)[0])  # the one wait: the caller wants a number
+    return int(device.download(total.pointer, 4).view(np.uint32)[0])  # the one wait: a number for the caller
 
 
 def components(
     launch: Launcher, bits: Buffer, connectivity: int, plain: np.uint64 | None = None
 ) -> tuple[Buffer, Buffer]:
-    """Number the components of a volume of bits in C order.
+    """Find and number the components of a volume of bits in C order.
 
     Parameters
     ----------
@@ -146,7 +145,13 @@ def components(
         launch("join_voxels", plain, ..., np.int32(connectivity), parents)
     launch("flatten_runs", bits, ..., parents, counts)
     device.launch(
-        "ops", "float32", "number_chunks", 1, np.uint64(counts.pointer), np.int32(chunks), np.uint64(total.pointer)
+        "ops",
+        "float32",
+        "number_chunks",
+        1,
+        np.uint64(counts.pointer),
+        np.int32(chunks),
+        np.uint64(total.pointer),
     )
     launch("number_roots", bits, ..., counts, parents)
     return parents, total
@@ -225,7 +230,7 @@ def remove_edges(
     launch("erode_along_x", lungs, ..., reach, rows)
     launch("shell_of", lungs, rows, ..., reach, shell)
     parents, total = components(launch, bright, connectivity)
-    count = int(device.download(total.pointer, 4).view(np.uint32)[0])  # waits: errors, and how much to measure
+    count = int(device.download(total.pointer, 4).view(np.uint32)[0])  # waits: errors, and a size
     empty, outside = status.array.view(np.uint32).tolist()
     if empty:
         raise ValueError(f"lung_mask must have at least one voxel, got none in shape {shape}")

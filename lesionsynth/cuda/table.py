@@ -1,7 +1,7 @@
 """Fill the table that goes up: everything the host knows of a batch, and the room that its stages need.
 
-The host knows the blobs, not where they will lie, so every size here is an upper bound that holds wherever the
-blobs are placed. Nothing ever comes down to size anything.
+The host knows the blobs, not where they will lie, so every size here is an upper bound that holds wherever
+the blobs are placed. Nothing ever comes down to size anything.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Table:
 
     @property
     def offsets(self) -> tuple[int, int, int, int, int, int]:
-        """Where items, blobs, states, parents and taps begin behind the header; the last is the size of all."""
+        """Where items, blobs, states, parents and taps begin behind the header; last, the size of all."""
         n = len(self.blobs)
         sizes = (
             BATCH.itemsize,

@@ -1,4 +1,4 @@
-"""Memory of a device between renderings: taken once, grown when a batch needs more, and given back on request."""
+"""Memory of a device between renderings: taken once, grown when a batch needs more, given back on request."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ class Workspace:
         return held
 
     def slot(self, nbytes: int) -> Slot:
-        """Return page-locked memory that no batch under way uses, with room for `nbytes` behind the status."""
+        """Return page-locked memory that no batch under way uses; a new one has room for `nbytes`."""
         slot = next((s for s in self.slots if s.mark is None or s.mark.done()), None)
         if slot is None and len(self.slots) == MOST_SLOTS:
             slot = self.slots[0]

@@ -84,13 +84,17 @@ def _compiled(code: str, flags: list[str]) -> Path:
     assert gxx is not None
     header = (HERE / "gpushim.h").read_text(encoding="utf-8")
     key = hashlib.sha256("\0".join([code, header, gxx, *flags]).encode()).hexdigest()[:24]
-    folder = Path(tempfile.gettempdir()) / f"lesionsynth-cuda-host-{os.getuid() if hasattr(os, 'getuid') else 0}"
+    folder = (
+        Path(tempfile.gettempdir()) / f"lesionsynth-cuda-host-{os.getuid() if hasattr(os, 'getuid') else 0}"
+    )
     folder.mkdir(mode=0o700, exist_ok=True)
     library = folder / f"{key}.so"
     if not library.exists():
         handle, name = tempfile.mkstemp(suffix=".so", dir=folder)
         os.close(handle)
-        made = subprocess.run([gxx, *flags, "-o", name, "-"], input=code, text=True, capture_output=True, check=False)
+        made = subprocess.run(
+            [gxx, *flags, "-o", name, "-"], input=code, text=True, capture_output=True, check=False
+        )
         if made.returncode:
             os.unlink(name)
             raise ShimError(made.stderr)
