@@ -52,7 +52,7 @@ _C_TYPES = {
 def source(program: str, image: str = "float32") -> str:
     """Return the text of a program for images of a type."""
     lines = [f"#define IMAGE {IMAGES[image]}", f"#define THREADS {THREADS}"]
-    prelude, *rest = (_read(name) for name in ("prelude.cuh", *PROGRAMS[program]))
+    prelude, *rest = (read(name) for name in ("prelude.cuh", *PROGRAMS[program]))
     structs = [
         c_struct(name, kind)
         for name, kind in (("Blob", BLOB), ("State", STATE), ("Item", ITEM), ("Batch", BATCH))
@@ -71,6 +71,7 @@ def c_struct(name: str, kind: np.dtype[Any]) -> str:
     return "\n".join([f"struct {name} {{", *members, "};", size])
 
 
-def _read(name: str) -> str:
+def read(name: str) -> str:
+    """Return the text of a file of ``kernels/``."""
     text = files("lesionsynth.cuda").joinpath("kernels", name).read_text(encoding="utf-8")
     return f'#line 1 "{name}"\n{text}'
