@@ -33,7 +33,8 @@ KERNEL votes(u32* out) {
     out[t] = __ballot_sync(0xFFFFFFFFu, lane % 3 == 0);
     out[256 + t] = warp_sum(t);
     out[512 + t] = __shfl_up_sync(0xFFFFFFFFu, t, 1);
-    out[768 + t] = __syncthreads_count(t % 5 == 0) + 1000 * __syncthreads_or(t == 77) + 2000 * __syncthreads_and(t < 256);
+    out[768 + t] = __syncthreads_count(t % 5 == 0);
+    out[768 + t] += 1000 * __syncthreads_or(t == 77) + 2000 * __syncthreads_and(t < 256);
 }
 KERNEL half_warps(u32* out) {
     u32 mask = threadIdx.x & 16 ? 0xFFFF0000u : 0x0000FFFFu;
@@ -178,7 +179,7 @@ def test_missing_barrier(program) -> None:
 )
 def test_fault_ends_the_launch(name, message, program) -> None:
     with pytest.raises(ShimError, match=rf"{name}: .*{message}"):
-        launch(program, name, np.zeros(256, np.float32))
+        launch(program, name, np.zeros(256, np.float32), block=32)
 
 
 def test_lost_update_shows_with_yields(program) -> None:
@@ -237,7 +238,10 @@ def sanitized(code: str) -> subprocess.CompletedProcess[str]:
     """Run Python code with AddressSanitizer's library in front."""
     gxx = compiler()
     assert gxx is not None
-    names = [subprocess.check_output([gxx, f"-print-file-name={n}"], text=True).strip() for n in ("libasan.so", "libstdc++.so")]
+    names = [
+        subprocess.check_output([gxx, f"-print-file-name={n}"], text=True).strip()
+        for n in ("libasan.so", "libstdc++.so")
+    ]
     if not os.path.isabs(names[0]):
         pytest.skip("AddressSanitizer's library is not installed")
     environment = os.environ | {
@@ -246,7 +250,11 @@ def sanitized(code: str) -> subprocess.CompletedProcess[str]:
         "PYTHONMALLOC": "malloc",
     }
     return subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(code)], env=environment, cwd=REPOSITORY, text=True, capture_output=True
+        [sys.executable, "-c", textwrap.dedent(code)],
+        env=environment,
+        cwd=REPOSITORY,
+        text=True,
+        capture_output=True,
     )
 
 

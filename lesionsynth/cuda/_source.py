@@ -6,6 +6,7 @@ another, so NVRTC needs no headers, and the text compiles unchanged for the host
 
 from __future__ import annotations
 
+import re
 from functools import cache
 from importlib.resources import files
 from typing import Any
@@ -75,3 +76,8 @@ def read(name: str) -> str:
     """Return the text of a file of ``kernels/``."""
     text = files("lesionsynth.cuda").joinpath("kernels", name).read_text(encoding="utf-8")
     return f'#line 1 "{name}"\n{text}'
+
+
+def kernels_of(text: str) -> list[str]:
+    """Return the names of the kernels in a text."""
+    return re.findall(r"^KERNEL(?:_OF\(\d+\))? (\w+)\(", text, re.MULTILINE)

@@ -21,7 +21,7 @@ class HostBuffer:
     """Memory filled with a byte: 0xFF is NaN to floats, so that what nobody wrote shows."""
 
     def __init__(self, nbytes: int, fill: int) -> None:
-        # The memory ends where the block does, as nearly as its alignment allows: AddressSanitizer sees the end.
+        # Ends where the block does, as nearly as its alignment allows: AddressSanitizer sees the end.
         block = np.full(nbytes + ALIGNMENT, fill, dtype=np.uint8)
         skip = (block.ctypes.data + ALIGNMENT) // ALIGNMENT * ALIGNMENT - block.ctypes.data
         self.array = block[skip : skip + nbytes]

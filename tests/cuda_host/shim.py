@@ -5,31 +5,54 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import os
-import platform
 import re
 import shutil
 import subprocess
 import tempfile
+import threading
+from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).parent
 ORDERS = ("forward", "reverse", "random")
-NAMES = re.compile(r"^(?:KERNEL|KERNEL_OF\(\d+\)) (\w+)\(", re.MULTILINE)
+NAMES = re.compile(
+    r'^(?:KERNEL|KERNEL_OF\(\d+\)|extern "C" __global__ void(?: __launch_bounds__\([^)]*\))?) (\w+)\(',
+    re.MULTILINE,
+)
 FLAGS = (
-    "-std=c++20", "-O2", "-g1", "-shared", "-fPIC", "-x", "c++", "-w",
+    *("-std=c++20", "-O2", "-g1", "-shared", "-fPIC", "-x", "c++", "-w"),
     "-ffp-contract=off",  # as --fmad=false
     "-fno-strict-aliasing",
-)  # fmt: skip
+)
+SANITIZER = (
+    *("-fsanitize=address", "-fno-omit-frame-pointer"),
+    "-fsanitize-sections=gpushared",  # shared memory too
+    "--param=asan-use-after-return=0",  # it would move frames off the fibres' stacks
+)
+LIMIT_S = 300.0
+_lock = threading.Lock()
+"""Held by the launch under way: every program runs one at a time, and the timer is the process's."""
 
 
 class ShimError(RuntimeError):
-    """A kernel did what a GPU would not forgive."""
+    """A kernel did what a GPU would not forgive, or does not compile."""
 
 
 def compiler() -> str | None:
     """Path of g++, None where there is none."""
     return shutil.which("g++")
+
+
+def sanitizer_environment() -> dict[str, str]:
+    """Environment of a process that may use programs with ``sanitize=True``."""
+    gxx = compiler()
+    assert gxx is not None
+    run = subprocess.run([gxx, "-print-file-name=libasan.so"], capture_output=True, text=True, check=True)
+    # Python keeps memory to its end; the frames of NumPy's C++ are not instrumented.
+    options = "detect_leaks=0:detect_stack_use_after_return=0:allocator_may_return_null=1"
+    return {**os.environ, "LD_PRELOAD": run.stdout.strip(), "ASAN_OPTIONS": options}
 
 
 class HostProgram:
@@ -38,44 +61,101 @@ class HostProgram:
     Parameters
     ----------
     text : str
-        CUDA C++ whose kernels begin with ``KERNEL name(`` or ``KERNEL_OF(n) name(``.
+        CUDA C++ without includes. Kernels begin, at the start of a line, with ``KERNEL name(``,
+        ``KERNEL_OF(n) name(`` or ``extern "C" __global__ void name(``.
     sanitize : bool
-        With AddressSanitizer; its library must be loaded before Python begins.
+        With AddressSanitizer, which looks at shared memory too; the process must have been started in
+        `sanitizer_environment`.
+
+    Raises
+    ------
+    ShimError
+        The text does not compile, or `sanitize` is asked for in another environment.
     """
 
     def __init__(self, text: str, *, sanitize: bool = False) -> None:
+        if sanitize and "libasan" not in os.environ.get("LD_PRELOAD", ""):
+            raise ShimError("AddressSanitizer must be loaded before Python: see sanitizer_environment")
         self.kernels = NAMES.findall(text)
         exports = "\n".join(f"SHIM_EXPORT({name})" for name in self.kernels)
         code = f'#include "gpushim.h"\n#line 1 "program.cu"\n{text}\n{exports}\n'
-        flags = [*FLAGS, f"-I{HERE}"]
-        if platform.machine() in ("x86_64", "AMD64"):
-            flags.append("-mfma")  # else fmaf is a library call
-        if sanitize:
-            flags += ["-fsanitize=address", "-fno-omit-frame-pointer"]
+        flags = [*FLAGS, *_instructions(), f"-I{HERE}", *(SANITIZER if sanitize else ())]
         self._library = ctypes.CDLL(str(_compiled(code, flags)))
+        self._sizes = {name: self._parameter_sizes(name) for name in self.kernels}
 
     def launch(
         self,
         kernel: str,
-        grid: int,
+        grid: int | tuple[int, ...],
         block: int,
-        arguments: tuple[Any, ...],
+        arguments: Sequence[Any],
         *,
         order: str = "forward",
         yield_percent: int = 0,
         seed: int = 1,
+        limit_s: float = LIMIT_S,
     ) -> None:
-        """Run a kernel on `grid` blocks of `block` threads; arguments are NumPy scalars."""
+        """Run a kernel.
+
+        Parameters
+        ----------
+        kernel : str
+            Name.
+        grid : int or up to three ints
+            Blocks.
+        block : int
+            Threads of a block.
+        arguments : sequence of NumPy scalars
+            Pointers are ``np.uint64``.
+        order : {"forward", "reverse", "random"}
+            Of blocks, and of threads between two barriers.
+        yield_percent : int
+            Chance that a thread gives way before and after an atomic, and in a fence.
+        seed : int
+            Of the random order and the yields.
+        limit_s : float
+            Processor time after which the launch is given up.
+
+        Raises
+        ------
+        ShimError
+            See gpushim.h; it names the kernel.
+        """
+        sizes = [argument.nbytes for argument in arguments]
+        if sizes != self._sizes[kernel]:
+            raise ShimError(f"{kernel}: parameters have {self._sizes[kernel]} bytes, arguments {sizes}")
+        values = [ctypes.create_string_buffer(argument.tobytes()) for argument in arguments]
+        pointers = (ctypes.c_void_p * max(1, len(values)))(*[ctypes.addressof(v) for v in values])
+        extent = (grid,) if isinstance(grid, int) else grid
+        blocks = (ctypes.c_uint * 3)(*extent, *(1,) * (3 - len(extent)))
         function = self._library[f"{kernel}__launch"]
         function.restype = ctypes.c_char_p
         function.argtypes = [
-            ctypes.c_uint, ctypes.c_uint, ctypes.c_void_p, ctypes.c_uint64, ctypes.c_uint, ctypes.c_int,
-        ]  # fmt: skip
-        values = [ctypes.create_string_buffer(argument.tobytes()) for argument in arguments]
-        pointers = (ctypes.c_void_p * max(1, len(values)))(*[ctypes.addressof(v) for v in values])
-        error = function(grid, block, pointers, seed, yield_percent, ORDERS.index(order))
+            *(ctypes.c_void_p, ctypes.c_uint, ctypes.c_void_p, ctypes.c_int),
+            *(ctypes.c_uint64, ctypes.c_uint, ctypes.c_int, ctypes.c_double),
+        ]
+        with _lock:
+            error = function(
+                blocks, block, pointers, len(values), seed, yield_percent, ORDERS.index(order), limit_s
+            )
         if error:
             raise ShimError(f"{kernel}: {error.decode()}")
+
+    def _parameter_sizes(self, kernel: str) -> list[int]:
+        sizes = (ctypes.c_int * max(1, count := self._library[f"{kernel}__count"]()))()
+        self._library[f"{kernel}__sizes"](sizes)
+        return list(sizes)[:count]
+
+
+@cache
+def _instructions() -> tuple[str, ...]:
+    """Fused multiply-add and float16 in hardware where it is there: else each is a call."""
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return ()
+    flags = set(re.findall(r"\w+", "".join(re.findall(r"^flags\s*:(.*)$", text, re.MULTILINE)[:1])))
+    return tuple(f"-m{name}" for name in ("fma", "f16c") if name in flags)
 
 
 def _compiled(code: str, flags: list[str]) -> Path:
@@ -92,8 +172,11 @@ def _compiled(code: str, flags: list[str]) -> Path:
     if not library.exists():
         handle, name = tempfile.mkstemp(suffix=".so", dir=folder)
         os.close(handle)
+        command = [gxx, *flags, "-o", name, "-"]
+        # The compiler itself is not to run under a sanitizer that this process was started with.
+        environment = {key: value for key, value in os.environ.items() if key != "LD_PRELOAD"}
         made = subprocess.run(
-            [gxx, *flags, "-o", name, "-"], input=code, text=True, capture_output=True, check=False
+            command, input=code, text=True, capture_output=True, check=False, env=environment
         )
         if made.returncode:
             os.unlink(name)

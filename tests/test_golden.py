@@ -1,0 +1,57 @@
+"""The golden pairs, on the CPU twin and by the kernels on the host; test_gpu.py replays them on a GPU."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+import lesionsynth as ls
+from lesionsynth.cuda.render import Renderer
+from tests import golden
+from tests.cuda_host.device import HostDevice
+from tests.cuda_host.pairs import render
+from tests.cuda_host.shim import compiler
+from tests.plans import renderer
+
+PAIRS = golden.load()
+
+
+def recorded(name: str):
+    record = PAIRS[name]
+    plan = ls.LesionPlan.from_json(json.dumps(record["plan"]))
+    return plan, golden.inputs(plan.shape, record["kind"], plan.seed), record
+
+
+def same(record, image, target, labels) -> None:
+    found = golden.hashes(image, target, labels)
+    assert {key: record[key] for key in found} == found
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_cpu_twin(name) -> None:
+    plan, (image, mask), record = recorded(name)
+    pair = renderer().render(plan, image, mask)
+    assert len(pair.plan.components) == record["lesions"] > 0
+    same(record, pair.image, pair.target, pair.labels)
+
+
+@pytest.mark.skipif(compiler() is None, reason="the shim needs g++, which is not installed")
+@pytest.mark.parametrize("name", PAIRS)
+def test_kernels_on_the_host(name) -> None:
+    plan, (image, mask), record = recorded(name)
+    pair = render(Renderer(HostDevice()), [plan], image[None], mask[None])
+    assert len(pair.components[0]) == record["lesions"]
+    same(record, pair.image[0], pair.target[0], pair.labels[0])
+
+
+def test_plans_are_drawn_as_recorded() -> None:
+    """A change of the laws or of the order of draws shows here, on this machine's mathematical library."""
+    for name, (plan, kind) in golden.cases().items():
+        fresh, stored = json.loads(plan.to_json()), PAIRS[name]["plan"]
+        assert kind == PAIRS[name]["kind"]
+        for blob, other in zip(fresh.pop("blobs"), stored.pop("blobs"), strict=True):
+            for key in blob:
+                assert np.allclose(blob[key] or 0, other[key] or 0, rtol=1e-14, atol=1e-16), (name, key)
+        assert fresh == stored

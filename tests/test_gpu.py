@@ -1,0 +1,433 @@
+"""On a GPU: the device's twin against the CPU's, through the public interface; ``pytest -m gpu``.
+
+What the kernels compute is tested without a GPU in test_cuda_render.py and test_cuda_ops.py. Here is what only
+a device can show: real order of threads and memory, streams, graphs, DLPack, several libraries and devices.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from numpy.testing import assert_allclose, assert_array_equal
+from scipy import ndimage
+
+import lesionsynth as ls
+from tests import golden
+from tests.conftest import draw_lungs
+from tests.plans import blob, plan, renderer, small_config
+
+
+def devices() -> int:
+    try:
+        import cupy
+
+        return int(cupy.cuda.runtime.getDeviceCount())
+    except Exception:  # no CuPy, no driver, no device: whatever it is, there is no GPU
+        return 0
+
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(devices() == 0, reason="no CUDA device")]
+
+if devices():
+    import cupy
+
+    from lesionsynth.cuda.backend import CudaBackend, backend
+
+
+@pytest.fixture(scope="module")
+def lungs():
+    return draw_lungs()
+
+
+def torch_cuda():
+    torch = pytest.importorskip("torch")
+    if not torch.cuda.is_available():
+        pytest.skip("this build of torch sees no CUDA device")
+    return torch
+
+
+def synthesizer(cuda=None) -> ls.LesionSynthesizer:
+    synth = ls.LesionSynthesizer(small_config(), seed=11)
+    if cuda is not None:
+        synth._backends.of = lambda image: cuda
+    return synth
+
+
+def agree(pair, expected) -> None:
+    assert_array_equal(cupy.asnumpy(pair.labels), expected.labels)
+    assert_array_equal(cupy.asnumpy(pair.target), expected.target)
+    assert_array_equal(cupy.asnumpy(pair.image), expected.image)
+    assert pair.plan == expected.plan
+
+
+# --- the twin's pairs ---
+
+
+@pytest.mark.parametrize("name", golden.load())
+def test_golden_pairs(name) -> None:
+    """Recorded from the CPU twin, on whatever machine that was."""
+    record = golden.load()[name]
+    one = ls.LesionPlan.from_json(json.dumps(record["plan"]))
+    image, mask = golden.inputs(one.shape, record["kind"], one.seed)
+    pair = renderer().render(one, cupy.asarray(image), cupy.asarray(mask))
+    found = golden.hashes(*(cupy.asnumpy(a) for a in (pair.image, pair.target, pair.labels)))
+    assert {key: record[key] for key in found} == found
+
+
+@pytest.mark.parametrize("mode", ["graphs", "launches", "plain"])
+def test_two_hundred_plans(mode, lungs) -> None:
+    image, mask = lungs
+    cuda = CudaBackend(graphs=mode == "graphs", plain=mode == "plain")
+    gpu, cpu = synthesizer(cuda), synthesizer()
+    images, masks = cupy.asarray(np.stack([image] * 8)), cupy.asarray(np.stack([mask] * 8))
+    for first in range(0, 200, 8):
+        index = list(range(first, first + 8))
+        expected = cpu(cupy.asnumpy(images), cupy.asnumpy(masks), index=index)
+        agree(gpu(images, masks, index=index), expected)
+
+
+@pytest.mark.slow
+def test_full_slabs_at_batch_eight() -> None:
+    chest = ls.phantom.chest_ct(shape=(32, 512, 512), spacing=(1.0, 0.8, 0.8), seed=1)
+    image = np.stack([(ls.window_hu(chest.hu) * chest.lung_mask).astype(np.float32)] * 8)
+    mask = np.stack([chest.lung_mask] * 8)
+    synth = ls.LesionSynthesizer(ls.presets.covid_lung(), seed=0)
+    on_device = cupy.asarray(image), cupy.asarray(mask)
+    for first in range(0, 200, 8):
+        index = list(range(first, first + 8))
+        agree(synth(*on_device, index=index), synth(image, mask, index=index))
+
+
+def test_repeatable_bit_for_bit(lungs) -> None:
+    image, mask = (cupy.asarray(np.stack([a] * 8)) for a in lungs)
+    first = synthesizer()(image, mask, index=list(range(8)))
+    for _ in range(20):
+        again = synthesizer()(image, mask, index=list(range(8)))
+        assert bool((again.image == first.image).all())
+        assert bool((again.target == first.target).all())
+
+
+def test_crowded_lesions(lungs, monkeypatch) -> None:
+    monkeypatch.setattr("lesionsynth.cuda.render.LEAST_FIELD", 0)
+    tilted = (float(np.cos(0.15)), 0.0, float(np.sin(0.15)), 0.0)
+    sheets = [
+        blob(k, semi_axes=(0.8, 40.0, 40.0), rotation=tilted, center=(2 + 4 * k, 20, 22)) for k in range(3)
+    ]
+    image, mask = lungs[0], np.ones_like(lungs[1])
+    synth = synthesizer(CudaBackend())
+    agree(
+        synth.render(plan(*sheets), cupy.asarray(image), cupy.asarray(mask)),
+        renderer().render(plan(*sheets), image, mask),
+    )
+
+
+# --- arrays and libraries ---
+
+
+@pytest.mark.parametrize("kind", ["float32", "float16", "float64", "int16"])
+@pytest.mark.parametrize("mask_kind", ["bool", "uint8", "int64", "float32"])
+def test_types(kind, mask_kind, lungs) -> None:
+    image, mask = lungs
+    values = ((image * 900 - 800).round() if kind == "int16" else image).astype(kind)
+    pair = synthesizer()(cupy.asarray(values), cupy.asarray(mask.astype(mask_kind)), index=4)
+    assert isinstance(pair.image, cupy.ndarray)
+    agree(pair, synthesizer()(values, mask, index=4))
+
+
+def test_views_are_read_where_they_are(lungs) -> None:
+    image, mask = (cupy.asarray(a) for a in lungs)
+    expected = synthesizer()(*lungs, index=1)
+    for order in ("F", "C"):
+        agree(
+            synthesizer()(cupy.asarray(image, order=order), cupy.asarray(mask, order=order), index=1),
+            expected,
+        )
+    wide = cupy.zeros((12, 50, 61), cupy.float32)
+    wide[:, 3:43, 5:49] = image
+    agree(synthesizer()(wide[:, 3:43, 5:49], mask, index=1), expected)
+
+
+def test_a_torch_tensor_in_a_torch_tensor_out(lungs) -> None:
+    """No other line of code; memory is shared, by its address."""
+    torch = torch_cuda()
+    image, mask = (torch.from_numpy(a).cuda() for a in lungs)
+    pair = synthesizer()(image, mask, index=2)
+    for array, dtype in ((pair.image, torch.float32), (pair.target, torch.bool), (pair.labels, torch.int32)):
+        assert isinstance(array, torch.Tensor)
+        assert array.is_cuda
+        assert array.dtype == dtype
+    expected = synthesizer()(*lungs, index=2)
+    assert_array_equal(pair.image.cpu().numpy(), expected.image)
+    assert_array_equal(pair.labels.cpu().numpy(), expected.labels)
+    out = torch.empty_like(image), torch.empty_like(mask)
+    again = synthesizer()(image, mask, index=2, out=out)
+    assert again.image.data_ptr() == out[0].data_ptr()
+    assert again.target.data_ptr() == out[1].data_ptr()
+    assert torch.equal(again.image, pair.image)
+    from lesionsynth.cuda.arrays import accept
+
+    for tensor in (image, mask, image.to(torch.bfloat16), image.half()):
+        assert accept(tensor, "x").view.data.ptr == tensor.data_ptr()
+
+
+def test_bfloat16(lungs) -> None:
+    torch = torch_cuda()
+    image, mask = torch.from_numpy(lungs[0]).cuda().to(torch.bfloat16), torch.from_numpy(lungs[1]).cuda()
+    pair = synthesizer()(image, mask, index=2)
+    assert pair.image.dtype == torch.bfloat16
+    expected = synthesizer()(image.float().cpu().numpy(), lungs[1], index=2)
+    assert torch.equal(pair.image.cpu(), torch.from_numpy(expected.image).to(torch.bfloat16))
+
+
+def test_the_callers_stream_is_followed(lungs) -> None:
+    """Work queued before is waited for, work queued after sees the pair, on streams of both libraries."""
+    expected = synthesizer()(*lungs, index=3)
+    mask = cupy.asarray(lungs[1])
+    for _ in range(10):
+        stream = cupy.cuda.Stream(non_blocking=True)
+        with stream:
+            image = cupy.zeros(lungs[0].shape, cupy.float32)
+            for _ in range(200):  # keeps the stream busy
+                image += 1
+            image[...] = cupy.asarray(lungs[0])
+            pair = synthesizer()(image, mask, index=3)
+            doubled = pair.image * 2
+        stream.synchronize()
+        assert_array_equal(cupy.asnumpy(doubled), expected.image * 2)
+    torch = torch_cuda()
+    stream = torch.cuda.Stream()
+    tensors = [torch.from_numpy(a).cuda() for a in lungs]
+    torch.cuda.synchronize()
+    with torch.cuda.stream(stream):
+        image = torch.zeros_like(tensors[0])
+        for _ in range(200):
+            image += 1
+        image.copy_(tensors[0])
+        doubled = synthesizer()(image, tensors[1], index=3).image * 2
+    stream.synchronize()
+    assert_array_equal(doubled.cpu().numpy(), expected.image * 2)
+
+
+def test_several_devices(lungs) -> None:
+    if devices() < 2:
+        pytest.skip("one CUDA device")
+    expected = synthesizer()(*lungs, index=3)
+    for number in (1, 0, 1):
+        with cupy.cuda.Device(number):
+            image, mask = (cupy.asarray(a) for a in lungs)
+        pair = synthesizer()(image, mask, index=3)
+        assert pair.image.device.id == number
+        agree(pair, expected)
+    with cupy.cuda.Device(0):
+        other = cupy.asarray(lungs[1])
+    with pytest.raises(ValueError, match="lung_mask must be on the device of image, cuda:1, got cuda:0"):
+        synthesizer()(image, other, index=0)
+
+
+# --- steady state ---
+
+
+class Counted(cupy.cuda.MemoryHook if devices() else object):
+    """Counts what CuPy takes from the driver."""
+
+    name = "counted"
+
+    def __init__(self) -> None:
+        self.mallocs = 0
+
+    def malloc_postprocess(self, **_) -> None:
+        pass
+
+    def alloc_postprocess(self, **_) -> None:
+        self.mallocs += 1
+
+
+def test_no_allocation_and_no_synchronisation_in_steady_state(lungs, monkeypatch) -> None:
+    """With ``out=``, between entering `render` and the outputs: neither, and graphs are replayed."""
+    images, masks = (cupy.asarray(np.stack([a] * 4)) for a in lungs)
+    synth = synthesizer(cuda := CudaBackend())
+    out = cupy.empty_like(images), cupy.empty_like(masks)
+    busy = cupy.full((4096, 4096), 2.0**-12, cupy.float32)
+    for _ in range(3):
+        busy @= busy  # which loads and prepares cuBLAS, too
+        for first in range(0, 40, 4):
+            synth(images, masks, index=list(range(first, first + 4)), out=out)
+    cupy.cuda.Device().synchronize()
+    calls: list[str] = []
+    for name in ("deviceSynchronize", "streamSynchronize", "eventSynchronize", "malloc", "memcpy"):
+        original = getattr(cupy.cuda.runtime, name)
+        monkeypatch.setattr(
+            cupy.cuda.runtime, name, lambda *a, _n=name, _o=original: (calls.append(_n), _o(*a))[1]
+        )
+    blocked = cupy.cuda.Event(disable_timing=True)
+    with Counted() as hook:
+        taken = hook.mallocs
+        for _ in range(50):
+            busy @= busy  # a queue that a hidden wait would have to sit through
+        for first in range(0, 40, 4):
+            synth(images, masks, index=list(range(first, first + 4)), out=out)
+        blocked.record()
+        assert not blocked.done, "the host waited for the device"
+        assert hook.mallocs - taken <= 50  # those of the products
+    assert calls == []
+    assert all(hasattr(graph, "launch") for graph in cuda.renderers[0].device._graphs.values())
+
+
+def test_memory_is_told_and_given_back(lungs) -> None:
+    from lesionsynth import cuda
+
+    image, mask = (cupy.asarray(a) for a in lungs)
+    pair = synthesizer()(image, mask, index=5)
+    assert cuda.memory_report()[0]["field0"] > 0
+    ls.release_memory()
+    assert cuda.memory_report()[0] == {}
+    agree(pair, synthesizer()(*lungs, index=5))
+    agree(synthesizer()(image, mask, index=6), synthesizer()(*lungs, index=6))
+
+
+# --- errors ---
+
+
+def test_bad_voxels_are_told(lungs) -> None:
+    image, mask = (cupy.asarray(a) for a in lungs)
+    bad = image.copy()
+    bad[0, 0, 0] = cupy.nan
+    for ask in ("plan", "labels"):
+        pair = synthesizer()(bad, mask, index=9)
+        with pytest.raises(ValueError, match=r"image must be finite.*samples 9"):
+            getattr(pair, ask)
+    synthesizer()(image, cupy.zeros_like(mask), index=9)
+    cupy.cuda.Device().synchronize()
+    with pytest.raises(ValueError, match=r"empty mask.*earlier call"):
+        [synthesizer()(image, mask, index=9) for _ in range(20)]
+
+
+def test_arguments(lungs) -> None:
+    image, mask = (cupy.asarray(a) for a in lungs)
+    synth = synthesizer()
+    with pytest.raises(TypeError, match="one library"):
+        synth(image, lungs[1], index=0)
+    with pytest.raises(ValueError, match="out image must not share memory"):
+        synth(image, mask, index=0, out=(image, cupy.empty_like(mask)))
+    with pytest.raises(ValueError, match="out target must have the shape"):
+        synth(image, mask, index=0, out=(cupy.empty_like(image), mask[:3]))
+    with pytest.raises(TypeError, match="out image must be float32, got float64"):
+        synth(image, mask, index=0, out=(image.astype(float), cupy.empty_like(mask)))
+    with cupy.cuda.Stream(non_blocking=True) as stream:
+        stream.begin_capture()
+        try:
+            with pytest.raises(RuntimeError, match="must not be capturing"):
+                synth(image, mask, index=0)
+        finally:
+            stream.end_capture()
+
+
+def test_too_little_memory(lungs) -> None:
+    image, mask = (cupy.asarray(a) for a in lungs)
+    synth = synthesizer(CudaBackend())
+    pool = cupy.get_default_memory_pool()
+    ls.release_memory()
+    pool.free_all_blocks()
+    pool.set_limit(size=pool.used_bytes() + 2**20)
+    try:
+        with pytest.raises(MemoryError, match=r"batch of shape \(12, 40, 44\).*release_memory"):
+            synth(image, mask, index=0)
+    finally:
+        pool.set_limit(size=0)
+    agree(synth(image, mask, index=0), synthesizer()(*lungs, index=0))
+
+
+def in_child(queue) -> None:
+    try:
+        ls.ops.philox_uniform((1, 1, 4), 0, device="cuda")
+        queue.put("worked")
+    except Exception as error:
+        queue.put(f"{type(error).__name__}: {error}")
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_a_forked_worker_is_told() -> None:
+    ls.ops.philox_uniform((1, 1, 4), 0, device="cuda")
+    context = multiprocessing.get_context("fork")
+    queue = context.Queue()
+    child = context.Process(target=in_child, args=(queue,))
+    child.start()
+    answer = queue.get(timeout=60)
+    child.join()
+    assert "RuntimeError" in answer
+    assert "spawn" in answer
+
+
+def test_importing_does_not_initialise_cuda() -> None:
+    """A context takes hundreds of megabytes; a forked child could not use it."""
+    code = (
+        "import lesionsynth as ls, sys; ls.ops, ls.phantom\n"
+        "import numpy as np\n"
+        "image = np.zeros((4, 20, 20), np.float32)\n"
+        "ls.LesionSynthesizer(ls.presets.covid_lung(), seed=0)(image, image == 0, index=0, lung_fraction=0.2)\n"
+        "import ctypes\n"
+        "cuda = ctypes.CDLL('libcuda.so.1')\n"
+        "count = ctypes.c_int()\n"
+        "print('cupy' in sys.modules, cuda.cuDeviceGetCount(ctypes.byref(count)))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["False", "3"]  # CUDA_ERROR_NOT_INITIALIZED
+
+
+# --- operations ---
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1), (5, 31, 65), (32, 128, 200)])
+def test_operations(shape) -> None:
+    rng = np.random.default_rng(1)
+    volume, mask = rng.random(shape, dtype=np.float32), rng.random(shape) < 0.3
+    there, bits = cupy.asarray(volume), cupy.asarray(mask)
+    for sigma in (0.8, (0, 5, 2.0), 20.0):
+        assert_array_equal(
+            cupy.asnumpy(ls.ops.gaussian_filter(there, sigma)), ls.ops.gaussian_filter(volume, sigma)
+        )
+    for size in (3, 9, (2, 1, 40)):
+        assert_array_equal(cupy.asnumpy(ls.ops.uniform_filter(bits, size)), ls.ops.uniform_filter(mask, size))
+        assert_allclose(
+            cupy.asnumpy(ls.ops.uniform_filter(there, size)), ls.ops.uniform_filter(volume, size), atol=1e-6
+        )
+    for connectivity, rank in ((6, 1), (18, 2), (26, 3)):
+        labels, count = ls.ops.label(bits, connectivity=connectivity)
+        expected, n = ndimage.label(mask, ndimage.generate_binary_structure(3, rank))
+        assert count == n
+        assert_array_equal(cupy.asnumpy(labels), expected)
+        seed = bits & (there > 0.9)
+        for steps in (1, 5, 0):
+            grown = ls.ops.grow(seed, bits, iterations=steps, connectivity=connectivity)
+            expected = ls.ops.grow(cupy.asnumpy(seed), mask, iterations=steps, connectivity=connectivity)
+            assert_array_equal(cupy.asnumpy(grown), expected)
+    field = ls.ops.philox_uniform(shape, 5, offset=(1, 2, 3), device="cuda")
+    assert_array_equal(cupy.asnumpy(field), ls.ops.philox_uniform(shape, 5, offset=(1, 2, 3)))
+    image, lung = ls.remove_erroneous_edges(there * bits, bits, threshold=0.5)
+    expected = ls.remove_erroneous_edges(volume * mask, mask, threshold=0.5)
+    assert_array_equal(cupy.asnumpy(image), expected[0])
+    assert_array_equal(cupy.asnumpy(lung), expected[1])
+
+
+def test_operations_answer_in_torch() -> None:
+    torch = torch_cuda()
+    mask = torch.rand(4, 20, 33, device="cuda") < 0.4
+    labels, count = ls.ops.label(mask, connectivity=26)
+    assert isinstance(labels, torch.Tensor)
+    assert int(labels.max()) == count
+    for result in (
+        ls.ops.gaussian_filter(mask, 2.0),
+        ls.ops.uniform_filter(mask, 3),
+        ls.ops.grow(mask, mask),
+    ):
+        assert isinstance(result, torch.Tensor)
+        assert result.is_cuda
+
+
+def test_backend_is_one() -> None:
+    assert backend() is backend()
