@@ -6,8 +6,9 @@ from typing import Any
 
 import numpy as np
 
-from lesionsynth._dlpack import accept
+from lesionsynth._dlpack import DLPACK_CUDA, accept, device_kind
 from lesionsynth.config import Range
+from lesionsynth.cuda.backend import check_cupy
 
 HU_RANGE: Range = (-800.0, 100.0)
 """The paper's window."""
@@ -19,7 +20,8 @@ def window_hu(hu: Any, hu_range: Range = HU_RANGE) -> Any:
     Parameters
     ----------
     hu : array, any shape
-        Hounsfield units, integer or float; NumPy or a CPU DLPack object. Never modified.
+        Hounsfield units, integer or float; NumPy or a DLPack object, on the CPU or a CUDA device. Never
+        modified.
     hu_range : (2,) floats
         HU that become 0 and 1.
 
@@ -36,6 +38,11 @@ def window_hu(hu: Any, hu_range: Range = HU_RANGE) -> Any:
     low, high = hu_range
     if not low < high:
         raise ValueError(f"hu_range must be (low, high) with low < high, got {hu_range}")
+    if device_kind(hu) == DLPACK_CUDA:
+        check_cupy("hu is on a CUDA device")
+        from lesionsynth.cuda import frontend
+
+        return frontend.window_hu(hu, hu_range)
     values, restore = accept(hu, "hu")
     scaled = values.astype(np.float32)
     np.clip(scaled, np.float32(low), np.float32(high), out=scaled)

@@ -1,7 +1,7 @@
 """On a GPU: the device's twin against the CPU's, through the public interface; ``pytest -m gpu``.
 
-What the kernels compute is tested without a GPU in test_cuda_render.py and test_cuda_ops.py. Here is what only
-a device can show: real order of threads and memory, streams, graphs, DLPack, several libraries and devices.
+What the kernels compute is tested without a GPU in test_cuda_render.py and test_cuda_ops.py. Here is what a
+device alone can show: real order of threads and memory, streams, graphs, DLPack, libraries and devices.
 """
 
 from __future__ import annotations
@@ -369,7 +369,8 @@ def test_importing_does_not_initialise_cuda() -> None:
         "import lesionsynth as ls, sys; ls.ops, ls.phantom\n"
         "import numpy as np\n"
         "image = np.zeros((4, 20, 20), np.float32)\n"
-        "ls.LesionSynthesizer(ls.presets.covid_lung(), seed=0)(image, image == 0, index=0, lung_fraction=0.2)\n"
+        "synth = ls.LesionSynthesizer(ls.presets.covid_lung(), seed=0)\n"
+        "synth(image, image == 0, index=0, lung_fraction=0.2)\n"
         "import ctypes\n"
         "cuda = ctypes.CDLL('libcuda.so.1')\n"
         "count = ctypes.c_int()\n"
@@ -393,9 +394,8 @@ def test_operations(shape) -> None:
         )
     for size in (3, 9, (2, 1, 40)):
         assert_array_equal(cupy.asnumpy(ls.ops.uniform_filter(bits, size)), ls.ops.uniform_filter(mask, size))
-        assert_allclose(
-            cupy.asnumpy(ls.ops.uniform_filter(there, size)), ls.ops.uniform_filter(volume, size), atol=1e-6
-        )
+        expected = ls.ops.uniform_filter(volume, size)
+        assert_allclose(cupy.asnumpy(ls.ops.uniform_filter(there, size)), expected, atol=1e-6)
     for connectivity, rank in ((6, 1), (18, 2), (26, 3)):
         labels, count = ls.ops.label(bits, connectivity=connectivity)
         expected, n = ndimage.label(mask, ndimage.generate_binary_structure(3, rank))

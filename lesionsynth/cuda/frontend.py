@@ -11,6 +11,7 @@ from typing import Any
 import cupy
 
 from lesionsynth._arguments import check_pair, check_same_library
+from lesionsynth.config import Range
 from lesionsynth.cuda import ops
 from lesionsynth.cuda._device import Device
 from lesionsynth.cuda.arrays import DeviceArray, accept, empty, stream_of
@@ -26,6 +27,19 @@ def philox_uniform(device: str | int, shape: Shape, words: Sequence[int], offset
     with cupy.cuda.Device(number):
         out = cupy.empty(shape, dtype=cupy.float32)
         ops.fill_uniform(_device(number), shape, words, offset, out.data.ptr)
+    return out
+
+
+def window_hu(hu: Any, hu_range: Range) -> Any:
+    """See `lesionsynth.window_hu`; any shape."""
+    given = accept(hu, "hu")
+    low, high = (cupy.float32(v) for v in hu_range)
+    with stream_of(hu):
+        out, view = empty(given, given.shape, "float32")
+        scaled = view.view
+        cupy.clip(given.view.astype(cupy.float32), low, high, out=scaled)
+        scaled -= low
+        scaled /= cupy.float32(hu_range[1] - hu_range[0])
     return out
 
 

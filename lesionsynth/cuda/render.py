@@ -127,14 +127,13 @@ class Renderer:
             for side in (0, 1):
                 self._move_out(side)
             self.workspace.buffers.clear()
-            self.workspace.generation += 1
 
     def _launch_batch(self, table: int, kind: str, items: int, blobs: bool) -> None:
         """Launch it all, as a graph once the same has been launched before.
 
         The address of the table, the type and these counts are all that a graph may depend on.
         """
-        key = (table, self.workspace.generation, kind, items, blobs)
+        key = (table, kind, items, blobs)
         self.device.replay(key, lambda: self._launch_all(np.uint64(table), kind, items, blobs))
 
     def _launch_all(self, table: np.uint64, kind: str, items: int, blobs: bool) -> None:

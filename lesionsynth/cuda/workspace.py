@@ -48,8 +48,6 @@ class Workspace:
     slots: list[Slot] = field(default_factory=list)
     mark: Mark | None = None
     """Behind the last rendering."""
-    generation: int = 0
-    """Counts the times that a buffer moved: a captured graph knows the table's address."""
 
     def reserve(self, purpose: str, nbytes: int) -> Buffer:
         """Return a buffer of at least `nbytes`, the one from last time where it is large enough."""
@@ -60,7 +58,6 @@ class Workspace:
             # Half as much again, so that slightly larger batches do not move it.
             spare = nbytes // 2 if held is not None or nbytes < GENEROUS else 0
             held = self.buffers[purpose] = self.device.allocate(max(nbytes + spare, 256))
-            self.generation += 1
         return held
 
     def slot(self, nbytes: int) -> Slot:
