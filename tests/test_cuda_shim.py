@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 import textwrap
@@ -13,7 +12,7 @@ from numpy.testing import assert_array_equal
 
 from lesionsynth.cuda import _source
 from tests.conftest import REPOSITORY
-from tests.cuda_host.shim import HostProgram, ShimError, compiler
+from tests.cuda_host.shim import HostProgram, ShimError, compiler, sanitizer_environment
 
 pytestmark = pytest.mark.skipif(compiler() is None, reason="the shim needs g++, which is not installed")
 
@@ -41,6 +40,33 @@ KERNEL half_warps(u32* out) {
     u32 sum = threadIdx.x;
     for (int d = 8; d; d /= 2) sum += __shfl_xor_sync(mask, sum, d);
     out[threadIdx.x] = sum;
+}
+KERNEL overlapping_masks(u32* out) {  // lane 1 meets lane 2 first, while lane 0 waits for it
+    u32 lane = threadIdx.x, got = 99;
+    if (lane == 1 || lane == 2) got = __shfl_xor_sync(6u, lane, 3);
+    if (lane <= 1) got = 10 * got + __shfl_xor_sync(3u, lane, 1);
+    out[lane] = got;
+}
+KERNEL wide(double* x, u64* bits) {
+    int lane = threadIdx.x & 31;
+    x[threadIdx.x] = __shfl_down_sync(ALL_LANES, x[threadIdx.x], 3, 8);
+    bits[threadIdx.x] = __shfl_up_sync(ALL_LANES, 1ull << (lane + 20), 2, 16);
+}
+extern "C" __global__ void where(u32* out) {
+    if (threadIdx.x == 0)
+        atomicAdd(&out[(blockIdx.z * gridDim.y + blockIdx.y) * gridDim.x + blockIdx.x], blockDim.x);
+}
+KERNEL arithmetic(u32* out) {
+    out[0] = __brev(0x00000003u);
+    out[1] = __umulhi(0xFFFFFFFFu, 0xFFFFFFFFu);
+    out[2] = __funnelshift_r(0x80000001u, 0x00000005u, 4);
+    out[3] = __funnelshift_l(0x80000001u, 0x00000005u, 4);
+    out[4] = __popc(0xF0F0u) + 100 * __ffs(8) + 10000 * __clz(1);
+    out[5] = __double2int_rd(-1.5);
+    // A product that rounds to 1: a fused operation alone sees the rest of it.
+    float a = 1.0f + 1.220703125e-4f, b = 1.0f - 1.220703125e-4f;
+    out[6] = fma(a, b, -1.0f) == -1.490116119384765625e-8f && a * b - 1.0f == 0.0f;
+    out[7] = sizeof(float4) + 100 * alignof(float4) + 10000 * alignof(uchar4) + 1000000 * alignof(uint2);
 }
 KERNEL tally(u32* out) {
     atomicAdd(&out[0], 1u);
@@ -78,6 +104,29 @@ KERNEL outside_mask(float* x) {
 KERNEL spin(volatile float* x) {
     while (x[0] == 0.0f) __syncwarp();
 }
+KERNEL blind_spin(volatile float* x) {
+    while (x[0] == 0.0f) {}
+    x[1] = 1.0f;
+}
+KERNEL two_barriers(float* x) {
+    if (threadIdx.x < 16)
+        __syncthreads();
+    else
+        __syncthreads();
+    x[threadIdx.x] = 1.0f;
+}
+KERNEL not_its_own(float* x) {
+    if (threadIdx.x < 2) __syncwarp(1u);
+}
+KERNEL two_operations(float* x) {
+    if (threadIdx.x & 1)
+        x[threadIdx.x] = __shfl_sync(0xFFFFFFFFu, x[threadIdx.x], 0);
+    else
+        x[threadIdx.x] = __any_sync(0xFFFFFFFFu, threadIdx.x);
+}
+KERNEL past_the_block(float* x) {
+    x[threadIdx.x] = __shfl_down_sync(0xFFFFFFFFu, x[threadIdx.x], 1);
+}
 KERNEL lost_update(int* x) {
     int v = *(volatile int*)x;
     __threadfence();
@@ -100,12 +149,20 @@ KERNEL unwritten(float* x) {
     x[threadIdx.x] = s[threadIdx.x];
 }
 KERNEL out_of_bounds(float* x, int n) { x[n + threadIdx.x] = 1.0f; }
+KERNEL out_of_shared(u32* out, int n) {
+    __shared__ u32 before[256];
+    __shared__ u32 after[256];
+    after[threadIdx.x] = 0;
+    before[threadIdx.x + n] = threadIdx.x;
+    __syncthreads();
+    atomicAdd(out, before[255 - threadIdx.x] + after[threadIdx.x]);
+}
 """
 
 
-@pytest.fixture(scope="module")
-def program() -> HostProgram:
-    return HostProgram(text())
+@pytest.fixture(scope="module", params=[False, True], ids=["assembly", "portable"])
+def program(request) -> HostProgram:
+    return HostProgram(text(), portable=request.param)
 
 
 def text() -> str:
@@ -151,6 +208,38 @@ def test_barriers_warps_and_atomics(order, program) -> None:
     assert tally.tolist() == [768, 0, 255, 2**32 - 1]
 
 
+@pytest.mark.parametrize("order", ["forward", "reverse", "random"])
+def test_warps_that_part(order, program) -> None:
+    out = np.zeros(256, np.uint32)
+    launch(program, "overlapping_masks", out, block=32, order=order)
+    assert out[:3].tolist() == [991, 20, 1]
+    x, bits = np.arange(256.0), np.zeros(256, np.uint64)
+    launch(program, "wide", x, bits, order=order)
+    t = np.arange(256)
+    assert_array_equal(x, np.where(t % 8 < 5, t + 3, t))
+    assert_array_equal(bits, 1 << (np.where(t % 16 < 2, t, t - 2) % 32 + 20))
+
+
+def test_grids_of_three_dimensions(program) -> None:
+    for order in ("forward", "reverse", "random"):
+        out = np.zeros(24, np.uint32)
+        launch(program, "where", out, grid=(2, 3, 4), block=5, order=order)
+        assert set(out) == {5}
+
+
+def test_arithmetic(program) -> None:
+    out = np.zeros(8, np.uint32)
+    launch(program, "arithmetic", out, block=1)
+    assert out[0] == 0xC0000000
+    assert out[1] == 0xFFFFFFFE
+    assert out[2] == 0x58000000
+    assert out[3] == 0x00000058
+    assert out[4] == 8 + 400 + 310000
+    assert out[5:6].view(np.int32)[0] == -2
+    assert out[6] == 1
+    assert out[7] == 16 + 1600 + 40000 + 8000000
+
+
 def test_the_last_block_is_one(program) -> None:
     for order in ("forward", "reverse", "random"):
         ticket, seen = np.zeros(1, np.uint32), np.zeros(1, np.uint32)
@@ -171,15 +260,44 @@ def test_missing_barrier(program) -> None:
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("early_return", "after others have returned"),
-        ("divergent_shuffle", "deadlock"),
-        ("outside_mask", "outside its mask"),
+        ("early_return", "deadlock: of 30 threads 20 have returned, 10 wait at a divergent __syncthreads"),
+        ("divergent_shuffle", "deadlock: .* 16 wait for lanes of their masks"),
+        ("outside_mask", "reads lane 20, which does not take part"),
+        ("past_the_block", "reads lane 30, which does not take part"),
+        ("two_barriers", "threads of one block wait at .* and "),
+        ("not_its_own", "lane 1 is not in its own mask 0x00000001"),
+        ("two_operations", "different operations"),
         ("spin", "no end in sight"),
+        ("blind_spin", "no end in sight"),
     ],
 )
 def test_fault_ends_the_launch(name, message, program) -> None:
-    with pytest.raises(ShimError, match=rf"{name}: .*{message}"):
-        launch(program, name, np.zeros(256, np.float32), block=32)
+    for _ in range(2):  # a launch that failed leaves nothing behind
+        with pytest.raises(ShimError, match=rf"^{name}: .*{message}"):
+            launch(program, name, np.zeros(256, np.float32), block=30, limit_s=0.1)
+
+
+def test_too_many_threads(program) -> None:
+    with pytest.raises(ShimError, match="1 to 1024 threads"):
+        launch(program, "no_barrier", np.zeros(2000, np.float32), block=1025)
+
+
+def test_wrong_arguments(program) -> None:
+    x = np.zeros(256, np.float32)
+    with pytest.raises(ShimError, match=r"out_of_bounds: parameters have \[8, 4\] bytes, arguments \[8, 8\]"):
+        launch(program, "out_of_bounds", x, np.int64(0))
+    with pytest.raises(ShimError, match=r"arguments \[8\]"):
+        launch(program, "out_of_bounds", x)
+
+
+def test_a_text_that_is_no_program() -> None:
+    with pytest.raises(ShimError, match="error"):
+        HostProgram("nonsense")
+
+
+def test_sanitizer_asked_for_too_late() -> None:
+    with pytest.raises(ShimError, match="before Python"):
+        HostProgram(text(), sanitize=True)
 
 
 def test_lost_update_shows_with_yields(program) -> None:
@@ -236,25 +354,12 @@ def test_unwritten_shared_memory_is_nan(program) -> None:
 
 def sanitized(code: str) -> subprocess.CompletedProcess[str]:
     """Run Python code with AddressSanitizer's library in front."""
-    gxx = compiler()
-    assert gxx is not None
-    names = [
-        subprocess.check_output([gxx, f"-print-file-name={n}"], text=True).strip()
-        for n in ("libasan.so", "libstdc++.so")
-    ]
-    if not os.path.isabs(names[0]):
+    environment = sanitizer_environment()
+    if environment is None:
         pytest.skip("AddressSanitizer's library is not installed")
-    environment = os.environ | {
-        "LD_PRELOAD": " ".join(names),
-        "ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0",
-        "PYTHONMALLOC": "malloc",
-    }
+    command = [sys.executable, "-c", textwrap.dedent(code)]
     return subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(code)],
-        env=environment,
-        cwd=REPOSITORY,
-        text=True,
-        capture_output=True,
+        command, env=environment, cwd=REPOSITORY, text=True, capture_output=True, check=False
     )
 
 
@@ -277,6 +382,30 @@ def test_out_of_bounds_under_address_sanitizer() -> None:
     assert "within bounds" in done.stdout, done.stderr[-2000:]
     assert done.returncode != 0
     assert "heap-buffer-overflow" in done.stderr
+
+
+@pytest.mark.slow
+def test_shared_memory_under_address_sanitizer() -> None:
+    """Also after a launch that ended in the middle."""
+    done = sanitized(
+        """
+        import numpy as np
+        from tests.cuda_host.shim import HostProgram, ShimError
+        from tests.test_cuda_shim import launch, text
+        program = HostProgram(text(), sanitize=True)
+        try:
+            launch(program, "divergent_shuffle", np.zeros(256, np.float32))
+        except ShimError:
+            print("deadlock", flush=True)
+        out = np.zeros(1, np.uint32)
+        launch(program, "out_of_shared", out, np.int32(0), grid=2)
+        print(int(out[0]), flush=True)
+        launch(program, "out_of_shared", out, np.int32(1))
+        """
+    )
+    assert done.stdout.split() == ["deadlock", str(256 * 255)], done.stderr[-2000:]
+    assert done.returncode != 0
+    assert "global-buffer-overflow" in done.stderr
 
 
 @pytest.mark.slow

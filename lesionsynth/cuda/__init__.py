@@ -11,7 +11,7 @@ __all__ = ["memory_report"]
 def memory_report() -> dict[int, dict[str, int]]:
     """Tell what the generator holds on each device between batches, in bytes by purpose.
 
-    ``field0`` and ``field1`` are the scratch fields of lesion textures: one volume for every four items of a
+    ``field0`` and ``field1`` are the scratch fields of lesion textures: one volume for every eight items of a
     batch, and at least one. ``lungs`` and ``rows`` are the mask's bits and counts; ``weights`` the folded
     Gaussians; ``table`` and ``bits``, twice each, what pairs keep for their plans and labels.
     `lesionsynth.release_memory` gives all of it back.

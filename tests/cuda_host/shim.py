@@ -45,14 +45,25 @@ def compiler() -> str | None:
     return shutil.which("g++")
 
 
-def sanitizer_environment() -> dict[str, str]:
-    """Environment of a process that may use programs with ``sanitize=True``."""
-    gxx = compiler()
-    assert gxx is not None
-    run = subprocess.run([gxx, "-print-file-name=libasan.so"], capture_output=True, text=True, check=True)
-    # Python keeps memory to its end; the frames of NumPy's C++ are not instrumented.
-    options = "detect_leaks=0:detect_stack_use_after_return=0:allocator_may_return_null=1"
-    return {**os.environ, "LD_PRELOAD": run.stdout.strip(), "ASAN_OPTIONS": options}
+def sanitizer_environment() -> dict[str, str] | None:
+    """Environment of a process that may use programs with ``sanitize=True``; None where that is missing."""
+    names = [
+        _library_path(name) for name in ("libasan.so", "libstdc++.so")
+    ]  # ASan replaces functions of the other
+    if not all(os.path.isabs(name) for name in names):
+        return None
+    options = {
+        "LD_PRELOAD": " ".join(names),
+        "ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0",  # Python keeps memory to its end
+        "PYTHONMALLOC": "malloc",
+    }
+    return {**os.environ, **options}
+
+
+def _library_path(name: str) -> str:
+    """Absolute path of a library of the compiler; the name itself where it has none."""
+    command = [compiler() or "g++", f"-print-file-name={name}"]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
 
 class HostProgram:
@@ -66,6 +77,8 @@ class HostProgram:
     sanitize : bool
         With AddressSanitizer, which looks at shared memory too; the process must have been started in
         `sanitizer_environment`.
+    portable : bool
+        Switch fibres as on machines for which there is no assembly.
 
     Raises
     ------
@@ -73,13 +86,14 @@ class HostProgram:
         The text does not compile, or `sanitize` is asked for in another environment.
     """
 
-    def __init__(self, text: str, *, sanitize: bool = False) -> None:
+    def __init__(self, text: str, *, sanitize: bool = False, portable: bool = False) -> None:
         if sanitize and "libasan" not in os.environ.get("LD_PRELOAD", ""):
             raise ShimError("AddressSanitizer must be loaded before Python: see sanitizer_environment")
         self.kernels = NAMES.findall(text)
         exports = "\n".join(f"SHIM_EXPORT({name})" for name in self.kernels)
         code = f'#include "gpushim.h"\n#line 1 "program.cu"\n{text}\n{exports}\n'
         flags = [*FLAGS, *_instructions(), f"-I{HERE}", *(SANITIZER if sanitize else ())]
+        flags += ["-DSHIM_UCONTEXT"] if portable else []
         self._library = ctypes.CDLL(str(_compiled(code, flags)))
         self._sizes = {name: self._parameter_sizes(name) for name in self.kernels}
 
