@@ -72,6 +72,8 @@ __device__ __forceinline__ u32 copy_voxel(const Batch& batch, Pixel p, Real tau,
     return value >= tau;
 }
 
+constexpr int AHEAD = 4;  // reads under way at once: the copy runs on few threads, beside the other kernels
+
 // Four voxels at a time, where memory is contiguous and the pointers allow it.
 __device__ i64 copy_quads(const Batch& batch, int item, i64 voxels, i64 first, i64 step, bool* strange) {
     const Pixel* image = (const Pixel*)batch.image + item * batch.image_strides[0];
@@ -82,14 +84,22 @@ __device__ i64 copy_quads(const Batch& batch, int item, i64 voxels, i64 first, i
                       batch.image_strides[1] == (i64)batch.width * batch.height;
     if (!aligned || !contiguous) return 0;
     Real tau = (Real)item_of(batch, item).tau;
-    for (i64 q = first; q < voxels / 4; q += step) {
-        Quad<Pixel> in = ((const Quad<Pixel>*)image)[q];
-        Quad<Result> now;
-        u32 bright = 0;
+    i64 quads = voxels / 4;
+    for (i64 q0 = first; q0 < quads; q0 += AHEAD * step) {
+        Quad<Pixel> in[AHEAD];
 #pragma unroll
-        for (int c = 0; c < 4; ++c) bright |= copy_voxel(batch, in.v[c], tau, &now.v[c], strange) << (8 * c);
-        ((Quad<Result>*)out)[q] = now;
-        ((u32*)target)[q] = bright;
+        for (int k = 0; k < AHEAD; ++k)
+            if (q0 + k * step < quads) in[k] = ((const Quad<Pixel>*)image)[q0 + k * step];
+#pragma unroll
+        for (int k = 0; k < AHEAD; ++k) {
+            if (q0 + k * step >= quads) break;
+            Quad<Result> now;
+            u32 bright = 0;
+#pragma unroll
+            for (int c = 0; c < 4; ++c) bright |= copy_voxel(batch, in[k].v[c], tau, &now.v[c], strange) << (8 * c);
+            ((Quad<Result>*)out)[q0 + k * step] = now;
+            ((u32*)target)[q0 + k * step] = bright;
+        }
     }
     return voxels / 4 * 4;
 }

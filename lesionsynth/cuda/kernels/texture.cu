@@ -302,10 +302,10 @@ __device__ __forceinline__ void run_stage(const Batch& batch, TextureMemory& mem
 }
 
 KERNEL_OF(2) noise_along_x(const Batch* table) { __shared__ TextureMemory memory; run_stage<0>(*table, memory); }
-KERNEL_OF(2) noise_along_y(const Batch* table) { __shared__ TextureMemory memory; run_stage<1>(*table, memory); }
-KERNEL_OF(2) noise_along_z(const Batch* table) { __shared__ TextureMemory memory; run_stage<2>(*table, memory); }
+KERNEL_OF(3) noise_along_y(const Batch* table) { __shared__ TextureMemory memory; run_stage<1>(*table, memory); }
+KERNEL_OF(3) noise_along_z(const Batch* table) { __shared__ TextureMemory memory; run_stage<2>(*table, memory); }
 KERNEL_OF(2) salt_along_x(const Batch* table) { __shared__ TextureMemory memory; run_stage<3>(*table, memory); }
-KERNEL_OF(2) salt_along_y(const Batch* table) { __shared__ TextureMemory memory; run_stage<4>(*table, memory); }
+KERNEL_OF(3) salt_along_y(const Batch* table) { __shared__ TextureMemory memory; run_stage<4>(*table, memory); }
 KERNEL_OF(2) salt_along_z(const Batch* table) { __shared__ TextureMemory memory; run_stage<5>(*table, memory); }
 
 // Folded matrices of the lesions whose kernels are longer than their boxes.
