@@ -22,7 +22,7 @@ from lesionsynth.synthesizer import LesionPair, LesionSynthesizer
 from lesionsynth.window import threshold, window_hu
 
 if TYPE_CHECKING:
-    from lesionsynth import io, monai, ops, phantom
+    from lesionsynth import cuda, io, monai, ops, phantom
 
 __version__ = "0.1.0"
 
@@ -36,6 +36,7 @@ __all__ = [
     "LesionSynthesizer",
     "Texture",
     "Warp",
+    "cuda",
     "io",
     "monai",
     "ops",
@@ -47,7 +48,7 @@ __all__ = [
     "window_hu",
 ]
 
-_LAZY = ("io", "monai", "ops", "phantom")
+_LAZY = ("cuda", "io", "monai", "ops", "phantom")
 """Submodules loaded on first use, so that the generator does not wait for them."""
 
 

@@ -29,7 +29,13 @@ ls.LesionPlan.from_json(pair.plan.to_json()), ls.window_hu(np.zeros((1, 1, 1)))
 
 
 @pytest.mark.parametrize(
-    "code", ["import lesionsynth", RENDER, "import lesionsynth.ops, lesionsynth.phantom"]
+    "code",
+    [
+        "import lesionsynth",
+        RENDER,
+        "import lesionsynth.ops, lesionsynth.phantom, lesionsynth.cuda",
+        "import lesionsynth as ls; ls.release_memory(); assert ls.cuda.memory_report() == {}",
+    ],
 )
 def test_nothing_heavy_is_imported(code) -> None:
     """Importing, rendering from NumPy, the operations and the phantom need NumPy, SciPy and Numba alone."""

@@ -150,8 +150,13 @@ class CudaBackend:
 
     def release(self) -> None:
         """Give the memory of all workspaces back to CuPy's pool."""
-        for renderer in self.renderers.values():
-            renderer.release()
+        if not self.renderers:
+            return
+        import cupy
+
+        for number, renderer in self.renderers.items():
+            with cupy.cuda.Device(number):
+                renderer.release()
 
     def renderer(self, number: int) -> Renderer:
         """Return the renderer of a device; the same one each time."""

@@ -110,11 +110,10 @@ class Lesions:
                 device.follow(renderer.workspace.mark)
             renderer.launch("float32", "clear_words", grid, np.uint64(labels), np.int64(items * voxels))
             if self._table.tasks:
-                for k in range(items):
-                    at = np.uint64(labels + 4 * k * voxels)
-                    table = np.uint64(self._buffers[0].pointer)
-                    renderer.launch("float32", "paint_labels", grid, table, np.int32(k), at)
+                table = np.uint64(self._buffers[0].pointer)
+                renderer.launch("float32", "paint_labels", grid, table, np.uint64(labels))
             renderer.workspace.mark = device.mark()
+            renderer.workspace.keep(renderer.workspace.mark, *self._buffers)
 
     def leave_slot(self, found: tuple[str, ...]) -> None:
         """Remember what the device found wrong; the slot is another batch's from now on."""

@@ -33,8 +33,8 @@ BLOCKS_OF_TILES = 4
 BLOCKS_OF_ROWS = 8
 """The same for kernels that hold little: 2048 threads."""
 BLOCKS_OF_COPY = 2
-"""The same for the copy, which leaves room for the kernels that it runs beside: 512 threads with four reads of
-sixteen bytes each under way are 32 KiB, what a multiprocessor needs at 3 TB/s and a microsecond of latency."""
+"""The same for the copy, which leaves room for the kernels that it runs beside: 512 threads with four reads
+of sixteen bytes each under way are 32 KiB, what a multiprocessor needs at 3 TB/s and 1 µs of latency."""
 
 
 @dataclass(frozen=True)

@@ -48,6 +48,8 @@ class Workspace:
     slots: list[Slot] = field(default_factory=list)
     mark: Mark | None = None
     """Behind the last rendering."""
+    kept: list[tuple[Mark, tuple[Buffer, ...]]] = field(default_factory=list)
+    """See `keep`."""
 
     def reserve(self, purpose: str, nbytes: int) -> Buffer:
         """Return a buffer of at least `nbytes`, the one from last time where it is large enough."""
@@ -78,6 +80,11 @@ class Workspace:
         """Make room for `nbytes` behind the status of a slot."""
         if slot.pinned.array.size < STATUS_BYTES + nbytes:
             slot.pinned = self.device.pinned(STATUS_BYTES + nbytes * 3 // 2)
+
+    def keep(self, mark: Mark, *buffers: Buffer) -> None:
+        """Hold buffers until the device has passed a mark: a stream other than theirs may use them last."""
+        self.kept = [held for held in self.kept if not held[0].done()]
+        self.kept.append((mark, buffers))
 
     def report(self) -> dict[str, int]:
         """Bytes of the device that are held, by purpose."""

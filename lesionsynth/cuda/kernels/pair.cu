@@ -199,18 +199,19 @@ KERNEL inject(Batch* table) {
     if (batch.crowded && is_last_block(&table->tickets[1], gridDim.x, &last)) inject_crowded(batch, memory);
 }
 
-// The labels of one item: 0 is there already.
-KERNEL paint_labels(const Batch* table, int item, int* labels) {
+// The labels of all items: 0 is there already.
+KERNEL paint_labels(const Batch* table, int* labels) {
     const Batch& batch = *table;
     for (int task = blockIdx.x; task < batch.n_tasks; task += gridDim.x) {
         int2 at = task_of(batch, task);
         const State& s = state_of(batch, at.x);
-        if (blob_of(batch, at.x).item != item || at.y >= s.size[0]) continue;
+        if (at.y >= s.size[0]) continue;
+        i64 first = (i64)blob_of(batch, at.x).item * batch.depth;
         int z = s.start[0] + at.y, label = state_of(batch, ((const int*)batch.parents)[at.x]).label;
         for (int t = warp_of_thread(); t < s.size[1] * s.words; t += WARPS) {
             int y = s.start[1] + t / s.words, w = s.word + t % s.words;
             if (box_word(batch, at.x, z, y, w) >> lane_of_thread() & 1)
-                labels[((i64)z * batch.height + y) * batch.width + 32 * w + lane_of_thread()] = label;
+                labels[((first + z) * batch.height + y) * batch.width + 32 * w + lane_of_thread()] = label;
         }
     }
 }
