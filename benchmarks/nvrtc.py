@@ -28,9 +28,9 @@ class Usage:
     kernel: str
     registers: int
     stack: int
-    """Bytes of a thread in local memory."""
+    """Bytes of a thread in local memory, with the functions it calls."""
     spills: int
-    """Bytes stored and loaded for want of registers."""
+    """Bytes stored and loaded for want of registers, in the functions it calls too."""
     shared: int
     """Bytes of a block."""
 
@@ -82,12 +82,16 @@ def usage_of(log: str) -> list[Usage]:
 
 
 def _usage(kernel: str, body: str) -> Usage:
-    def number(pattern: str) -> int:
-        found = re.search(pattern, body)
-        return int(found[1]) if found else 0
+    """Read one kernel's part of a log; the functions that were not inlined come with it."""
 
-    spills = number(r"(\d+) bytes spill stores") + number(r"(\d+) bytes spill loads")
+    def numbers(pattern: str) -> list[int]:
+        return [int(n) for n in re.findall(pattern, body)]
+
     return Usage(
-        kernel, number(r"Used (\d+) registers"), number(r"(\d+) bytes stack frame"), spills,
-        number(r"(\d+) bytes smem"),
-    )  # fmt: skip
+        kernel,
+        registers=max(numbers(r"Used (\d+) registers")),
+        # The cumulative size is that of the deepest call, and is left out where it is nought.
+        stack=max(numbers(r"(\d+) bytes (?:stack frame|cumulative stack size)")),
+        spills=sum(numbers(r"(\d+) bytes spill (?:stores|loads)")),
+        shared=max(numbers(r"(\d+) bytes smem"), default=0),
+    )

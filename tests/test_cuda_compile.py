@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 
@@ -59,6 +61,37 @@ def test_a_broken_program_is_refused() -> None:
         nvrtc.compile_program("KERNEL nonsense() {}", 90)
 
 
+SPILLS = r"""
+__device__ __noinline__ float deep(const float* x, int n) {
+    float a[200];
+#pragma unroll
+    for (int i = 0; i < 200; i++) a[i] = x[i * n];
+    __syncthreads();
+    float s = 0.0f;
+#pragma unroll
+    for (int i = 0; i < 200; i++) s = s * a[i] + a[i * 7 % 200];
+    return s;
+}
+extern "C" __global__ void __launch_bounds__(1024) outer(float* x, int n) {
+    __shared__ float s[100];
+    s[threadIdx.x % 100] = x[n];
+    for (int k = 0; k < n; k++) x[k] = deep(x + k, n) + s[k];
+}
+extern "C" __global__ void small(float* x) { x[threadIdx.x] = 1.0f; }
+"""
+
+
+@pytest.mark.parametrize("architecture", nvrtc.ARCHITECTURES)
+def test_usage_counts_the_functions_that_a_kernel_calls(architecture) -> None:
+    found = {u.kernel: u for u in nvrtc.usage_of(nvrtc.compile_program(SPILLS, architecture)[1])}
+    assert found.keys() == {"outer", "small"}
+    assert found["outer"].registers == 64
+    assert found["outer"].spills > 500
+    assert found["outer"].stack > 500
+    assert found["outer"].shared == 400
+    assert found["small"].spills == found["small"].stack == found["small"].shared == 0
+
+
 def test_residency() -> None:
     """Against the occupancy calculator: 32 registers fill 2048 threads; 46,736 bytes four times 228 KiB."""
     assert nvrtc.Usage("k", 32, 0, 0, 0).resident(90) == 8
@@ -69,9 +102,25 @@ def test_residency() -> None:
 
 @pytest.mark.slow
 def test_the_table(tmp_path, capsys) -> None:
-    kernels.main(["--output", str(tmp_path / "table.json")])
+    kernels.main(["--output", str(tmp_path / "new" / "table.json")])
     assert "draw_blobs" in capsys.readouterr().out
-    assert (tmp_path / "table.json").stat().st_size > 1000
+    record = json.loads((tmp_path / "new" / "table.json").read_text())
+    assert record.keys() == {
+        "format",
+        "version",
+        "nvrtc",
+        "options",
+        "threads",
+        "image",
+        "machine",
+        "programs",
+    }
+    for program in _source.PROGRAMS:
+        names = _source.kernels_of(_source.source(program))
+        for architecture in nvrtc.ARCHITECTURES:
+            rows = record["programs"][program][f"sm_{architecture}"]
+            assert {row["kernel"] for row in rows} == set(names)
+            assert all(row["resident_blocks"] >= 1 and row["registers"] > 0 for row in rows)
 
 
 def test_struct_text() -> None:

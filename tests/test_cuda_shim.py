@@ -14,7 +14,7 @@ from lesionsynth.cuda import _source
 from tests.conftest import REPOSITORY
 from tests.cuda_host.shim import HostProgram, ShimError, compiler, sanitizer_environment
 
-pytestmark = pytest.mark.skipif(compiler() is None, reason="the shim needs g++, which is not installed")
+pytestmark = pytest.mark.skipif(compiler() is None, reason="the shim needs g++ on Linux")
 
 KERNELS = r"""
 KERNEL golden(u32* out) {

@@ -1,12 +1,13 @@
 // gpushim.h: CUDA C++ on the host, for tests of logic.
 //
-// Every thread of a block is a fibre; blocks run one after another on the calling thread. A fibre runs until it
-// must wait at a barrier or in a warp operation, or yields by chance in an atomic or a fence; then the next in turn
-// that can go on does. When all have had their turn a round ends, and the scheduler opens the barrier they reached.
-// The last lane to reach a warp operation does it for all lanes. Shared memory is poisoned before each block.
+// Every thread of a block is a fibre; blocks run one after another on the calling thread. A fibre runs until
+// it must wait at a barrier or in a warp operation, or yields by chance in an atomic or a fence; then the
+// next in turn that can go on does. When all have had their turn a round ends, and the scheduler opens the
+// barrier they reached. The last lane to reach a warp operation does it for all lanes. Shared memory is
+// poisoned before each block.
 //
-// A launch ends with a message when threads wait for what cannot come, when they meet at different barriers, when a
-// shuffle reads a lane that does not take part, and when the processor time is up.
+// A launch ends with a message when threads wait for what cannot come, when they meet at different barriers,
+// when a shuffle reads a lane that does not take part, and when the processor time is up.
 //
 // It says nothing about speed, bank conflicts, occupancy or weak memory order.
 #pragma once
@@ -207,13 +208,15 @@ void prepare(Fibre& f) {
 // Stacks for the largest block; the first page of each faults.
 bool have_stacks() {
     if (machine.stacks == nullptr) {
-        void* p = mmap(nullptr, MOST_THREADS * STACK, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+        int access = PROT_READ | PROT_WRITE, kind = MAP_PRIVATE | MAP_ANONYMOUS;
+        void* p = mmap(nullptr, MOST_THREADS * STACK, access, kind, -1, 0);
         if (p == MAP_FAILED) return false;
         machine.stacks = (char*)p;
         for (unsigned i = 0; i < MOST_THREADS; i++) mprotect(machine.stacks + i * STACK, PAGE, PROT_NONE);
     }
 #ifdef __SANITIZE_ADDRESS__
-    __asan_unpoison_memory_region(machine.stacks, MOST_THREADS * STACK);  // a launch that failed left its frames
+    // A launch that failed left its frames.
+    __asan_unpoison_memory_region(machine.stacks, MOST_THREADS * STACK);
 #endif
     return true;
 }
@@ -231,8 +234,8 @@ __attribute__((noinline)) int barrier(bool predicate, const Site& site) {
     if (machine.at_barrier == 0)
         machine.barrier_site = site;
     else if (!same(site, machine.barrier_site))
-        fail("divergent __syncthreads: threads of one block wait at %s:%u and %s:%u", machine.barrier_site.file_name(),
-             machine.barrier_site.line(), site.file_name(), site.line());
+        fail("divergent __syncthreads: threads of one block wait at %s:%u and %s:%u",
+             machine.barrier_site.file_name(), machine.barrier_site.line(), site.file_name(), site.line());
     machine.predicates += predicate;
     machine.at_barrier++;
     machine.states[machine.current->number] = AT_BARRIER;
@@ -257,15 +260,17 @@ uint32_t existing_lanes(unsigned warp) {
 
 // All lanes of a mask are there.
 void operate(Fibre* lanes, uint32_t present, Operation operation) {
+    const Site& last = machine.current->site;
     uint64_t votes = 0;
     for (uint32_t rest = present; rest; rest &= rest - 1) {
         Fibre& f = lanes[__builtin_ctz(rest)];
         if (f.operation != operation)
-            fail("lanes of one mask meet in different operations, at %s:%u and %s:%u", machine.current->site.file_name(),
-                 machine.current->site.line(), f.site.file_name(), f.site.line());
+            fail("lanes of one mask meet in different operations, at %s:%u and %s:%u", last.file_name(),
+                 last.line(), f.site.file_name(), f.site.line());
         if (operation == SHUFFLE) {
             if (!(present >> f.from & 1))
-                fail("the shuffle at %s:%u reads lane %d, which does not take part", f.site.file_name(), f.site.line(), f.from);
+                fail("the shuffle at %s:%u reads lane %d, which does not take part", f.site.file_name(),
+                     f.site.line(), f.from);
             f.result = lanes[f.from].offer;
         }
         if (operation == VOTE) votes |= f.offer << (&f - lanes);
@@ -277,10 +282,12 @@ void operate(Fibre* lanes, uint32_t present, Operation operation) {
     }
 }
 
-__attribute__((noinline)) uint64_t meet(uint32_t mask, Operation operation, uint64_t offer, int from, const Site& site) {
+__attribute__((noinline)) uint64_t meet(uint32_t mask, Operation operation, uint64_t offer, int from,
+                                        const Site& site) {
     Fibre& self = *machine.current;
     unsigned warp = self.number / WARP_LANES, lane = self.number % WARP_LANES;
-    if (!(mask >> lane & 1)) fail("lane %u is not in its own mask 0x%08x, at %s:%u", lane, mask, site.file_name(), site.line());
+    if (!(mask >> lane & 1))
+        fail("lane %u is not in its own mask 0x%08x, at %s:%u", lane, mask, site.file_name(), site.line());
     self.mask = mask;
     self.operation = operation;
     self.offer = offer;
@@ -291,7 +298,8 @@ __attribute__((noinline)) uint64_t meet(uint32_t mask, Operation operation, uint
     uint32_t present = mask & existing_lanes(warp);
     Fibre* lanes = &machine.fibres[warp * WARP_LANES];
     bool complete = (waiting & present) == present;
-    for (uint32_t rest = present; complete && rest; rest &= rest - 1) complete = lanes[__builtin_ctz(rest)].mask == mask;
+    for (uint32_t rest = present; complete && rest; rest &= rest - 1)
+        complete = lanes[__builtin_ctz(rest)].mask == mask;
     if (complete) {
         operate(lanes, present, operation);
         waiting &= ~present;
@@ -303,7 +311,7 @@ __attribute__((noinline)) uint64_t meet(uint32_t mask, Operation operation, uint
 }
 
 template <class T>
-T shuffle(uint32_t mask, T value, int from, bool inside, const Site& site) {  // outside the segment: one's own
+T shuffle(uint32_t mask, T value, int from, bool inside, const Site& site) {  // not inside: one's own
     static_assert(sizeof(T) == 4 || sizeof(T) == 8);
     uint64_t bits = 0;
     memcpy(&bits, &value, sizeof value);
@@ -332,10 +340,11 @@ bool run_round() {
 
 void describe_deadlock() {
     unsigned n = machine.threads, in_warp = n - machine.done - machine.at_barrier;
-    int used = snprintf(machine.error, sizeof machine.error, "deadlock: of %u threads %u have returned", n, machine.done);
+    size_t room = sizeof machine.error;
+    size_t used = snprintf(machine.error, room, "deadlock: of %u threads %u have returned", n, machine.done);
     auto more = [&](unsigned count, const char* what, const Site& at) {
-        if (count == 0 || used >= int(sizeof machine.error)) return;
-        used += snprintf(machine.error + used, sizeof machine.error - used, ", %u wait %s, %s:%u", count, what,
+        if (count == 0 || used >= room) return;
+        used += snprintf(machine.error + used, room - used, ", %u wait %s, %s:%u", count, what,
                          at.file_name(), at.line());
     };
     more(machine.at_barrier, "at a divergent __syncthreads", machine.barrier_site);
@@ -355,7 +364,7 @@ void run_block() {
     }
 }
 
-// The first signal asks the scheduler to stop. A fibre that has not come back to it by the next is left behind.
+// The first signal asks the scheduler to stop. A fibre that is not back there by the next is left behind.
 void on_timer(int) {
     if (!pthread_equal(pthread_self(), machine.caller)) return;
     if (!machine.expired) {
@@ -384,15 +393,18 @@ void stop_watching() {
     setitimer(ITIMER_VIRTUAL, &none, nullptr);
 }
 
-void poison_shared_memory() {
 #ifdef __SANITIZE_ADDRESS__
-    // A call of memset would be checked, and the red zones between the arrays are no faults here.
-    auto* stop = (char*)__stop_gpushared;
-    for (char* p = __start_gpushared; p && p < stop; p++) asm volatile("movb $0xFF, (%0)" : : "r"(p) : "memory");
-#else
-    if (__start_gpushared) memset(__start_gpushared, 0xFF, size_t(__stop_gpushared - __start_gpushared));  // NaN
-#endif
+// memset would be checked, and the red zones between the arrays are no faults here.
+__attribute__((no_sanitize("address"))) void poison_shared_memory() {
+    volatile char* stop = __stop_gpushared;
+    for (volatile char* p = __start_gpushared; p < stop; p++) *p = char(0xFF);
 }
+#else
+void poison_shared_memory() {
+    if (__start_gpushared)  // absent where no kernel has any
+        memset(__start_gpushared, 0xFF, size_t(__stop_gpushared - __start_gpushared));  // NaN
+}
+#endif
 
 const char* launch(const unsigned* grid, unsigned threads, void (*body)(void*), void* argument, uint64_t seed,
                    unsigned yield_percent, int order, double seconds) {
@@ -434,8 +446,8 @@ void call(void (*kernel)(A...), void** arguments, std::index_sequence<I...>) {
     kernel(*(std::remove_reference_t<A>*)arguments[I]...);
 }
 template <class... A>
-const char* run(void (*kernel)(A...), const unsigned* grid, unsigned threads, void** arguments, int count, uint64_t seed,
-                unsigned yield_percent, int order, double seconds) {
+const char* run(void (*kernel)(A...), const unsigned* grid, unsigned threads, void** arguments, int count,
+                uint64_t seed, unsigned yield_percent, int order, double seconds) {
     if (count != int(sizeof...(A))) return "called with a wrong number of arguments";
     struct Call {
         void (*kernel)(A...);
@@ -469,12 +481,12 @@ int lane() { return int(machine.current->number % WARP_LANES); }
 }  // namespace
 }  // namespace gpushim
 
-#define SHIM_EXPORT(k)                                                                                                   \
-    extern "C" const char* k##__launch(const unsigned* grid, unsigned threads, void** arguments, int count,              \
-                                       uint64_t seed, unsigned yield_percent, int order, double seconds) {               \
-        return gpushim::run(k, grid, threads, arguments, count, seed, yield_percent, order, seconds);                    \
-    }                                                                                                                    \
-    extern "C" int k##__count() { return gpushim::count_of(k); }                                                         \
+#define SHIM_EXPORT(k)                                                                                      \
+    extern "C" const char* k##__launch(const unsigned* grid, unsigned threads, void** arguments, int count, \
+                                       uint64_t seed, unsigned yield_percent, int order, double seconds) {  \
+        return gpushim::run(k, grid, threads, arguments, count, seed, yield_percent, order, seconds);       \
+    }                                                                                                       \
+    extern "C" int k##__count() { return gpushim::count_of(k); }                                            \
     extern "C" void k##__sizes(int* sizes) { gpushim::sizes_of(k, sizes); }
 #define threadIdx (gpushim::machine.current->thread)
 #define blockIdx (gpushim::machine.block)

@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 import tempfile
 import threading
 from collections.abc import Sequence
@@ -41,15 +42,14 @@ class ShimError(RuntimeError):
 
 
 def compiler() -> str | None:
-    """Path of g++, None where there is none."""
-    return shutil.which("g++")
+    """Path of g++, None where there is none; elsewhere than on Linux it may be another compiler."""
+    return shutil.which("g++") if sys.platform == "linux" else None
 
 
 def sanitizer_environment() -> dict[str, str] | None:
     """Environment of a process that may use programs with ``sanitize=True``; None where that is missing."""
-    names = [
-        _library_path(name) for name in ("libasan.so", "libstdc++.so")
-    ]  # ASan replaces functions of the other
+    # The second because the first replaces functions of it.
+    names = [_library_path(name) for name in ("libasan.so", "libstdc++.so")]
     if not all(os.path.isabs(name) for name in names):
         return None
     options = {
