@@ -142,11 +142,12 @@ def time_pairs(volume: Volume, libraries: Libraries, threads: Sequence[int], pla
 
 
 def time_stages(volume: Volume, threads: Sequence[int], plans: int) -> dict[str, Any]:
-    """Time each public method of lesionsynth's backend, and of the SciPy pipeline, in the same pairs."""
+    """Time each of lesionsynth's stages, and of the SciPy pipeline, in the same pairs."""
     synths = {f"lesionsynth, {_threads(t)}": synthesizer(t) for t in threads}
-    clocks = {name: StageClock(synth._backend) for name, synth in synths.items()}
-    for name, synth in synths.items():
-        synth._backend = clocks[name]
+    backends = {name: synth._backends._cpu for name, synth in synths.items()}
+    clocks = {name: StageClock(backend.stages) for name, backend in backends.items()}
+    for name, backend in backends.items():
+        backend.stages = clocks[name]
     clocks["SciPy"] = StageClock(scipy_pipeline.timed_stages())
     samples: dict[str, dict[str, list[float]]] = {name: {} for name in clocks}
     for index in range(-1, plans):

@@ -54,7 +54,7 @@ class Backends:
     """The backends of a synthesizer. CuPy is imported for the first CUDA array, and never before."""
 
     def __init__(self, threads: int | None = None) -> None:
-        self._cpu: Backend = CpuBackend(threads)
+        self._cpu = CpuBackend(threads)
 
     def of(self, image: Any) -> Backend:
         """Return the backend for an array."""

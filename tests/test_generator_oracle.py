@@ -378,11 +378,11 @@ def test_volume_and_mask_kinds(lungs) -> None:
 
 def test_a_wide_filter_on_a_small_box_keeps_its_range() -> None:
     """The range of a2 is 1e-5 here. Centred noise gives it to 1e-4 of itself; around 1/2 an ulp is 6e-8."""
-    from lesionsynth.cpu.backend import CpuBackend
+    from lesionsynth.cpu.backend import CpuStages
     from lesionsynth.cpu.texture import synthesize_textures
 
     one = blob(semi_axes=(3.2, 3.2, 3.2), center=(6, 8, 9), sigma_a=20.0)
-    drawn, mask, stages = plan(one, shape=None), np.ones((12, 16, 18), bool), CpuBackend(1)
+    drawn, mask, stages = plan(one, shape=None), np.ones((12, 16, 18), bool), CpuStages(1)
     placed = stages.place(drawn, mask)
     (textures,) = synthesize_textures(drawn, stages.merge(drawn, placed, stages.draw(drawn, placed)), 1)
     box = [

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,80 +47,26 @@ class CpuInputs:
         return self.image.shape
 
 
-@dataclass(frozen=True)
-class CpuRendering:
-    """The pair, and the lesions' runs; the inputs are let go."""
+class CpuStages:
+    """The stages of DESIGN.md section 2; what passes between them is their own affair.
 
-    image: Any
-    """A."""
-    target: Any
-    """GT."""
-    shape: tuple[int, ...]
-    restore: Restore
-    lesions: tuple[Lesions, ...]
-    found: tuple[tuple[Component, ...], ...]
-    threads: int | None
-
-    def components(self) -> tuple[tuple[Component, ...], ...]:
-        """Tell the lesions of each item."""
-        return self.found
-
-    def labels(self) -> Any:
-        """Paint the lesions."""
-        labels = output(self.shape, np.int32)
-        for item, out in zip(self.lesions, labels if len(self.shape) == 4 else labels[None], strict=True):
-            item.paint(out, team_for(out.size, self.threads))
-        return self.restore(labels)
-
-
-class CpuBackend:
-    """Renders item after item."""
+    Parameters
+    ----------
+    threads : int, optional
+        CPU threads.
+    """
 
     def __init__(self, threads: int | None = None) -> None:
         check_threads(threads)
         self.threads = threads
 
-    def accept(self, image: Any, lung_mask: Any, out: Any) -> CpuInputs:
-        """Check the arguments of a rendering."""
-        healthy, mask, restore = accept_pair(image, lung_mask, ranks=(3, 4), dtypes=DTYPES)
-        dtype = np.dtype(np.float32 if healthy.dtype == np.int16 else healthy.dtype)
-        if out is None:
-            return CpuInputs(
-                healthy, mask, output(healthy.shape, dtype), output(healthy.shape, np.bool_), restore
-            )
-        return CpuInputs(healthy, mask, *accept_out(out, healthy, dtype, mask), restore)
+    def output(self, shape: tuple[int, ...], dtype: Any) -> Array:
+        """Return uninitialised memory for a result."""
+        return output(shape, dtype)
 
-    def render(self, recipes: Sequence[Recipe], inputs: CpuInputs, hu_range: Range) -> CpuRendering:
-        """Render one recipe an item."""
-        arrays = [inputs.image, inputs.mask, inputs.out, inputs.target]
-        items = [x if x.ndim == 4 else x[None] for x in arrays]
-        rendered = [
-            self._render_one(recipe.plan, hu_range, *item)
-            for recipe, *item in zip(recipes, *items, strict=True)
-        ]
-        lesions, components = zip(*rendered, strict=True)
-        restore = inputs.restore
-        return CpuRendering(
-            restore(inputs.out),
-            restore(inputs.target),
-            inputs.shape,
-            restore,
-            lesions,
-            components,
-            self.threads,
-        )
-
-    def _render_one(
-        self, plan: LesionPlan, hu_range: Range, image: Array, mask: Mask, out: Array, target: Mask
-    ) -> tuple[Lesions, tuple[Component, ...]]:
-        """Write one pair to `out` and `target`: read this downwards."""
-        finish_copy = base_pair(image, plan.tau, hu_range, out, target, team_for(out.size, self.threads))
-        try:
-            placed = self.place(plan, mask)
-            lesions = self.merge(plan, placed, self.draw(plan, placed))
-        finally:
-            finish_copy()
-        return lesions, self.fill(plan, lesions, out, target)
+    def copy(self, image: Array, tau: float, hu_range: Range, out: Array, target: Mask) -> Callable[[], None]:
+        """Begin to write the pair without lesions, H to `out`, H >= tau to `target`; the answer ends it."""
+        return base_pair(image, tau, hu_range, out, target, team_for(out.size, self.threads))
 
     def place(self, plan: LesionPlan, lung_mask: Mask) -> tuple[BitMask, npt.NDArray[np.int64]]:
         """Find the centre voxel of each blob, and read the mask."""
@@ -148,3 +94,82 @@ class CpuBackend:
             inject(textures, lesions, out, target, threads)
             components += textures.components
         return tuple(sorted(components, key=lambda c: c.label))
+
+    def paint(self, lesions: Lesions, out: npt.NDArray[np.int32]) -> None:
+        """Write the labels of all lesions, and 0 elsewhere."""
+        lesions.paint(out, team_for(out.size, self.threads))
+
+
+@dataclass(frozen=True)
+class CpuRendering:
+    """The pair, and the lesions' runs; the inputs are let go."""
+
+    image: Any
+    """A."""
+    target: Any
+    """GT."""
+    shape: tuple[int, ...]
+    restore: Restore
+    stages: CpuStages
+    lesions: tuple[Lesions, ...]
+    found: tuple[tuple[Component, ...], ...]
+
+    def components(self) -> tuple[tuple[Component, ...], ...]:
+        """Tell the lesions of each item."""
+        return self.found
+
+    def labels(self) -> Any:
+        """Paint the lesions."""
+        labels = self.stages.output(self.shape, np.int32)
+        for item, out in zip(self.lesions, labels if len(self.shape) == 4 else labels[None], strict=True):
+            self.stages.paint(item, out)
+        return self.restore(labels)
+
+
+class CpuBackend:
+    """Renders item after item.
+
+    Parameters
+    ----------
+    threads : int, optional
+        See `CpuStages`.
+    """
+
+    def __init__(self, threads: int | None = None) -> None:
+        self.stages = CpuStages(threads)
+
+    def accept(self, image: Any, lung_mask: Any, out: Any) -> CpuInputs:
+        """Check the arguments of a rendering."""
+        healthy, mask, restore = accept_pair(image, lung_mask, ranks=(3, 4), dtypes=DTYPES)
+        dtype = np.dtype(np.float32 if healthy.dtype == np.int16 else healthy.dtype)
+        if out is None:
+            a, target = (self.stages.output(healthy.shape, kind) for kind in (dtype, np.bool_))
+        else:
+            a, target = accept_out(out, healthy, dtype, mask)
+        return CpuInputs(healthy, mask, a, target, restore)
+
+    def render(self, recipes: Sequence[Recipe], inputs: CpuInputs, hu_range: Range) -> CpuRendering:
+        """Render one recipe an item."""
+        arrays = [inputs.image, inputs.mask, inputs.out, inputs.target]
+        items = [x if x.ndim == 4 else x[None] for x in arrays]
+        rendered = [
+            self._render_one(recipe.plan, hu_range, *item)
+            for recipe, *item in zip(recipes, *items, strict=True)
+        ]
+        lesions, found = zip(*rendered, strict=True)
+        restore = inputs.restore
+        image, target = restore(inputs.out), restore(inputs.target)
+        return CpuRendering(image, target, inputs.shape, restore, self.stages, lesions, found)
+
+    def _render_one(
+        self, plan: LesionPlan, hu_range: Range, image: Array, mask: Mask, out: Array, target: Mask
+    ) -> tuple[Lesions, tuple[Component, ...]]:
+        """Write one pair to `out` and `target`: read this downwards."""
+        stages = self.stages
+        finish_copy = stages.copy(image, plan.tau, hu_range, out, target)
+        try:
+            placed = stages.place(plan, mask)
+            lesions = stages.merge(plan, placed, stages.draw(plan, placed))
+        finally:
+            finish_copy()
+        return lesions, stages.fill(plan, lesions, out, target)
