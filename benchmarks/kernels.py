@@ -9,6 +9,7 @@ from pathlib import Path
 from benchmarks import nvrtc
 from benchmarks.common import machine
 from lesionsynth.cuda._source import IMAGES, OPTIONS, PROGRAMS, THREADS, source
+from lesionsynth.cuda.compiling import nvrtc_version
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -19,12 +20,12 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--image", default="float32", choices=IMAGES, help="type of the image")
     parser.add_argument("--output", type=Path, help="where the JSON goes")
     options = parser.parse_args(argv)
-    output = options.output or RESULTS / f"kernels--nvrtc-{nvrtc.version()}.json"
+    output = options.output or RESULTS / f"kernels--nvrtc-{nvrtc_version()}.json"
     programs: dict[str, dict[str, list[dict[str, int | str]]]] = {}
     record = {
         "format": "lesionsynth.kernels",
         "version": 1,
-        "nvrtc": nvrtc.version(),
+        "nvrtc": nvrtc_version(),
         "options": OPTIONS,
         "threads": THREADS,
         "image": options.image,
@@ -35,7 +36,7 @@ def main(argv: list[str] | None = None) -> None:
     print(f"{'':18}" + f"{'regs spill shared blocks':>26}" * len(nvrtc.ARCHITECTURES))
     for program in PROGRAMS:
         text = source(program, options.image)
-        logs = {a: nvrtc.usage_of(nvrtc.compile_program(text, a)[1]) for a in nvrtc.ARCHITECTURES}
+        logs = {a: nvrtc.resources(text, a)[0] for a in nvrtc.ARCHITECTURES}
         programs[program] = {f"sm_{a}": [usage.record(a) for usage in found] for a, found in logs.items()}
         for row in zip(*logs.values(), strict=True):
             cells = (

@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 from dataclasses import asdict, dataclass
 
-from lesionsynth.cuda._source import OPTIONS, THREADS
+from lesionsynth.cuda._source import THREADS
+from lesionsynth.cuda.compiling import compile_program
 
 ARCHITECTURES = (75, 80, 90, 100)
 """Turing, Ampere, Hopper, Blackwell; CUDA 13 has dropped those before."""
@@ -47,33 +48,10 @@ class Usage:
         return asdict(self) | {"resident_blocks": self.resident(architecture)}
 
 
-def version() -> str:
-    """NVRTC's version."""
-    from cupy_backends.cuda.libs import nvrtc
-
-    return ".".join(map(str, nvrtc.getVersion()))
-
-
-def compile_program(text: str, architecture: int) -> tuple[bytes, str]:
-    """Compile a text to machine code; returns that and the log, with warnings and resources.
-
-    Raises
-    ------
-    RuntimeError
-        It does not compile; the message is the log.
-    """
-    from cupy_backends.cuda.libs import nvrtc
-
-    program = nvrtc.createProgram(text, "program.cu", [], [])
-    try:
-        try:
-            options = (*OPTIONS, f"--gpu-architecture=sm_{architecture}", "--ptxas-options=-v")
-            nvrtc.compileProgram(program, options)
-        except nvrtc.NVRTCError as error:
-            raise RuntimeError(nvrtc.getProgramLog(program)) from error
-        return nvrtc.getCUBIN(program), nvrtc.getProgramLog(program)
-    finally:
-        nvrtc.destroyProgram(program)
+def resources(text: str, architecture: int) -> tuple[list[Usage], str]:
+    """Compile a text, and read what its kernels take; returns that and the log."""
+    _, log = compile_program(text, f"sm_{architecture}", "--ptxas-options=-v")
+    return usage_of(log), log
 
 
 def usage_of(log: str) -> list[Usage]:

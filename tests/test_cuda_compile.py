@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from benchmarks import kernels, nvrtc
-from lesionsynth.cuda import _source
+from lesionsynth.cuda import _source, compiling
 from lesionsynth.cuda.records import BATCH, BLOB, ITEM, STATE
 
 pytest.importorskip("cupy_backends.cuda.libs.nvrtc", reason="NVRTC comes with CuPy, which is not installed")
@@ -30,10 +30,8 @@ CASES = [
 
 @pytest.mark.parametrize(("program", "image", "architecture"), CASES)
 def test_compiles_within_its_limits(program, image, architecture) -> None:
-    cubin, log = nvrtc.compile_program(_source.source(program, image), architecture)
-    assert len(cubin) > 1000
+    found, log = nvrtc.resources(_source.source(program, image), architecture)
     assert "warning" not in log.lower(), log
-    found = nvrtc.usage_of(log)
     names = {usage.kernel for usage in found}
     assert names == set(_source.kernels_of(_source.source(program, image)))
     for usage in found:
@@ -58,7 +56,7 @@ def test_records_are_laid_out_as_c_does() -> None:
 
 def test_a_broken_program_is_refused() -> None:
     with pytest.raises(RuntimeError, match="identifier"):
-        nvrtc.compile_program("KERNEL nonsense() {}", 90)
+        compiling.compile_program("KERNEL nonsense() {}", "sm_90")
 
 
 SPILLS = r"""
@@ -83,7 +81,7 @@ extern "C" __global__ void small(float* x) { x[threadIdx.x] = 1.0f; }
 
 @pytest.mark.parametrize("architecture", nvrtc.ARCHITECTURES)
 def test_usage_counts_the_functions_that_a_kernel_calls(architecture) -> None:
-    found = {u.kernel: u for u in nvrtc.usage_of(nvrtc.compile_program(SPILLS, architecture)[1])}
+    found = {u.kernel: u for u in nvrtc.resources(SPILLS, architecture)[0]}
     assert found.keys() == {"outer", "small"}
     assert found["outer"].registers == 64
     assert found["outer"].spills > 500
@@ -127,3 +125,59 @@ def test_struct_text() -> None:
     kind = np.dtype([("a", np.int32, (2, 3)), ("b", np.float64)], align=True)
     assert "int a[2][3];" in _source.c_struct("Pair", kind)
     assert "sizeof(Pair) == 32" in _source.c_struct("Pair", kind)
+
+
+# --- the cache ---
+
+
+@pytest.fixture
+def tiny(tmp_path, monkeypatch):
+    """A program of one kernel, and a cache of its own."""
+    monkeypatch.setenv("LESIONSYNTH_CACHE_DIR", str(tmp_path / "cache"))
+    text = 'extern "C" __global__ void scale(float* x) { x[0] = x[0] * x[1] + x[2]; }'
+    monkeypatch.setattr(compiling, "source", lambda program, image: f"// {program} {image}\n{text}")
+    return tmp_path / "cache"
+
+
+def test_compiled_once_and_found_again(tiny, monkeypatch) -> None:
+    first = compiling.compiled("ops", "float32", 90)
+    assert first.parent == tiny
+    assert first.read_bytes()[:4] == b"\x7fELF"
+    monkeypatch.setattr(compiling, "compile_program", lambda *_: pytest.fail("compiled again"))
+    assert compiling.compiled("ops", "float32", 90) == first
+    assert [path.name for path in tiny.iterdir()] == [first.name]
+
+
+def test_another_source_architecture_or_type_is_another_file(tiny, monkeypatch) -> None:
+    files = {
+        compiling.compiled("ops", "float32", 90),
+        compiling.compiled("ops", "float16", 90),
+        compiling.compiled("ops", "float32", 80),
+    }
+    monkeypatch.setattr(compiling, "OPTIONS", (*compiling.OPTIONS, "--fmad=true"))
+    files.add(compiling.compiled("ops", "float32", 90))
+    assert len(files) == 4
+
+
+def test_devices_that_nvrtc_does_not_know(tiny) -> None:
+    """A newer one gets intermediate code, which its driver compiles; an older one a word of advice."""
+    newest = compiling.compiled("ops", "float32", 999)
+    assert newest.suffix == ".ptx"
+    assert b".target sm_" in newest.read_bytes()
+    with pytest.raises(RuntimeError, match=r"compute capability 5\.0.*lesionsynth\[cuda12\]"):
+        compiling.compiled("ops", "float32", 50)
+
+
+def test_a_cache_that_cannot_be_written(tiny, monkeypatch, tmp_path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    monkeypatch.setenv("LESIONSYNTH_CACHE_DIR", str(tmp_path / "file" / "cache"))
+    assert compiling.compiled("ops", "float32", 90).read_bytes()[:4] == b"\x7fELF"
+
+
+def test_denormals_and_products_are_kept(tiny) -> None:
+    """No flushing to zero, no contraction: the CPU does neither."""
+    text = compiling.compiled("ops", "float32", 999).read_text(encoding="utf-8")
+    assert "mul.rn.f32" in text
+    assert "add.rn.f32" in text
+    assert ".ftz" not in text
+    assert "fma" not in text

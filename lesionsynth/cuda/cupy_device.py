@@ -1,4 +1,4 @@
-"""The real device: CuPy for memory, streams, graphs and NVRTC.
+"""The real device: CuPy for memory, streams, graphs and modules.
 
 CuPy is imported here, in `lesionsynth.cuda.arrays` and in `lesionsynth.cuda.frontend`;
 `lesionsynth.cuda.backend` loads them for the first CUDA array.
@@ -17,7 +17,8 @@ import cupy
 import numpy as np
 
 from lesionsynth.cuda._device import Buffer, Bytes, Pinned
-from lesionsynth.cuda._source import OPTIONS, THREADS, source
+from lesionsynth.cuda._source import THREADS
+from lesionsynth.cuda.compiling import compiled
 
 MOST_GRAPHS = 16
 """Captured batches that are kept: one for each image type and batch size in use."""
@@ -189,19 +190,18 @@ _modules: dict[tuple[int, str, str], Any] = {}
 
 
 def _module(device: int, program: str, image: str) -> Any:
-    """Compile a program, or take it from CuPy's cache on disk; once per image type and device."""
+    """Load a program, compiled where no earlier process has; once per image type and device."""
     key = device, program, image
     if key not in _modules:
+        capability = int(cupy.cuda.Device(device).compute_capability)
         try:
-            module = cupy.RawModule(code=source(program, image), options=OPTIONS)
-            module.compile()
-        except (ImportError, OSError, RuntimeError) as error:
+            _modules[key] = cupy.RawModule(path=str(compiled(program, image, capability)))
+        except (ImportError, OSError) as error:
             raise RuntimeError(
                 "the CUDA kernels could not be compiled: NVRTC must be installed for the CUDA version of "
                 f"CuPy, {cuda_version()}, as by pip install 'lesionsynth[cuda13]' or 'lesionsynth[cuda12]': "
                 f"{error}"
             ) from error
-        _modules[key] = module
     return _modules[key]
 
 

@@ -105,7 +105,7 @@ __device__ i64 copy_quads(const Batch& batch, int item, i64 voxels, i64 first, i
 }
 
 // The pair as if there were no lesion.
-KERNEL copy_pair(const Batch* table) {
+KERNEL_OF(3) copy_pair(const Batch* table) {
     const Batch& batch = *table;
     i64 voxels = (i64)batch.depth * batch.height * batch.width;
     i64 thread = (i64)blockIdx.x * THREADS + threadIdx.x, threads = (i64)gridDim.x * THREADS;
