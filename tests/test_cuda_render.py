@@ -28,6 +28,7 @@ pytestmark = pytest.mark.skipif(compiler() is None, reason="the shim needs g++, 
 ORDERS = [
     {},
     {"order": "reverse"},
+    {"order": "warps"},
     {"order": "random", "seed": 3},
     {"order": "random", "yield_percent": 30, "seed": 5, "processors": 2},
 ]
@@ -188,6 +189,42 @@ def test_more_blobs_than_lanes(lungs) -> None:
             for k, (center, s) in enumerate(zip(centers, axes, strict=True))
         ]
         agree(host(), [plan(*blobs)], image[None], mask[None])
+
+
+def test_surface_of_the_table_v_sphere() -> None:
+    """Radius 12, any rotation: 30 voxels lie on the surface exactly, and belong to it."""
+    n = np.arange(-14, 15)
+    square = n[:, None, None] ** 2 + n[:, None] ** 2 + n**2
+    mask, image = np.ones(square.shape, bool), np.zeros(square.shape, np.float32)
+    rng, gpu = np.random.default_rng(0), host()
+    for _ in range(4):
+        turn = rng.standard_normal(4)
+        turn = tuple(float(v) for v in turn / np.linalg.norm(turn))
+        one = plan(blob(semi_axes=(12.0,) * 3, rotation=turn, center=(14, 14, 14)), shape=mask.shape)
+        assert_array_equal(render(gpu, [one], image[None], mask[None]).labels[0], square <= 144)
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_extreme_shapes(seed) -> None:
+    """Wild warps of needles and plates, in voxels of any form: no row is left out that has a voxel."""
+    rng = np.random.default_rng(seed)
+    shape = (24, 60, 100)
+    blobs = []
+    for k in range(4):
+        turn = rng.standard_normal(4)
+        blobs.append(
+            blob(
+                k,
+                semi_axes=tuple(float(v) for v in np.exp(rng.uniform(np.log(0.8), np.log(15), 3))),
+                rotation=tuple(float(v) for v in turn / np.linalg.norm(turn)),
+                center=tuple(int(rng.integers(size)) for size in shape),
+                warp_amplitude=float(rng.uniform(0, 3)),
+                warp_correlation=float(rng.uniform(0.25, 1.5)),
+            )
+        )
+    scale = tuple(float(v) for v in rng.uniform(0.4, 3, 3))
+    one = plan(*blobs, shape=shape, scale=scale, index=seed, connectivity=(6, 18, 26)[seed % 3])
+    agree(host(), [one], np.zeros((1, *shape), np.float32), np.ones((1, *shape), bool))
 
 
 def test_lattices_too_large_for_a_tile(lungs) -> None:

@@ -90,6 +90,15 @@ KERNEL no_barrier(float* x) {
     s[threadIdx.x] = x[threadIdx.x];
     x[threadIdx.x] = s[255 - threadIdx.x];
 }
+KERNEL overtaken(float* x) {
+    __shared__ float s[256];
+    for (int round = 0; round < 2; ++round) {
+        s[threadIdx.x] = x[threadIdx.x];
+        __syncthreads();
+        x[threadIdx.x] = s[255 - threadIdx.x];
+        __syncwarp();  // of all threads it must be: a warp ahead writes what others have yet to read
+    }
+}
 KERNEL early_return(float* x) {
     if (threadIdx.x >= 10) return;
     __syncthreads();
@@ -189,7 +198,7 @@ def test_philox_known_answer(program) -> None:
     assert [hex(w) for w in out] == ["0xd16cfe09", "0x94fdcceb", "0x5001e420", "0x24126ea1"]
 
 
-@pytest.mark.parametrize("order", ["forward", "reverse", "random"])
+@pytest.mark.parametrize("order", ["forward", "reverse", "random", "warps"])
 def test_barriers_warps_and_atomics(order, program) -> None:
     x = np.arange(256, dtype=np.float32)
     launch(program, "reverse", x, order=order)
@@ -208,7 +217,7 @@ def test_barriers_warps_and_atomics(order, program) -> None:
     assert tally.tolist() == [768, 0, 255, 2**32 - 1]
 
 
-@pytest.mark.parametrize("order", ["forward", "reverse", "random"])
+@pytest.mark.parametrize("order", ["forward", "reverse", "random", "warps"])
 def test_warps_that_part(order, program) -> None:
     out = np.zeros(256, np.uint32)
     launch(program, "overlapping_masks", out, block=32, order=order)
@@ -221,7 +230,7 @@ def test_warps_that_part(order, program) -> None:
 
 
 def test_grids_of_three_dimensions(program) -> None:
-    for order in ("forward", "reverse", "random"):
+    for order in ("forward", "reverse", "random", "warps"):
         out = np.zeros(24, np.uint32)
         launch(program, "where", out, grid=(2, 3, 4), block=5, order=order)
         assert set(out) == {5}
@@ -241,7 +250,7 @@ def test_arithmetic(program) -> None:
 
 
 def test_the_last_block_is_one(program) -> None:
-    for order in ("forward", "reverse", "random"):
+    for order in ("forward", "reverse", "random", "warps"):
         ticket, seen = np.zeros(1, np.uint32), np.zeros(1, np.uint32)
         launch(program, "last_one", ticket, seen, ticket, grid=7, order=order, yield_percent=20)
         assert seen[0] == 7
@@ -255,6 +264,17 @@ def test_missing_barrier(program) -> None:
         x = np.arange(256, dtype=np.float32)
         launch(program, "no_barrier", x, order=order)
         assert np.isnan(x).any()
+
+
+def test_a_warp_that_runs_ahead() -> None:
+    """Threads in step never show it; a warp ahead of the others overwrites what they have yet to read."""
+    right = np.arange(256, dtype=np.float32)
+    shown = []
+    for order in ("forward", "warps"):
+        x = np.arange(256, dtype=np.float32)
+        launch(HostProgram(text()), "overtaken", x, order=order)
+        shown.append(bool((x != right).any()))
+    assert shown == [False, True]
 
 
 @pytest.mark.parametrize(

@@ -80,7 +80,7 @@ namespace {
 
 using Site = std::source_location;
 enum State : uint8_t { READY, AT_BARRIER, IN_WARP, DONE };
-enum Order { FORWARD, REVERSE, RANDOM };
+enum Order { FORWARD, REVERSE, RANDOM, WARPS };  // WARPS: each warp runs as far ahead as it can
 enum Operation : uint8_t { SYNC, SHUFFLE, VOTE };
 constexpr unsigned WARP_LANES = 32, MOST_THREADS = 1024;
 constexpr size_t LINE = 64, PAGE = 4096;
@@ -120,6 +120,7 @@ struct Machine {
     Site barrier_site;
     unsigned yield_percent;
     Order order;
+    unsigned turns_end;  // whose turns these are: all threads', or those up to the end of a warp
     uint64_t random;
     void (*body)(void*);
     void* argument;
@@ -160,9 +161,9 @@ void change(Fibre& here, Fibre& there) { swapcontext(&here.context, &there.conte
 __attribute__((noinline)) void give_way() {
     Fibre& self = *machine.current;
     unsigned at = machine.position + 1;
-    while (at < machine.threads && machine.states[machine.turns[at]] != READY) at++;
+    while (at < machine.turns_end && machine.states[machine.turns[at]] != READY) at++;
     machine.position = at;
-    Fibre* next = at < machine.threads ? &machine.fibres[machine.turns[at]] : nullptr;
+    Fibre* next = at < machine.turns_end ? &machine.fibres[machine.turns[at]] : nullptr;
     machine.current = next;
     change(self, next ? *next : machine.scheduler);
 }
@@ -333,6 +334,8 @@ bool run_round() {
     while (at < machine.threads && machine.states[machine.turns[at]] != READY) at++;
     if (at == machine.threads) return false;
     machine.position = at;
+    machine.turns_end = machine.threads;
+    if (machine.order == WARPS) machine.turns_end = std::min((at / WARP_LANES + 1) * WARP_LANES, machine.threads);
     machine.current = &machine.fibres[machine.turns[at]];
     change(machine.scheduler, *machine.current);
     return true;

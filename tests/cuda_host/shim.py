@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).parent
-ORDERS = ("forward", "reverse", "random")
+ORDERS = ("forward", "reverse", "random", "warps")
 NAMES = re.compile(
     r'^(?:KERNEL|KERNEL_OF\(\d+\)|extern "C" __global__ void(?: __launch_bounds__\([^)]*\))?) (\w+)\(',
     re.MULTILINE,
@@ -121,7 +121,7 @@ class HostProgram:
             Threads of a block.
         arguments : sequence of NumPy scalars
             Pointers are ``np.uint64``.
-        order : {"forward", "reverse", "random"}
+        order : {"forward", "reverse", "random", "warps"}
             Of blocks, and of threads between two barriers.
         yield_percent : int
             Chance that a thread gives way before and after an atomic, and in a fence.
