@@ -362,6 +362,39 @@ def test_bad_voxels_are_told(change, text, lungs) -> None:
     agree(gpu, [one], lungs[0][None], lungs[1][None])
 
 
+@pytest.mark.parametrize("width", [16, 33, 64])
+def test_one_strange_voxel_of_a_mask(width) -> None:
+    """In the words that are read sixteen bytes at once, and in those that are not."""
+    gpu, shape = host(), (1, 2, width)
+    image = np.zeros((1, *shape), np.float32)
+    for x in (0, 15, width - 1):
+        for value in (2, 128, 255):
+            mask = np.ones((1, *shape), np.uint8)
+            mask[0, 0, 1, x] = value
+            pair = render(gpu, [plan(blob(center=(0, 0, 0)), shape=shape)], image, mask)
+            with pytest.raises(ValueError, match="binary"):
+                _ = pair.components
+
+
+def test_b2_exactly_on_the_threshold(lungs) -> None:
+    """Above 0.2 means above: a voxel whose b2 is the threshold itself does not count."""
+    image, mask = np.zeros_like(lungs[0]), lungs[1]
+    one = plan(blob(sigma_b=1.3))
+    pair = renderer().render(one, image, mask)
+    (component,) = pair.plan.components
+    inside = pair.labels > 0
+    # B = beta b2 where it is not clipped: candidates for b2 itself, of which some are exact.
+    candidates = np.unique((pair.image[inside] / np.float32(component.beta)).astype(np.float32))
+    exact = [float(t) for t in candidates if 0.1 < t < 0.9][::7][:40]
+    means = set()
+    for threshold in exact:
+        again = plan(one.blobs[0], mean_threshold=threshold)
+        agree(host(), [again], image[None], mask[None])
+        means.add(renderer().render(again, image, mask).plan.components[0].beta)
+    assert len(exact) >= 10
+    assert len(means) > 1
+
+
 def test_a_lattice_without_end(lungs) -> None:
     """The CPU refuses it before it draws; a device says so afterwards."""
     endless = plan(blob(semi_axes=(0.02,) * 3, warp_amplitude=900.0, warp_correlation=0.1))
