@@ -98,7 +98,9 @@ def build(recipes: Sequence[Recipe], shape: tuple[int, int, int], taus: Sequence
         τ of each item, rounded to the type of the image.
     """
     counts = [len(recipe.blobs) for recipe in recipes]
-    drawn = np.concatenate([recipe.blobs for recipe in recipes]) if sum(counts) else np.empty(0, dtype=DRAWN)
+    # As rows of numbers: NumPy takes its time to see that records of one dtype have one dtype.
+    rows = [recipe.blobs.view(np.float64).reshape(-1, DRAWN.itemsize // 8) for recipe in recipes]
+    drawn = np.concatenate(rows).view(DRAWN).reshape(-1)
     item = np.repeat(np.arange(len(recipes)), counts)
     scale = np.array([recipe.scale for recipe in recipes])[item]
     blobs = _blobs(drawn, item, scale)
