@@ -224,8 +224,8 @@ def check_usable() -> None:
         text = str(error)
         if "InsufficientDriver" in text:
             remedy = (
-                f"the NVIDIA driver is older than CUDA {cuda_version()}, which CuPy was built for; update it "
-                "or install the extra of lesionsynth for an older CUDA ('lesionsynth[cuda12]')"
+                f"there is no NVIDIA driver, or it is older than CUDA {cuda_version()}, which CuPy was built "
+                "for; update it or install the extra of lesionsynth for an older CUDA ('lesionsynth[cuda12]')"
             )
         else:
             remedy = "is an NVIDIA driver installed, and CUDA_VISIBLE_DEVICES not empty?"
