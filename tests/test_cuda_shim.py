@@ -439,7 +439,7 @@ def test_the_generator_under_address_sanitizer() -> None:
         from tests.cuda_host.pairs import render
         from tests.test_cuda_render import drawn, host
         from tests.test_cuda_ops import edges, label
-        from lesionsynth.cuda import ops
+        from lesionsynth.cuda import components, ops
         image, mask = draw_lungs()
         for plain in (False, True):
             gpu = host(plain=plain, sanitize=True, order="random", seed=2)
@@ -456,7 +456,7 @@ def test_the_generator_under_address_sanitizer() -> None:
         ops.uniform_filter(device, image.ctypes.data, "float32", image.shape, (3, 4, 5), out.ctypes.data)
         ops.fill_uniform(device, image.shape, (1, 2, 3, 4), (5, 6, 7), out.ctypes.data)
         grown = np.zeros(image.shape, np.uint8)
-        ops.grow(device, bright.ctypes.data, mask.ctypes.data, image.shape, 0, 18, grown.ctypes.data)
+        components.grow(device, bright.ctypes.data, mask.ctypes.data, image.shape, 0, 18, grown.ctypes.data)
         print("clean", flush=True)
         """
     )

@@ -12,7 +12,7 @@ import cupy
 
 from lesionsynth._arguments import check_pair, check_same_library
 from lesionsynth.config import Range
-from lesionsynth.cuda import ops
+from lesionsynth.cuda import components, ops
 from lesionsynth.cuda._device import Device
 from lesionsynth.cuda.arrays import DeviceArray, accept, empty, stream_of
 from lesionsynth.cuda.backend import backend, byte_mask, check_cupy
@@ -72,7 +72,7 @@ def label(input: Any, connectivity: int) -> tuple[Any, int]:  # noqa: A002
     counts: list[int] = []
 
     def number(device: Device, volume: DeviceArray, shape: Shape, out: int) -> None:
-        counts.append(ops.label(device, _nonzero(volume).data.ptr, shape, connectivity, out))
+        counts.append(components.label(device, _nonzero(volume).data.ptr, shape, connectivity, out))
 
     labels = _apply(input, "int32", number)
     return labels, counts[0]
@@ -87,7 +87,7 @@ def grow(input: Any, mask: Any, iterations: int, connectivity: int) -> Any:  # n
             raise ValueError(f"mask must have the shape of input, {shape}, got {room.shape}")
         _check_device("mask", room, "input", volume)
         region, inside = _nonzero(volume), _nonzero(room)
-        ops.grow(device, region.data.ptr, inside.data.ptr, shape, iterations, connectivity, out)
+        components.grow(device, region.data.ptr, inside.data.ptr, shape, iterations, connectivity, out)
 
     return _apply(input, "bool", spread)
 
@@ -113,7 +113,7 @@ def remove_erroneous_edges(
         source = cupy.ascontiguousarray(given.view)
         out, view = empty(given, given.shape, given.kind)
         kept, kept_view = empty(given, given.shape, "bool")
-        ops.remove_edges(
+        components.remove_edges(
             _device(given.device), source.data.ptr, given.kind, lungs.data.ptr, _three(given), threshold,
             contact_fraction, shell_width, connectivity, view.view.data.ptr, kept_view.view.data.ptr,
         )  # fmt: skip

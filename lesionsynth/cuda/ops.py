@@ -1,6 +1,7 @@
-"""Building blocks of `lesionsynth.ops` on a device, for C-contiguous (z, y, x) volumes by their addresses.
+"""Filters and noise of `lesionsynth.ops` on a device.
 
-Every function launches on the caller's stream and returns buffers; none waits, except where it says so.
+Volumes are memory of the device in C order, (z, y, x), by address. Inputs are never written; results go to
+memory of the caller, which begins on sixteen bytes as all allocators' does. Nothing here waits.
 """
 
 from __future__ import annotations
@@ -9,51 +10,36 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from lesionsynth.cpu.lines import gaussian_taps, kernel_of
-from lesionsynth.cuda._device import Buffer, Bytes, Device, Mark, Pinned
+from lesionsynth.cuda._device import Device
+from lesionsynth.cuda.volume import WORD, Shape, Volume, upload
 
-Shape = tuple[int, int, int]
-
-MOST_VOXELS = 2**31
-"""Labels index voxels by int32."""
-CHUNK_WORDS = 4096
-"""As in kernels/label.cu."""
-STEPS_AT_ONCE = 32
-"""Steps of growing between two looks at whether anything still changes."""
-BLOCKS = 8
-"""Blocks a multiprocessor."""
-
-
-class Launcher:
-    """Launches kernels of the program ``ops`` on volumes of one shape."""
-
-    def __init__(self, device: Device, shape: Shape) -> None:
-        self.device, self.shape = device, shape
-        self.extents = tuple(np.int32(n) for n in shape)
-        self.voxels = int(np.prod(shape, dtype=np.int64))
-        self.words = shape[0] * shape[1] * -(-shape[2] // 32)
-
-    def __call__(self, kernel: str, *arguments: Any) -> None:
-        """Launch; ``...`` stands for the three extents, buffers for their addresses."""
-        values: list[Any] = []
-        for argument in arguments:
-            if argument is ...:
-                values += self.extents
-            else:
-                values.append(np.uint64(argument.pointer) if hasattr(argument, "pointer") else argument)
-        self.device.launch("ops", "float32", kernel, self.device.processors * BLOCKS, *values)
-
-    def bits(self, mask: np.uint64) -> Buffer:
-        """Pack a mask of bytes."""
-        bits = self.device.allocate(4 * self.words)
-        self("pack_bits", mask, ..., bits)
-        return bits
+SLAB = 2**23
+"""Voxels of the slices averaged together: the sums take 64 MiB twice, whatever the volume."""
+LEAST_RUN = 32
+"""Outputs of a running sum, at least; twice the window where that is more: starting it must not dominate."""
 
 
 def fill_uniform(device: Device, shape: Shape, words: Sequence[int], offset: Sequence[int], out: int) -> None:
-    """Fill a float32 volume with the uniforms of its voxels; `words` are seed, stream, sample, component."""
-    Launcher(device, shape)("fill_uniform", np.uint64(out), ..., *(np.uint32(w) for w in (*words, *offset)))
+    """Draw uniform noise in [0, 1), bit for bit that of `lesionsynth.ops.philox_uniform`.
+
+    Parameters
+    ----------
+    device : Device
+    shape : (3,) ints
+        (z, y, x).
+    words : (4,) ints
+        Seed, stream, sample and component, in [0, 2**32).
+    offset : (3,) ints
+        Coordinate of the first voxel.
+    out : int
+        Address of float32.
+    """
+    volume = Volume(device, shape)
+    quads = int(volume.rows) * (shape[2] // 4 + 1)
+    volume.by_threads("fill_uniform", quads, out, *volume.axes, *(np.uint32(w) for w in (*words, *offset)))
 
 
 def gaussian_filter(
@@ -66,207 +52,109 @@ def gaussian_filter(
     *,
     plain: bool = False,
 ) -> None:
-    """Smooth a float32 volume along x, then y, then z, as `lesionsynth.cpu.filters.gaussian_filter`."""
-    launch = Launcher(device, shape)
-    axes = [axis for axis in (2, 1, 0) if int(truncate * float(sigmas[axis]) + 0.5) > 0]
-    if not axes:
-        device.copy(out, source, 4 * launch.voxels)
-        return
-    scratch = device.allocate(4 * launch.voxels if len(axes) > 1 else 4)
-    at: Any = np.uint64(source)
-    for k, axis in enumerate(axes):
-        last = (len(axes) - 1 - k) % 2 == 0  # back and forth, so that the last pass writes `out`
-        to: Any = np.uint64(out) if last else scratch
-        weights = _weights(device, shape[axis], float(sigmas[axis]), truncate)
-        launch("gaussian_lines", at, to, ..., np.int32(axis), *weights, np.int32(plain))
-        at = to
-
-
-def uniform_filter(device: Device, source: int, kind: str, shape: Shape, sizes: Shape, out: int) -> None:
-    """Average a volume of ``uint8``, ``float32`` or ``float64`` over a box into a float32 one."""
-    launch = Launcher(device, shape)
-    sums = [device.allocate(8 * launch.voxels) for _ in range(2)]
-    none, count = np.uint64(0), np.float64(float(sizes[0]) * sizes[1] * sizes[2])
-    name = {"uint8": "byte", "float32": "float", "float64": "double"}[kind]
-    (z, y, x), axes = (np.int32(n) for n in sizes), [np.int32(axis) for axis in range(3)]
-    launch(f"window_sums_{name}", np.uint64(source), sums[0], none, ..., axes[0], z, count)
-    launch("window_sums_double", sums[0], sums[1], none, ..., axes[1], y, count)
-    launch("window_sums_double", sums[1], none, np.uint64(out), ..., axes[2], x, count)
-
-
-def label(
-    device: Device, mask: int, shape: Shape, connectivity: int, out: int, *, plain: bool = False
-) -> int:
-    """Label the voxels of a mask of bytes that are not 0, into an int32 volume; waits, to return how many."""
-    launch = Launcher(device, shape)
-    bits = launch.bits(np.uint64(mask))
-    parents, total = components(launch, bits, connectivity, np.uint64(mask) if plain else None)
-    launch("write_labels", bits, ..., parents, np.uint64(out))
-    return int(device.download(total.pointer, 4).view(np.uint32)[0])  # the one wait: a number for the caller
-
-
-def components(
-    launch: Launcher, bits: Buffer, connectivity: int, plain: np.uint64 | None = None
-) -> tuple[Buffer, Buffer]:
-    """Find and number the components of a volume of bits in C order.
+    """Smooth a volume, bit for bit as `lesionsynth.ops.gaussian_filter`: along x, then y, then z.
 
     Parameters
     ----------
-    launch : Launcher
-        For the volume's shape.
-    bits : Buffer
-        Rows of words.
-    connectivity : {6, 18, 26}
-        Neighbourhood.
-    plain : int, optional
-        The same as bytes, to unite voxel by voxel.
+    device : Device
+    source : int
+        Address of float32.
+    shape : (3,) ints
+        (z, y, x).
+    sigmas : (3,) floats
+        Standard deviations along z, y, x in voxels; an axis with 0 is left alone.
+    truncate : float
+        Radius in standard deviations.
+    out : int
+        Address of float32.
+    plain : bool
+        One output at a time, without shared memory: slow, for tests.
 
-    Returns
-    -------
-    parents : Buffer
-        For ``number_at`` of kernels/label.cu.
-    total : Buffer
-        How many, uint32.
-
-    Raises
-    ------
-    ValueError
-        The volume has 2**31 voxels or more.
+    Notes
+    -----
+    A copy of the weights up and a launch an axis.
     """
-    if launch.voxels >= MOST_VOXELS:
-        raise ValueError(f"input must have fewer than 2**31 voxels to be labelled, got shape {launch.shape}")
-    chunks = -(-launch.words // CHUNK_WORDS)
-    device = launch.device
-    parents, counts, total = (device.allocate(4 * n) for n in (launch.voxels, chunks, 1))
-    launch("begin_runs", bits, ..., np.int32(plain is not None), parents)
-    if plain is None:
-        launch("join_runs", bits, ..., np.int32(connectivity), parents)
-    else:
-        launch("join_voxels", plain, ..., np.int32(connectivity), parents)
-    launch("flatten_runs", bits, ..., parents, counts)
-    device.launch(
-        "ops",
-        "float32",
-        "number_chunks",
-        1,
-        np.uint64(counts.pointer),
-        np.int32(chunks),
-        np.uint64(total.pointer),
-    )
-    launch("number_roots", bits, ..., counts, parents)
-    return parents, total
+    volume = Volume(device, shape)
+    found = [_weights_of(n, float(s), truncate) for n, s in zip(shape, sigmas, strict=True)]
+    axes = [axis for axis in (2, 1, 0) if found[axis][0] > 0]
+    if not axes:
+        device.copy(out, source, 4 * volume.voxels)
+        return
+    held, places = upload(device, [found[axis][1] for axis in axes])
+    scratch = device.allocate(4 * volume.voxels) if len(axes) > 1 else None
+    at: Any = source
+    for k, (axis, place) in enumerate(zip(axes, places, strict=True)):
+        last = (len(axes) - 1 - k) % 2 == 0  # back and forth, so that the last pass writes `out`
+        to: Any = out if last else scratch
+        # The taps or the matrix: the kernel reads what its lines need.
+        _smooth(volume, axis, at, to, place, place, np.int32(found[axis][0]), np.int32(plain))
+        at = to
+    del held  # the weights may go once everything that reads them is in the stream
 
 
-def grow(
-    device: Device,
-    region: int,
-    room: int,
-    shape: Shape,
-    iterations: int,
-    connectivity: int,
-    out: int,
-    *,
-    plain: bool = False,
-) -> None:
-    """Grow a region of bytes inside another, as `lesionsynth.cpu.grow.grow`.
-
-    Waits once for every `STEPS_AT_ONCE` steps, to learn whether the region still changes.
-    """
-    launch = Launcher(device, shape)
-    if plain:
-        size, kernel = launch.voxels, "grow_voxels"
-        inside: Any = np.uint64(room)
-        now = device.allocate(size)
-        device.copy(now.pointer, region, size)
-    else:
-        size, kernel = 4 * launch.words, "grow_step"
-        inside, now = launch.bits(np.uint64(room)), launch.bits(np.uint64(region))
-    then = device.allocate(size)
-    flags = device.pinned(4 * STEPS_AT_ONCE)
-    left = iterations if iterations >= 1 else None
-    while left is None or left > 0:
-        steps = STEPS_AT_ONCE if left is None else min(left, STEPS_AT_ONCE)
-        words = flags.array.view(np.uint32)
-        words[:] = 0
-        for step in range(steps):
-            launch(kernel, now, inside, ..., np.int32(connectivity), np.int32(step), flags, then)
-            now, then = then, now
-        left = None if left is None else left - steps
-        device.mark().wait()
-        if not words[:steps].all():
-            break
-    if plain:
-        device.copy(out, now.pointer, size)
-    else:
-        launch("unpack_bits", now, ..., np.uint64(out))
+def _smooth(volume: Volume, axis: int, source: Any, out: Any, *weights: Any) -> None:
+    depth, height, width = volume.axes
+    if axis == 2:
+        volume.launch("gauss_rows", -(-int(volume.rows) // WORD), source, out, volume.rows, width, *weights)
+        return
+    lines = (depth, height, np.int64(width)) if axis == 1 else (np.int32(1), depth, np.int64(height) * width)
+    tasks = int(lines[0]) * -(-int(lines[2]) // WORD)
+    volume.launch("gauss_columns", tasks, source, out, *lines, *weights)
 
 
-def remove_edges(
-    device: Device,
-    image: int,
-    kind: str,
-    mask: int,
-    shape: Shape,
-    threshold: float,
-    contact_fraction: float,
-    shell_width: int,
-    connectivity: int,
-    out: int,
-    out_mask: int,
-) -> None:
-    """Take erroneous edges out of a mask of bytes and a float32 or float64 image.
-
-    Parameters and errors as for `lesionsynth.cpu.edges.remove_edges`; waits, to know about the errors.
-    """
-    launch = Launcher(device, shape)
-    name = "float" if kind == "float32" else "double"
-    lungs = launch.bits(np.uint64(mask))
-    bright, rows, shell = (device.allocate(4 * launch.words) for _ in range(3))
-    status = device.pinned(8)
-    status.array.view(np.uint32)[:] = 1, 0
-    level = np.float64(threshold)
-    launch(f"threshold_{name}", np.uint64(image), lungs, ..., level, bright, status)
-    reach = np.int32(min(shell_width, max(shape[1:])))  # further than that everything is near the outside
-    launch("erode_along_x", lungs, ..., reach, rows)
-    launch("shell_of", lungs, rows, ..., reach, shell)
-    parents, total = components(launch, bright, connectivity)
-    count = int(device.download(total.pointer, 4).view(np.uint32)[0])  # waits: errors, and a size
-    empty, outside = status.array.view(np.uint32).tolist()
-    if empty:
-        raise ValueError(f"lung_mask must have at least one voxel, got none in shape {shape}")
-    if outside:
-        raise ValueError("image must lie in [0, 1] inside lung_mask, got a voxel that does not")
-    sizes, contacts = (device.allocate(4 * (count + 1)) for _ in range(2))
-    for counts in (sizes, contacts):
-        launch("clear_words", counts, np.int64(count + 1))
-    launch("measure_runs", bright, shell, ..., parents, sizes, contacts)
-    launch(
-        f"keep_{name}", np.uint64(image), lungs, bright, ..., parents, sizes, contacts,
-        np.float64(contact_fraction), np.uint64(out), np.uint64(out_mask),
-    )  # fmt: skip
-
-
-def _weights(device: Device, n: int, sigma: float, truncate: float) -> tuple[np.uint64, np.uint64, np.int32]:
-    """Send up the taps, and the folded matrix where the kernel is longer than lines of `n` voxels."""
+def _weights_of(n: int, sigma: float, truncate: float) -> tuple[int, npt.NDArray[Any]]:
+    """Radius, and float64 taps where the kernel is no longer than lines of `n`, else the folded matrix."""
     taps = gaussian_taps(sigma, truncate)
-    radius = len(taps) - 1
-    matrix = kernel_of(n, sigma, truncate) if 2 * radius + 1 > n else np.zeros(4, dtype=np.float32)
-    padded = np.zeros(-(-len(taps) // 2) * 2)  # the matrix is read sixteen bytes at a time
-    padded[: len(taps)] = taps
-    raw = np.concatenate([matrix.view(np.uint8), padded.view(np.uint8)])
-    held = _send(device, raw)
-    return np.uint64(held.pointer + matrix.nbytes), np.uint64(held.pointer), np.int32(radius)
+    radius = taps.size - 1
+    return radius, taps if 2 * radius + 1 <= n else kernel_of(n, sigma, truncate)
 
 
-_sent: list[tuple[Mark, Pinned, Buffer]] = []
-"""Uploads under way: their memory must not be reused before the device has read it."""
+def uniform_filter(device: Device, source: int, kind: str, shape: Shape, sizes: Shape, out: int) -> None:
+    """Average over a box, as `lesionsynth.ops.uniform_filter`.
+
+    Parameters
+    ----------
+    device : Device
+    source : int
+        Address of finite numbers.
+    kind : {"uint8", "float32", "float64"}
+        Type of the volume.
+    shape, sizes : (3,) ints
+        (z, y, x).
+    out : int
+        Address of float32.
+
+    Notes
+    -----
+    Running sums in float64, divided once: equal to the CPU's where sums are exact, as of masks and of
+    multiples of 2**-40 below 1. Three launches for every 2**23 voxels; the cost does not depend on the sizes.
+    """
+    depth, height, width = shape
+    plane = height * width
+    most = min(depth, max(1, SLAB // plane))
+    scratch = [device.allocate(8 * most * plane) for _ in range(2)]
+    along_z = {"uint8": "box_z_byte", "float32": "box_z_float", "float64": "box_z_double"}[kind]
+    for first in range(0, depth, most):
+        slab = Volume(device, (min(most, depth - first), height, width))
+        _average(slab, along_z, source, (depth, first), sizes, scratch, out + 4 * first * plane)
 
 
-def _send(device: Device, raw: Bytes) -> Buffer:
-    """Copy bytes up without waiting."""
-    _sent[:] = [sent for sent in _sent if not sent[0].done()]
-    pinned, buffer = device.pinned(raw.size), device.allocate(raw.size)
-    pinned.array[: raw.size] = raw
-    device.upload(buffer.pointer, pinned.pointer, raw.size)
-    _sent.append((device.mark(), pinned, buffer))
-    return buffer
+def _average(
+    slab: Volume, along_z: str, source: int, place: tuple[int, int], sizes: Shape, scratch: Any, out: int
+) -> None:
+    """Average the slices of a slab; `place` is the depth of the volume and the first of them."""
+    (nz, ny, nx), (sums, more) = (np.int32(n) for n in sizes), scratch
+    depth, first = (np.int32(n) for n in place)
+    slices, height, width = slab.axes
+    plane = np.int64(height) * width
+    run = _run_of(nz)
+    tasks = int(plane) * -(-int(slices) // int(run))
+    slab.by_threads(along_z, tasks, source, sums, depth, plane, first, slices, nz, run)
+    run = _run_of(ny)
+    tasks = int(slices) * int(width) * -(-int(height) // int(run))
+    slab.by_threads("box_y", tasks, sums, more, slices, height, width, ny, run)
+    slab.by_warps("box_x", int(slab.rows), more, out, slab.rows, width, nx, np.float64(nz) * ny * nx)
+
+
+def _run_of(size: np.int32) -> np.int32:
+    return np.int32(max(LEAST_RUN, 2 * int(size)))

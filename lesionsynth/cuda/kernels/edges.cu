@@ -1,109 +1,163 @@
-// edges.cu: erroneous edges (PAPER.md III-B).  Twins: cpu/edges.py, cpu/shell.py; oracle: tests/test_lungs_edges.py
+// edges.cu: erroneous edges (PAPER.md III-B), bright components of which most lies in the lung mask's shell.
+// Twins: cpu/edges.py, cpu/shell.py; oracle: SciPy's erosion and labels in tests/test_lungs_edges.py
 //
-// Bits throughout, and the runs of kernels/label.cu; the image is read twice and written once.
-enum EdgeStatus { EMPTY_LUNGS, OUTSIDE_RANGE };
+// The image is read once for what is bright and once for the result; between, everything works on bits and on
+// the nodes of label.cu.
+struct EdgesState {
+    u32 found, strange;  // a voxel of the mask; one of them outside [0, 1]
+};
 
-// Bits of bright tissue, `(image >= level) & mask`.
-template <class T>
-__device__ void threshold_words(const T* image, const u32* lungs, int depth, int height, int width, T level, u32* bright, u32* status) {
-    Shape s = shape_of(depth, height, width);
-    i64 words = rows_of(s) * s.words, warps = (i64)gridDim.x * WARPS;
-    for (i64 w = (i64)blockIdx.x * WARPS + warp_of_thread(); w < words; w += warps) {
-        i64 first = w / s.words * width + w % s.words * 32;
-        bool lung = lungs[w] >> lane_of_thread() & 1;
-        T value = lung ? image[first + lane_of_thread()] : (T)0;
-        u32 word = __ballot_sync(ALL_LANES, lung && value >= level);
-        u32 strange = __ballot_sync(ALL_LANES, !(value >= (T)0 && value <= (T)1));
-        if (lane_of_thread() == 0) {
-            bright[w] = word;
-            if (lungs[w]) ((volatile u32*)status)[EMPTY_LUNGS] = 0u;  // begins as 1
-            if (strange) ((volatile u32*)status)[OUTSIDE_RANGE] = 1u;
+// Voxels of the mask at or above the level; a warp is a word.
+template <class Real>
+__device__ __forceinline__ void mark_bright(const Real* image, const u32* lungs, u32* bright, EdgesState* state, i64 rows,
+                                            int width, Real level) {
+    int words = words_of(width), lane = lane_of_thread();
+    bool found = false, strange = false;
+    for (i64 t = first_warp_task(); t < rows * words; t += warp_task_step()) {
+        u32 lung = lungs[t], above = 0;
+        if (lung) {
+            bool on = lung >> lane & 1u;
+            Real value = on ? image[first_voxel(t, width) + lane] : (Real)0;
+            strange |= !(value >= (Real)0 && value <= (Real)1);
+            above = __ballot_sync(ALL_LANES, on && value >= level);
+            found = true;
         }
+        if (lane == 0) bright[t] = above;
     }
-}
-KERNEL threshold_float(const float* image, const u32* lungs, int depth, int height, int width, double level, u32* bright, u32* status) {
-    threshold_words<float>(image, lungs, depth, height, width, (float)level, bright, status);
-}
-KERNEL threshold_double(const double* image, const u32* lungs, int depth, int height, int width, double level, u32* bright, u32* status) {
-    threshold_words<double>(image, lungs, depth, height, width, level, bright, status);
+    if (found && lane == 0) *(volatile u32*)&state->found = 1;  // all write the same
+    if (strange) *(volatile u32*)&state->strange = 1;
 }
 
-// Word w of a row with its voxels `by` further along x (or back), zeros beyond the row.
-__device__ __forceinline__ u32 moved(const u32* row, int w, int words, int by) {
-    int whole = by >> 5, rest = by & 31, k = w + whole;  // arithmetic shift: floor
-    u32 low = k >= 0 && k < words ? row[k] : 0u;
-    if (rest == 0) return low;
-    u32 high = k + 1 >= 0 && k + 1 < words ? row[k + 1] : 0u;
-    return low >> rest | high << (32 - rest);
+// Floor: 1/8 and the lungs' values read, 1/8 written.
+KERNEL edges_bright_float(const float* image, const u32* lungs, u32* bright, EdgesState* state, i64 rows, int width,
+                          float level) {
+    mark_bright(image, lungs, bright, state, rows, width, level);
+}
+KERNEL edges_bright_double(const double* image, const u32* lungs, u32* bright, EdgesState* state, i64 rows, int width,
+                           double level) {
+    mark_bright(image, lungs, bright, state, rows, width, level);
 }
 
-// Voxels whose row is in the mask `reach` steps to both sides.
-KERNEL erode_along_x(const u32* lungs, int depth, int height, int width, int reach, u32* out) {
-    Shape s = shape_of(depth, height, width);
-    i64 words = rows_of(s) * s.words;
-    for (i64 t = (i64)blockIdx.x * THREADS + threadIdx.x; t < words; t += (i64)gridDim.x * THREADS) {
-        const u32* row = lungs + t / s.words * s.words;
-        u32 deep = lungs[t];
-        for (int k = 1; k <= reach && deep; ++k) deep &= moved(row, (int)(t % s.words), s.words, k) & moved(row, (int)(t % s.words), s.words, -k);
+// Voxels of which the mask holds the whole column y - reach ... y + reach.  Floor: 1/8 read, 1/8 written.
+KERNEL edges_erode_y(const u32* lungs, u32* out, int depth, int height, int width, int reach) {
+    int words = words_of(width);
+    for (i64 t = first_task(); t < (i64)depth * height * words; t += task_step()) {
+        int y;
+        divide(t / words, height, &y);
+        u32 deep = y >= reach && y + reach < height ? lungs[t] : 0u;
+        for (int d = 1; d <= reach && deep; ++d)
+            deep &= lungs[t - (i64)d * words] & lungs[t + (i64)d * words];
         out[t] = deep;
     }
 }
 
-// The shell: voxels of the mask without the whole square around them.
-KERNEL shell_of(const u32* lungs, const u32* rows, int depth, int height, int width, int reach, u32* shell) {
-    Shape s = shape_of(depth, height, width);
-    i64 words = rows_of(s) * s.words;
-    for (i64 t = (i64)blockIdx.x * THREADS + threadIdx.x; t < words; t += (i64)gridDim.x * THREADS) {
-        int y = (int)(t / s.words % height);
-        u32 deep = y - reach >= 0 && y + reach < height ? lungs[t] : 0u;
-        for (int k = -reach; k <= reach && deep; ++k) deep &= rows[t + (i64)k * s.words];
+// Word w of a row moved by `by` voxels: its bit x is the row's voxel x - by.  Twin: shifted
+__device__ __forceinline__ u32 shifted(const u32* row, int w, int words, int by) {
+    int whole = by >> 5, part = by & (WARP - 1);  // rounds down, also where `by` is negative
+    int from = w - whole;
+    u32 here = from >= 0 && from < words ? row[from] : 0u;
+    u32 before = from >= 1 && from <= words ? row[from - 1] : 0u;
+    return part ? here << part | before >> (WARP - part) : here;
+}
+
+// The shell: the mask without the voxels around which it holds a whole square.  Floor: 2/8 read, 1/8 written.
+KERNEL edges_shell(const u32* lungs, const u32* columns, u32* shell, i64 rows, int width, int reach) {
+    int words = words_of(width);
+    for (i64 t = first_task(); t < rows * words; t += task_step()) {
+        int w;
+        const u32* row = columns + divide(t, words, &w) * words;
+        u32 deep = row[w];
+        for (int d = 1; d <= reach && deep; ++d)
+            deep &= shifted(row, w, words, d) & shifted(row, w, words, -d);
         shell[t] = lungs[t] & ~deep;
     }
 }
 
-// Size of each component, and how much of it lies in the shell.
-KERNEL measure_runs(const u32* bright, const u32* shell, int depth, int height, int width, const int* parents, u32* sizes, u32* contacts) {
-    Shape s = shape_of(depth, height, width);
-    i64 words = rows_of(s) * s.words;
-    for (i64 t = (i64)blockIdx.x * THREADS + threadIdx.x; t < words; t += (i64)gridDim.x * THREADS) {
-        i64 first = t / s.words * width + t % s.words * 32;
-        for (u32 left = bright[t]; left;) {
-            int x = __ffs(left) - 1;
-            u32 rest = ~(left >> x);
-            int length = rest ? __ffs(rest) - 1 : 32;
-            u32 run = (length == 32 ? 0xFFFFFFFFu : (1u << length) - 1u) << x;
-            int number = number_at(parents, first + x);
-            atomicAdd(&sizes[number], (u32)length);
-            u32 contact = __popc(run & shell[t]);
-            if (contact) atomicAdd(&contacts[number], contact);
-            left &= ~run;
+// Voxels of a component, and those in the shell.
+struct Tally {
+    u32 size, contact;
+};
+
+__device__ __forceinline__ void add(Tally* tallies, int number, const Tally& tally) {
+    if (tally.size) atomicAdd(&tallies[number].size, tally.size);
+    if (tally.contact) atomicAdd(&tallies[number].contact, tally.contact);
+}
+
+// A thread takes the words of a sector and adds up what is one component's.  Floor: 2/8 and the nodes read.
+KERNEL edges_measure(const u32* bright, const u32* shell, const int* table, Tally* tallies, i64 rows,
+                     int width) {
+    constexpr int SECTOR = 8;
+    i64 words = rows * words_of(width);
+    for (i64 s = first_task(); s * SECTOR < words; s += task_step()) {
+        int current = 0;
+        Tally tally = {0, 0};
+        for (i64 t = s * SECTOR; t < lmin(s * SECTOR + SECTOR, words); ++t) {
+            u32 rest = bright[t];
+            if (rest == 0) continue;
+            i64 first = first_voxel(t, width);
+            for (; rest; rest &= ~lowest_run(rest)) {
+                u32 run = lowest_run(rest);
+                int number = number_of(table, first + __ffs(rest) - 1);
+                if (number != current) {
+                    add(tallies, current, tally);
+                    current = number;
+                    tally = {0, 0};
+                }
+                tally.size += __popc(run);
+                tally.contact += __popc(run & shell[t]);
+            }
+        }
+        add(tallies, current, tally);
+    }
+}
+
+// Take the runs of erroneous components out of the mask.  Floor: 2/8 and the nodes read, 1/8 written.
+KERNEL edges_clear(const u32* bright, const int* table, const Tally* tallies, u32* lungs, i64 rows, int width,
+                   double fraction) {
+    for (i64 t = first_task(); t < rows * words_of(width); t += task_step()) {
+        u32 rest = bright[t], wrong = 0;
+        if (rest == 0) continue;
+        i64 first = first_voxel(t, width);
+        for (; rest; rest &= ~lowest_run(rest)) {
+            Tally tally = tallies[number_of(table, first + __ffs(rest) - 1)];
+            if ((double)tally.contact > fraction * (double)tally.size) wrong |= lowest_run(rest);
+        }
+        lungs[t] &= ~wrong;
+    }
+}
+
+// The image, 0 outside the mask, and the mask in bytes.
+template <class Real>
+__device__ __forceinline__ void keep_quads(const Real* image, const u32* lungs, Real* out, u8* mask, i64 voxels, int width) {
+    bool wide = ((u64)image & 15) == 0;
+    for (i64 q = first_task(); q < (voxels + 3) / 4; q += task_step()) {
+        u32 four = bits_of_quad(lungs, q, voxels, width);
+        put_bytes(mask, four, q, voxels);
+        Quad<Real> values = {};
+        if (four && wide && 4 * q + 4 <= voxels) {
+            values = ((const Quad<Real>*)image)[q];
+        } else {
+#pragma unroll
+            for (int k = 0; k < 4; ++k)
+                if (four >> k & 1u) values.v[k] = image[4 * q + k];
+        }
+#pragma unroll
+        for (int k = 0; k < 4; ++k)
+            if ((four >> k & 1u) == 0) values.v[k] = (Real)0;
+        if (4 * q + 4 <= voxels) {
+            ((Quad<Real>*)out)[q] = values;
+        } else {
+#pragma unroll
+            for (int k = 0; k < 4; ++k)
+                if (4 * q + k < voxels) out[4 * q + k] = values.v[k];
         }
     }
 }
 
-// Mask and image without the erroneous components.
-template <class T>
-__device__ void keep_words(const T* image, const u32* lungs, const u32* bright, int depth, int height, int width, const int* parents,
-                           const u32* sizes, const u32* contacts, double fraction, T* out, u8* kept) {
-    Shape s = shape_of(depth, height, width);
-    i64 words = rows_of(s) * s.words, warps = (i64)gridDim.x * WARPS;
-    for (i64 w = (i64)blockIdx.x * WARPS + warp_of_thread(); w < words; w += warps) {
-        i64 first = w / s.words * width + w % s.words * 32, v = first + lane_of_thread();
-        if ((int)(w % s.words) * 32 + lane_of_thread() >= width) continue;
-        bool keep = lungs[w] >> lane_of_thread() & 1;
-        if (bright[w] >> lane_of_thread() & 1) {
-            int number = number_at(parents, first + run_start(bright[w], lane_of_thread()));
-            keep = !((double)contacts[number] > fraction * (double)sizes[number]);
-        }
-        out[v] = keep ? image[v] : (T)0;
-        kept[v] = keep;
-    }
+// Floor: 1/8 and the lungs' values read, a value and 1 written.
+KERNEL edges_keep_float(const float* image, const u32* lungs, float* out, u8* mask, i64 voxels, int width) {
+    keep_quads(image, lungs, out, mask, voxels, width);
 }
-KERNEL keep_float(const float* image, const u32* lungs, const u32* bright, int depth, int height, int width, const int* parents,
-                  const u32* sizes, const u32* contacts, double fraction, float* out, u8* kept) {
-    keep_words<float>(image, lungs, bright, depth, height, width, parents, sizes, contacts, fraction, out, kept);
-}
-KERNEL keep_double(const double* image, const u32* lungs, const u32* bright, int depth, int height, int width, const int* parents,
-                   const u32* sizes, const u32* contacts, double fraction, double* out, u8* kept) {
-    keep_words<double>(image, lungs, bright, depth, height, width, parents, sizes, contacts, fraction, out, kept);
+KERNEL edges_keep_double(const double* image, const u32* lungs, double* out, u8* mask, i64 voxels, int width) {
+    keep_quads(image, lungs, out, mask, voxels, width);
 }

@@ -1,215 +1,264 @@
-// label.cu: connected components in three dimensions.  Twin: cpu/label.py; oracle: scipy.ndimage.label
+// label.cu: connected components, numbered as scipy.ndimage.label does.  Twin: cpu/label.py; oracle: SciPy
 //
-// Runs within words of 32 voxels, by ballot, are united with those of earlier rows once for each maximal overlap
-// (runs: Hennequin et al., "A new direct connected component labeling and analysis algorithm for GPUs", DASIP 2018;
-// lock-free union-find by atomicMin: Oliveira and Lotufo, SIBGRAPI 2010; Playne and Hawick, TPDS 2018). The parent of
-// a run stands at its first voxel. Roots are then numbered in C order. Floor: a byte a voxel read, four written;
-// parents are another four written and read.
-struct Shape {
-    int depth, height, width, words;  // words of a row
+// As in Playne and Hawick (2018) and Hennequin, Lacassagne, Cabaret and Meunier (2018), in three dimensions:
+// the mask is packed, a node of the union-find is a run of voxels within a word, and a node's name is its
+// first voxel.  Two runs of neighbouring rows touch in one stretch, found by shifting words, and are united
+// once.  Parents are never greater than their children, so roots in ascending order are components in C order
+// of their first voxels; sums of roots number them.
+//
+// The table is the label volume itself, in turn
+//     label_runs, label_unite   parent of each node
+//     label_count               its root, and how many roots each 256 words hold; the last block sums them up
+//     label_number              roots: minus their number
+//     label_paint               labels
+// Other entries are never read.  Floor of all: 1 byte read, 4 written; the rest works on bits and on nodes.
+constexpr int LOOK_BACK = 16;  // words: a longer run hangs on itself, so that no thread walks a whole row
+
+struct LabelState {
+    u32 ticket, components;
 };
-__device__ __forceinline__ Shape shape_of(int depth, int height, int width) { return {depth, height, width, (width + 31) / 32}; }
-__device__ __forceinline__ i64 rows_of(const Shape& s) { return (i64)s.depth * s.height; }
 
-// First voxel of the run that bit b of a word is in.
-__device__ __forceinline__ int run_start(u32 word, int b) {
-    u32 gaps = ~word & ((1u << b) - 1u);
-    return 32 - __clz(gaps);
+// Root of a node.  Halves the path: else rows that all hang on their neighbour at once make a path of
+// thousands.  The write may undo another thread's atomicMin, but that thread goes on to unite what it
+// displaced, so no link is lost.
+__device__ __forceinline__ int find(volatile int* parent, int a) {
+    int p = parent[a];
+    while (p != a) {
+        int above = parent[p];
+        if (above == p) return p;
+        parent[a] = above;
+        a = above;
+        p = parent[a];
+    }
+    return a;
 }
-__device__ __forceinline__ u32 starts_of(u32 word) { return word & ~(word << 1); }
 
-KERNEL pack_bits(const u8* mask, int depth, int height, int width, u32* bits) {
-    Shape s = shape_of(depth, height, width);
-    i64 warps = (i64)gridDim.x * WARPS, words = rows_of(s) * s.words;
-    for (i64 w = (i64)blockIdx.x * WARPS + warp_of_thread(); w < words; w += warps) {
-        i64 row = w / s.words;
-        int x = (int)(w % s.words) * 32 + lane_of_thread();
-        u32 word = __ballot_sync(ALL_LANES, x < width && mask[row * width + x] != 0);
-        if (lane_of_thread() == 0) bits[w] = word;
+__device__ __forceinline__ void unite_runs(int* parent, int a, int b) {
+    while (true) {
+        a = find(parent, a);
+        b = find(parent, b);
+        if (a == b) return;
+        int high = imax(a, b), low = imin(a, b);
+        int old = atomicMin(&parent[high], low);
+        if (old == high) return;  // else another thread moved it meanwhile
+        a = old;
+        b = low;
     }
 }
 
-KERNEL unpack_bits(const u32* bits, int depth, int height, int width, u8* mask) {
-    Shape s = shape_of(depth, height, width);
-    i64 voxels = rows_of(s) * width;
-    for (i64 v = (i64)blockIdx.x * THREADS + threadIdx.x; v < voxels; v += (i64)gridDim.x * THREADS) {
-        int x = (int)(v % width);
-        mask[v] = bits[v / width * s.words + x / 32] >> (x & 31) & 1u;
+// Number of a node's component behind label_number; its root may be painted already.
+__device__ __forceinline__ int number_of(const volatile int* table, i64 node) {
+    int entry = table[node];
+    return entry < 0 ? -entry : abs(table[entry]);
+}
+
+// Parent of every node: itself, or where the run goes on from the word before, the node where it began.
+// Floor: 1/8 read, 4 bytes a node written.
+KERNEL label_runs(const u32* bits, int* parent, LabelState* state, i64 rows, int width) {
+    int words = words_of(width);
+    if (first_task() == 0) state->ticket = 0;
+    for (i64 t = first_task(); t < rows * words; t += task_step()) {
+        u32 rest = bits[t];
+        if (rest == 0) continue;
+        int w;
+        i64 row = divide(t, words, &w), first = row * width + WARP * w;
+        if (w > 0 && (rest & 1u) && bits[t - 1] >> 31) {
+            int k = 1;
+            while (k < imin(w, LOOK_BACK) && bits[t - k] == ALL_LANES && bits[t - k - 1] >> 31) ++k;
+            parent[first] = (int)(first - WARP * k + run_start(bits[t - k], WARP - 1));
+            rest &= ~lowest_run(rest);
+        }
+        for (; rest; rest &= ~lowest_run(rest)) {
+            int node = (int)first + __ffs(rest) - 1;
+            parent[node] = node;
+        }
     }
 }
 
-// Every run its own parent; `each_voxel` makes every voxel one, for the plain way.
-KERNEL begin_runs(const u32* bits, int depth, int height, int width, int each_voxel, int* parents) {
-    Shape s = shape_of(depth, height, width);
-    i64 words = rows_of(s) * s.words;
-    for (i64 w = (i64)blockIdx.x * THREADS + threadIdx.x; w < words; w += (i64)gridDim.x * THREADS) {
-        int first = (int)(w / s.words * width + w % s.words * 32);
-        u32 left = each_voxel ? bits[w] : starts_of(bits[w]);
-        for (; left; left &= left - 1u) parents[first + __ffs(left) - 1] = first + __ffs(left) - 1;
+// Unite the nodes of a word and of the same word of another row, whose bits 0 are voxels `first` and `other`.
+__device__ __forceinline__ void join_words(int* parent, const Triple& a, int first, const Triple& b,
+                                           int other, bool diagonal) {
+    u32 both = a.here & b.here;
+    u32 starts = both & ~(both << 1 | (a.before & b.before) >> 31);
+    for (; starts; starts &= starts - 1) {
+        int bit = __ffs(starts) - 1;
+        unite_runs(parent, first + run_start(a.here, bit), other + run_start(b.here, bit));
+    }
+    if (!diagonal) return;
+    // Runs that touch without a stretch in common: one begins right behind the other's end.
+    u32 behind = a.here & b.lower() & ~(a.lower() | b.here);
+    u32 ahead = a.here & b.upper() & ~(a.upper() | b.here);
+    for (; behind; behind &= behind - 1) {
+        int bit = __ffs(behind) - 1;
+        int node = bit > 0 ? run_start(b.here, bit - 1) : run_start(b.before, WARP - 1) - WARP;
+        unite_runs(parent, first + bit, other + node);
+    }
+    for (; ahead; ahead &= ahead - 1) {
+        int bit = __ffs(ahead) - 1;
+        unite_runs(parent, first + run_start(a.here, bit), other + bit + 1);
     }
 }
 
-// A word of a row and its neighbours.
-struct Three {
-    u32 here, before, after;
-};
-__device__ __forceinline__ Three three_of(const u32* row, int w, int words) {
-    return {row[w], w > 0 ? row[w - 1] : 0u, w + 1 < words ? row[w + 1] : 0u};
-}
-__device__ __forceinline__ u32 shifted_up(const Three& t) { return t.here << 1 | t.before >> 31; }    // voxel x - 1 at x
-__device__ __forceinline__ u32 shifted_down(const Three& t) { return t.here >> 1 | t.after << 31; }  // voxel x + 1 at x
-
-// Unite the runs of two rows that `meet` says: voxel x of one touches voxel x + dx of the other.
-__device__ void unite_runs(int* parents, u32 meet, const Three& one, i64 first, const Three& other, i64 other_first, int dx) {
-    while (meet) {
-        int x = __ffs(meet) - 1, y = x + dx;
-        u32 word = y < 0 ? other.before : y > 31 ? other.after : other.here;
-        int base = y < 0 ? -32 : y > 31 ? 32 : 0;
-        unite(parents, (int)(first + run_start(one.here, x)), (int)(other_first + base + run_start(word, y - base)));
-        u32 rest = ~(meet >> x);  // the segment ends at its first zero
-        int length = rest ? __ffs(rest) - 1 : 32;
-        meet = x + length >= 32 ? 0u : meet >> (x + length) << (x + length);
-    }
-}
-
-KERNEL_OF(4) join_runs(const u32* bits, int depth, int height, int width, int connectivity, int* parents) {
-    Shape s = shape_of(depth, height, width);
-    i64 words = rows_of(s) * s.words;
-    int most = connectivity == 6 ? 1 : connectivity == 18 ? 2 : 3;
-    for (i64 t = (i64)blockIdx.x * THREADS + threadIdx.x; t < words; t += (i64)gridDim.x * THREADS) {
-        i64 row = t / s.words;
-        int w = (int)(t % s.words), z = (int)(row / height), y = (int)(row % height);
-        Three one = three_of(bits + row * s.words, w, s.words);
-        if (one.here == 0) continue;
-        i64 first = row * width + 32 * w;
-        if (one.here & one.before >> 31) unite_runs(parents, 1u, one, first, one, first, -1);
+// A thread is a word; the four earlier rows are joined once, from the later one.
+// Floor: 1/8 read; a union takes an atomic and some four dependent reads in the L2 cache.
+KERNEL_OF(4) label_unite(const u32* bits, int* parent, int depth, int height, int width, int connectivity) {
+    int words = words_of(width);
+    for (i64 t = first_task(); t < (i64)depth * height * words; t += task_step()) {
+        int w, y;
+        i64 row = divide(t, words, &w), z = divide(row, height, &y);
+        Triple here = triple_of(bits, row, w, words);
+        if (here.here == 0) continue;
+#pragma unroll 1
         for (int k = 0; k < 4; ++k) {
-            int dz = k == 0 ? 0 : -1, dy = k == 0 ? -1 : k - 2, steps = (dz != 0) + (dy != 0);
-            if (z + dz < 0 || y + dy < 0 || y + dy >= height || steps > most) continue;
-            i64 other_row = row + (i64)dz * height + dy;
-            Three other = three_of(bits + other_row * s.words, w, s.words);
-            i64 other_first = other_row * width + 32 * w;
-            unite_runs(parents, one.here & other.here, one, first, other, other_first, 0);
-            if (steps == most) continue;
-            // Diagonals along x count where neither the straight neighbour nor the next voxel of the run has met it.
-            u32 alone = one.here & ~other.here;
-            unite_runs(parents, alone & shifted_up(other) & ~shifted_up(one), one, first, other, other_first, -1);
-            unite_runs(parents, alone & shifted_down(other) & ~shifted_down(one), one, first, other, other_first, 1);
+            int dz = k < 3 ? -1 : 0, dy = k < 3 ? k - 1 : -1, apart = (dz != 0) + (dy != 0);
+            if (z + dz < 0 || y + dy < 0 || y + dy >= height || (connectivity == 6 && apart > 1)) continue;
+            i64 other = row + (i64)dz * height + dy;
+            Triple there = triple_of(bits, other, w, words);
+            bool diagonal = connectivity == 26 || (connectivity == 18 && apart == 1);
+            int first = (int)(row * width) + WARP * w, base = (int)(other * width) + WARP * w;
+            join_words(parent, here, first, there, base, diagonal);
         }
     }
 }
 
-// The plain way: every voxel with its earlier neighbours.
-KERNEL join_voxels(const u8* mask, int depth, int height, int width, int connectivity, int* parents) {
+// The plain way, for tests: every voxel is a node, and has up to 13 earlier neighbours.
+KERNEL label_voxels_plain(int* parent, LabelState* state, i64 voxels) {
+    if (first_task() == 0) state->ticket = 0;
+    for (i64 i = first_task(); i < voxels; i += task_step()) parent[i] = (int)i;
+}
+
+KERNEL label_unite_plain(const u8* mask, int* parent, int depth, int height, int width, int connectivity) {
     int most = connectivity == 6 ? 1 : connectivity == 18 ? 2 : 3;
-    i64 voxels = (i64)depth * height * width;
-    for (i64 v = (i64)blockIdx.x * THREADS + threadIdx.x; v < voxels; v += (i64)gridDim.x * THREADS) {
-        if (!mask[v]) continue;
-        int x = (int)(v % width), y = (int)(v / width % height), z = (int)(v / width / height);
-        for (int k = 0; k < 13; ++k) {  // of the 27 in C order, those before the middle
-            int dz = k / 9 - 1, dy = k / 3 % 3 - 1, dx = k % 3 - 1;
-            if ((dz != 0) + (dy != 0) + (dx != 0) > most) continue;
-            if (z + dz < 0 || y + dy < 0 || y + dy >= height || x + dx < 0 || x + dx >= width) continue;
-            i64 u = v + ((i64)dz * height + dy) * width + dx;
-            if (mask[u]) unite(parents, (int)v, (int)u);
+    for (i64 i = first_task(); i < (i64)depth * height * width; i += task_step()) {
+        int x = (int)(i % width), y = (int)(i / width % height), z = (int)(i / width / height);
+        for (int n = 0; n < 13 && mask[i]; ++n) {
+            int dz = n / 9 - 1, dy = n / 3 % 3 - 1, dx = n % 3 - 1;
+            bool inside = z + dz >= 0 && y + dy >= 0 && y + dy < height && x + dx >= 0 && x + dx < width;
+            i64 other = i + ((i64)dz * height + dy) * width + dx;
+            bool near = (dz != 0) + (dy != 0) + (dx != 0) <= most;
+            if (inside && near && mask[other]) unite(parent, (int)i, (int)other);
         }
     }
 }
 
-// Point every run at its root, and count the roots of each chunk of words.
-constexpr int CHUNK_WORDS = 4096;
-
-KERNEL flatten_runs(const u32* bits, int depth, int height, int width, int* parents, u32* counts) {
-    __shared__ u32 count;
-    Shape s = shape_of(depth, height, width);
-    i64 words = rows_of(s) * s.words, chunks = (words + CHUNK_WORDS - 1) / CHUNK_WORDS;
-    for (i64 c = blockIdx.x; c < chunks; c += gridDim.x) {
-        __syncthreads();
-        if (threadIdx.x == 0) count = 0;
-        __syncthreads();
-        for (i64 w = c * CHUNK_WORDS + threadIdx.x; w < lmin((c + 1) * CHUNK_WORDS, words); w += THREADS) {
-            int first = (int)(w / s.words * width + w % s.words * 32);
-            u32 roots = 0;
-            for (u32 left = starts_of(bits[w]); left; left &= left - 1u) {
-                int at = first + __ffs(left) - 1, root = root_of(parents, at);
-                // A root keeps pointing at itself; others may be shortened while their neighbours look.
-                if (root == at) ++roots;
-                else parents[at] = root;
-            }
-            if (roots) atomicAdd(&count, roots);
-        }
-        __syncthreads();
-        if (threadIdx.x == 0) counts[c] = count;
-    }
-}
-
-// Sums of `values` over the threads before this one, and *total over all.  `work` is shared memory.
-__device__ u32 sum_before(u32 value, u32* work, u32* total) {
-    u32 sum = value;
+// Sum over the threads before this one, and over all.  `sums` is shared memory, a word a warp.
+__device__ __forceinline__ u32 sum_before(u32 n, u32* sums, u32* all) {
+    u32 sum = n, before = 0;
     for (int d = 1; d < WARP; d *= 2) {
         u32 other = __shfl_up_sync(ALL_LANES, sum, d);
         if (lane_of_thread() >= d) sum += other;
     }
+    __syncthreads();  // the last sums are read
+    if (lane_of_thread() == WARP - 1) sums[warp_of_thread()] = sum;
     __syncthreads();
-    if (lane_of_thread() == WARP - 1) work[warp_of_thread()] = sum;
-    __syncthreads();
-    u32 before = 0, all = 0;
+    *all = 0;
     for (int w = 0; w < WARPS; ++w) {
-        if (w < warp_of_thread()) before += work[w];
-        all += work[w];
+        if (w < warp_of_thread()) before += sums[w];
+        *all += sums[w];
     }
-    *total = all;
-    return before + sum - value;
+    return before + sum - n;
 }
 
-// Turn counts into the roots before each chunk; one block.
-KERNEL number_chunks(u32* counts, int chunks, u32* total) {
-    __shared__ u32 work[WARPS];
-    u32 before = 0, all;
-    for (int c0 = 0; c0 < chunks; c0 += THREADS) {
-        int c = c0 + threadIdx.x;
-        u32 here = c < chunks ? counts[c] : 0u, sum = sum_before(here, work, &all);
-        if (c < chunks) counts[c] = before + sum;
-        before += all;
+// Turn counts into the sums before them, one block.
+__device__ void scan_counts(volatile u32* counts, i64 chunks, LabelState* state, u32* sums) {
+    i64 share = (chunks + THREADS - 1) / THREADS;
+    i64 first = lmin(threadIdx.x * share, chunks), end = lmin(first + share, chunks);
+    u32 sum = 0, all;
+    for (i64 i = first; i < end; ++i) sum += counts[i];
+    u32 before = sum_before(sum, sums, &all);
+    for (i64 i = first; i < end; ++i) {
+        u32 here = counts[i];
+        counts[i] = before;
+        before += here;
     }
-    if (threadIdx.x == 0) *total = before;
+    if (threadIdx.x == 0) state->components = all;
 }
 
-// Give roots their numbers, as the negative of it: runs that point at a root find it there.
-KERNEL number_roots(const u32* bits, int depth, int height, int width, const u32* counts, int* parents) {
-    __shared__ u32 work[WARPS];
-    Shape s = shape_of(depth, height, width);
-    i64 words = rows_of(s) * s.words, chunks = (words + CHUNK_WORDS - 1) / CHUNK_WORDS;
-    for (i64 c = blockIdx.x; c < chunks; c += gridDim.x) {
-        u32 before = counts[c], all;
-        for (i64 w0 = c * CHUNK_WORDS; w0 < lmin((c + 1) * CHUNK_WORDS, words); w0 += THREADS) {
-            i64 w = w0 + threadIdx.x;
-            int first = (int)(w / s.words * width + w % s.words * 32);
-            u32 starts = w < words ? starts_of(bits[w]) : 0u, roots = 0;
-            for (u32 left = starts; left; left &= left - 1u) roots += parents[first + __ffs(left) - 1] == first + __ffs(left) - 1;
-            u32 number = before + sum_before(roots, work, &all);
-            for (u32 left = starts; left; left &= left - 1u) {
-                int at = first + __ffs(left) - 1;
-                if (parents[at] == at) parents[at] = -(int)(++number);
-            }
-            before += all;
+// Point the nodes of a word at their roots; returns how many are roots themselves.
+__device__ __forceinline__ u32 flatten(volatile int* parent, u32 word, int first) {
+    u32 roots = 0;
+    for (u32 rest = word; rest; rest &= ~lowest_run(rest)) {
+        int node = first + __ffs(rest) - 1, root = root_of(parent, node);
+        if (root == node) ++roots;
+        else parent[node] = root;
+    }
+    return roots;
+}
+
+// Floor: 1/8 and the nodes read.
+KERNEL label_count(const u32* bits, int* parent, u32* counts, LabelState* state, i64 rows, int width) {
+    __shared__ u32 sums[WARPS];
+    __shared__ int last;
+    i64 words = rows * words_of(width), chunks = (words + THREADS - 1) / THREADS;
+    for (i64 chunk = blockIdx.x; chunk < chunks; chunk += gridDim.x) {
+        i64 t = chunk * THREADS + threadIdx.x;
+        u32 roots = t < words && bits[t] ? flatten(parent, bits[t], (int)first_voxel(t, width)) : 0u, all;
+        sum_before(roots, sums, &all);
+        if (threadIdx.x == 0) counts[chunk] = all;
+    }
+    if (is_last_block(&state->ticket, gridDim.x, &last)) scan_counts(counts, chunks, state, sums);
+}
+
+// Floor: 1/8 and the nodes read.
+KERNEL label_number(const u32* bits, int* table, const u32* counts, i64 rows, int width) {
+    __shared__ u32 sums[WARPS];
+    i64 words = rows * words_of(width), chunks = (words + THREADS - 1) / THREADS;
+    for (i64 chunk = blockIdx.x; chunk < chunks; chunk += gridDim.x) {
+        i64 t = chunk * THREADS + threadIdx.x;
+        u32 word = t < words ? bits[t] : 0u, roots = 0, all;
+        int first = word ? (int)first_voxel(t, width) : 0;
+        for (u32 rest = word; rest; rest &= ~lowest_run(rest)) {
+            int node = first + __ffs(rest) - 1;
+            roots += table[node] == node;
+        }
+        int number = (int)(counts[chunk] + sum_before(roots, sums, &all));
+        for (u32 rest = word; rest && roots; rest &= ~lowest_run(rest)) {
+            int node = first + __ffs(rest) - 1;
+            if (table[node] == node) table[node] = -++number;
         }
     }
 }
 
-__device__ __forceinline__ int number_at(const int* parents, i64 start) {
-    int p = parents[start];
-    return p < 0 ? -p : -parents[p];
+// A warp is a word: lanes learn their node's number before any writes over it.  Floor: 1/8 read, 4 written.
+KERNEL label_paint(const u32* bits, int* table, i64 rows, int width) {
+    int words = words_of(width);
+    for (i64 t = first_warp_task(); t < rows * words; t += warp_task_step()) {
+        int w, lane = lane_of_thread(), number = 0;
+        u32 word = bits[t];
+        i64 row = divide(t, words, &w), first = row * width + WARP * w;
+        if (word >> lane & 1u) number = number_of(table, first + run_start(word, lane));
+        __syncwarp();
+        if (WARP * w + lane < width) table[first + lane] = number;
+    }
 }
 
-KERNEL write_labels(const u32* bits, int depth, int height, int width, const int* parents, int* labels) {
-    Shape s = shape_of(depth, height, width);
-    i64 words = rows_of(s) * s.words, warps = (i64)gridDim.x * WARPS;
-    for (i64 w = (i64)blockIdx.x * WARPS + warp_of_thread(); w < words; w += warps) {
-        i64 first = w / s.words * width + w % s.words * 32;
-        int x = (int)(w % s.words) * 32 + lane_of_thread();
-        u32 word = bits[w];
-        bool on = word >> lane_of_thread() & 1;
-        if (x < width) labels[first + lane_of_thread()] = on ? number_at(parents, first + run_start(word, lane_of_thread())) : 0;
+// Growth until nothing changes: of the components of seed or room, those that hold a voxel of the seed. Their
+// roots are marked with -1 behind label_count.  Floor: 2/8 and the nodes read.
+KERNEL grow_mark(const u32* seed, const u32* both, int* table, i64 rows, int width) {
+    volatile int* roots = table;
+    for (i64 t = first_task(); t < rows * words_of(width); t += task_step()) {
+        u32 word = both[t], wanted = seed[t];
+        if (wanted == 0) continue;
+        i64 first = first_voxel(t, width);
+        for (; word; word &= ~lowest_run(word)) {
+            if ((lowest_run(word) & wanted) == 0) continue;
+            i64 node = first + __ffs(word) - 1;
+            int root = roots[node];
+            roots[root < 0 ? node : root] = -1;  // a marked node is a root itself
+        }
+    }
+}
+
+// In place.  Floor: 1/8 and the nodes read, 1/8 written.
+KERNEL grow_select(u32* both, const int* table, i64 rows, int width) {
+    for (i64 t = first_task(); t < rows * words_of(width); t += task_step()) {
+        u32 word = both[t], kept = 0;
+        if (word == 0) continue;
+        i64 first = first_voxel(t, width);
+        for (u32 rest = word; rest; rest &= ~lowest_run(rest)) {
+            int root = table[first + __ffs(rest) - 1];
+            if (root < 0 || table[root] < 0) kept |= lowest_run(rest);
+        }
+        both[t] = kept;
     }
 }
