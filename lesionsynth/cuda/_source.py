@@ -34,7 +34,10 @@ PROGRAMS = {
     ),
     "ops": ("philox.cuh", "lines.cuh", "ops.cu", "label.cu", "edges.cu"),
 }
-"""Files of each program, in order; ``prelude.cuh`` comes first in all."""
+"""Files of each program, in order; ``prelude.cuh`` comes first in all.
+
+The kernels of ``ops`` name their types: it is compiled as for float32 alone, whatever it is given.
+"""
 
 IMAGES = {"float32": 0, "float16": 1, "bfloat16": 2, "int16": 3, "float64": 4}
 """Types of an image, and what ``IMAGE`` is in the source."""

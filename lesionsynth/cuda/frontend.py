@@ -16,8 +16,7 @@ from lesionsynth.cuda import components, ops
 from lesionsynth.cuda._device import Device
 from lesionsynth.cuda.arrays import DeviceArray, accept, empty, stream_of
 from lesionsynth.cuda.backend import backend, byte_mask, check_cupy
-
-Shape = tuple[int, int, int]
+from lesionsynth.cuda.volume import Shape
 
 
 def philox_uniform(device: str | int, shape: Shape, words: Sequence[int], offset: Sequence[int]) -> Any:
