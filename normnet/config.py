@@ -66,12 +66,17 @@ class TrainConfig:
     """Network."""
     lesions: str = "covid_lung"
     """Preset of `lesionsynth.presets`: the paper's generator or a Table V switch."""
+    threshold_hu: float = -500.0
+    """T: the network answers for tissue at or above it, in HU (III-A, Table VI)."""
     iterations: int = 3500
     """Optimiser steps (IV-B.3)."""
     minutes: float | None = None
     """Stop after this much training time, should it come first."""
     batch_size: int = 8
-    """Pairs of a step (IV-B.3)."""
+    """Pairs of a step, over all processes (IV-B.3)."""
+    accumulate: int = 1
+    """Parts that a step's pairs are computed in, for devices too small for all at once; normalisation and
+    Dice are then those of a part."""
     learning_rate: float = 3e-4
     """Adam's, constant (IV-B.3)."""
     slab: int = 32
@@ -80,12 +85,20 @@ class TrainConfig:
     """In-plane size of a crop around a lung voxel; None takes the whole slice, the paper's 512."""
     mirror: bool = False
     """Flip half of the slabs left to right. The paper, with 453 volumes, needs no augmentation; few do."""
+    thick_slices: float = 0.0
+    """Share of the slabs shown as a scan with thick slices would. The paper names such scans as the largest
+    source of its false positives (V) and has no such option."""
+    thick_mm: tuple[float, float] = (3.0, 8.0)
+    """Least and largest thickness of those slices in mm."""
     average: float = 0.0
     """Decay of the running average of the weights that is saved; 0 saves the last weights, as the paper."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """Arithmetic of the network; "auto" takes bf16 where the hardware has it."""
     device: str = "auto"
     """"auto" takes CUDA where there is some, else the CPU."""
+    cache: Literal["auto", "device", "memory", "disk"] = "auto"
+    """Where volumes are kept: on the training device, in main memory, or read slab by slab; "auto" takes the
+    first that has twice the room."""
     seed: int = 0
     """Of initial weights, slabs and lesions; ensembles use several."""
     held_out: int = 1
@@ -109,12 +122,21 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         """Check ranges."""
-        for name in ("iterations", "batch_size", "slab", "validation_pairs", "checkpoint_every", "phantoms"):
+        counts = ("iterations", "batch_size", "accumulate", "slab")
+        for name in (*counts, "validation_pairs", "checkpoint_every", "phantoms"):
             _check(name, getattr(self, name), getattr(self, name) >= 1, ">= 1")
+        fits = self.batch_size % self.accumulate == 0
+        _check("batch_size", self.batch_size, fits, f"a multiple of accumulate={self.accumulate}")
         for name in ("held_out", "validate_every"):
             _check(name, getattr(self, name), getattr(self, name) >= 0, ">= 0")
         _check("minutes", self.minutes, self.minutes is None or self.minutes > 0, "> 0")
         _check("learning_rate", self.learning_rate, self.learning_rate > 0, "> 0")
+        _check("threshold_hu", self.threshold_hu, -800 < self.threshold_hu < 100, "between -800 and 100 HU")
+        _check("thick_slices", self.thick_slices, 0 <= self.thick_slices <= 1, "in [0, 1]")
+        thin, thick = self.thick_mm
+        _check("thick_mm", self.thick_mm, 0 < thin <= thick, "two lengths > 0, the smaller first")
+        caches = ("auto", "device", "memory", "disk")
+        _check("cache", self.cache, self.cache in caches, f"one of {', '.join(caches)}")
         _check("average", self.average, 0 <= self.average < 1, "in [0, 1)")
         _check("seed", self.seed, 0 <= self.seed < 2**32, "in [0, 2**32)")
         _check("threads", self.threads, self.threads is None or self.threads >= 1, ">= 1")
@@ -161,12 +183,16 @@ class PostprocessConfig:
 class PredictConfig:
     """From a volume to lesions (PAPER.md III-A, IV-B.3)."""
 
-    probability: float = 0.95
-    """A voxel is healthy for a model where its probability exceeds this."""
+    probability: float | Literal["calibrated"] = 0.95
+    """A voxel is healthy for a model where its probability exceeds this (IV-B.3); "calibrated" takes what
+    each model found best on synthetic pairs of its held-out volumes."""
     slab: int = 32
     """Slices the network sees at once, as in training."""
     overlap: float = 0.5
     """Share of a slab that the next one sees again; probabilities are averaged."""
+    tile: int | None = 320
+    """In-plane size of what the network sees at once, which bounds its memory; wider lungs are cut into
+    overlapping tiles. None takes whole slices."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """Arithmetic of the network; "auto" takes bf16 where the hardware has it."""
     postprocess: PostprocessConfig = field(default_factory=PostprocessConfig)
@@ -174,7 +200,10 @@ class PredictConfig:
 
     def __post_init__(self) -> None:
         """Check ranges."""
-        _check("probability", self.probability, 0 < self.probability < 1, "in (0, 1)")
+        level = self.probability
+        good = level == "calibrated" if isinstance(level, str) else 0 < level < 1
+        _check("probability", level, good, "in (0, 1) or 'calibrated'")
+        _check("tile", self.tile, self.tile is None or self.tile >= 32, ">= 32")
         _check("slab", self.slab, self.slab >= 1, ">= 1")
         _check("overlap", self.overlap, 0 <= self.overlap < 1, "in [0, 1)")
         _check("precision", self.precision, self.precision in ("auto", "fp32", "bf16"), "auto, fp32 or bf16")

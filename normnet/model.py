@@ -17,6 +17,10 @@ from normnet.config import ModelConfig, from_json, to_json
 
 WEIGHTS = "model.safetensors"
 """Name of the weights in a run folder."""
+BUNDLED = Path(__file__).parent / "weights"
+"""Weights that ship with the package."""
+Calibration = dict[str, float]
+"""What a model found best on synthetic pairs of its held-out volumes: threshold ``probability``, ``dice``."""
 
 
 def build_unet(config: ModelConfig) -> torch.nn.Module:
@@ -33,9 +37,14 @@ def build_unet(config: ModelConfig) -> torch.nn.Module:
     return network
 
 
-def save_model(path: Path, model: torch.nn.Module, config: ModelConfig) -> None:
-    """Write weights and architecture into one file, atomically."""
-    write_tensors(path, model.state_dict(), {"model": to_json(config)})
+def save_model(
+    path: Path, model: torch.nn.Module, config: ModelConfig, calibration: Calibration | None = None
+) -> None:
+    """Write weights, architecture and calibration into one file, atomically."""
+    header = {"model": to_json(config)}
+    if calibration is not None:
+        header["calibration"] = json.dumps(calibration)
+    write_tensors(path, model.state_dict(), header)
 
 
 def load_model(path: str | os.PathLike[str]) -> torch.nn.Module:
@@ -49,7 +58,8 @@ def load_model(path: str | os.PathLike[str]) -> torch.nn.Module:
     Returns
     -------
     torch.nn.Module
-        In evaluation mode, on the CPU; `model.config` is its `ModelConfig`.
+        In evaluation mode, in float32 on the CPU; `model.config` is its `ModelConfig`, `model.calibration`
+        its `Calibration`, or None where training had no held-out volume.
 
     Raises
     ------
@@ -66,8 +76,24 @@ def load_model(path: str | os.PathLike[str]) -> torch.nn.Module:
         model.load_state_dict(tensors)
     except RuntimeError as error:
         raise ValueError(f"{file}: weights do not fit the architecture in the header: {error}") from error
-    model.config = config  # type: ignore[assignment]  # nn.Module types every attribute as a tensor or a module
+    # nn.Module types every attribute as a tensor or a module
+    model.config = config  # type: ignore[assignment]
+    model.calibration = json.loads(metadata.get("calibration", "null"))
     return model.eval()
+
+
+def bundled_models() -> list[Path]:
+    """Return the weights that ship with the package, an ensemble.
+
+    Raises
+    ------
+    ValueError
+        This build ships none.
+    """
+    found = sorted(BUNDLED.glob("*.safetensors"))
+    if not found:
+        raise ValueError("models must be given: this build of normnet ships no weights")
+    return found
 
 
 def weights_file(path: Path) -> Path:
