@@ -93,7 +93,7 @@ def predict_volume(
     total = np.zeros(votes.shape, dtype=np.float32)
     for model in models:
         probability = slab_probabilities(image[box], model, config, choose_device(device))
-        votes += probability > config.probability
+        votes += probability > healthy_threshold(model, config)
         total += probability
     healthy, mean = np.zeros(image.shape, dtype=np.bool_), np.zeros(image.shape, dtype=np.float32)
     bright = (image >= ls.threshold(config.postprocess.threshold_hu)) & mask
@@ -101,6 +101,22 @@ def predict_volume(
     mean[box] = np.where(mask[box], total / len(models), 0)
     lesions = postprocess(image, mask, healthy, config.postprocess)
     return Prediction(lesions.final, lesions.core, healthy, mean)
+
+
+def healthy_threshold(model: torch.nn.Module, config: PredictConfig) -> float:
+    """Return the probability above which a voxel is healthy for `model`.
+
+    Raises
+    ------
+    ValueError
+        It shall be calibrated, and the model is not.
+    """
+    if not isinstance(config.probability, str):
+        return config.probability
+    calibration: Any = getattr(model, "calibration", None)
+    if not calibration:
+        raise ValueError("probability: this model carries no calibration (trained without held-out volumes)")
+    return float(calibration["probability"])
 
 
 @torch.inference_mode()
