@@ -1,149 +1,61 @@
-"""Training pairs on the fly: healthy slabs from a store or the phantom, lesions from `lesionsynth`.
+"""Training pairs on the fly: healthy slabs of `normnet.volumes`, lesions of `lesionsynth`.
 
 The batch of a step is a function of (seed, step) alone, so a resumed run sees what an uninterrupted one would
-have.
+have, and two processes together see what one does. On CUDA a batch is synthesised there, by the training
+thread itself; on a CPU a background thread makes it while the network trains.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import queue
 import threading
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Protocol
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch.utils.dlpack import from_dlpack
 
 import lesionsynth as ls
-from normnet.prepare.store import Store
-
-HU = npt.NDArray[np.int16]
-Mask = npt.NDArray[np.bool_]
+from normnet.thick import slice_profile, thicken
+from normnet.volumes import Array, Volume, largest_slab, slab_starts, slab_voxels
 
 SLAB_STREAM = 64
 """Philox stream of the choice of slabs; the generator's own streams are below 32."""
 VALIDATION_INDEX = 2**31
 """First sample index of validation pairs; training stays below."""
-PHANTOM_SEED = 1000
-"""First seed of training phantoms: run r takes PHANTOM_SEED + 100 r onwards. Below it are evaluation's."""
-
-
-class Volume(Protocol):
-    """One healthy volume, read slab by slab."""
-
-    @property
-    def name(self) -> str:
-        """For messages."""
-
-    @property
-    def segments(self) -> list[tuple[int, int]]:
-        """Runs of usable slices (first, after last)."""
-
-    @property
-    def mask_counts(self) -> npt.NDArray[np.int64]:
-        """Lung voxels of every slice."""
-
-    def slab(self, z0: int, z1: int) -> tuple[HU, Mask]:
-        """HU and lung mask of slices z0 <= z < z1."""
 
 
 @dataclass(frozen=True)
-class PhantomVolume:
-    """A healthy chest of `lesionsynth.phantom`, in memory."""
+class ThickSlices:
+    """How many slabs are shown as thick-slice scans, and how thick."""
 
-    name: str
-    hu: HU
-    mask: Mask
-
-    @property
-    def segments(self) -> list[tuple[int, int]]:
-        """All of it."""
-        return [(0, len(self.hu))]
-
-    @property
-    def mask_counts(self) -> npt.NDArray[np.int64]:
-        """Lung voxels of every slice."""
-        return np.asarray(np.count_nonzero(self.mask, axis=(1, 2)), np.int64)
-
-    def slab(self, z0: int, z1: int) -> tuple[HU, Mask]:
-        """Return views of slices z0 <= z < z1."""
-        return self.hu[z0:z1], self.mask[z0:z1]
+    share: float = 0.0
+    """In [0, 1]."""
+    millimetres: tuple[float, float] = (3.0, 8.0)
+    """Least and largest thickness in mm."""
 
 
 @dataclass(frozen=True)
-class StoreVolume:
-    """A case of a store, read from disk."""
+class Slabs:
+    """Healthy slabs of one step, before there are lesions; (b, z, y, x)."""
 
-    name: str
-    case: Any
-
-    @property
-    def segments(self) -> list[tuple[int, int]]:
-        """Runs of slices without exclusions."""
-        return list(self.case.segments)
-
-    @property
-    def mask_counts(self) -> npt.NDArray[np.int64]:
-        """Lung voxels of every slice."""
-        return np.asarray(self.case.mask_counts)
-
-    def slab(self, z0: int, z1: int) -> tuple[HU, Mask]:
-        """Read slices z0 <= z < z1."""
-        hu, mask = self.case.slab(z0, z1)
-        return hu, mask
-
-
-def phantom_volumes(
-    count: int, seed: int, shape: tuple[int, int, int], spacing: tuple[float, float, float]
-) -> list[Volume]:
-    """Draw healthy phantoms for the training run `seed`."""
-    volumes: list[Volume] = []
-    for k in range(count):
-        name = f"phantom{PHANTOM_SEED + 100 * seed + k}"
-        chest = ls.phantom.chest_ct(shape=shape, spacing=spacing, seed=PHANTOM_SEED + 100 * seed + k)
-        volumes.append(PhantomVolume(name, chest.hu, chest.lung_mask))
-    return volumes
-
-
-def store_volumes(path: Path) -> list[Volume]:
-    """Open every case of a store."""
-    store = Store.open(path)
-    return [StoreVolume(name, store[name]) for name in store.case_ids]
-
-
-def split(volumes: Sequence[Volume], held_out: int, slab: int) -> tuple[list[Volume], list[Volume]]:
-    """Keep the volumes with the fewest slabs for validation, the others for training.
-
-    Raises
-    ------
-    ValueError
-        Nothing would be left to train on.
-    """
-    usable = [v for v in volumes if slab_starts(v, slab)]
-    if len(usable) <= held_out:
-        raise ValueError(
-            f"data must hold more than held_out={held_out} volumes with {slab} usable slices in a row, "
-            f"got {len(usable)} of {len(volumes)}"
-        )
-    by_size = sorted(usable, key=lambda v: (len(slab_starts(v, slab)), v.name))
-    kept = {v.name for v in by_size[:held_out]}
-    return [v for v in usable if v.name not in kept], [v for v in usable if v.name in kept]
-
-
-def slab_starts(volume: Volume, slab: int) -> list[int]:
-    """First slices of all slabs that lie within a segment and hold lung."""
-    total = np.concatenate([[0], np.cumsum(volume.mask_counts)])
-    return [
-        z
-        for first, stop in volume.segments
-        for z in range(first, stop - slab + 1)
-        if total[z + slab] > total[z]
-    ]
+    hu: Array
+    """int16."""
+    mask: Array
+    """bool."""
+    indices: list[int]
+    """Sample indices."""
+    fractions: list[float]
+    """λ of each."""
+    profiles: list[Any]
+    """`slice_profile` of each that becomes thick, None for the others."""
+    seconds: float
+    """What reading took."""
 
 
 @dataclass(frozen=True)
@@ -154,10 +66,24 @@ class Batch:
     """A, float32."""
     target: torch.Tensor
     """GT, bool."""
-    lesions: torch.Tensor
-    """Synthetic lesions, bool."""
-    seconds: float
-    """What making it took."""
+    _lesions: Callable[[], torch.Tensor] = field(repr=False)
+    _clock: Callable[[], float] = field(repr=False)
+
+    @cached_property
+    def lesions(self) -> torch.Tensor:
+        """Synthetic lesions, bool; painted when first asked for: training does not."""
+        return self._lesions()
+
+    @property
+    def seconds(self) -> float:
+        """What making it took; on CUDA once the device has come to it."""
+        return self._clock()
+
+    def part(self, number: int, parts: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Image and target of one of several equal parts."""
+        size = len(self.image) // parts
+        span = slice(number * size, (number + 1) * size)
+        return self.image[span], self.target[span]
 
 
 class PairStream:
@@ -170,7 +96,7 @@ class PairStream:
     synthesizer : lesionsynth.LesionSynthesizer
         Makes the lesions; its seed also chooses the slabs.
     batch_size, slab : int
-        Pairs of a batch; slices of a slab.
+        Pairs of a batch, over all processes; slices of a slab.
     crop : int or None
         In-plane size of a crop around a lung voxel; None takes whole slices.
     multiple : int
@@ -179,8 +105,14 @@ class PairStream:
         Lung voxels of the largest slab of the data set, for λ; of `volumes` where omitted.
     mirror : bool
         Flip half of the slabs left to right.
+    thick : ThickSlices
+        Slabs shown as thick-slice scans.
     first_index : int
         Sample index of the first pair of step 0.
+    rank, processes : int
+        This process makes the part `rank` of `processes` equal parts of each batch.
+    device : torch.device
+        Where pairs are made.
     """
 
     def __init__(
@@ -194,44 +126,103 @@ class PairStream:
         multiple: int,
         largest: int | None = None,
         mirror: bool = False,
+        thick: ThickSlices | None = None,
         first_index: int = 0,
+        rank: int = 0,
+        processes: int = 1,
+        device: torch.device | None = None,
     ) -> None:
+        self.device = device or torch.device("cpu")
+        self.largest = largest_slab(volumes, slab) if largest is None else largest
         self._synthesizer = synthesizer
         self._choices = [(v, z) for v in volumes for z in slab_starts(v, slab)]
+        self._voxels = {id(v): slab_voxels(v, slab) for v in volumes}
         self._batch_size, self._slab, self._crop, self._multiple = batch_size, slab, crop, multiple
-        self._mirror, self._first_index = mirror, first_index
-        self.largest = largest_slab(volumes, slab) if largest is None else largest
+        self._mirror, self._thick = mirror, thick or ThickSlices()
+        self._first_index = first_index
+        self._share = range(rank * batch_size // processes, (rank + 1) * batch_size // processes)
+
+    @property
+    def resident(self) -> bool:
+        """Whether the volumes lie on the device that makes the pairs."""
+        return self.device.type == "cpu" or all(
+            isinstance(v.slab(z, z + 1)[0], torch.Tensor) for v, z in self._choices[:1]
+        )
 
     def batch(self, step: int) -> Batch:
         """Synthesise the pairs of a step."""
+        return self.pairs(self.slabs(step))
+
+    def slabs(self, step: int) -> Slabs:
+        """Read the healthy slabs of a step."""
         start = time.perf_counter()
         first = self._first_index + step * self._batch_size
-        indices = list(range(first, first + self._batch_size))
-        slabs = [self._healthy(index) for index in indices]
-        images, masks = np.stack([h for h, _ in slabs]), np.stack([m for _, m in slabs])
-        fractions = [min(1.0, max(int(m.sum()), 1) / self.largest) for m in masks]
-        pair = self._synthesizer(images, masks, index=indices, lung_fraction=fractions)
-        image, target, labels = (from_dlpack(a)[:, None] for a in (pair.image, pair.target, pair.labels))
-        return Batch(image, target, labels > 0, time.perf_counter() - start)
+        indices = [first + k for k in self._share]
+        parts = [self._healthy(index) for index in indices]
+        hu, mask = (_stack([p[k] for p in parts]) for k in (0, 1))
+        if self.device.type == "cuda" and not isinstance(hu, torch.Tensor):
+            hu, mask = (torch.from_numpy(a).pin_memory() for a in (hu, mask))
+        fractions, profiles = [p[2] for p in parts], [p[3] for p in parts]
+        return Slabs(hu, mask, indices, fractions, profiles, time.perf_counter() - start)
 
-    def _healthy(self, index: int) -> tuple[npt.NDArray[np.float32], Mask]:
-        """Healthy crop H = window(HU) * M, and M."""
-        u = ls.ops.philox_uniform((1, 1, 4), self._synthesizer.seed, stream=SLAB_STREAM, sample=index).ravel()
+    def pairs(self, slabs: Slabs) -> Batch:
+        """Put lesions into healthy slabs, on the device that makes pairs."""
+        stop = _clock(self.device)
+        hu, mask = slabs.hu, slabs.mask
+        if isinstance(hu, torch.Tensor):
+            hu, mask = (a.to(self.device, non_blocking=True) for a in (hu, mask))
+        healthy = ls.window_hu(hu)
+        healthy *= mask
+        pair = self._synthesizer(healthy, mask, index=slabs.indices, lung_fraction=slabs.fractions)
+        image, target, thick = pair.image, pair.target, {}
+        for k, profile in enumerate(slabs.profiles):
+            if profile is not None:
+                tau = ls.threshold(self._synthesizer.config.hu_threshold)
+                thick[k] = thicken(hu[k], mask[k], image[k], pair.labels[k] > 0, profile=profile, tau=tau)
+                image[k], target[k] = thick[k][:2]
+        elapsed = stop()
+
+        def lesions() -> torch.Tensor:
+            found = _tensor(pair.labels > 0)
+            for k, (_, _, ill) in thick.items():
+                found[k, 0] = torch.as_tensor(ill)
+            return found
+
+        return Batch(_tensor(image), _tensor(target), lesions, lambda: slabs.seconds + elapsed())
+
+    def _healthy(self, index: int) -> tuple[Array, Array, float, Any]:
+        """HU and mask of a slab or crop, its λ, and how thick slices show it."""
+        seed = self._synthesizer.seed
+        u = ls.ops.philox_uniform((1, 1, 8), seed, stream=SLAB_STREAM, sample=index).ravel()
         volume, z = self._choices[min(int(u[0] * len(self._choices)), len(self._choices) - 1)]
         hu, mask = volume.slab(z, z + self._slab)
-        window = self._window(mask, float(u[1]))
-        hu, mask = hu[window], mask[window]
-        if self._mirror and u[2] < 0.5:
-            hu, mask = hu[:, :, ::-1], mask[:, :, ::-1]
-        return ls.window_hu(hu) * mask, np.ascontiguousarray(mask)
-
-    def _window(self, mask: Mask, u: float) -> tuple[slice, slice, slice]:
-        """In-plane window around the voxel of rank u of the lung's projection, inside the slice."""
         sizes = [
             (n if self._crop is None else min(n, self._crop)) // self._multiple * self._multiple
             for n in mask.shape[1:]
         ]
-        lung = np.flatnonzero(mask.any(axis=0))
+        voxels = int(self._voxels[id(volume)][z])
+        if list(mask.shape[1:]) != sizes:
+            window = self._window(mask, sizes, float(u[1]))
+            hu, mask = hu[window], mask[window]
+            voxels = int(mask.sum())
+        if self._mirror and u[2] < 0.5:
+            flip: Any = torch.flip if isinstance(hu, torch.Tensor) else np.flip
+            hu, mask = flip(hu, (2,)), flip(mask, (2,))
+        fraction = min(1.0, max(voxels, 1) / self.largest)
+        return hu, mask, fraction, self._profile(volume, u[3:6])
+
+    def _profile(self, volume: Volume, u: Any) -> Any:
+        if not u[0] < self._thick.share:
+            return None
+        thin, thick = self._thick.millimetres
+        return slice_profile(self._slab, volume.spacing[0], thin + float(u[1]) * (thick - thin), float(u[2]))
+
+    def _window(self, mask: Array, sizes: list[int], u: float) -> tuple[slice, slice, slice]:
+        """In-plane window around the voxel of rank u of the lung's projection, inside the slice."""
+        projection = mask.any(0)
+        if isinstance(projection, torch.Tensor):
+            projection = projection.cpu().numpy()
+        lung = np.flatnonzero(projection)
         centre = divmod(int(lung[min(int(u * len(lung)), len(lung) - 1)]), mask.shape[2])
         y, x = (
             min(max(c - size // 2, 0), n - size)
@@ -240,41 +231,80 @@ class PairStream:
         return slice(None), slice(y, y + sizes[0]), slice(x, x + sizes[1])
 
 
-def largest_slab(volumes: Sequence[Volume], slab: int) -> int:
-    """Lung voxels of the largest slab: the denominator of λ (III-C.1)."""
-    most = 0
-    for volume in volumes:
-        total = np.concatenate([[0], np.cumsum(volume.mask_counts)])
-        most = max([most, *(int(total[z + slab] - total[z]) for z in slab_starts(volume, slab))])
-    return most
+def pair_device(device: torch.device) -> torch.device:
+    """Return where pairs for a network on `device` are made: there, if `lesionsynth` has kernels for it."""
+    kernels = device.type == "cuda" and importlib.util.find_spec("cupy") is not None
+    return device if kernels else torch.device("cpu")
 
 
-class Prefetcher:
-    """Make batches in a background thread while the network trains; the kernels release the GIL.
+def _stack(arrays: Sequence[Array]) -> Array:
+    stack: Any = torch.stack if isinstance(arrays[0], torch.Tensor) else np.stack
+    return stack(arrays)
+
+
+def _tensor(array: Array) -> torch.Tensor:
+    """(b, z, y, x) to a torch (b, 1, z, y, x), without a copy."""
+    return (array if isinstance(array, torch.Tensor) else from_dlpack(array))[:, None]
+
+
+def _clock(device: torch.device) -> Callable[[], Callable[[], float]]:
+    """Start a clock; calling it stops it, and calling what comes back reads the seconds between."""
+    if device.type != "cuda":
+        start = time.perf_counter()
+
+        def stop() -> Callable[[], float]:
+            seconds = time.perf_counter() - start
+            return lambda: seconds
+
+        return stop
+    event: Any = torch.cuda.Event
+    begin, end = event(enable_timing=True), event(enable_timing=True)
+    begin.record()
+
+    def stop_event() -> Callable[[], float]:
+        end.record()
+
+        def elapsed() -> float:
+            end.synchronize()
+            return float(begin.elapsed_time(end)) / 1000
+
+        return elapsed
+
+    return stop_event
+
+
+class _Timed(Protocol):
+    @property
+    def seconds(self) -> float: ...
+
+
+Item = TypeVar("Item", bound=_Timed)
+
+
+class Prefetcher(Generic[Item]):
+    """Make the items of steps in a background thread while the network trains; the kernels release the GIL.
 
     Parameters
     ----------
-    stream : PairStream
-        Makes the batches.
+    make : callable
+        Makes the item of a step.
     steps : range
         Which ones, in order.
     depth : int
-        Batches kept ready.
+        Items kept ready.
     """
 
-    def __init__(self, stream: PairStream, steps: range, depth: int = 2) -> None:
+    def __init__(self, make: Callable[[int], Item], steps: range, depth: int = 2) -> None:
         self.waited = 0.0
         """Seconds the consumer waited."""
-        self.synthesised = 0.0
-        """Seconds of background work."""
-        self._stream, self._steps = stream, steps
-        self._ready: queue.Queue[Batch | BaseException | None] = queue.Queue(depth)
+        self._make, self._steps = make, steps
+        self._ready: queue.Queue[Item | BaseException | None] = queue.Queue(depth)
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._work, name="normnet-pairs", daemon=True)
         self._thread.start()
 
-    def __iter__(self) -> Iterator[Batch]:
-        """Yield the batches; an error of the thread is raised here."""
+    def __iter__(self) -> Iterator[Item]:
+        """Yield the items; an error of the thread is raised here."""
         while True:
             start = time.perf_counter()
             item = self._ready.get()
@@ -283,7 +313,6 @@ class Prefetcher:
                 return
             if isinstance(item, BaseException):
                 raise item
-            self.synthesised += item.seconds
             yield item
 
     def close(self) -> None:
@@ -300,7 +329,49 @@ class Prefetcher:
             for step in self._steps:
                 if self._stop.is_set():
                     return
-                self._ready.put(self._stream.batch(step))
+                self._ready.put(self._make(step))
             self._ready.put(None)
         except BaseException as error:  # handed to the consumer
             self._ready.put(error)
+
+
+class Batches:
+    """The batches of a run, made where they are made best.
+
+    Pairs of the CPU come ready from a background thread. Pairs of a CUDA device are made in line, on the
+    stream that trains; a background thread reads their slabs where the volumes are not on the device.
+
+    Parameters
+    ----------
+    stream : PairStream
+        Makes them.
+    steps : range
+        Which ones, in order.
+    """
+
+    def __init__(self, stream: PairStream, steps: range) -> None:
+        self._stream, self._steps = stream, steps
+        self._ready: Prefetcher[Any] | None = None
+        if stream.device.type == "cpu":
+            self._ready = Prefetcher(stream.batch, steps)
+        elif not stream.resident:
+            self._ready = Prefetcher(stream.slabs, steps)
+
+    @property
+    def waited(self) -> float:
+        """Seconds spent waiting for the background thread."""
+        return self._ready.waited if self._ready else 0.0
+
+    def __iter__(self) -> Iterator[Batch]:
+        """Yield the batches in order."""
+        if self._ready is None:
+            yield from (self._stream.batch(step) for step in self._steps)
+        elif self._stream.device.type == "cpu":
+            yield from self._ready
+        else:
+            yield from (self._stream.pairs(slabs) for slabs in self._ready)
+
+    def close(self) -> None:
+        """Stop the background thread, if there is one."""
+        if self._ready:
+            self._ready.close()

@@ -21,12 +21,12 @@ import numpy.typing as npt
 
 import lesionsynth as ls
 from normnet.config import PredictConfig, TrainConfig, phantom
-from normnet.data import PHANTOM_SEED
 from normnet.evaluate import CaseVolumes, Evaluation, evaluate_volumes, plain_table
 from normnet.model import load_model
 from normnet.predict import predict_volume
 from normnet.report import Report, curve, grey, lung_box, percent, png, side_by_side
 from normnet.train import CONFIG, METRICS, TrainResult, train
+from normnet.volumes import PHANTOM_SEED
 
 Array = npt.NDArray[Any]
 

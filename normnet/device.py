@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 
@@ -44,16 +45,29 @@ def available_cores() -> int:
 
 
 @contextmanager
-def cpu_settings(threads: int | None) -> Iterator[None]:
-    """Give torch its threads, all cores where `threads` is None; the caller's settings come back after.
+def cpu_settings(threads: int | None, processes: int = 1) -> Iterator[None]:
+    """Give torch its threads; the caller's settings come back after.
+
+    Where `threads` is None, the cores are shared out among the `processes` of this machine.
 
     Denormals are flushed to zero meanwhile: those of a converged network slow a CPU several times.
     """
     before = torch.get_num_threads()
-    torch.set_num_threads(threads or available_cores())
+    torch.set_num_threads(threads or max(1, available_cores() // processes))
     torch.set_flush_denormal(True)
     try:
         yield
     finally:
         torch.set_flush_denormal(False)
         torch.set_num_threads(before)
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that `device` has free; of main memory, what Linux calls available, or half of all elsewhere."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration):
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2

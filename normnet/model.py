@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import uuid
@@ -13,10 +14,12 @@ from monai.networks.nets import UNet
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
-from normnet.config import ModelConfig, from_json, to_json
+from normnet.config import ModelConfig, from_json
 
 WEIGHTS = "model.safetensors"
 """Name of the weights in a run folder."""
+HEADER = "normnet"
+"""Key of the safetensors header that holds architecture and calibration, as JSON."""
 BUNDLED = Path(__file__).parent / "weights"
 """Weights that ship with the package."""
 Calibration = dict[str, float]
@@ -41,10 +44,9 @@ def save_model(
     path: Path, model: torch.nn.Module, config: ModelConfig, calibration: Calibration | None = None
 ) -> None:
     """Write weights, architecture and calibration into one file, atomically."""
-    header = {"model": to_json(config)}
-    if calibration is not None:
-        header["calibration"] = json.dumps(calibration)
-    write_tensors(path, model.state_dict(), header)
+    header = {"model": dataclasses.asdict(config), "calibration": calibration}
+    # one key: safetensors writes several in any order, and equal models shall be equal files
+    write_tensors(path, model.state_dict(), {HEADER: json.dumps(header)})
 
 
 def load_model(path: str | os.PathLike[str]) -> torch.nn.Module:
@@ -68,9 +70,10 @@ def load_model(path: str | os.PathLike[str]) -> torch.nn.Module:
     """
     file = weights_file(Path(path))
     tensors, metadata = read_tensors(file)
-    if "model" not in metadata:
+    if HEADER not in metadata:
         raise ValueError(f"{file}: not a normnet model (its header names no architecture)")
-    config = from_json(ModelConfig, metadata["model"])
+    header = json.loads(metadata[HEADER])
+    config = from_json(ModelConfig, json.dumps(header["model"]))
     model = build_unet(config)
     try:
         model.load_state_dict(tensors)
@@ -78,7 +81,7 @@ def load_model(path: str | os.PathLike[str]) -> torch.nn.Module:
         raise ValueError(f"{file}: weights do not fit the architecture in the header: {error}") from error
     # nn.Module types every attribute as a tensor or a module
     model.config = config  # type: ignore[assignment]
-    model.calibration = json.loads(metadata.get("calibration", "null"))
+    model.calibration = header["calibration"]
     return model.eval()
 
 

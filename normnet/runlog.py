@@ -19,7 +19,17 @@ METRICS = "metrics.csv"
 class RunLog:
     """metrics.csv and TensorBoard; a resumed run drops the rows after its starting point."""
 
-    FIELDS = ("iteration", "seconds", "loss", "waiting", "synthesis", "val_loss", "val_dice", "val_auc")
+    FIELDS = (
+        "iteration",
+        "seconds",
+        "loss",
+        "waiting",
+        "synthesis",
+        "val_loss",
+        "val_dice",
+        "val_auc",
+        "calibrated",
+    )
 
     def __init__(self, output: Path, iteration: int) -> None:
         self._file = output / METRICS

@@ -4,45 +4,42 @@ Label-free: the network sees healthy CT with synthetic lesions and learns to rec
 tissue. A run folder holds ``config.json``, ``model.safetensors`` (what is used), ``best.safetensors`` (best
 on synthetic validation pairs), ``state.safetensors`` (to resume from), ``metrics.csv`` and TensorBoard
 events. Weights are replaced as a whole, so a killed run leaves none half-written.
+
+Several GPUs: ``torchrun --nproc-per-node 4 -m normnet.train ...`` shares each batch; ``--ensemble 5`` trains
+five seeds, one after another or spread over ``--devices``.
 """
 
 from __future__ import annotations
 
+import argparse
 import sys
 import time
+import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 import tyro
 from tqdm import tqdm
 
 import lesionsynth as ls
 from normnet.config import PRESETS, TrainConfig, from_json, to_json
-from normnet.data import (
-    VALIDATION_INDEX,
-    Batch,
-    PairStream,
-    Prefetcher,
-    Volume,
-    phantom_volumes,
-    split,
-    store_volumes,
-)
+from normnet.data import VALIDATION_INDEX, Batch, Batches, PairStream, ThickSlices, pair_device
 from normnet.device import choose_device, cpu_settings
-from normnet.metrics import roc_auc
+from normnet.distributed import World, join, launched_first
 from normnet.model import WEIGHTS, save_model
 from normnet.prepare.store import write_atomically
 from normnet.runlog import METRICS, RunLog
 from normnet.trainer import Trainer
+from normnet.validate import validate
+from normnet.volumes import Volume, choose_place, keep, phantom_volumes, split, store_volumes
 
 __all__ = ["BEST", "CONFIG", "METRICS", "STATE", "TrainResult", "main", "parse", "train"]
 
 CONFIG, STATE, BEST = "config.json", "state.safetensors", "best.safetensors"
-FREE = ("resume", "output", "iterations", "minutes", "device", "threads", "data")
+FREE = ("resume", "output", "iterations", "minutes", "device", "threads", "data", "cache")
 """Settings that a resumed run may change: they say how far and where, not what."""
 
 
@@ -59,13 +56,17 @@ class TrainResult:
     waiting_share: float
     """Share of the training time spent waiting for pairs."""
     synthesis_share: float
-    """Time synthesising, in the background, over the training time."""
+    """Time synthesising over the training time: in the background on a CPU, in line on CUDA."""
     validation: dict[str, float]
-    """Last scores on synthetic pairs of held-out volumes: loss, dice, auc."""
+    """Last scores on synthetic pairs of held-out volumes: val_loss, val_dice, val_auc, and the threshold of
+    the healthy probability found best there, calibrated."""
 
 
 def train(config: TrainConfig, *, progress_bar: bool = False) -> TrainResult:
     """Train a network.
+
+    Under `torchrun`, `accelerate launch`, or in an initialised `torch.distributed` group, every process calls
+    this with the same settings; together they train as one would.
 
     Parameters
     ----------
@@ -82,21 +83,37 @@ def train(config: TrainConfig, *, progress_bar: bool = False) -> TrainResult:
     ------
     ValueError
         `output` holds a run and `resume` is off, or `resume` is on and it holds none or one with other
-        settings; the data set has too few volumes; CUDA is asked for where there is none.
+        settings; the data set has too few volumes; a batch does not divide among the processes; CUDA is asked
+        for where there is none.
+    FloatingPointError
+        The loss became NaN or infinite.
     """
-    device = choose_device(config.device)
-    _claim(config)
-    with cpu_settings(config.threads):
-        return _train(config, device, progress_bar)
+    with join(config.device) as world:
+        device = choose_device(config.device)
+        if world.size > 1 and device.type == "cuda":
+            device = torch.device("cuda", world.local_rank)
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        share = world.size * config.accumulate
+        if config.batch_size % share:
+            raise ValueError(
+                f"batch_size must be a multiple of processes x accumulate, {world.size} x "
+                f"{config.accumulate}, got {config.batch_size}"
+            )
+        refused = world.agree(_refusal(config) if world.leads else None)
+        if refused:
+            raise ValueError(refused)
+        with cpu_settings(config.threads, world.local_size):
+            return _train(config, device, world, progress_bar and world.leads)
 
 
-def _train(config: TrainConfig, device: torch.device, progress_bar: bool) -> TrainResult:
-    training, validation = _volumes(config)
-    trainer = Trainer(config, device)
-    if config.resume:
+def _train(config: TrainConfig, device: torch.device, world: World, progress_bar: bool) -> TrainResult:
+    training, validation = _volumes(config, device, world)
+    trainer = Trainer(config, device, world)
+    if config.resume and (config.output / STATE).exists():  # killed before its first save it starts anew
         trainer.restore(config.output / STATE)
-    stream, checks = _streams(config, training, validation)
-    log = RunLog(config.output, trainer.progress.iteration)
+    stream, checks = _streams(config, training, validation, device, world)
+    log = RunLog(config.output, trainer.progress.iteration) if world.leads else None
     scores = _loop(config, trainer, stream, checks, log, progress_bar)
     done = trainer.progress
     time_spent = max(done.seconds, 1e-9)
@@ -115,13 +132,13 @@ def _loop(
     trainer: Trainer,
     stream: PairStream,
     checks: list[Batch],
-    log: RunLog,
+    log: RunLog | None,
     progress_bar: bool,
 ) -> dict[str, float]:
-    progress = trainer.progress
+    progress, world = trainer.progress, trainer.world
     before = replace(progress)
     limit = None if config.minutes is None else 60.0 * config.minutes
-    batches = Prefetcher(stream, range(progress.iteration, config.iterations))
+    batches = Batches(stream, range(progress.iteration, config.iterations))
     counts = (config.iterations, progress.iteration, "it")
     total, initial, unit = counts if limit is None else (round(limit), round(progress.seconds), "s")
     bar = tqdm(
@@ -137,98 +154,129 @@ def _loop(
     try:
         start = time.perf_counter()
         for batch in batches:
-            if limit is not None and progress.seconds >= limit:
+            if limit is not None and world.agree(progress.seconds >= limit):
                 break
             loss = trainer.step(batch)
             progress.waited = before.waited + batches.waited
-            progress.synthesised = before.synthesised + batches.synthesised
+            progress.synthesised += batch.seconds
             now = time.perf_counter()
             bar.update(1 if limit is None else round(progress.seconds + now - start) - bar.n)
             progress.seconds += now - start
-            log.step(progress, loss)
+            if log:
+                log.step(progress, loss)
             wait = f"{progress.waited / progress.seconds:.0%}"
             bar.set_postfix(refresh=False, loss=f"{loss:.3f}", it=progress.iteration, wait=wait, **scores)
             if config.validate_every and progress.iteration % config.validate_every == 0:
                 scores, validated = _validate(config, trainer, checks, log), progress.iteration
-            if progress.iteration % config.checkpoint_every == 0:
+            if log and progress.iteration % config.checkpoint_every == 0:
                 _save(config, trainer)
             start = time.perf_counter()
         if validated != progress.iteration:
             scores = _validate(config, trainer, checks, log)
-        _save(config, trainer)
+        if log:
+            _save(config, trainer)
     finally:
         batches.close()
         bar.close()
-        log.close()
+        if log:
+            log.close()
+    world.agree(None)  # nobody returns before the files are there
     return scores
 
 
-def _validate(config: TrainConfig, trainer: Trainer, checks: list[Batch], log: RunLog) -> dict[str, float]:
-    """Scores of the averaged network on synthetic pairs of held-out volumes, over bright voxels (A >= τ)."""
-    tau = ls.threshold()
-    losses, healthy, diseased = [], [], []
-    for batch in checks:
-        probability, loss = trainer.probability(batch)
-        bright = batch.image >= tau
-        losses.append(loss)
-        healthy.append(probability[bright & ~batch.lesions].numpy())
-        diseased.append(probability[bright & batch.lesions].numpy())
-    if not losses:
+def _validate(
+    config: TrainConfig, trainer: Trainer, checks: list[Batch], log: RunLog | None
+) -> dict[str, float]:
+    """Score on synthetic pairs of held-out volumes, and keep the best network."""
+    if not log:
         return {}
-    well, ill = np.concatenate(healthy), np.concatenate(diseased)
-    auc = roc_auc(well, ill)
-    hit = float((well > 0.5).sum())
-    dice = 2 * hit / max(hit + float((ill > 0.5).sum()) + len(well), 1.0)
-    scores = {"val_loss": float(np.mean(losses)), "val_dice": dice, "val_auc": auc}
+    scores, calibration = validate(trainer, checks, ls.threshold(config.threshold_hu))
+    if not scores:
+        return {}
+    trainer.progress.calibration = calibration
+    if calibration:
+        scores["calibrated"] = calibration["probability"]
     log.scores(trainer.progress, scores)
-    if auc > trainer.progress.best_auc:
-        trainer.progress.best_auc = auc
-        save_model(config.output / BEST, trainer.average, config.model)
+    if not scores["val_auc"] <= trainer.progress.best_auc:  # NaN, without bright healthy tissue: the last
+        trainer.progress.best_auc = scores["val_auc"]
+        save_model(config.output / BEST, trainer.average, config.model, calibration)
     return {k: round(v, 4) for k, v in scores.items()}
 
 
 def _save(config: TrainConfig, trainer: Trainer) -> None:
-    save_model(config.output / WEIGHTS, trainer.average, config.model)
+    save_model(config.output / WEIGHTS, trainer.average, config.model, trainer.progress.calibration)
     trainer.save(config.output / STATE)
 
 
-def _claim(config: TrainConfig) -> None:
-    """Take the run folder, or refuse what is in it."""
+def _refusal(config: TrainConfig) -> str | None:
+    """Take the run folder, or say what is wrong with it."""
     file = config.output / CONFIG
-    if config.resume:
-        if not (config.output / STATE).exists():
-            raise ValueError(f"resume: {config.output} holds no state to continue from ({STATE} is missing)")
+    if not config.resume:
+        if file.exists():
+            return f"output: {config.output} already holds a run; resume it, or name another folder"
+        try:
+            config.output.mkdir(parents=True, exist_ok=True)
+            write_atomically(file, to_json(config))
+        except OSError as error:
+            return f"output: cannot write {config.output}: {error}"
+        return None
+    if not file.exists():
+        return f"resume: {config.output} holds no state to continue from ({CONFIG} is missing)"
+    try:
         stored = from_json(TrainConfig, file.read_text())
-        free: dict[str, Any] = {name: getattr(config, name) for name in FREE}
-        if replace(stored, **free) != config:
-            raise ValueError(
-                f"resume: the settings differ from those in {file}; give the same ones, or a new output"
-            )
-        return
-    if file.exists():
-        raise ValueError(f"output: {config.output} already holds a run; resume it, or name another folder")
-    config.output.mkdir(parents=True, exist_ok=True)
-    write_atomically(file, to_json(config))
+    except (OSError, ValueError) as error:
+        return f"resume: {file}: {error}"
+    free: dict[str, Any] = {name: getattr(config, name) for name in FREE}
+    if replace(stored, **free) != config:
+        return f"resume: the settings differ from those in {file}; give the same ones, or a new output"
+    return None
 
 
-def _volumes(config: TrainConfig) -> tuple[list[Volume], list[Volume]]:
+def _volumes(config: TrainConfig, device: torch.device, world: World) -> tuple[list[Volume], list[Volume]]:
     if config.data is None:
         count = config.phantoms + config.held_out
         volumes = phantom_volumes(count, config.seed, config.phantom_shape, config.phantom_spacing)
     else:
         volumes = store_volumes(config.data)
-    return split(volumes, config.held_out, config.slab)
+    training, validation = split(volumes, config.held_out, config.slab)
+    pairs = pair_device(device)
+    if pairs.type != device.type and device.type == "cuda":
+        warnings.warn(
+            "pairs are synthesised on the CPU: CuPy is not installed (pip install 'lesionsynth[cuda13]')",
+            stacklevel=1,
+        )
+    place = choose_place(volumes, config.cache, pairs, processes=world.local_size)
+    return keep(training, place, pairs), validation
 
 
 def _streams(
-    config: TrainConfig, training: Sequence[Volume], validation: Sequence[Volume]
+    config: TrainConfig,
+    training: Sequence[Volume],
+    validation: Sequence[Volume],
+    device: torch.device,
+    world: World,
 ) -> tuple[PairStream, list[Batch]]:
     """Return the training stream and the fixed validation batches."""
-    # One thread: synthesis runs beside the network, which has the others.
-    synthesizer = ls.LesionSynthesizer(ls.presets.get(config.lesions), seed=config.seed, threads=1)
-    common: dict[str, Any] = {"slab": config.slab, "crop": config.crop, "multiple": config.model.multiple}
-    stream = PairStream(training, synthesizer, batch_size=config.batch_size, mirror=config.mirror, **common)
-    if not validation:
+    lesions = replace(ls.presets.get(config.lesions), hu_threshold=config.threshold_hu)
+    # One thread: on a CPU synthesis runs beside the network, which has the others.
+    synthesizer = ls.LesionSynthesizer(lesions, seed=config.seed, threads=1)
+    common: dict[str, Any] = {
+        "slab": config.slab,
+        "crop": config.crop,
+        "multiple": config.model.multiple,
+        "thick": ThickSlices(config.thick_slices, config.thick_mm),
+        "device": pair_device(device),
+    }
+    stream = PairStream(
+        training,
+        synthesizer,
+        batch_size=config.batch_size,
+        mirror=config.mirror,
+        rank=world.rank,
+        processes=world.size,
+        **common,
+    )
+    if not validation or not world.leads:
         return stream, []
     held = PairStream(
         validation, synthesizer, batch_size=1, largest=stream.largest, first_index=VALIDATION_INDEX, **common
@@ -236,41 +284,83 @@ def _streams(
     return stream, [held.batch(k) for k in range(config.validation_pairs)]
 
 
-def parse(argv: Sequence[str]) -> TrainConfig:
-    """Read the command line: ``--preset`` names the defaults that the other flags change."""
-    arguments = list(argv)
-    data_given = any(a == "--data" or a.startswith("--data=") for a in arguments)
-    name = "laptop" if data_given else "phantom"
-    for k, argument in enumerate(arguments):
-        if argument == "--preset" or argument.startswith("--preset="):
-            inline = argument.partition("=")[2]
-            name = inline or (arguments[k + 1] if k + 1 < len(arguments) else "")
-            del arguments[k : k + (1 if inline else 2)]
-            break
+@dataclass(frozen=True, kw_only=True)
+class TrainArgs(TrainConfig):
+    """Settings of the command line."""
+
+    preset: str | None = None
+    """paper, laptop or phantom: the defaults below; phantom without --data, laptop with it."""
+    config: Path | None = None
+    """JSON as a run writes it (config.json): the defaults below, in place of a preset."""
+    ensemble: int = 1
+    """Train so many seeds, from `seed` up, in folders seed<k> of output; the paper votes with 5 (IV-B.3)."""
+    devices: tuple[str, ...] = ()
+    """Devices that the members of an ensemble are spread over, such as cuda:0 cuda:1; one after another on
+    `device` where omitted."""
+
+
+class Command(NamedTuple):
+    """What a command line asks for."""
+
+    config: TrainConfig
+    """Settings of the run, or of the first member."""
+    ensemble: int
+    """Members."""
+    devices: tuple[str, ...]
+    """Where they train."""
+
+
+def parse(argv: Sequence[str]) -> Command:
+    """Read the command line: ``--preset`` or ``--config`` gives the defaults that the other flags change.
+
+    Raises
+    ------
+    ValueError
+        Both are given, the preset is unknown, or the file holds no such settings.
+    """
+    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for flag in ("--preset", "--config", "--data"):
+        early.add_argument(flag)
+    first, _ = early.parse_known_args(list(argv))
+    if first.preset and first.config:
+        raise ValueError(f"preset and config exclude each other, got {first.preset} and {first.config}")
+    name = first.preset or ("laptop" if first.data else "phantom")
     if name not in PRESETS:
         raise ValueError(f"preset must be one of {', '.join(PRESETS)}, got {name!r}")
-    description = (
-        f"{__doc__}\n\n--preset {{{','.join(PRESETS)}}} chooses the defaults below (here: {name}); "
-        "phantom without --data, laptop with it."
-    )
-    return tyro.cli(
-        TrainConfig, args=arguments, default=PRESETS[name](), prog="normnet.train", description=description
-    )
+    base = PRESETS[name]()
+    if first.config:
+        try:
+            base = from_json(TrainConfig, Path(first.config).read_text())
+        except (OSError, ValueError) as error:
+            raise ValueError(f"config: {first.config}: {error}") from error
+    given = {f.name: getattr(base, f.name) for f in fields(base)}
+    default = TrainArgs(**given, preset=None if first.config else name)
+    args = tyro.cli(TrainArgs, args=list(argv), default=default, prog="normnet.train", description=__doc__)
+    config = TrainConfig(**{f.name: getattr(args, f.name) for f in fields(TrainConfig)})
+    return Command(config, args.ensemble, args.devices)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; 0 when done, 2 for bad input."""
+    """Run the command; 0 when done, 1 when training failed on the way, 2 for bad input."""
+    from normnet.ensemble import train_ensemble
+
     try:
-        result = train(parse(sys.argv[1:] if argv is None else argv), progress_bar=True)
+        config, members, devices = parse(sys.argv[1:] if argv is None else argv)
+        if members == 1 and not devices:
+            results = [train(config, progress_bar=True)]
+        else:
+            results = train_ensemble(config, members, devices, progress_bar=True)
     except ValueError as error:
         print(f"normnet.train: {error}", file=sys.stderr)
         return 2
-    shown = ", ".join(f"{k} {v:.4f}" for k, v in result.validation.items())
-    print(f"{result.iterations} iterations in {result.seconds:.0f} s; {shown}")
-    print(
-        f"{result.waiting_share:.1%} of it waiting for pairs, {result.synthesis_share:.1%} making them beside"
-    )
-    print(f"weights: {result.output / WEIGHTS}")
+    except (FloatingPointError, OSError) as error:
+        print(f"normnet.train: {error}", file=sys.stderr)
+        return 1
+    for result in results if launched_first() else []:
+        shown = ", ".join(f"{k} {v:.4f}" for k, v in result.validation.items())
+        print(f"{result.iterations} iterations in {result.seconds:.0f} s; {shown}")
+        print(f"{result.waiting_share:.1%} of it waiting for pairs, {result.synthesis_share:.1%} making them")
+        print(f"weights: {result.output / WEIGHTS}")
     return 0
 
 

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from monai.losses import DiceCELoss
+from torch.nn.parallel import DistributedDataParallel
 
 from normnet.config import TrainConfig
 from normnet.data import Batch
 from normnet.device import use_bf16
-from normnet.model import build_unet, read_tensors, write_tensors
+from normnet.distributed import ALONE, World, dice_ce, global_norms
+from normnet.model import Calibration, build_unet, read_tensors, write_tensors
 
 WARM_UP = 20
 """The average follows the weights closely at first: its decay is min(average, (1 + n) / (WARM_UP + n))."""
@@ -27,44 +30,69 @@ class Progress:
     waited: float = 0.0
     synthesised: float = 0.0
     best_auc: float = -1.0
+    calibration: Calibration | None = None
 
 
 class Trainer:
-    """Network, optimiser, running average and counters; saved and restored as one file."""
+    """Network, optimiser, running average and counters; saved and restored as one file.
 
-    def __init__(self, config: TrainConfig, device: torch.device) -> None:
+    Parameters
+    ----------
+    config : TrainConfig
+        Settings.
+    device : torch.device
+        Where to train.
+    world : World
+        The processes that train together.
+    """
+
+    def __init__(self, config: TrainConfig, device: torch.device, world: World = ALONE) -> None:
         torch.manual_seed(config.seed)
-        self.config, self.device = config, device
+        self.config, self.device, self.world = config, device, world
         self.bf16 = use_bf16(config.precision, device)
-        self.model = build_unet(config.model).to(device)
+        self.model = global_norms(build_unet(config.model).to(device), world)
         if self.bf16:  # the layout bf16 convolutions are fastest in
             self.model = self.model.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
         self.average = build_unet(config.model).to(device).requires_grad_(False)
         self.average.load_state_dict(self.model.state_dict())
         self.optimizer = torch.optim.Adam(self.model.parameters(), lr=config.learning_rate)
-        # One Dice over the batch: a crop may hold next to no healthy bright tissue, where Dice is noise.
-        self.loss = DiceCELoss(sigmoid=True, batch=True)
+        self._shared: torch.nn.Module = self.model
+        if world.size > 1:  # its statistics are global already: nothing to broadcast
+            self._shared = DistributedDataParallel(self.model, broadcast_buffers=False)
         self.progress = Progress()
 
     def step(self, batch: Batch) -> float:
-        """Train on one batch; return the loss."""
+        """Train on one batch, in parts where so configured; return the loss.
+
+        Raises
+        ------
+        FloatingPointError
+            The loss is not finite; the weights are those of the step before.
+        """
         self.model.train()
-        loss = self._loss(self.model, batch)
         self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
+        parts, total = self.config.accumulate, 0.0
+        for number in range(parts):
+            loss = self._backward(*batch.part(number, parts), last=number == parts - 1)
+            total += loss / parts
+        if not math.isfinite(total):
+            raise FloatingPointError(
+                f"the loss became {total} at iteration {self.progress.iteration + 1}: lower learning_rate "
+                f"({self.config.learning_rate}), or compute in fp32 (precision {self.config.precision!r})"
+            )
         self.optimizer.step()
         self._follow()
         self.progress.iteration += 1
-        return loss.item()
+        return total
 
     @torch.inference_mode()
     def probability(self, batch: Batch) -> tuple[torch.Tensor, float]:
         """Healthy probability of a batch by the averaged network, and its loss."""
         self.average.eval()
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
-            logits = self.average(batch.image.to(self.device))
-        loss = self.loss(logits.float(), batch.target.to(self.device).float())
-        return torch.sigmoid(logits.float()).cpu(), loss.item()
+            logits = self.average(batch.image.to(self.device)).float()
+        loss = dice_ce(logits, batch.target.to(self.device))
+        return torch.sigmoid(logits).cpu(), loss.item()
 
     def save(self, path: Path) -> None:
         """Write everything a resumed run needs."""
@@ -90,12 +118,16 @@ class Trainer:
         self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": state})
         self.progress = Progress(**json.loads(metadata["progress"]))
 
-    def _loss(self, model: torch.nn.Module, batch: Batch) -> torch.Tensor:
-        image = batch.image.to(self.device, non_blocking=True)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
-            logits = model(image)
-        loss: torch.Tensor = self.loss(logits.float(), batch.target.to(self.device).float())
-        return loss
+    def _backward(self, image: torch.Tensor, target: torch.Tensor, *, last: bool) -> float:
+        """Add a part's gradients; processes exchange them with the last part alone."""
+        alone = contextlib.nullcontext()
+        shared = self._shared
+        with shared.no_sync() if isinstance(shared, DistributedDataParallel) and not last else alone:
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
+                logits = shared(image.to(self.device, non_blocking=True))
+            loss = dice_ce(logits, target.to(self.device, non_blocking=True), self.world)
+            (loss / self.config.accumulate).backward()  # type: ignore[no-untyped-call]
+        return loss.item()
 
     @torch.no_grad()
     def _follow(self) -> None:

@@ -15,7 +15,7 @@ pytest.importorskip("monai")
 import torch
 
 import lesionsynth as ls
-from normnet import data, device, train
+from normnet import data, device, train, trainer, validate, volumes
 from normnet.config import (
     PRESETS,
     ModelConfig,
@@ -53,6 +53,7 @@ class Segments:
 
     name = "segments"
     segments = [(0, 10), (14, 24)]  # noqa: RUF012
+    spacing = (1.0, 0.8, 0.8)
 
     def __init__(self) -> None:
         rng = np.random.default_rng(0)
@@ -61,6 +62,7 @@ class Segments:
         self.mask[10:14] = False
         self.hu = np.where(self.mask, rng.integers(-900, 0, self.mask.shape), -1000).astype(np.int16)
         self.mask_counts = self.mask.sum(axis=(1, 2))
+        self.shape = self.mask.shape
 
     def slab(self, z0: int, z1: int) -> tuple[np.ndarray, np.ndarray]:
         return self.hu[z0:z1], self.mask[z0:z1]
@@ -100,8 +102,126 @@ def test_training_lowers_the_loss_and_reports_its_shares(tmp_path):
     assert result.iterations == 30
     assert 0 <= result.waiting_share <= 1
     assert result.synthesis_share > 0
-    assert {"val_loss", "val_dice", "val_auc"} == result.validation.keys()
+    assert {"val_loss", "val_dice", "val_auc", "calibrated"} == result.validation.keys()
     assert any(f.name.startswith("events.") for f in (tmp_path / "run").iterdir())
+
+
+def test_parts_of_a_batch_add_up(tmp_path):
+    """With instance norm and one crop a part, gradients of parts are those of the parts' mean loss."""
+    model = replace(TINY.model, norm="instance")
+    whole, parts = (
+        trainer.Trainer(replace(TINY, model=model, accumulate=n), torch.device("cpu")) for n in (1, 2)
+    )
+    batch = stream().batch(0)
+    total = parts.step(batch)
+    halves = [replace_batch(batch, k) for k in (0, 1)]
+    losses = [whole._backward(half.image, half.target, last=True) for half in halves]
+    assert total == pytest.approx(np.mean(losses), rel=1e-6)
+    for one, other in zip(whole.model.parameters(), parts.model.parameters(), strict=True):
+        assert torch.allclose(one.grad / 2, other.grad, rtol=1e-4, atol=1e-7)
+
+
+def replace_batch(batch: data.Batch, item: int) -> data.Batch:
+    return replace(batch, image=batch.image[item : item + 1], target=batch.target[item : item + 1])
+
+
+def test_a_loss_that_is_not_finite_ends_the_run(tmp_path, capsys, monkeypatch):
+    broken = stream().batch(0)
+    broken.image[0] = float("nan")
+    monkeypatch.setattr(data.PairStream, "batch", lambda self, step: broken)
+    monkeypatch.setattr(train, "PairStream", data.PairStream)
+    config = replace(TINY, output=tmp_path / "run", held_out=0)
+    with pytest.raises(FloatingPointError, match="the loss became nan at iteration 1: lower learning_rate"):
+        train.train(config)
+    assert not (tmp_path / "run/model.safetensors").exists()
+    file = tmp_path / "config.json"
+    file.write_text(to_json(replace(config, output=tmp_path / "other")))
+    assert train.main(["--config", str(file)]) == 1
+    assert "the loss became nan" in capsys.readouterr().err
+
+
+def test_the_threshold_that_pairs_calibrate(tmp_path):
+    rng = np.random.default_rng(0)
+    well, ill = rng.beta(5, 2, 4000).astype(np.float32), rng.beta(2, 5, 1000).astype(np.float32)
+    found = validate.calibrate(well, ill)
+    dice = []
+    for k in range(1, 100):
+        called_well, called_ill = (p <= np.float32(k / 100) for p in (well, ill))
+        both = called_ill.sum()
+        dice.append(2 * both / (called_well.sum() + both + len(ill)))
+    assert found == {
+        "probability": pytest.approx((np.argmax(dice) + 1) / 100),
+        "dice": pytest.approx(max(dice)),
+    }
+    assert validate.calibrate(well, ill[:0]) is None
+    train.train(replace(TINY, output=tmp_path / "run"))
+    rows = list(csv.DictReader((tmp_path / "run/metrics.csv").read_text().splitlines()))
+    calibrated = load_model(tmp_path / "run").calibration["probability"]
+    assert float(rows[-1]["calibrated"]) == calibrated
+    assert load_model(tmp_path / "run/best.safetensors").calibration is not None
+
+
+def test_the_threshold_in_hu_moves_target_and_generator():
+    low, high = (
+        data.PairStream(
+            [Segments()],
+            ls.LesionSynthesizer(replace(ls.presets.covid_lung(), hu_threshold=hu), seed=0, threads=1),
+            batch_size=16,
+            slab=8,
+            crop=24,
+            multiple=8,
+        ).batch(0)
+        for hu in (-600.0, -400.0)
+    )
+    assert (low.target | ~high.target).all()
+    assert low.target.sum() > high.target.sum()
+
+
+def test_thick_slices_come_in_the_share_asked_for():
+    none = stream(batch_size=24).batch(0)
+    half = stream(batch_size=24, thick=data.ThickSlices(0.5, (4.0, 6.0))).batch(0)
+    changed = [not torch.equal(a, b) for a, b in zip(none.image, half.image, strict=True)]
+    assert 6 <= sum(changed) <= 18  # binomial of 24 at 0.5, all but 0.7 %
+    for k, thick in enumerate(changed):
+        if not thick:
+            assert torch.equal(none.target[k], half.target[k])
+            assert torch.equal(none.lesions[k], half.lesions[k])
+        else:  # neighbouring slices of a thick one differ less
+            steps = [b.image[k, 0].diff(dim=0).abs().sum() for b in (none, half)]
+            assert steps[1] < steps[0]
+    assert not (half.target & half.lesions).any()
+
+
+def test_where_volumes_are_kept(monkeypatch):
+    cpu = torch.device("cpu")
+    volume = Segments()
+    size = volumes.VOXEL_BYTES * volume.hu.size
+    free = {"cuda": 3 * size, "cpu": 3 * size}
+    monkeypatch.setattr(volumes, "free_memory", lambda device: free[device.type])
+    cuda = torch.device("cuda")
+    assert volumes.choose_place([volume], "auto", cuda) == "device"
+    assert volumes.choose_place([volume] * 2, "auto", cuda) == "disk"
+    assert volumes.choose_place([volume] * 2, "device", cuda) == "device"
+    free["cpu"] = 9 * size
+    assert volumes.choose_place([volume] * 2, "auto", cuda) == "memory"
+    assert volumes.choose_place([volume] * 2, "auto", cpu, processes=4) == "disk"
+    assert volumes.choose_place([volume], "memory", cuda) == "memory"
+    assert volumes.choose_place([volume], "disk", cpu) == "disk"
+    assert volumes.choose_place([volume] * 9, "device", cpu) == "memory"
+
+
+@pytest.mark.parametrize("place", ["device", "memory", "disk"])
+def test_kept_volumes_give_the_same_batches(place):
+    cpu = torch.device("cpu")
+    kept = volumes.keep([Segments()], place, cpu)
+    synthesizer = ls.LesionSynthesizer(ls.presets.covid_lung(), seed=0, threads=1)
+    thick = data.ThickSlices(0.5)
+    settings = {"batch_size": 4, "slab": 8, "crop": 24, "multiple": 8, "mirror": True, "thick": thick}
+    batch = data.PairStream(kept, synthesizer, **settings).batch(2)
+    expected = data.PairStream([Segments()], synthesizer, **settings).batch(2)
+    # thick slices are sums of floats, which torch and NumPy take in different orders
+    assert torch.allclose(batch.image, expected.image, atol=1e-5)
+    assert float((batch.target != expected.target).float().mean()) < 1e-3
 
 
 def test_average_zero_saves_the_last_weights(tmp_path):
@@ -142,17 +262,17 @@ def test_a_pair_is_that_of_the_synthesizer():
     volume = Segments()
     batch = stream(batch_size=1, crop=None).batch(5)
     candidates = []
-    for z in data.slab_starts(volume, 8):
+    for z in volumes.slab_starts(volume, 8):
         hu, mask = volume.slab(z, z + 8)
         healthy = ls.window_hu(hu) * mask
         synth = ls.LesionSynthesizer(ls.presets.covid_lung(), seed=0)
-        share = mask.sum() / data.largest_slab([volume], 8)
+        share = mask.sum() / volumes.largest_slab([volume], 8)
         candidates.append(synth(healthy, mask, index=5, lung_fraction=min(1.0, float(share))).image)
     assert any(np.array_equal(batch.image[0, 0].numpy(), c) for c in candidates)
 
 
 def test_slabs_stay_inside_segments():
-    assert data.slab_starts(Segments(), 8) == [0, 1, 2, 14, 15, 16]
+    assert volumes.slab_starts(Segments(), 8) == [0, 1, 2, 14, 15, 16]
 
 
 def test_crops_hold_lung_and_mirroring_flips_half():
@@ -167,7 +287,7 @@ def test_crops_hold_lung_and_mirroring_flips_half():
 def test_an_error_of_the_background_thread_is_raised():
     broken = stream()
     broken._choices = []
-    batches = data.Prefetcher(broken, range(3))
+    batches = data.Prefetcher(broken.batch, range(3))
     with pytest.raises(IndexError):
         next(iter(batches))
     batches.close()
@@ -176,13 +296,13 @@ def test_an_error_of_the_background_thread_is_raised():
 def test_held_out_volumes_are_the_smallest():
     small, large = Segments(), Segments()
     small.segments, small.name = [(0, 9)], "small"
-    training, validation = data.split([small, large], 1, 8)
+    training, validation = volumes.split([small, large], 1, 8)
     assert [v.name for v in training] == ["segments"]
     assert [v.name for v in validation] == ["small"]
     with pytest.raises(
         ValueError, match=r"more than held_out=2 volumes with 8 usable slices in a row, got 2 of 2"
     ):
-        data.split([small, large], 2, 8)
+        volumes.split([small, large], 2, 8)
 
 
 def test_a_run_is_not_overwritten(tmp_path):
@@ -235,6 +355,11 @@ def test_the_paper_s_values_are_the_defaults():
         ({"slab": 31}, r"slab must be a multiple of 16"),
         ({"crop": 100}, r"crop must be a multiple of 16"),
         ({"lesions": "none"}, "lesions must be one of .*covid_lung.*, got none"),
+        ({"accumulate": 3}, "batch_size must be a multiple of accumulate=3, got 8"),
+        ({"thick_slices": 1.5}, r"thick_slices must be in \[0, 1\], got 1.5"),
+        ({"thick_mm": (8.0, 3.0)}, r"thick_mm must be two lengths > 0, the smaller first, got \(8.0, 3.0\)"),
+        ({"cache": "tape"}, "cache must be one of auto, device, memory, disk, got tape"),
+        ({"threshold_hu": 200.0}, "threshold_hu must be between -800 and 100 HU, got 200.0"),
         ({"seed": -1}, r"seed must be in \[0, 2\*\*32\), got -1"),
     ],
 )
@@ -253,12 +378,13 @@ def test_bad_json():
 
 
 def test_command_line(tmp_path, capsys):
-    config = train.parse(
+    command = train.parse(
         ["--preset", "paper", "--seed", "3", "--model.channels", "8", "16", "--model.strides", "2"]
     )
-    assert config == replace(TrainConfig(), seed=3, model=ModelConfig(channels=(8, 16), strides=(2,)))
-    assert train.parse([]) == PRESETS["phantom"]()
-    assert train.parse(["--data", "x"]).crop == PRESETS["laptop"]().crop
+    assert command.ensemble == 1
+    assert command.config == replace(TrainConfig(), seed=3, model=ModelConfig(channels=(8, 16), strides=(2,)))
+    assert train.parse([]).config == PRESETS["phantom"]()
+    assert train.parse(["--data", "x"]).config.crop == PRESETS["laptop"]().crop
     assert train.main(["--preset=nothing"]) == 2
     assert "preset must be one of paper, laptop, phantom, got 'nothing'" in capsys.readouterr().err
     assert train.main(["--data", str(tmp_path / "nowhere"), "--output", str(tmp_path / "o")]) == 2

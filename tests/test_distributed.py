@@ -1,0 +1,158 @@
+"""Several processes train as one would; the loss is MONAI's; ensembles are their members."""
+
+from __future__ import annotations
+
+import csv
+import os
+import subprocess
+import sys
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+pytest.importorskip("torch")
+pytest.importorskip("monai")
+
+import torch
+from monai.losses import DiceCELoss
+
+import lesionsynth as ls
+from normnet import data, train
+from normnet.config import to_json
+from normnet.distributed import ALONE, GlobalBatchNorm, World, dice_ce, global_norms
+from normnet.ensemble import train_ensemble
+from normnet.model import build_unet, read_tensors
+from tests.test_train import TINY, Segments, losses, weights
+
+FOUR = replace(TINY, batch_size=4, iterations=5, learning_rate=3e-3, validate_every=0, checkpoint_every=5)
+
+
+def launch(config, folder, *extra: str) -> subprocess.CompletedProcess[str]:
+    """Train in two processes that find each other as under any launcher of PyTorch."""
+    file = folder / "settings.json"
+    file.write_text(to_json(config))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += ["-m", "normnet.train", "--config", str(file), *extra]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "default"}
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
+
+
+def test_two_processes_train_as_one(tmp_path):
+    train.train(replace(FOUR, output=tmp_path / "one"))
+    done = launch(replace(FOUR, output=tmp_path / "two"), tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("weights:") == 1  # one of them talks
+    one, two = (np.array([float(v) for _, v in losses(tmp_path / n)]) for n in ("one", "two"))
+    assert len(one) == FOUR.iterations
+    assert one[0] - one[-1] > 0.01  # it learns at all
+    # the sums run in another order, and metrics.csv keeps five digits
+    assert np.allclose(one, two, rtol=1e-4)
+    one, two = (read_tensors(tmp_path / n / "model.safetensors")[0] for n in ("one", "two"))
+    # a bias before batch normalisation has no gradient but rounding, which Adam makes a step of; the running
+    # mean goes with it
+    compared = [name for name in one if not name.endswith(("conv.bias", "running_mean"))]
+    assert len(compared) > 10
+    for name in compared:
+        # Adam divides by the root of tiny squares: a rounded gradient moves a weight by less than a step
+        assert torch.allclose(one[name].float(), two[name].float(), atol=0.3 * FOUR.learning_rate), name
+
+
+def test_processes_refuse_together(tmp_path):
+    done = launch(replace(FOUR, batch_size=3, output=tmp_path / "run"), tmp_path)
+    assert done.returncode != 0
+    assert "batch_size must be a multiple of processes x accumulate, 2 x 1, got 3" in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_processes_share_a_batch():
+    synthesizer = ls.LesionSynthesizer(ls.presets.covid_lung(), seed=0, threads=1)
+    common = {"batch_size": 4, "slab": 8, "crop": 24, "multiple": 8}
+    whole = data.PairStream([Segments()], synthesizer, **common).batch(3)
+    halves = [
+        data.PairStream([Segments()], synthesizer, rank=r, processes=2, **common).batch(3) for r in (0, 1)
+    ]
+    assert torch.equal(torch.cat([h.image for h in halves]), whole.image)
+    assert torch.equal(torch.cat([h.target for h in halves]), whole.target)
+
+
+@pytest.mark.parametrize("empty", [False, True])
+def test_the_loss_is_monai_s(empty):
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(3, 1, 4, 6, 6, generator=generator, requires_grad=True)
+    target = torch.rand(3, 1, 4, 6, 6, generator=generator) > (1.0 if empty else 0.8)
+    own = dice_ce(logits, target)
+    monai = DiceCELoss(sigmoid=True, batch=True)(logits, target.float())
+    assert own.item() == pytest.approx(monai.item(), rel=1e-6)  # float32
+    ours, theirs = (torch.autograd.grad(v, logits)[0] for v in (own, monai))
+    assert torch.allclose(ours, theirs, atol=1e-8, rtol=1e-4)
+
+
+def test_norms_over_processes_keep_names_and_values():
+    torch.manual_seed(0)
+    plain = build_unet(TINY.model)
+    shared = global_norms(build_unet(TINY.model), World(0, 2))
+    assert list(shared.state_dict()) == list(plain.state_dict())
+    norms = [m for m in shared.modules() if isinstance(m, GlobalBatchNorm)]
+    assert len(norms) == sum(isinstance(m, torch.nn.BatchNorm3d) for m in plain.modules()) > 0
+    assert global_norms(plain, ALONE) is plain
+    assert not any(isinstance(m, GlobalBatchNorm) for m in plain.modules())
+
+
+class TwoEqual(World):
+    """A world of two processes with the same part: every sum is twice this one's."""
+
+    def sum(self, tensor: torch.Tensor) -> torch.Tensor:
+        return 2 * tensor
+
+
+def test_norms_over_processes_are_those_of_all_their_parts():
+    torch.manual_seed(0)
+    x = torch.randn(2, 3, 4, 5, 6)
+    norm, plain = GlobalBatchNorm(3), torch.nn.BatchNorm3d(3)
+    norm.world = TwoEqual(0, 2)
+    assert torch.allclose(norm(x), plain(torch.cat([x, x]))[:2], atol=1e-5)
+    assert torch.allclose(norm.running_var, plain.running_var, rtol=1e-5)
+    assert torch.allclose(norm.running_mean, plain.running_mean, atol=1e-6)
+    assert int(norm.num_batches_tracked) == 1
+
+
+def test_an_ensemble_is_its_members(tmp_path):
+    short = replace(TINY, iterations=2, validate_every=0)
+    train.train(replace(short, seed=1, output=tmp_path / "alone"))
+    results = train_ensemble(replace(short, output=tmp_path / "row"), 2)
+    assert [r.output.name for r in results] == ["seed0", "seed1"]
+    assert weights(tmp_path / "row/seed1") == weights(tmp_path / "alone")
+    assert weights(tmp_path / "row/seed0") != weights(tmp_path / "alone")
+    with pytest.raises(ValueError, match=r"seed0 already holds a run"):
+        train_ensemble(replace(short, output=tmp_path / "row"), 3)
+    more = train_ensemble(replace(short, output=tmp_path / "row", resume=True), 3)
+    assert [r.iterations for r in more] == [2, 2, 2]
+    assert weights(tmp_path / "row/seed1") == weights(tmp_path / "alone")
+
+
+@pytest.mark.slow
+def test_an_ensemble_is_spread_over_devices(tmp_path):
+    short = replace(TINY, iterations=2, validate_every=0)
+    train_ensemble(replace(short, output=tmp_path / "row"), 2)
+    train_ensemble(replace(short, output=tmp_path / "spread"), 2, ["cpu", "cpu"])
+    for seed in ("seed0", "seed1"):
+        assert weights(tmp_path / "row" / seed) == weights(tmp_path / "spread" / seed)
+
+
+def test_ensembles_of_nothing(tmp_path):
+    with pytest.raises(ValueError, match="members must be >= 1, got 0"):
+        train_ensemble(replace(TINY, output=tmp_path / "run"), 0)
+    with pytest.raises(ValueError, match="device must be auto, cpu, cuda or cuda:N, got 'gpu9'"):
+        train_ensemble(replace(TINY, output=tmp_path / "run"), 2, ["gpu9"])
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_command_trains_an_ensemble(tmp_path, capsys):
+    file = tmp_path / "settings.json"
+    file.write_text(to_json(replace(TINY, iterations=1)))
+    command = ["--config", str(file), "--output", str(tmp_path / "e"), "--ensemble", "2", "--seed", "4"]
+    assert train.main(command) == 0
+    assert capsys.readouterr().out.count("weights:") == 2
+    rows = list(csv.DictReader((tmp_path / "e/seed5/metrics.csv").read_text().splitlines()))
+    assert rows[-1]["calibrated"]
