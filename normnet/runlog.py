@@ -17,7 +17,7 @@ METRICS = "metrics.csv"
 
 
 class RunLog:
-    """metrics.csv and TensorBoard; a resumed run drops the rows after its starting point."""
+    """metrics.csv and TensorBoard; a resumed run drops the rows after its last state and writes them anew."""
 
     FIELDS = (
         "iteration",
@@ -31,12 +31,15 @@ class RunLog:
         "calibrated",
     )
 
-    def __init__(self, output: Path, iteration: int) -> None:
+    def __init__(self, output: Path, progress: Progress) -> None:
         self._file = output / METRICS
         kept = []
-        if iteration and self._file.exists():
+        if progress.iteration and self._file.exists():
             with self._file.open(newline="") as old:
-                kept = [row for row in csv.DictReader(old) if int(row["iteration"]) <= iteration]
+                for row in csv.DictReader(old):
+                    last = progress.iteration if row["loss"] else progress.validated
+                    if int(row["iteration"]) <= last:
+                        kept.append(row)
         text = io.StringIO()
         writer = csv.DictWriter(text, self.FIELDS)
         writer.writeheader()
@@ -44,7 +47,7 @@ class RunLog:
         write_atomically(self._file, text.getvalue())
         self._stream = self._file.open("a", newline="")
         self._rows = csv.DictWriter(self._stream, self.FIELDS)
-        self._board = SummaryWriter(str(output), purge_step=iteration + 1)
+        self._board = SummaryWriter(str(output), purge_step=progress.iteration + 1)
 
     def step(self, progress: Progress, loss: float) -> None:
         """One line a training step."""
@@ -54,7 +57,11 @@ class RunLog:
     def scores(self, progress: Progress, scores: Mapping[str, float]) -> None:
         """One line a validation."""
         self._row(progress, scores)
+
+    def flush(self) -> None:
+        """Write what is held back: before the state is saved that a killed run resumes from."""
         self._stream.flush()
+        self._board.flush()
 
     def close(self) -> None:
         """Flush and close."""

@@ -113,8 +113,8 @@ def _train(config: TrainConfig, device: torch.device, world: World, progress_bar
     if config.resume and (config.output / STATE).exists():  # killed before its first save it starts anew
         trainer.restore(config.output / STATE)
     stream, checks = _streams(config, training, validation, device, world)
-    log = RunLog(config.output, trainer.progress.iteration) if world.leads else None
-    scores = _loop(config, trainer, stream, checks, log, progress_bar)
+    log = RunLog(config.output, trainer.progress) if world.leads else None
+    _loop(config, trainer, stream, checks, log, progress_bar)
     done = trainer.progress
     time_spent = max(done.seconds, 1e-9)
     return TrainResult(
@@ -123,7 +123,7 @@ def _train(config: TrainConfig, device: torch.device, world: World, progress_bar
         done.seconds,
         done.waited / time_spent,
         done.synthesised / time_spent,
-        scores,
+        done.scores,
     )
 
 
@@ -134,7 +134,7 @@ def _loop(
     checks: list[Batch],
     log: RunLog | None,
     progress_bar: bool,
-) -> dict[str, float]:
+) -> None:
     progress, world = trainer.progress, trainer.world
     before = replace(progress)
     limit = None if config.minutes is None else 60.0 * config.minutes
@@ -149,8 +149,6 @@ def _loop(
         desc=config.output.name,
         mininterval=1.0,
     )
-    scores: dict[str, float] = {}
-    validated = -1
     try:
         start = time.perf_counter()
         for batch in batches:
@@ -165,45 +163,43 @@ def _loop(
             if log:
                 log.step(progress, loss)
             wait = f"{progress.waited / progress.seconds:.0%}"
-            bar.set_postfix(refresh=False, loss=f"{loss:.3f}", it=progress.iteration, wait=wait, **scores)
+            shown = {"loss": f"{loss:.3f}", "it": progress.iteration, "wait": wait, **progress.scores}
+            bar.set_postfix(shown, refresh=False)
             if config.validate_every and progress.iteration % config.validate_every == 0:
-                scores, validated = _validate(config, trainer, checks, log), progress.iteration
+                _validate(config, trainer, checks, log)
             if log and progress.iteration % config.checkpoint_every == 0:
-                _save(config, trainer)
+                _save(config, trainer, log)
             start = time.perf_counter()
-        if validated != progress.iteration:
-            scores = _validate(config, trainer, checks, log)
+        if progress.validated != progress.iteration:
+            _validate(config, trainer, checks, log)
         if log:
-            _save(config, trainer)
+            _save(config, trainer, log)
     finally:
         batches.close()
         bar.close()
         if log:
             log.close()
     world.agree(None)  # nobody returns before the files are there
-    return scores
 
 
-def _validate(
-    config: TrainConfig, trainer: Trainer, checks: list[Batch], log: RunLog | None
-) -> dict[str, float]:
+def _validate(config: TrainConfig, trainer: Trainer, checks: list[Batch], log: RunLog | None) -> None:
     """Score on synthetic pairs of held-out volumes, and keep the best network."""
-    if not log:
-        return {}
-    scores, calibration = validate(trainer, checks, ls.threshold(config.threshold_hu))
-    if not scores:
-        return {}
-    trainer.progress.calibration = calibration
-    if calibration:
-        scores["calibrated"] = calibration["probability"]
-    log.scores(trainer.progress, scores)
-    if not scores["val_auc"] <= trainer.progress.best_auc:  # NaN, without bright healthy tissue: the last
-        trainer.progress.best_auc = scores["val_auc"]
-        save_model(config.output / BEST, trainer.average, config.model, calibration)
-    return {k: round(v, 4) for k, v in scores.items()}
+    progress = trainer.progress
+    progress.validated = progress.iteration
+    if not log or not checks:
+        return
+    scores, progress.calibration = validate(trainer, checks, ls.threshold(config.threshold_hu))
+    if progress.calibration:
+        scores["calibrated"] = progress.calibration["probability"]
+    log.scores(progress, scores)
+    progress.scores = {k: round(v, 4) for k, v in scores.items()}
+    if not scores["val_auc"] <= progress.best_auc:  # NaN, without bright healthy tissue: the last
+        progress.best_auc = scores["val_auc"]
+        save_model(config.output / BEST, trainer.average, config.model, progress.calibration)
 
 
-def _save(config: TrainConfig, trainer: Trainer) -> None:
+def _save(config: TrainConfig, trainer: Trainer, log: RunLog) -> None:
+    log.flush()
     save_model(config.output / WEIGHTS, trainer.average, config.model, trainer.progress.calibration)
     trainer.save(config.output / STATE)
 

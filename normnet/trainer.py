@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
@@ -30,6 +30,9 @@ class Progress:
     waited: float = 0.0
     synthesised: float = 0.0
     best_auc: float = -1.0
+    validated: int = -1
+    """Iteration of the last validation, its scores, and the calibration it gave."""
+    scores: dict[str, float] = field(default_factory=dict)
     calibration: Calibration | None = None
 
 

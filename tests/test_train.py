@@ -93,6 +93,14 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path):
     assert [i for i, _ in losses(tmp_path / "whole")] == ["1", "2", "3", "4", "5", "6"]
 
 
+def test_a_finished_run_resumed_stays_as_it_is(tmp_path):
+    first = train.train(replace(TINY, output=tmp_path / "run"))
+    files = {f.name: f.read_bytes() for f in (tmp_path / "run").iterdir() if "events" not in f.name}
+    again = train.train(replace(TINY, output=tmp_path / "run", resume=True))
+    assert {f.name: f.read_bytes() for f in (tmp_path / "run").iterdir() if "events" not in f.name} == files
+    assert again == first
+
+
 def test_training_lowers_the_loss_and_reports_its_shares(tmp_path):
     result = train.train(
         replace(TINY, output=tmp_path / "run", iterations=30, learning_rate=1e-2, validate_every=0)
