@@ -98,7 +98,7 @@ def test_a_finished_run_resumed_stays_as_it_is(tmp_path):
     files = {f.name: f.read_bytes() for f in (tmp_path / "run").iterdir() if "events" not in f.name}
     again = train.train(replace(TINY, output=tmp_path / "run", resume=True))
     assert {f.name: f.read_bytes() for f in (tmp_path / "run").iterdir() if "events" not in f.name} == files
-    assert again == first
+    assert repr(again) == repr(first)  # an undefined AUC is NaN, which equals nothing
 
 
 def test_training_lowers_the_loss_and_reports_its_shares(tmp_path):
