@@ -1,0 +1,75 @@
+"""Make small weights to ship of trained runs: ``python -m normnet.export RUNS... --output FOLDER``.
+
+Half precision: a weight keeps 11 bits, which moves a probability by less than a thousandth.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import tyro
+
+from normnet.model import find_models, load_model, save_model
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportArgs:
+    """Write the weights of runs in half precision, one file each: model-0.safetensors and so on."""
+
+    runs: Annotated[tuple[Path, ...], tyro.conf.Positional]
+    """Run folders, folders of runs (an ensemble) or weights files."""
+    output: Path
+    """Folder for them; files of these names are replaced."""
+
+
+def export(runs: Sequence[Path], output: Path) -> list[Path]:
+    """Write weights in half precision, architecture and calibration with them.
+
+    Parameters
+    ----------
+    runs : sequence of Path
+        As `normnet.model.find_models` takes.
+    output : Path
+        Folder; made where it is missing.
+
+    Returns
+    -------
+    list of Path
+        The files, which `normnet.model.load_model` reads.
+
+    Raises
+    ------
+    ValueError
+        There are no weights in `runs`, or a weight does not fit half precision.
+    """
+    written = []
+    for number, file in enumerate(find_models(runs)):
+        model: Any = load_model(file)
+        largest = max(float(t.abs().max()) for t in model.state_dict().values() if t.is_floating_point())
+        if largest > torch.finfo(torch.float16).max:
+            raise ValueError(f"{file}: weights must be within half precision, got {largest:g}")
+        path = output / f"model-{number}.safetensors"
+        save_model(path, model.half(), model.config, model.calibration)
+        written.append(path)
+    return written
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; 0 when done, 2 for bad input."""
+    args = tyro.cli(ExportArgs, args=argv, prog="normnet.export", description=__doc__)
+    try:
+        for path in export(args.runs, args.output):
+            print(f"{path}: {path.stat().st_size / 1e6:.1f} MB")
+    except ValueError as error:
+        print(f"normnet.export: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,50 @@
+"""Exported weights: half the size, the same answers, the same header; what does not fit is refused."""
+
+from __future__ import annotations
+
+import pytest
+
+pytest.importorskip("torch")
+pytest.importorskip("monai")
+
+import torch
+
+from normnet.config import ModelConfig
+from normnet.export import export, main
+from normnet.model import build_unet, load_model, save_model
+
+CONFIG = ModelConfig(channels=(8, 16), strides=(2,))
+
+
+@pytest.fixture
+def runs(tmp_path):
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        calibration = {"probability": 0.25, "dice": 0.9} if seed else None
+        save_model(tmp_path / f"runs/seed{seed}/model.safetensors", build_unet(CONFIG), CONFIG, calibration)
+    return tmp_path / "runs"
+
+
+def test_answers_and_headers_stay(runs, tmp_path):
+    files = export([runs], tmp_path / "out")
+    assert [f.name for f in files] == ["model-0.safetensors", "model-1.safetensors"]
+    x = torch.rand(1, 1, 8, 16, 16)
+    for seed, file in enumerate(files):
+        before, after = load_model(runs / f"seed{seed}"), load_model(file)
+        assert next(after.parameters()).dtype == torch.float32
+        # 11 bits of each weight
+        assert torch.allclose(before(x).sigmoid(), after(x).sigmoid(), atol=2e-3)
+        assert (after.config, after.calibration) == (before.config, before.calibration)
+        assert file.stat().st_size < 0.6 * (runs / f"seed{seed}/model.safetensors").stat().st_size
+
+
+def test_what_does_not_fit(tmp_path, capsys):
+    model = build_unet(CONFIG)
+    with torch.no_grad():
+        next(model.parameters())[0] = 1e6
+    save_model(tmp_path / "large.safetensors", model, CONFIG)
+    with pytest.raises(ValueError, match="weights must be within half precision, got 1e"):
+        export([tmp_path / "large.safetensors"], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    assert main([str(tmp_path / "nothing"), "--output", str(tmp_path / "out")]) == 2
+    assert "models must be weights files or run folders" in capsys.readouterr().err
