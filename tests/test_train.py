@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import errno
 import os
 from dataclasses import replace
 
@@ -430,3 +431,40 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
         write_tensors(file, {"x": torch.ones(3)}, {})
     assert torch.equal(read_tensors(file)[0]["x"], torch.zeros(3))
     assert list(tmp_path.iterdir()) == [file]
+
+
+def test_a_full_disk_leaves_the_last_state(tmp_path, monkeypatch, capsys):
+    run = tmp_path / "run"
+    train.train(replace(TINY, output=run, iterations=3))
+    before = {name: (run / name).read_bytes() for name in ("model.safetensors", "state.safetensors")}
+    file = tmp_path / "settings.json"
+    file.write_text(to_json(replace(TINY, output=run)))
+
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "fsync", full)
+        assert train.main(["--config", str(file), "--resume"]) == 1
+    assert "No space left on device" in capsys.readouterr().err
+    assert {name: (run / name).read_bytes() for name in before} == before
+    assert not list(run.glob(".*"))
+    train.train(replace(TINY, output=run, resume=True))
+    train.train(replace(TINY, output=tmp_path / "whole"))
+    assert weights(run) == weights(tmp_path / "whole")
+
+
+def test_settings_of_a_run_are_taken_back(tmp_path, capsys):
+    train.train(replace(TINY, output=tmp_path / "run", iterations=1))
+    file = tmp_path / "run/config.json"
+    command = train.parse(["--config", str(file), "--output", str(tmp_path / "next"), "--seed", "7"])
+    assert command.config == replace(TINY, output=tmp_path / "next", iterations=1, seed=7)
+    for bad, message in (
+        (["--config", str(tmp_path / "none.json")], "none.json"),
+        (["--config", str(file), "--preset", "paper"], "preset and config exclude each other"),
+    ):
+        assert train.main(bad) == 2
+        assert message in capsys.readouterr().err
+    file.write_text("[1]")
+    assert train.main(["--config", str(file)]) == 2
+    assert "TrainConfig must be a JSON object, got list" in capsys.readouterr().err
