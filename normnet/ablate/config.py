@@ -1,0 +1,159 @@
+"""What an ablation is asked for, and its two sizes."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+
+from normnet.config import ModelConfig, PredictConfig, TrainConfig, from_json, paper, phantom
+
+TableName = Literal["voting", "modules", "threshold"]
+OWN = ("output", "resume", "seed")
+"""Training settings that belong to the ablation, whatever the table."""
+VARIED: dict[str, tuple[str, ...]] = {"voting": (), "modules": ("lesions",), "threshold": ("threshold_hu",)}
+"""Training settings that a table varies."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scale:
+    """How large an ablation is."""
+
+    train: TrainConfig
+    """Every run, but for what a table varies."""
+    seeds: int
+    """Models that vote."""
+    patients: int
+    """Phantoms with pneumonia, where no patients are given."""
+    patient_shape: tuple[int, int, int]
+    """Their size (z, y, x), in voxels of 1.0 x 0.8 x 0.8 mm."""
+
+
+SMALL = Scale(
+    train=replace(
+        phantom(),
+        model=ModelConfig(channels=(8, 16, 32), strides=(2, 2)),
+        minutes=None,
+        iterations=300,
+        crop=96,
+        phantoms=2,
+        phantom_shape=(48, 192, 240),
+    ),
+    seeds=3,
+    patients=3,
+    patient_shape=(48, 192, 240),
+)
+"""A CPU's work."""
+PAPER = Scale(train=paper(), seeds=5, patients=10, patient_shape=(64, 512, 512))
+"""The paper's sizes (IV-B.3): a GPU's work."""
+SCALES: dict[str, Scale] = {"small": SMALL, "paper": PAPER}
+"""Every scale, by the name the command line uses."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AblateConfig:
+    """Reproduce Table IV (voting), V (modules) or VI (threshold) of the paper."""
+
+    table: Annotated[TableName, tyro.conf.Positional]
+    """voting: number of models and of iterations; modules: parts of the lesion generator switched off;
+    threshold: HU above which the network answers."""
+    output: Path
+    """Folder of one table: table.csv, table.md, results.json, report.html; what is finished in it is kept."""
+    scale: Literal["small", "paper"] = "small"
+    """small: three small networks a row on crops of phantoms, for a CPU; paper: five large ones, 3,500
+    iterations of 8 x 32 x 512 x 512, for a GPU."""
+    data: Path | None = None
+    """Store written by `normnet.prepare`, to train on; phantoms where omitted."""
+    patients: tuple[Path, ...] = ()
+    """CT, lesion truth and lung masks (NAME_hu, NAME_lesion, NAME_lung), or folders of them, or one CSV with
+    the columns case, ct, lesion and, if any, lung; phantoms with pneumonia where omitted."""
+    rows: tuple[str, ...] = ()
+    """Only these: voting, model_1, ...; covid_lung, no_shapes, ...; or thresholds in HU; all by default."""
+    config: Path | None = None
+    """JSON file with fields of `TrainConfig` that replace the scale's."""
+    runs: Path | None = None
+    """Folder of the training runs, which tables may share; OUTPUT/runs where omitted."""
+    seeds: int | None = None
+    """Models that vote; the scale's where omitted."""
+    iterations: int | None = None
+    """Optimiser steps of a run (what the paper has 3,500 of); the scale's where omitted."""
+    minutes: float | None = None
+    """Stop each run after this much training time, should it come first."""
+    device: str | None = None
+    """Where to train and predict: auto, cpu, cuda, ...; the scale's where omitted."""
+    threads: int | None = None
+    """CPU threads; all cores where omitted."""
+    phantom_patients: int | None = None
+    """Phantoms with pneumonia, without `patients`; the scale's where omitted."""
+    phantom_shape: tuple[int, int, int] | None = None
+    """Their size (z, y, x); the scale's where omitted."""
+    predict: PredictConfig = field(default_factory=PredictConfig)
+    """Thresholds and post-processing; T and slab are those of training."""
+
+    def __post_init__(self) -> None:
+        """Check ranges and what excludes each other."""
+        if self.table not in VARIED:
+            raise ValueError(f"table must be one of {', '.join(VARIED)}, got {self.table!r}")
+        if self.scale not in SCALES:
+            raise ValueError(f"scale must be one of {', '.join(SCALES)}, got {self.scale!r}")
+        for name in ("seeds", "phantom_patients", "iterations"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be >= 1, got {value}")
+        if self.minutes is not None and not self.minutes > 0:
+            raise ValueError(f"minutes must be > 0, got {self.minutes}")
+        if self.patients and (self.phantom_patients or self.phantom_shape):
+            raise ValueError("patients replaces phantom_patients and phantom_shape: give one or the other")
+        usual = PredictConfig()
+        for name, ours, default in (
+            ("slab", self.predict.slab, usual.slab),
+            (
+                "postprocess.threshold_hu",
+                self.predict.postprocess.threshold_hu,
+                usual.postprocess.threshold_hu,
+            ),
+        ):
+            if ours != default:
+                raise ValueError(f"predict.{name} must be left to the training settings, got {ours}")
+        if len(set(self.rows)) != len(self.rows):
+            raise ValueError(f"rows must differ, got {', '.join(self.rows)}")
+
+
+def training(config: AblateConfig) -> TrainConfig:
+    """Return the settings of every run: the scale's, then the file's, then the command line's.
+
+    Raises
+    ------
+    ValueError
+        The file is no JSON object, names an unknown field or one that is not free here, or a value is out of
+        its range.
+    """
+    base = SCALES[config.scale].train
+    if config.config is not None:
+        base = from_json(TrainConfig, json.dumps(_merged(config, base), default=str))
+    given = {name: getattr(config, name) for name in ("data", "iterations", "minutes", "device", "threads")}
+    return replace(base, **{name: value for name, value in given.items() if value is not None})
+
+
+def _merged(config: AblateConfig, base: TrainConfig) -> dict[str, Any]:
+    path = config.config
+    assert path is not None
+    try:
+        changes = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"config must be a readable file: {error}") from error
+    except json.JSONDecodeError as error:
+        raise ValueError(f"config must be JSON, got {path}: {error}") from error
+    if not isinstance(changes, dict):
+        raise ValueError(f"config must be a JSON object, got {type(changes).__name__} in {path}")
+    for name in (*OWN, *VARIED[config.table]):
+        if name in changes:
+            raise ValueError(f"config must leave {name} to the ablation, got it in {path}")
+    record = dataclasses.asdict(base)
+    if isinstance(changes.get("model"), dict):
+        changes["model"] = record["model"] | changes["model"]
+    return record | changes

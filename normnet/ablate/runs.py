@@ -1,0 +1,162 @@
+"""Training runs of an ablation: finished ones are reused, interrupted ones continued.
+
+A run folder is one of `normnet.train`, with ``marks.json`` and the weights of every mark beside: a mark is a
+number of iterations at which the run paused, as Table IV has six of.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import shutil
+import uuid
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from normnet.config import TrainConfig, from_json
+from normnet.model import WEIGHTS
+from normnet.prepare.store import write_atomically
+from normnet.train import CONFIG, STATE, train
+
+MARKS = "marks.json"
+"""Finished marks of a run folder; written last."""
+FREE = ("output", "resume", "iterations", "minutes", "device", "threads", "cache")
+"""Settings that say how far, where and how fast, not what."""
+_PAST = "{run} must not be past what is asked for, {asked} iterations: it has {done}; name another output"
+
+
+@dataclass(frozen=True)
+class Mark:
+    """Where a run pauses: after so many iterations, or so much training time."""
+
+    iterations: int
+    minutes: float | None = None
+
+    @property
+    def label(self) -> str:
+        """File name of its weights."""
+        return f"{self.iterations}" if self.minutes is None else f"{self.iterations}-{self.minutes:g}min"
+
+
+@dataclass(frozen=True)
+class Trained:
+    """Weights of one model at one mark."""
+
+    seed: int
+    weights: str
+    """File, safetensors."""
+    iterations: int
+    """Made; fewer than the mark's where time ran out."""
+    seconds: float
+    """Training time."""
+    sha256: str
+
+
+def train_to(config: TrainConfig, mark: Mark, *, progress_bar: bool = False) -> Trained:
+    """Train to a mark, or return what an earlier call trained.
+
+    Parameters
+    ----------
+    config : TrainConfig
+        The run; `output` is its folder. `iterations`, `minutes` and `resume` are set here.
+    mark : Mark
+        Where to pause. Marks of a run are asked for in rising order.
+    progress_bar : bool
+        Show one.
+
+    Returns
+    -------
+    Trained
+
+    Raises
+    ------
+    ValueError
+        The folder holds a run of other settings, one that is past the mark, or changed weights; see also
+        `normnet.train.train`.
+    """
+    run = config.output
+    wanted = replace(config, iterations=mark.iterations, minutes=mark.minutes, resume=False)
+    _check_settings(run, wanted)
+    marks = _marks(run)
+    if mark.label in marks:
+        return _finished(run, marks[mark.label])
+    for label, done in marks.items():
+        if done["iterations"] > mark.iterations or _time(done["minutes"]) > _time(mark.minutes):
+            raise ValueError(_PAST.format(run=run, asked=mark.label, done=label))
+    resume = (run / STATE).exists()
+    if not resume:
+        _clear(run)
+    result = train(replace(wanted, resume=resume), progress_bar=progress_bar)
+    if result.iterations > mark.iterations:
+        raise ValueError(_PAST.format(run=run, asked=mark.label, done=result.iterations))
+    weights = _copy(run / WEIGHTS, run / f"{mark.label}.safetensors")
+    trained = Trained(config.seed, str(weights), result.iterations, round(result.seconds, 2), sha256(weights))
+    marks[mark.label] = asdict(trained) | {"weights": weights.name, "minutes": mark.minutes}
+    write_atomically(run / MARKS, json.dumps(marks, indent=2) + "\n")
+    return trained
+
+
+def sha256(path: Path) -> str:
+    """Digest of a file."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _check_settings(run: Path, wanted: TrainConfig) -> None:
+    file = run / CONFIG
+    if not file.exists():
+        return
+    stored = from_json(TrainConfig, file.read_text(encoding="utf-8"))
+    free: dict[str, Any] = {name: getattr(wanted, name) for name in FREE}
+    stored = replace(stored, **free)
+    if stored != wanted:
+        different = [name for name, value in vars(wanted).items() if getattr(stored, name) != value]
+        raise ValueError(
+            f"{run} must hold a run of the same settings; {', '.join(different)} differ: "
+            "give the same ones, or name another output"
+        )
+
+
+def _marks(run: Path) -> dict[str, Any]:
+    file = run / MARKS
+    if not file.exists():
+        return {}
+    marks: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    needed = {"seed", "weights", "iterations", "seconds", "sha256", "minutes"}
+    if any(not needed <= set(record) for record in marks.values()):
+        raise ValueError(f"{file} must have {', '.join(sorted(needed))} for each mark; remove {run}")
+    return marks
+
+
+def _time(minutes: float | None) -> float:
+    return math.inf if minutes is None else minutes
+
+
+def _finished(run: Path, record: dict[str, Any]) -> Trained:
+    weights = run / record["weights"]
+    if not weights.exists() or sha256(weights) != record["sha256"]:
+        raise ValueError(f"{weights} must be as training left it (SHA-256); remove {run} to train again")
+    fields = {name: record[name] for name in ("seed", "iterations", "seconds", "sha256")}
+    return Trained(weights=str(weights), **fields)
+
+
+def _clear(run: Path) -> None:
+    """Remove a run that was interrupted before its first whole checkpoint."""
+    if (run / MARKS).exists():
+        raise ValueError(f"{run} must hold {STATE}, to continue from; it has none")
+    if (run / CONFIG).exists():
+        shutil.rmtree(run)
+
+
+def _copy(source: Path, target: Path) -> Path:
+    """Copy so that a reader sees a whole file or none."""
+    temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
+    try:
+        shutil.copyfile(source, temporary)
+        os.replace(temporary, target)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return target
