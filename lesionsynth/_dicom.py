@@ -1,4 +1,4 @@
-"""Find, check and order the slices of a DICOM series, before any pixel is read.
+"""List the DICOM series of a folder; find, check and order the slices of one, before any pixel is read.
 
 Readers return a volume even where a slice is missing, the spacing jumps or the gantry was tilted; everything
 that counts millimetres afterwards would be wrong without a word. So the headers are checked first.
@@ -6,7 +6,9 @@ that counts millimetres afterwards would be wrong without a word. So the headers
 
 from __future__ import annotations
 
+import os
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ import numpy as np
 
 _ORIENTATION, _POSITION, _PIXEL_SPACING = "0020|0037", "0020|0032", "0028|0030"
 _MODALITY, _FRAMES, _SAMPLES, _TILT, _SERIES = "0008|0060", "0028|0008", "0028|0002", "0018|1120", "0020|000e"
+_IMAGE_TYPE, _DESCRIPTION = "0008|0008", "0008|103e"
 _SAME_DIRECTION = 1e-3  # headers carry six decimals or so; a degree of tilt is 1.7e-2
 _SPACING_TOLERANCE = (
     0.02  # of the slice distance: rounding of positions to 0.01 mm passes, a missing slice never
@@ -40,42 +43,158 @@ class Series:
     direction: tuple[float, ...]
 
 
-def find_series(path: Path, sitk: Any) -> Series:
+@dataclass(frozen=True)
+class SeriesInfo:
+    """What one DICOM series of a folder is, from its headers.
+
+    Attributes
+    ----------
+    uid : str
+        SeriesInstanceUID.
+    description : str
+        SeriesDescription; empty where the scanner wrote none.
+    modality : str
+        CT, MR, SEG, ...; empty where no header could be read.
+    slices : int
+        Files of the series.
+    localizer : bool
+        A scout image by its ImageType.
+    problem : str
+        Why it cannot be read as a CT volume; empty where it can.
+    """
+
+    uid: str
+    description: str
+    modality: str
+    slices: int
+    localizer: bool
+    problem: str
+
+    @property
+    def usable(self) -> bool:
+        """It can be read as a CT volume."""
+        return not self.problem
+
+    def __str__(self) -> str:
+        """One line: UID, modality, slices, description and what is wrong with it."""
+        parts = [self.modality or "no modality", f"{self.slices} slices"]
+        if self.description:
+            parts.append(repr(self.description))
+        return f"{self.uid} ({', '.join(parts)}{'; ' + self.problem if self.problem else ''})"
+
+
+def find_series(path: Path, sitk: Any, series: str | None = None) -> Series:
     """Choose the series that `path` means and check that it is a regular, untilted CT volume.
 
     Parameters
     ----------
     path : Path
-        A folder (its series of most slices is taken, a warning names it where there are several), or one
-        DICOM file (the series it belongs to).
+        A folder, or one DICOM file (the series it belongs to).
     sitk : module
         SimpleITK.
+    series : str, optional
+        SeriesInstanceUID. Omitted: the one that `largest_series` chooses; a warning names it where there are
+        several.
 
     Raises
     ------
     ValueError
-        No DICOM, not CT, multi-frame, colour, fewer than two slices, differing orientation, missing or
-        repeated slices, irregular spacing, gantry tilt.
+        No DICOM, no series of this UID, not CT, a localizer, multi-frame, colour, fewer than two slices,
+        differing orientation, missing or repeated slices, irregular spacing, gantry tilt.
     """
     folder = path if path.is_dir() else path.parent
-    names = {
-        uid: list(sitk.ImageSeriesReader.GetGDCMSeriesFileNames(str(folder), uid))
-        for uid in sitk.ImageSeriesReader.GetGDCMSeriesIDs(str(folder))
-    }
-    names = {uid: files for uid, files in names.items() if files}
-    if path.is_dir():
-        if not names:
-            raise ValueError(f"{path}: a folder must hold the files of a DICOM series, found none")
-        # most slices; between equals the smaller UID, so that the choice does not depend on the file system
-        chosen = min(names, key=lambda uid: (-len(names[uid]), uid))
-        if len(names) > 1:
-            counts = ", ".join(f"{uid} ({len(files)})" for uid, files in sorted(names.items()))
-            warnings.warn(f"{path}: several DICOM series (slices): {counts}; reading {chosen}", stacklevel=4)
-    else:
-        chosen = _header(path, sitk).get(_SERIES, "")
-        if chosen not in names:
+    names = _files_by_series(folder, sitk)
+    if path.is_dir() and not names:
+        raise ValueError(f"{path}: a folder must hold the files of a DICOM series, found none")
+    if not path.is_dir():
+        own = _header(path, sitk).get(_SERIES, "")
+        if own not in names:
             raise ValueError(f"{path}: not a readable DICOM slice of a series")
-    headers = [(name, _header(Path(name), sitk)) for name in names[chosen]]
+        if series is not None and series != own:
+            raise ValueError(f"{path}: series must be that of the file, {own}, got {series}")
+        series = own
+    if series is None and len(names) == 1:
+        (series,) = names
+    elif series is None:
+        infos = [_info(folder, uid, files, sitk) for uid, files in names.items()]
+        series = largest_series(infos).uid
+        there = "; ".join(str(info) for info in _largest_first(infos))
+        warnings.warn(f"{path}: several DICOM series: {there}; reading {series}", stacklevel=5)
+    elif series not in names:
+        raise ValueError(f"{path}: series must be one of {', '.join(sorted(names))}, got {series}")
+    return _check_series(path, names[series], sitk)
+
+
+def list_series(folder: Path, sitk: Any) -> list[SeriesInfo]:
+    """List the series of a folder, the one of most files first, between equals by UID."""
+    return _largest_first(
+        [_info(folder, uid, files, sitk) for uid, files in _files_by_series(folder, sitk).items()]
+    )
+
+
+def largest_series(infos: Sequence[SeriesInfo]) -> SeriesInfo:
+    """Choose the series that is read where none is named.
+
+    Parameters
+    ----------
+    infos : sequence of SeriesInfo
+        At least one, in any order.
+
+    Returns
+    -------
+    SeriesInfo
+        The usable one of most slices; without any, the largest CT that is no localizer, or else the largest.
+        Between equals, the one of the smaller UID.
+
+    Raises
+    ------
+    ValueError
+        `infos` is empty.
+    """
+    for candidates in (
+        [info for info in infos if info.usable],
+        [info for info in infos if info.modality == "CT" and not info.localizer],
+        infos,
+    ):
+        if candidates:
+            return _largest_first(candidates)[0]
+    raise ValueError("infos must hold at least one series, got none")
+
+
+def _largest_first(infos: Sequence[SeriesInfo]) -> list[SeriesInfo]:
+    # between equals the smaller UID, so that the choice does not depend on the file system
+    return sorted(infos, key=lambda info: (-info.slices, info.uid))
+
+
+def _files_by_series(folder: Path, sitk: Any) -> dict[str, list[str]]:
+    reader = sitk.ImageSeriesReader
+    # macOS leaves a ._NAME beside every file that it copies
+    names = {
+        uid: [name for name in reader.GetGDCMSeriesFileNames(str(folder), uid) if Path(name).name[0] != "."]
+        for uid in reader.GetGDCMSeriesIDs(str(folder))
+    }
+    return {uid: files for uid, files in names.items() if files}
+
+
+def _info(folder: Path, uid: str, files: list[str], sitk: Any) -> SeriesInfo:
+    head: dict[str, str] = {}
+    problem = ""
+    try:
+        head = _header(Path(files[0]), sitk)
+        _check_series(folder, files, sitk)
+    except ValueError as error:
+        problem = str(error).removeprefix(f"{folder}: ").removeprefix(f"{folder}{os.sep}")
+    # old headers are in Latin-1, which arrives as lone surrogates
+    description = head.get(_DESCRIPTION, "").encode("utf-8", "replace").decode()
+    return SeriesInfo(uid, description, head.get(_MODALITY, ""), len(files), _is_localizer(head), problem)
+
+
+def _is_localizer(header: dict[str, str]) -> bool:
+    return "LOCALIZER" in header.get(_IMAGE_TYPE, "").upper().split("\\")
+
+
+def _check_series(path: Path, files: list[str], sitk: Any) -> Series:
+    headers = [(name, _header(Path(name), sitk)) for name in files]
     for name, header in headers:
         _check_slice(name, header)
     return _order(path, headers)
@@ -109,6 +228,8 @@ def _check_slice(name: str, header: dict[str, str]) -> None:
     modality = header.get(_MODALITY, "")
     if modality != "CT":
         raise ValueError(f"{name}: the DICOM modality must be CT, got {modality or 'none'}")
+    if _is_localizer(header):
+        raise ValueError(f"{name}: a CT volume must be of axial slices, got a localizer (scout image)")
     if int(header.get(_FRAMES, "1") or 1) > 1:
         raise ValueError(f"{name}: multi-frame DICOM is not read; convert it to NIfTI first")
     if header.get(_SAMPLES, "1") not in ("", "1"):

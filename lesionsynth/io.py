@@ -21,15 +21,29 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from lesionsynth._dicom import find_series
+from lesionsynth import _dicom
+from lesionsynth._dicom import SeriesInfo, find_series, largest_series
 from lesionsynth._grid import Grid
 
-__all__ = ["AIR_HU", "CTVolume", "Grid", "case_name", "read_ct", "read_map", "read_mask"]
+__all__ = [
+    "AIR_HU",
+    "SUFFIXES",
+    "CTVolume",
+    "Grid",
+    "SeriesInfo",
+    "case_name",
+    "largest_series",
+    "list_series",
+    "read_ct",
+    "read_map",
+    "read_mask",
+]
 
 AIR_HU = -1024
 """Lowest value kept; scanners pad with -2000 or -3024 outside the field of view."""
+SUFFIXES = (".nii", ".nii.gz", ".nrrd", ".nhdr", ".mhd", ".mha")
+"""Ends of the names of volume files that are read, in lower case."""
 _NIFTI_HEADER = 348
-_SUFFIXES = (".nii", ".nii.gz", ".nrrd", ".nhdr", ".mhd", ".mha")
 
 
 @dataclass(frozen=True, eq=False)
@@ -122,15 +136,17 @@ class CTVolume:
         return target
 
 
-def read_ct(path: str | os.PathLike[str]) -> CTVolume:
+def read_ct(path: str | os.PathLike[str], series: str | None = None) -> CTVolume:
     """Read a chest CT volume.
 
     Parameters
     ----------
     path : path
         ``.nii``, ``.nii.gz`` (NIfTI-1), ``.nrrd``, ``.nhdr``, ``.mhd``, ``.mha``, a folder with a DICOM
-        series, or one ``.dcm`` file of a series. Of a folder with several series the one with most slices is
-        read; a warning names it.
+        series, or one ``.dcm`` file of a series.
+    series : str, optional
+        SeriesInstanceUID, for a folder with several; see `list_series`. Omitted: the largest that is a
+        readable CT volume; a warning names it and the others.
 
     Returns
     -------
@@ -143,7 +159,8 @@ def read_ct(path: str | os.PathLike[str]) -> CTVolume:
         Nothing is there.
     ValueError
         Unreadable or truncated; not one 3-D scalar volume; NaN; values that are not Hounsfield units; a DICOM
-        series with missing slices, irregular spacing or gantry tilt.
+        series with missing slices, irregular spacing or gantry tilt; no series of this UID (the error names
+        those there), or a `series` for a file that is not DICOM.
     ImportError
         SimpleITK is not installed.
 
@@ -155,7 +172,7 @@ def read_ct(path: str | os.PathLike[str]) -> CTVolume:
     """
     sitk = _simpleitk()
     source = Path(path)
-    image = _load(source, sitk)
+    image = _load(source, sitk, series)
     values = _scalar_array(source, image, sitk)
     low, high = float(values.min()), float(values.max())
     if low > -300 or high < -200 or high > 65535:
@@ -168,6 +185,45 @@ def read_ct(path: str | os.PathLike[str]) -> CTVolume:
         np.clip(np.rint(values) if values.dtype.kind == "f" else values, AIR_HU, 32767).astype(np.int16)
     )
     return CTVolume(hu, grid.lps_spacing, source, grid)
+
+
+def list_series(path: str | os.PathLike[str]) -> list[SeriesInfo]:
+    """List the DICOM series of a folder.
+
+    Parameters
+    ----------
+    path : path
+        A folder; folders inside it are not searched. Of one file, the folder it lies in.
+
+    Returns
+    -------
+    list of SeriesInfo
+        The one of most slices first, between equals by UID; empty where the folder holds no DICOM.
+        `largest_series` chooses among them as `read_ct` does.
+
+    Raises
+    ------
+    FileNotFoundError
+        Nothing is there.
+    ImportError
+        SimpleITK is not installed.
+    """
+    sitk = _simpleitk()
+    source = Path(path)
+    if not source.exists():
+        raise FileNotFoundError(f"{source}: no such file or folder")
+    folder = source if source.is_dir() else source.parent
+    # asked about a folder without DICOM, GDCM writes to the terminal
+    return _dicom.list_series(folder, sitk) if any(_is_dicom(file) for file in folder.iterdir()) else []
+
+
+def _is_dicom(path: Path) -> bool:
+    """Tell a DICOM file by its first bytes; files without preamble begin with group 0002 or 0008."""
+    if path.name[0] == "." or path.name.upper() == "DICOMDIR" or not path.is_file():
+        return False
+    with path.open("rb") as stream:
+        head = stream.read(132)
+    return head[128:] == b"DICM" or head[:2] in (b"\x02\x00", b"\x08\x00")
 
 
 def read_mask(path: str | os.PathLike[str], like: CTVolume) -> npt.NDArray[np.bool_]:
@@ -220,7 +276,7 @@ def _read_on_grid(path: str | os.PathLike[str], like: CTVolume, what: str) -> np
     sitk = _simpleitk()
     source = Path(path)
     if source.is_dir() or source.suffix.lower() == ".dcm":
-        raise ValueError(f"{source}: a {what} must be one file of {', '.join(_SUFFIXES)}")
+        raise ValueError(f"{source}: a {what} must be one file of {', '.join(SUFFIXES)}")
     image = _load(source, sitk)
     values = _scalar_array(source, image, sitk)
     grid = _grid(image)
@@ -241,7 +297,7 @@ def _read_on_grid(path: str | os.PathLike[str], like: CTVolume, what: str) -> np
 def case_name(path: Path) -> str:
     """Name of a case: the file or folder name without the suffix of its format."""
     name = path.name or path.resolve().name
-    for suffix in sorted((*_SUFFIXES, ".dcm"), key=len, reverse=True):
+    for suffix in sorted((*SUFFIXES, ".dcm"), key=len, reverse=True):
         if name.lower().endswith(suffix) and len(name) > len(suffix):
             return name[: -len(suffix)]
     return name
@@ -256,15 +312,17 @@ def _simpleitk() -> ModuleType:
     return module
 
 
-def _load(path: Path, sitk: Any) -> Any:
+def _load(path: Path, sitk: Any, series: str | None = None) -> Any:
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such file or folder")
     try:
         if path.is_dir() or path.suffix.lower() == ".dcm":
-            return _load_series(path, sitk)
-        if not path.name.lower().endswith(_SUFFIXES):
+            return _load_series(path, sitk, series)
+        if series is not None:
+            raise ValueError(f"{path}: series must be omitted for a file that is not DICOM, got {series}")
+        if not path.name.lower().endswith(SUFFIXES):
             raise ValueError(
-                f"{path}: not a known CT format; read are {', '.join(_SUFFIXES)} and DICOM folders"
+                f"{path}: not a known CT format; read are {', '.join(SUFFIXES)} and DICOM folders"
             )
         _check_nifti(path)
         return sitk.ReadImage(str(path))
@@ -273,13 +331,13 @@ def _load(path: Path, sitk: Any) -> Any:
         raise ValueError(f"{path}: unreadable: {lines[-1] if lines else error}") from error
 
 
-def _load_series(path: Path, sitk: Any) -> Any:
-    series = find_series(path, sitk)
+def _load_series(path: Path, sitk: Any, series: str | None) -> Any:
+    found = find_series(path, sitk, series)
     reader = sitk.ImageSeriesReader()
-    reader.SetFileNames(series.files)
+    reader.SetFileNames(found.files)
     image = reader.Execute()
-    image.SetSpacing((*image.GetSpacing()[:2], series.slice_distance))
-    image.SetDirection(series.direction)
+    image.SetSpacing((*image.GetSpacing()[:2], found.slice_distance))
+    image.SetDirection(found.direction)
     return image
 
 

@@ -2,7 +2,16 @@
 
 from __future__ import annotations
 
+import csv
+import multiprocessing
+import os
 import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +29,7 @@ from normnet.prepare.__main__ import main
 from normnet.prepare.exclude import kept_slices, nodule_slices, read_annotations, read_exclusions, runs
 from normnet.prepare.read import IsoGrid
 from normnet.prepare.run import find_mask
+from normnet.prepare.workers import Died, run_parallel
 
 SPACING = (5.0, 3.0, 3.0)
 
@@ -405,6 +415,175 @@ def test_mask_names(tmp_path: Path) -> None:
         find_mask(tmp_path, "e")
 
 
+# ---- left over by killed runs
+
+
+def dead_pid() -> int:
+    """Number of a process that has ended."""
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    process.wait()
+    return process.pid
+
+
+def test_leftovers_of_dead_runs_go_and_live_ones_stay(tmp_path: Path) -> None:
+    store = Store.create(tmp_path / "s", {"spacing": [1.0, 0.8, 0.8]})
+    store.add("a", *random_case())
+    (store.path / "qc").mkdir()
+    here, old = socket.gethostname(), time.time() - 3 * 86400
+    names = {
+        f"cases/.b.of-{here}-{dead_pid()}.xyz": False,
+        f"cases/.c.of-{here}-{os.getpid()}.xyz": True,
+        "cases/.d.of-elsewhere-7.xyz": True,
+        "cases/.e.of-else.where-7.xyz": False,
+        f"qc/.b.of-{here}-{dead_pid()}.ab.png": False,
+        f".summary.csv.of-{here}-{dead_pid()}.ab": False,
+        ".hidden": True,
+    }
+    for name in names:
+        path = store.path / name
+        if name.startswith("cases"):
+            path.mkdir()
+            (path / "hu.b2nd").write_bytes(b"half")
+        else:
+            path.touch()
+    os.utime(store.path / "cases/.e.of-else.where-7.xyz", (old, old))
+    store.clean()
+    assert {name: (store.path / name).exists() for name in names} == names
+    assert store.case_ids == ["a"]
+
+
+def test_a_store_killed_at_birth_can_be_made(tmp_path: Path) -> None:
+    (tmp_path / "s" / "cases").mkdir(parents=True)
+    (tmp_path / "s" / f".store.json.of-{socket.gethostname()}-{dead_pid()}.ab").touch()
+    assert Store.create(tmp_path / "s", {"spacing": [1.0, 0.8, 0.8]}).case_ids == []
+    (tmp_path / "t" / "cases" / "precious").mkdir(parents=True)
+    with pytest.raises(ValueError, match="new or empty folder"):
+        Store.create(tmp_path / "t", {"spacing": [1.0, 0.8, 0.8]})
+
+
+def test_a_case_cut_short_is_prepared_again(folder: Path, tmp_path: Path) -> None:
+    """As a copy of a store leaves it that was broken off."""
+    shutil.copytree(folder / "store", tmp_path / "s")
+    inputs, settings = [folder / "bert.nii.gz"], {"spacing": (2.0, 2.0, 2.0), "size": 160}
+    for name, kept in (("hu.b2nd", 0.5), ("mask.b2nd", 0.0), ("mask.b2nd", None)):
+        file = tmp_path / "s" / "cases" / "bert" / name
+        whole = file.read_bytes()
+        if kept is None:
+            file.unlink()
+        else:
+            file.write_bytes(whole[: int(kept * len(whole))])
+        assert [c.status for c in prepare(inputs, tmp_path / "s", **settings).cases] == ["prepared"]
+        assert file.read_bytes() == whole
+    assert [c.status for c in prepare(inputs, tmp_path / "s", **settings).cases] == ["there"]
+
+
+# ---- the table in the store
+
+
+def test_summary_table(prepared: Store, folder: Path, tmp_path: Path) -> None:
+    """One line per case of the store, of this call or not, and one per failure."""
+    shutil.copytree(folder / "store", tmp_path / "s")
+    prepare(
+        [folder / "broken.nii.gz", folder / "bert.nii.gz"],
+        tmp_path / "s",
+        spacing=(2.0, 2.0, 2.0),
+        size=160,
+    )
+    with (tmp_path / "s" / "summary.csv").open(newline="") as stream:
+        rows = list(csv.DictReader(stream))
+    assert [(r["case"], r["status"]) for r in rows] == [
+        ("broken", "failed"),
+        ("bert", "there"),
+        ("anna", "there"),
+    ]
+    assert "broken.nii.gz: damaged" in rows[0]["message"]
+    assert rows[0]["lung_ml"] == ""
+    bert = prepared["bert"]
+    hu, mask = bert.slab(0, bert.shape[0])
+    assert float(rows[1]["lung_ml"]) == pytest.approx(mask.sum() * 0.008, abs=0.06)  # one decimal
+    assert float(rows[1]["bright_fraction"]) == pytest.approx((hu[mask] >= -500).mean(), abs=6e-6)
+    assert [float(rows[1][f"spacing_{axis}"]) for axis in "zyx"] == [5.0, 3.0, 3.0]
+    assert int(rows[1]["slices"]) == bert.shape[0]
+    assert int(rows[2]["slices"]) == sum(b - a for a, b in prepared["anna"].segments)
+    assert (rows[1]["source"], rows[1]["series"], rows[1]["lungs_from"]) == ("bert.nii.gz", "", "thresholds")
+
+
+# ---- several processes
+
+
+def double_or_die(task: int) -> int:
+    """What the workers of the test below do: the task -1 kills them, -2 exits."""
+    if task == -1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    if task == -2:
+        os._exit(3)
+    return 2 * task
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_dead_worker_costs_one_task(workers: int) -> None:
+    found = dict(run_parallel(double_or_die, [-1, 1, 2, -2, 3], workers))
+    assert {n: found[n] for n in (1, 2, 4)} == {1: 2, 2: 4, 4: 6}
+    assert isinstance(found[0], Died)
+    assert "ended by SIGKILL (out of memory? try fewer workers)" in str(found[0])
+    assert "ended with status 3" in str(found[3])
+    assert multiprocessing.active_children() == []
+
+
+@pytest.mark.slow
+def test_workers_change_nothing(folder: Path, tmp_path: Path) -> None:
+    """Bit for bit the same store, the broken case reported, whatever the number of processes."""
+    inputs = [folder / f"{name}.nii.gz" for name in ("anna", "broken", "bert")]
+    stores = []
+    for workers in (1, 2):
+        reported: list[str] = []
+        summary = prepare(
+            inputs,
+            tmp_path / f"s{workers}",
+            spacing=(5.0, 3.0, 3.0),
+            size=96,
+            workers=workers,
+            report=lambda case, seen=reported: seen.append(case.case_id),
+        )
+        assert [c.case_id for c in summary.cases] == ["anna", "broken", "bert"]
+        assert [c.status for c in summary.cases] == ["prepared", "failed", "prepared"]
+        assert sorted(reported) == ["anna", "bert", "broken"]
+        files = sorted(p for p in summary.store.path.rglob("*") if p.is_file() and p.suffix != ".csv")
+        stores.append({p.relative_to(summary.store.path): p.read_bytes() for p in files})
+    assert stores[0] == stores[1]
+    with pytest.raises(ValueError, match="workers must be at least 1, got 0"):
+        prepare(inputs, tmp_path / "s0", workers=0)
+
+
+@pytest.mark.slow
+def test_a_killed_worker_costs_one_case(folder: Path, tmp_path: Path) -> None:
+    """A process is killed as soon as it is there; its case fails, the others do not, and it can be redone."""
+    inputs, names = [folder / "anna.nii.gz"] * 3, ["a", "b", "c"]
+    settings = {"names": names, "spacing": (5.0, 3.0, 3.0), "size": 96}
+    killed: list[int] = []
+
+    def kill_first() -> None:
+        while not killed:
+            for child in multiprocessing.active_children():
+                if child.pid is not None and not killed:
+                    os.kill(child.pid, signal.SIGKILL)
+                    killed.append(child.pid)
+            time.sleep(0.005)
+
+    killer = threading.Thread(target=kill_first)
+    killer.start()
+    try:
+        summary = prepare(inputs, tmp_path / "s", workers=2, **settings)
+    finally:
+        killed.append(0)
+        killer.join()
+    (case,) = summary.failed
+    assert "anna.nii.gz: the worker process was ended by SIGKILL" in case.message
+    assert summary.store.case_ids == sorted({"a", "b", "c"} - {case.case_id})
+    assert not [p for p in summary.store.path.rglob(".*")]
+    assert not prepare(inputs, tmp_path / "s", **settings).failed
+
+
 # ---- command
 
 
@@ -462,6 +641,10 @@ def test_command_reports_a_broken_file_and_goes_on(
         (["--lung", "zoe=left"], "keep_lung names zoe: no such case among anna"),
         (["--name", "a", "b"], "names must be one per input"),
         (["--exclude", "gone.csv"], "gone.csv: unreadable CSV"),
+        (["--name", "a b"], "names must be of letters, digits"),
+        (["--series", "1.2.3"], "series must be largest, all or the UID of one that is there (none)"),
+        (["--workers", "0"], "workers must be at least 1, got 0"),
+        (["--masks", "gone"], "gone: no such file or folder"),
     ],
 )
 def test_wrong_calls_exit_with_2(
@@ -476,6 +659,14 @@ def test_unknown_option_exits_with_2(folder: Path) -> None:
     with pytest.raises(SystemExit) as caught:
         main([str(folder / "anna.nii.gz"), "--no-such-option"])
     assert caught.value.code == 2
+
+
+def test_output_is_needed_unless_series_are_listed(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([str(folder / "anna.nii.gz")]) == 2
+    assert "output must be given" in capsys.readouterr().err
+    assert main([str(folder / "anna.nii.gz"), "--list-series"]) == 0
+    assert capsys.readouterr().out == "no DICOM series found\n"
+    assert main([str(folder / "gone"), "--list-series"]) == 2
 
 
 def test_two_cases_of_one_name(folder: Path, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +11,9 @@ from typing import Annotated
 
 import tyro
 
-from normnet.prepare.case import Side
+from lesionsynth.io import largest_series
+from normnet.inputs import dicom_folders
+from normnet.prepare.case import LungMethod, Side
 from normnet.prepare.run import CaseSummary, prepare
 
 
@@ -19,54 +22,98 @@ class PrepareArgs:
     """Prepare CT volumes for training: read, segment the lungs, resample, store.
 
     Exit status: 0 when every case is in the store, 1 when some failed (the others are in), 2 for a wrong
-    call.
+    call. A call that was interrupted goes on where it stopped when it is given again.
     """
 
     inputs: Annotated[tuple[Path, ...], tyro.conf.Positional]
-    """NIfTI, NRRD or MetaImage files, DICOM folders."""
-    output: Path
-    """Store to make or to go on with; finished cases are kept."""
+    """NIfTI, NRRD or MetaImage files, DICOM folders, and folders of these, LUNA16's among them."""
+    output: Path | None = None
+    """Store to make or to go on with; finished cases are kept. Needed, unless series are listed."""
+    series: str = "largest"
+    """Of a DICOM folder with several series: largest, all, or a SeriesInstanceUID."""
+    list_series: bool = False
+    """Print the DICOM series in the inputs, and do nothing else."""
     masks: Path | None = None
     """Lung mask, or folder with a <case>_lung.nii.gz per case; segmented where omitted."""
+    lungs: LungMethod = "thresholds"
+    """How lungs are segmented: by thresholds, or by the network of the package lungmask, if installed."""
     exclude: Path | None = None
     """CSV of case,first_slice,last_slice to leave out; slices of the file, from 0 at the feet."""
     annotations: Path | None = None
-    """LUNA16-style CSV seriesuid,coordX,coordY,coordZ,diameter_mm; slices with nodules are left out."""
+    """LUNA16-style CSV seriesuid,coordX,coordY,coordZ,diameter_mm; slices with nodules are left out. Of
+    LUNA16 folders the annotations.csv is found by itself."""
     lung: tuple[str, ...] = ()
     """CASE=right or CASE=left: keep that lung only."""
     name: tuple[str, ...] = ()
-    """Case names, one per input; file names where omitted."""
+    """Case names, one per CT; file names where omitted."""
     spacing: tuple[float, float, float] = (1.0, 0.8, 0.8)
     """Voxel size of the store in mm: z, y, x."""
     size: int = 512
     """In-plane size in voxels; the lungs are centred, padded or cropped."""
     overwrite: bool = False
     """Prepare finished cases again."""
+    workers: int = 1
+    """Processes; each prepares one case at a time."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit status."""
     args = tyro.cli(PrepareArgs, args=argv, prog="python -m normnet.prepare")
-    try:
-        summary = prepare(
-            args.inputs,
-            args.output,
-            masks=args.masks,
-            exclude=args.exclude,
-            annotations=args.annotations,
-            keep_lung=_sides(args.lung),
-            names=args.name or None,
-            spacing=args.spacing,
-            size=args.size,
-            overwrite=args.overwrite,
-            report=_progress,
-        )
-    except (ValueError, OSError, ImportError) as error:
-        sys.stderr.write(f"error: {error}\n")
-        return 2
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", UserWarning)
+        warnings.showwarning = _warn
+        try:
+            return _list(args) if args.list_series else _prepare(args)
+        except (ValueError, OSError, ImportError) as error:
+            sys.stderr.write(f"error: {error}\n")
+            return 2
+
+
+def _list(args: PrepareArgs) -> int:
+    sys.stdout.write(series_table(args.inputs))
+    return 0
+
+
+def _prepare(args: PrepareArgs) -> int:
+    if args.output is None:
+        raise ValueError("output must be given: --output STORE")
+    summary = prepare(
+        args.inputs,
+        args.output,
+        masks=args.masks,
+        exclude=args.exclude,
+        annotations=args.annotations,
+        keep_lung=_sides(args.lung),
+        names=args.name or None,
+        series=args.series,
+        lungs=args.lungs,
+        spacing=args.spacing,
+        size=args.size,
+        overwrite=args.overwrite,
+        workers=args.workers,
+        report=_progress,
+    )
     sys.stdout.write(f"\n{summary.table()}\n")
-    sys.stdout.write(f"\nlook at the pictures in {summary.store.path / 'qc'}\n")
+    store = summary.store.path
+    sys.stdout.write(f"\nlook at the pictures in {store / 'qc'}; the table is {store / 'summary.csv'}\n")
     return 1 if summary.failed else 0
+
+
+def series_table(inputs: Sequence[Path]) -> str:
+    """Lay out the DICOM series below `inputs`; a star marks those that "largest" takes."""
+    lines = []
+    for folder, infos in dicom_folders(inputs):
+        lines.append(f"{folder}")
+        taken = largest_series(infos)
+        for info in infos:
+            lines.append(
+                f"  {'*' if info is taken and info.usable else ' '} {info.uid:<64} {info.modality or '?':<4} "
+                f"{info.slices:>5}  {info.description}{'  -- ' + info.problem if info.problem else ''}"
+            )
+    if not lines:
+        return "no DICOM series found\n"
+    head = f"    {'SeriesInstanceUID':<64} {'kind':<4} {'files':>5}  description  -- why it is no CT volume"
+    return "\n".join([head, *lines, "* is read by --series largest"]) + "\n"
 
 
 def _sides(entries: Sequence[str]) -> dict[str, Side]:
@@ -77,6 +124,10 @@ def _sides(entries: Sequence[str]) -> dict[str, Side]:
             raise ValueError(f"--lung must be CASE=right or CASE=left, got {entry}")
         sides[case] = "right" if side == "right" else "left"
     return sides
+
+
+def _warn(message: Warning | str, *place: object, **more: object) -> None:
+    sys.stderr.write(f"warning: {message}\n")
 
 
 def _progress(case: CaseSummary) -> None:

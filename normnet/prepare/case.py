@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lesionsynth.io import CTVolume, read_ct, read_mask
+from normnet.prepare.lungmask import split_by_lungmask
 from normnet.prepare.lungs import Lungs, split_lungs, split_mask
 from normnet.prepare.morphology import Mask, Spacing
 from normnet.prepare.read import IsoGrid
@@ -17,6 +18,7 @@ from normnet.prepare.read import IsoGrid
 ISO_SPACING: Spacing = (1.0, 0.8, 0.8)
 """Working voxel in mm, axis order z, y, x (PAPER.md IV-B)."""
 Side = Literal["both", "right", "left"]
+LungMethod = Literal["thresholds", "lungmask"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,6 +37,9 @@ class LoadedCase:
         The lung mask on the CT's own grid.
     grid : IsoGrid
         How the two grids lie.
+    native_left : bool array or None
+        The part of `native_mask` that is the left lung, where it was told apart on reading; see
+        `native_sides`.
     """
 
     hu: npt.NDArray[np.int16]
@@ -42,11 +47,27 @@ class LoadedCase:
     volume: CTVolume
     native_mask: Mask
     grid: IsoGrid
+    native_left: Mask | None = None
 
     @property
     def spacing(self) -> Spacing:
         """Voxel size of `hu` and `mask` in mm, axis order z, y, x."""
         return self.grid.spacing
+
+    @property
+    def native_sides(self) -> tuple[Mask, Mask] | None:
+        """The right and the left lung on the CT's own grid; None where they cannot be told apart.
+
+        They are disjoint and add up to `native_mask`; one may be empty. Of a mask from a file they are worked
+        out at each use.
+        """
+        if self.native_left is not None:
+            return self.native_mask & ~self.native_left, self.native_left
+        try:
+            lungs = split_mask(self.native_mask, self.volume.spacing)
+        except ValueError:
+            return None
+        return lungs.right, lungs.left
 
     def to_native(self, array: npt.NDArray[Any], fill: float = 0) -> npt.NDArray[Any]:
         """Bring a mask (nearest voxel) or floats (linear) from the working grid to the CT's own."""
@@ -61,6 +82,8 @@ def load_case(
     size: int | None = None,
     margin: int = 4,
     keep_lung: Side = "both",
+    series: str | None = None,
+    lungs: LungMethod = "thresholds",
 ) -> LoadedCase:
     """Read a CT, find its lungs and resample both.
 
@@ -78,12 +101,19 @@ def load_case(
         Voxels of the working grid around the lungs' box (in z only, where `size` is given).
     keep_lung : {"both", "right", "left"}
         Keep one lung only.
+    series : str, optional
+        SeriesInstanceUID, for a DICOM folder with several.
+    lungs : {"thresholds", "lungmask"}
+        How lungs are segmented: `segment_lungs`, or the network of the package ``lungmask``, which must be
+        installed. Without effect where `mask_path` is given.
 
     Raises
     ------
     FileNotFoundError, ValueError
-        As `read_ct`, `read_mask` and `segment_lungs`; an empty lung mask; a bad `spacing`, `size` or
-        `keep_lung`.
+        As `read_ct`, `read_mask` and `segment_lungs`; an empty lung mask; a bad `spacing`, `size`,
+        `keep_lung` or `lungs`.
+    ImportError
+        `lungs` is "lungmask", which is not installed.
     """
     if len(spacing) != 3 or not all(np.isfinite(s) and s > 0 for s in spacing):
         raise ValueError(f"spacing must be three positive lengths in mm, got {spacing}")
@@ -91,27 +121,36 @@ def load_case(
         raise ValueError(f"size must be at least 1 voxel, got {size}")
     if keep_lung not in ("both", "right", "left"):
         raise ValueError(f"keep_lung must be both, right or left, got {keep_lung!r}")
-    volume = read_ct(path)
-    native = _lungs(volume, mask_path, keep_lung)
+    if lungs not in ("thresholds", "lungmask"):
+        raise ValueError(f"lungs must be thresholds or lungmask, got {lungs!r}")
+    volume = read_ct(path, series)
+    native, left = _lungs(volume, mask_path, keep_lung, lungs)
     grid = IsoGrid.around(native, volume.spacing, spacing, margin=margin, size=size)
-    return LoadedCase(grid.to_iso(volume.hu), grid.to_iso(native), volume, native, grid)
+    return LoadedCase(grid.to_iso(volume.hu), grid.to_iso(native), volume, native, grid, left)
 
 
-def _lungs(volume: CTVolume, mask_path: str | os.PathLike[str] | None, keep_lung: Side) -> Mask:
+def _lungs(
+    volume: CTVolume, mask_path: str | os.PathLike[str] | None, keep_lung: Side, method: LungMethod
+) -> tuple[Mask, Mask | None]:
+    """Lungs on the CT's grid, and the left one among them where that is known."""
     try:
         if mask_path is None:
-            return _side(split_lungs(volume.hu, volume.spacing), keep_lung)
+            split = split_lungs if method == "thresholds" else split_by_lungmask
+            return _side(split(volume.hu, volume.spacing), keep_lung)
         mask = read_mask(mask_path, volume)
         if not mask.any():
             raise ValueError(f"the lung mask {os.fspath(mask_path)} must not be empty")
-        return mask if keep_lung == "both" else _side(split_mask(mask, volume.spacing), keep_lung)
+        if keep_lung == "both":
+            return mask, None
+        return _side(split_mask(mask, volume.spacing), keep_lung)
     except ValueError as error:
         name = str(volume.path)
         raise error if name in str(error) else ValueError(f"{name}: {error}") from error
 
 
-def _side(lungs: Lungs, keep_lung: Side) -> Mask:
-    mask = {"right": lungs.right, "left": lungs.left, "both": lungs.right | lungs.left}[keep_lung]
+def _side(lungs: Lungs, keep_lung: Side) -> tuple[Mask, Mask]:
+    right, left = lungs.right, lungs.left
+    mask = right | left if keep_lung == "both" else right if keep_lung == "right" else left
     if not mask.any():
         raise ValueError(f"no {keep_lung} lung found")
-    return mask
+    return mask, left if keep_lung != "right" else np.zeros_like(left)

@@ -22,6 +22,7 @@ from normnet.prepare.morphology import (
     block_mean,
     bounding_box,
     closed,
+    component_sizes,
     fill_enclosed,
     fill_slices,
     largest,
@@ -49,7 +50,17 @@ APART_MM = 40.0
 """Distance of the two lungs' centres from right to left."""
 SPLIT_DEPTHS_MM = (0.0, 2.5, 4.5, 6.5, 9.0, 12.0)
 """Tried in turn: the lungs touch in front of and behind the mediastinum, where they are thin."""
+HEAD_BONE_HU = 300
+HEAD_BONE, CHEST_AIR = 0.1, 0.08
+"""Share of the body that is bone, from which on, and share that is air, below which it is a head, no chest.
+
+A skull is about a sixth of a head and its sinuses a fiftieth; ribs and spine are about a twentieth of a
+chest, and lungs a fifth or more. Both must hold: a chest full of contrast has air, lungs full of fluid no
+more bone.
+"""
 REACH_MM, DEPTH_MM, RIM_MM = 2.5, 3.0, 1.5
+CHUNK = 32
+"""Slices whose distances are worked out at once."""
 HOLE_MM2 = 150.0
 """Holes of a slice filled: vessels; larger ones, open above or below, are the liver's dome or the hilum."""
 
@@ -110,6 +121,7 @@ def split_lungs(hu: npt.NDArray[np.int16], spacing: Spacing) -> Lungs:
     cropped = grow_airways(coarse[box], body[box], mm)
     airway[box] = cropped.large
     found = find_lungs(coarse[box], body[box], cropped, mm)
+    check_chest(coarse[box], body[box], found)
     right[box], left[box] = close_lungs(coarse[box], found, body[box], cropped, mm)
     return outline(hu, spacing, (right, left), airway, (fz, fy, fx))
 
@@ -153,6 +165,24 @@ def find_lungs(
     return parts if centres[0] < centres[1] else (parts[1], parts[0])
 
 
+def check_chest(coarse: npt.NDArray[np.float32], body: Mask, lungs: tuple[Mask, Mask]) -> None:
+    """Refuse a head, whose sinuses would pass for lungs.
+
+    Raises
+    ------
+    ValueError
+        Little air and much bone; names both shares.
+    """
+    tissue = int(body.sum())
+    air = int(lungs[0].sum() + lungs[1].sum()) / tissue
+    bone = int(((coarse >= HEAD_BONE_HU) & body).sum()) / tissue
+    if air < CHEST_AIR and bone > HEAD_BONE:
+        raise ValueError(
+            f"no lung found: must be a CT of the chest, but {air:.1%} of the body is air space and "
+            f"{bone:.1%} bone, as in a head"
+        )
+
+
 def _centre_x(mask: Mask) -> float:
     total = int(mask.sum())
     return float(mask.sum(axis=(0, 1)) @ np.arange(mask.shape[2]) / total) if total else float("nan")
@@ -179,12 +209,12 @@ def split_two(mask: Mask, mm: Spacing) -> tuple[Mask, Mask] | None:
         labels, count = ndimage.label(deep > depth)
         if count < 2:
             continue
-        sizes = np.bincount(labels.ravel())
+        sizes = component_sizes(labels, count)
         sizes[0] = 0
         a, b = (int(n) for n in np.argsort(-sizes)[:2])
         if sizes[b] < 0.1 * sizes[a]:
             continue
-        markers = np.where(labels == a, 1, np.where(labels == b, 2, 0))
+        markers = (labels == a).view(np.uint8) + np.uint8(2) * (labels == b).view(np.uint8)
         if abs(_centre_x(markers == 1) - _centre_x(markers == 2)) * mm[2] < APART_MM:
             continue
         nearest = ndimage.distance_transform_edt(
@@ -316,14 +346,26 @@ def split_mask(mask: Mask, spacing: Spacing) -> Lungs:
     """
     fz, fy, fx = (max(1, round(COARSE_MM / s)) for s in spacing)
     mm = (spacing[0] * fz, spacing[1] * fy, spacing[2] * fx)
-    coarse: Mask = block_mean(mask.view(np.uint8), (fz, fy, fx)) >= 0.5
-    parts = split_two(coarse, mm)
+    filled = block_mean(mask.view(np.uint8), (fz, fy, fx))
+    around = bounding_box(filled > 0)
+    # distances in the box, with a rim of background, are those in the whole volume
+    box = tuple(
+        slice(max(s.start - 2, 0), min(s.stop + 2, n))
+        for s, n in zip(around or (), filled.shape, strict=False)
+    )
+    parts = split_two(filled[box] >= 0.5, mm) if around is not None else None
     if parts is None:
         raise ValueError("the lung mask must show two lungs side by side, to tell right from left")
     if _centre_x(parts[0]) > _centre_x(parts[1]):
         parts = (parts[1], parts[0])
     # signed distances also cover the voxels that the coarse mask lost
-    nearer_right = spread(_signed(parts[0], mm), (fz, fy, fx), mask.shape) >= spread(
-        _signed(parts[1], mm), (fz, fy, fx), mask.shape
-    )
-    return Lungs(mask & nearer_right, mask & ~nearer_right)
+    fields = [np.zeros(filled.shape, np.float32) for _ in parts]
+    for field, part in zip(fields, parts, strict=True):
+        field[box] = _signed(part, mm)
+    right, left = np.zeros(mask.shape, bool), np.zeros(mask.shape, bool)
+    for first in range(0, len(mask), CHUNK):
+        last = min(first + CHUNK, len(mask))
+        one, other = (spread(field, (fz, fy, fx), mask.shape, (first, last)) for field in fields)
+        np.logical_and(mask[first:last], one >= other, out=right[first:last])
+        np.logical_and(mask[first:last], one < other, out=left[first:last])
+    return Lungs(right, left)

@@ -92,10 +92,18 @@ def largest(mask: Mask) -> Mask:
     labels, count = ndimage.label(mask)
     if count == 0:
         return mask.copy()
-    sizes = np.bincount(labels.ravel())
+    sizes = component_sizes(labels, count)
     sizes[0] = 0
     kept: Mask = labels == int(sizes.argmax())
     return kept
+
+
+def component_sizes(labels: npt.NDArray[Any], count: int) -> npt.NDArray[np.int64]:
+    """Voxels of the labels 0 ... count; by slices, as counting a whole volume takes 8 bytes a voxel."""
+    sizes = np.zeros(count + 1, np.int64)
+    for first in range(0, len(labels), 32):
+        sizes += np.bincount(labels[first : first + 32].ravel(), minlength=count + 1)
+    return sizes
 
 
 def fill_slices(mask: Mask, max_voxels: int | None = None) -> Mask:
@@ -104,7 +112,9 @@ def fill_slices(mask: Mask, max_voxels: int | None = None) -> Mask:
     plane = np.zeros((3, 3, 3), bool)
     plane[1] = ndimage.generate_binary_structure(2, 1)
     labels, count = ndimage.label(~mask, plane)
-    stays = np.zeros(count + 1, bool) if max_voxels is None else np.bincount(labels.ravel()) > max_voxels
+    stays = np.zeros(count + 1, bool)
+    if max_voxels is not None:
+        stays = component_sizes(labels, count) > max_voxels
     for edge in (labels[:, 0], labels[:, -1], labels[:, :, 0], labels[:, :, -1]):
         stays[np.unique(edge)] = True
     stays[0] = False
@@ -136,6 +146,14 @@ def bounding_box(mask: Mask) -> tuple[slice, slice, slice] | None:
 
 def block_mean(volume: npt.NDArray[Any], factors: tuple[int, int, int]) -> npt.NDArray[np.float32]:
     """Mean over blocks of `factors` voxels (z, y, x); the edge is repeated where the shape is no multiple."""
+    out = np.empty([-(-n // f) for n, f in zip(volume.shape, factors, strict=True)], np.float32)
+    for first in range(0, len(out), 16):  # by slices: sums along z alone would take the volume as floats
+        last = first + 16
+        out[first:last] = _block_mean(volume[first * factors[0] : last * factors[0]], factors)
+    return out
+
+
+def _block_mean(volume: npt.NDArray[Any], factors: tuple[int, int, int]) -> npt.NDArray[np.float32]:
     out = np.pad(volume, [(0, -n % f) for n, f in zip(volume.shape, factors, strict=True)], mode="edge")
     for axis, factor in enumerate(factors):
         if factor > 1:
@@ -145,21 +163,46 @@ def block_mean(volume: npt.NDArray[Any], factors: tuple[int, int, int]) -> npt.N
 
 
 def spread(
-    coarse: npt.NDArray[np.float32], factors: tuple[int, int, int], shape: tuple[int, ...]
+    coarse: npt.NDArray[np.float32],
+    factors: tuple[int, int, int],
+    shape: tuple[int, ...],
+    slices: tuple[int, int] | None = None,
 ) -> npt.NDArray[np.float32]:
-    """Bring a field on the grid of `block_mean` to the fine grid by linear interpolation."""
-    out = coarse
-    for axis in (1, 2, 0):  # in plane first: the slices in between are the larger array
+    """Bring a field on the grid of `block_mean` to the fine grid by linear interpolation.
+
+    `shape` is that of the fine grid. With `slices`, only its slices first ... last - 1 are worked out.
+    """
+    low, high, weight = _taps(factors[0], coarse.shape[0], shape[0])
+    first, last = slices or (0, shape[0])
+    same = factors[0] == 1 and coarse.shape[0] == shape[0]
+    bottom, top = (first, last) if same else (int(low[first]), int(high[last - 1]) + 1)
+    out = coarse[bottom:top]
+    for axis in (1, 2):  # in plane first: the slices in between are the larger array
         if factors[axis] > 1 or out.shape[axis] != shape[axis]:
-            out = _stretch(out, axis, factors[axis], shape[axis])
-    return out
+            out = _stretch(out, axis, *_taps(factors[axis], out.shape[axis], shape[axis]))
+    part = slice(first, last)
+    return out if same else _stretch(out, 0, low[part] - bottom, high[part] - bottom, weight[part])
 
 
-def _stretch(field: npt.NDArray[np.float32], axis: int, factor: int, length: int) -> npt.NDArray[np.float32]:
-    position = np.clip((np.arange(length) + 0.5) / factor - 0.5, 0, field.shape[axis] - 1)
-    low = np.minimum(position.astype(np.intp), max(field.shape[axis] - 2, 0))
-    high = np.minimum(low + 1, field.shape[axis] - 1)
-    weight = (position - low).astype(np.float32).reshape([-1 if a == axis else 1 for a in range(field.ndim)])
+def _taps(
+    factor: int, n: int, length: int
+) -> tuple[npt.NDArray[np.intp], npt.NDArray[np.intp], npt.NDArray[np.float32]]:
+    """Coarse neighbours of every fine voxel along an axis, and the weight of the upper one."""
+    position = np.clip((np.arange(length) + 0.5) / factor - 0.5, 0, n - 1)
+    low = np.minimum(position.astype(np.intp), max(n - 2, 0))
+    return low, np.minimum(low + 1, n - 1), (position - low).astype(np.float32)
+
+
+def _stretch(
+    field: npt.NDArray[np.float32],
+    axis: int,
+    low: npt.NDArray[np.intp],
+    high: npt.NDArray[np.intp],
+    weight: npt.NDArray[np.float32],
+) -> npt.NDArray[np.float32]:
     below = np.take(field, low, axis)
-    stretched: npt.NDArray[np.float32] = below + weight * (np.take(field, high, axis) - below)
+    stretched: npt.NDArray[np.float32] = np.take(field, high, axis)
+    stretched -= below  # in place: on the fine grid each of these is the largest array of a segmentation
+    stretched *= weight.reshape([-1 if a == axis else 1 for a in range(field.ndim)])
+    stretched += below
     return stretched

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import tempfile
+import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from normnet.prepare.morphology import Mask, Spacing, bounding_box
+from normnet.prepare.store import write_atomically
 
 AXIAL = 14
 
@@ -70,9 +71,9 @@ def write_picture(
         axis.set_title(f"{'y' if coronal else 'x'} {at}", fontsize=8)
     figure.suptitle(title, fontsize=12)
     figure.subplots_adjust(0.005, 0.005, 0.995, 0.93, 0.02, 0.1)
-    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", suffix=".png") as scratch:
-        figure.savefig(scratch.name, dpi=70)
-        path.write_bytes(Path(scratch.name).read_bytes())
+    picture = io.BytesIO()
+    figure.savefig(picture, dpi=70, format="png")
+    write_atomically(path, picture.getvalue())
 
 
 def _slice(axis: Any, hu: npt.NDArray[np.int16], mask: Mask, removed: Mask, aspect: float) -> None:

@@ -16,6 +16,9 @@ from lesionsynth.io import AIR_HU
 from normnet.prepare.morphology import Mask, Spacing, bounding_box
 
 Index = tuple[int, int, int]
+Taps = tuple[npt.NDArray[np.intp], npt.NDArray[np.intp], npt.NDArray[np.float32]]
+CHUNK = 32
+"""Slices interpolated at once."""
 
 
 @dataclass(frozen=True)
@@ -155,40 +158,56 @@ def _check_shape(name: str, array: npt.NDArray[Any], shape: Index) -> None:
 def _resample(
     volume: npt.NDArray[Any], positions: list[npt.NDArray[np.float64]], fill: float
 ) -> npt.NDArray[Any]:
+    out = np.full([p.size for p in positions], fill, volume.dtype)
     # a voxel reaches half its width beyond its centre: farther out there is nothing
     known = [(p >= -0.5) & (p < n - 0.5) for p, n in zip(positions, volume.shape, strict=True)]
+    if not all(k.any() for k in known):
+        return out
     cut = [p[k] for p, k in zip(positions, known, strict=True)]
+    # what is known is one run along each axis
+    inside = out[tuple(slice(int(np.argmax(k)), int(np.argmax(k)) + int(k.sum())) for k in known)]
     if volume.dtype.kind == "b":
         # the epsilon settles ties downwards, whatever the rounding of the positions
         nearest = [
             np.ceil(p - 0.5 - 1e-9).astype(np.intp).clip(0, n - 1)
             for p, n in zip(cut, volume.shape, strict=True)
         ]
-        values: npt.NDArray[Any] = volume[np.ix_(*nearest)]
+        inside[...] = volume[np.ix_(*nearest)]
     else:
-        values = _linear(volume, cut)
-        if volume.dtype.kind in "iu":
-            values = np.rint(values)
-    out = np.full([p.size for p in positions], fill, volume.dtype)
-    if all(k.any() for k in known):
-        # what is known is one run along each axis
-        spans = tuple(slice(int(np.argmax(k)), int(np.argmax(k)) + int(k.sum())) for k in known)
-        out[spans] = values
+        _interpolate(volume, cut, inside)
     return out
 
 
-def _linear(volume: npt.NDArray[Any], positions: list[npt.NDArray[np.float64]]) -> npt.NDArray[np.float32]:
-    out = volume
+def _interpolate(
+    volume: npt.NDArray[Any], positions: list[npt.NDArray[np.float64]], out: npt.NDArray[Any]
+) -> None:
+    """Fill `out` linearly, integers rounded; in chunks of slices, so that no whole volume turns float32."""
+    taps = [_taps(at, n) for at, n in zip(positions, volume.shape, strict=True)]
     order = sorted(range(3), key=lambda axis: positions[axis].size / volume.shape[axis])  # shrink first
+    low, high, weight = taps[0]
+    for first in range(0, len(out), CHUNK):
+        part = slice(first, first + CHUNK)
+        bottom, top = int(low[part].min()), int(high[part].max()) + 1
+        here = [(low[part] - bottom, high[part] - bottom, weight[part]), *taps[1:]]
+        values = _linear(volume[bottom:top], here, order)
+        out[part] = np.rint(values, out=values) if volume.dtype.kind in "iu" else values
+
+
+def _taps(positions: npt.NDArray[np.float64], n: int) -> Taps:
+    """Neighbours of positions along an axis of n voxels, and the weight of the upper one."""
+    at = positions.clip(0, n - 1)
+    low = np.minimum(at.astype(np.intp), max(n - 2, 0))
+    return low, np.minimum(low + 1, n - 1), (at - low).astype(np.float32)
+
+
+def _linear(volume: npt.NDArray[Any], taps: list[Taps], order: list[int]) -> npt.NDArray[np.float32]:
+    out = volume
     for axis in order:
-        last = volume.shape[axis] - 1
-        at = positions[axis].clip(0, last)
-        low = np.minimum(at.astype(np.intp), max(last - 1, 0))
-        weight = (at - low).astype(np.float32).reshape([-1 if a == axis else 1 for a in range(3)])
+        low, high, weight = taps[axis]
         below = np.take(out, low, axis).astype(np.float32, copy=False)
-        above = np.take(out, np.minimum(low + 1, last), axis).astype(np.float32, copy=False)
+        above = np.take(out, high, axis).astype(np.float32, copy=False)
         above -= below
-        above *= weight
+        above *= weight.reshape([-1 if a == axis else 1 for a in range(3)])
         above += below
         out = above
     return out.astype(np.float32, copy=False)

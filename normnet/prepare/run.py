@@ -2,110 +2,25 @@
 
 from __future__ import annotations
 
-import logging
 import os
-import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
-import numpy as np
+from normnet.inputs import Source, find_sources
+from normnet.prepare.case import ISO_SPACING, LungMethod, Side
+from normnet.prepare.exclude import read_exclusions
+from normnet.prepare.luna import find_annotations, match_annotations
+from normnet.prepare.lungmask import check_installed
+from normnet.prepare.masks import find_mask
+from normnet.prepare.morphology import Spacing
+from normnet.prepare.store import Store, case_name_for_store
+from normnet.prepare.summary import CaseSummary, Summary, write_csv
+from normnet.prepare.work import Work, attempt, failed
+from normnet.prepare.workers import Died, run_parallel
 
-import lesionsynth as ls
-from lesionsynth.io import case_name
-from normnet.prepare.case import ISO_SPACING, LoadedCase, Side, load_case
-from normnet.prepare.exclude import (
-    Nodule,
-    Range,
-    kept_slices,
-    nodule_slices,
-    read_annotations,
-    read_exclusions,
-    runs,
-)
-from normnet.prepare.morphology import Mask, Spacing, bounding_box, plane_eroded
-from normnet.prepare.qc import write_picture
-from normnet.prepare.store import Store
-
-_LOG = logging.getLogger(__name__)
-EDGE_MM = 3.2
-"""Depth in which erroneous edges may lie: twice the shell of two voxels that tells them."""
-MARGIN_SLICES = 4
-"""Slices kept above and below the lungs."""
-_MASK_ENDINGS = ("", "_lung", "_lungs", "_mask", "_lung_mask", "-lung", "_lobes")
-_CT_ENDINGS = ("", "_hu", "_ct", "_0000")
-_FORMATS = (".nii.gz", ".nii", ".nrrd", ".nhdr", ".mha", ".mhd")
-
-
-@dataclass(frozen=True)
-class CaseSummary:
-    """What became of one input.
-
-    Attributes
-    ----------
-    case_id : str
-    status : {"prepared", "there", "failed"}
-        "there": finished by an earlier run.
-    message : str
-        Why it failed, or a remark.
-    slices : int
-        Slices in use on the working grid.
-    source_spacing : 3-tuple
-        mm (z, y, x) of the file.
-    lung_ml, bright_fraction : float
-        Volume of the stored mask; share of it at or above the HU threshold (-500).
-    edge_voxels : int
-        Voxels of erroneous edges taken out of the mask.
-    seconds : float
-    """
-
-    case_id: str
-    status: str
-    message: str = ""
-    slices: int = 0
-    source_spacing: Spacing = (0.0, 0.0, 0.0)
-    lung_ml: float = 0.0
-    bright_fraction: float = 0.0
-    edge_voxels: int = 0
-    seconds: float = 0.0
-
-
-@dataclass(frozen=True)
-class Summary:
-    """Outcome of `prepare`.
-
-    Attributes
-    ----------
-    cases : tuple of CaseSummary
-        In the order of the inputs.
-    store : Store
-    """
-
-    cases: tuple[CaseSummary, ...]
-    store: Store
-
-    @property
-    def failed(self) -> tuple[CaseSummary, ...]:
-        """Cases that could not be prepared."""
-        return tuple(case for case in self.cases if case.status == "failed")
-
-    def table(self) -> str:
-        """Lay the cases out as text, one line each."""
-        head = (
-            f"{'case':<28} {'status':<9} {'slices':>6} {'spacing z/y/x (mm)':>19} {'lung ml':>8} "
-            f"{'bright':>7} {'edges':>8} {'s':>6}"
-        )
-        lines = [head]
-        for c in self.cases:
-            spacing = "/".join(f"{s:.2f}" for s in c.source_spacing)
-            lines.append(
-                f"{c.case_id:<28} {c.status:<9} {c.slices:>6} {spacing:>19} {c.lung_ml:>8.0f} "
-                f"{c.bright_fraction:>7.3f} {c.edge_voxels:>8} {c.seconds:>6.1f}"
-            )
-            if c.message:
-                lines.append(f"    {c.message}")
-        return "\n".join(lines)
+__all__ = ["CaseSummary", "Summary", "find_mask", "prepare"]
 
 
 def prepare(
@@ -117,9 +32,12 @@ def prepare(
     annotations: str | os.PathLike[str] | None = None,
     keep_lung: Mapping[str, Side] | None = None,
     names: Sequence[str] | None = None,
+    series: str = "largest",
+    lungs: LungMethod = "thresholds",
     spacing: Spacing = ISO_SPACING,
     size: int = 512,
     overwrite: bool = False,
+    workers: int = 1,
     report: Callable[[CaseSummary], None] | None = None,
 ) -> Summary:
     """Read, segment, resample and store CT volumes for training.
@@ -127,9 +45,10 @@ def prepare(
     Parameters
     ----------
     inputs : sequence of paths
-        What `lesionsynth.io.read_ct` takes. A case is named after its file or folder.
+        Volume files, DICOM folders, and folders of these to any depth, LUNA16's among them; see
+        `normnet.inputs.find_sources`. A case is named after its file or folder.
     output : path
-        Store to make or to go on with; finished cases are kept.
+        Store to make or to go on with; finished cases are kept, what a killed run left is taken away.
     masks : path, optional
         Lung mask for a single input, or a folder where each case has one: ``<case>.nii.gz``,
         ``<case>_lung.nii.gz`` (or nrrd, mha, mhd; ``_hu`` and ``_ct`` at the end of the case's name may be
@@ -138,203 +57,159 @@ def prepare(
         CSV ``case,first_slice,last_slice``: slices of the file, from 0 at the feet, ends included, left out.
     annotations : path, optional
         LUNA16-style CSV ``seriesuid,coordX,coordY,coordZ,diameter_mm``: slices with nodules are left out.
+        ``seriesuid`` is a SeriesInstanceUID or the name of a file. Omitted: the ``annotations.csv`` beside
+        the ``subset*`` folders of LUNA16, if an input is one.
     keep_lung : mapping, optional
         Case name to "right" or "left": only that lung is kept.
     names : sequence of str, optional
-        Case names, one per input.
+        Case names, one per CT found.
+    series : str
+        Of a DICOM folder with several series: "largest", "all", or a SeriesInstanceUID.
+    lungs : {"thresholds", "lungmask"}
+        How lungs are segmented where there are no `masks`; see `load_case`.
     spacing : (3,) floats
         Working voxel size in mm, axis order z, y, x.
     size : int
         In-plane size in voxels; the lungs are centred, padded or cropped.
     overwrite : bool
         Prepare finished cases again.
+    workers : int
+        Processes that prepare a case each; the store is the same for any number. A script that asks for more
+        than one must guard its main part by ``if __name__ == "__main__"``.
     report : callable, optional
         Called with each case's summary as it is done.
 
     Returns
     -------
     Summary
+        Also in the store as ``summary.csv``, with the other cases there.
 
     Raises
     ------
+    FileNotFoundError
+        An input or `masks` does not exist.
     ValueError
-        The call as a whole makes no sense: no inputs, repeated case names, names in `exclude` or `keep_lung`
-        that are no case, unreadable CSV, a store with other settings. What is wrong with one input is in the
-        summary.
+        The call as a whole makes no sense: no inputs, a folder without CT, repeated or impossible case names,
+        names in `exclude` or `keep_lung` that are no case, annotations none of which belongs to an input,
+        unreadable CSV, a store with other settings. What is wrong with one input is in the summary.
+    ImportError
+        `lungs` is "lungmask", which is not installed.
     """
-    ids = _case_ids(inputs, names)
+    if workers < 1:
+        raise ValueError(f"workers must be at least 1, got {workers}")
+    if lungs == "lungmask" and masks is None:
+        check_installed()
+    sources = _sources(inputs, names, series)
     sides = dict(keep_lung or {})
     left_out = read_exclusions(Path(exclude)) if exclude is not None else {}
-    nodules = read_annotations(Path(annotations)) if annotations is not None else {}
-    for argument, used in (("exclude", left_out), ("keep_lung", sides)):
-        unknown = sorted(set(used) - set(ids))
-        if unknown:
-            raise ValueError(f"{argument} names {', '.join(unknown)}: no such case among {', '.join(ids)}")
-    if masks is not None and not Path(masks).is_dir() and len(ids) > 1:
+    _check_names(list(sources), exclude=left_out, keep_lung=sides)
+    if masks is not None and not Path(masks).exists():
+        raise FileNotFoundError(f"{masks}: no such file or folder")
+    if masks is not None and not Path(masks).is_dir() and len(sources) > 1:
         raise ValueError(f"masks must be a folder where there are several inputs, got the file {masks}")
+    files = [Path(annotations)] if annotations is not None else find_annotations(inputs)
+    nodules = match_annotations(files, list(sources.values()))
     store = Store.create(output, {"spacing": [float(s) for s in spacing], "size": int(size)})
     (store.path / "qc").mkdir(exist_ok=True)
-    done = []
-    for path, case_id in zip(inputs, ids, strict=True):
-        if case_id in store and not overwrite:
-            summary = _from_meta(case_id, store[case_id].meta)
-        else:
-            work = _Work(
-                Path(path),
-                case_id,
-                masks,
-                left_out.get(case_id, []),
-                nodules.get(case_id, []),
-                sides.get(case_id, "both"),
-            )
-            summary = _attempt(work, store, spacing, size)
-        done.append(summary)
-        if report is not None:
-            report(summary)
-    return Summary(tuple(done), store)
-
-
-@dataclass(frozen=True)
-class _Work:
-    path: Path
-    case_id: str
-    masks: str | os.PathLike[str] | None
-    left_out: list[Range]
-    nodules: list[Nodule]
-    side: Side
-
-
-def _attempt(work: _Work, store: Store, spacing: Spacing, size: int) -> CaseSummary:
-    start = time.perf_counter()
+    store.clean()
+    tasks = [
+        Work(
+            source=source,
+            case_id=case_id,
+            store=store.path,
+            spacing=spacing,
+            size=size,
+            masks=None if masks is None else Path(masks),
+            left_out=tuple(left_out.get(case_id, ())),
+            nodules=tuple(nodules.get(source, ())),
+            side=sides.get(case_id, "both"),
+            lungs=lungs,
+        )
+        for case_id, source in sources.items()
+    ]
     try:
-        meta = _prepare_one(work, store, spacing, size)
-    except (ValueError, OSError, MemoryError) as error:
-        _LOG.warning("%s failed: %s", work.case_id, error)
-        return CaseSummary(work.case_id, "failed", f"{error}", seconds=time.perf_counter() - start)
-    summary = _from_meta(work.case_id, meta)
-    return CaseSummary(**{**vars(summary), "status": "prepared", "seconds": time.perf_counter() - start})
+        return _run(tasks, store, workers, overwrite, report)
+    finally:
+        store.clean()  # what a worker left that was killed
 
 
-def _prepare_one(work: _Work, store: Store, spacing: Spacing, size: int) -> dict[str, Any]:
-    mask_path = None if work.masks is None else find_mask(Path(work.masks), work.case_id)
-    case = load_case(
-        work.path, mask_path, spacing=spacing, size=size, margin=MARGIN_SLICES, keep_lung=work.side
-    )
-    keep = kept_slices(case.grid, [*work.left_out, *nodule_slices(case.volume, work.nodules)])
-    mask, removed = _without_edges(case)
-    mask[~keep] = False
-    if not mask.any():
-        raise ValueError(f"{work.path}: no lung is left after the slices to leave out")
-    ml = float(np.prod(spacing)) / 1000
-    meta: dict[str, Any] = {
-        "source": work.path.name,
-        "source_shape": list(case.volume.hu.shape),
-        "source_spacing": list(case.volume.spacing),
-        "spacing": list(spacing),
-        "start": list(case.grid.start),
-        "segments": [list(run) for run in runs(keep)],
-        "excluded": [list(r) for r in work.left_out],
-        "lungs_from": "segmentation" if mask_path is None else mask_path.name,
-        "kept_lung": work.side,
-        "lung_ml": float(mask.sum()) * ml,
-        "bright_fraction": float((case.hu[mask] >= -500).mean()),
-        "edge_voxels": int(removed.sum()),
-        "cropped_fraction": _cropped(case),
-    }
-    title = (
-        f"{work.case_id}: source {'/'.join(f'{s:.2f}' for s in case.volume.spacing)} mm, lungs "
-        f"{meta['lung_ml']:.0f} ml, bright {meta['bright_fraction']:.3f}, edges {meta['edge_voxels']} voxels"
-    )
-    write_picture(
-        store.path / "qc" / f"{work.case_id}.png",
-        case.hu,
-        mask,
-        removed,
-        spacing=spacing,
-        segments=runs(keep),
-        title=title,
-    )
-    return store.add(work.case_id, case.hu, mask, meta, overwrite=True).meta
-
-
-def _without_edges(case: LoadedCase) -> tuple[Mask, Mask]:
-    """Take the erroneous edges (III-B) out of the lung mask; (mask, removed).
-
-    Where a vessel tree hangs on the rim, the whole component counts as an edge; its deep part stays.
-    """
-    box = bounding_box(case.mask)
-    if box is None:
-        raise ValueError(f"{case.volume.path}: the lung mask has no voxel on the working grid")
-    inner = np.ascontiguousarray(case.mask[box])
-    image = ls.window_hu(np.ascontiguousarray(case.hu[box])) * inner
-    _, cleaned = ls.remove_erroneous_edges(image, inner)
-    mask = np.zeros(case.mask.shape, bool)
-    mask[box] = cleaned | plane_eroded(inner, EDGE_MM, case.spacing)
-    return mask, case.mask & ~mask
-
-
-def _cropped(case: LoadedCase) -> float:
-    """Share of the lungs that the in-plane window cuts off."""
-    sides = []
-    for axis in (1, 2):
-        at = case.grid.window_positions(axis)
-        sides.append((at >= -0.5) & (at < case.grid.shape[axis] - 0.5))
-    shown = int((case.native_mask & sides[0][:, None] & sides[1]).sum())
-    return 1.0 - shown / int(case.native_mask.sum())
-
-
-def _from_meta(case_id: str, meta: Mapping[str, Any]) -> CaseSummary:
-    cropped = float(meta["cropped_fraction"])
-    message = (
-        f"{cropped:.1%} of the lungs lie outside the {meta['shape'][1]} voxels in plane" if cropped else ""
-    )
-    z, y, x = meta["source_spacing"]
-    return CaseSummary(
-        case_id,
-        "there",
-        message,
-        sum(b - a for a, b in meta["segments"]),
-        (z, y, x),
-        meta["lung_ml"],
-        meta["bright_fraction"],
-        meta["edge_voxels"],
-    )
-
-
-def find_mask(masks: Path, case_id: str) -> Path:
-    """Find a case's lung mask; rules as in `prepare`.
-
-    Raises
-    ------
-    ValueError
-        None, or several.
-    """
-    if not masks.is_dir():
-        return masks
-    stems = {case_id.removesuffix(ending) for ending in _CT_ENDINGS}
-    # the CT itself may lie in the same folder: its own name only counts where nothing longer does
-    for endings in (_MASK_ENDINGS[1:], _MASK_ENDINGS[:1]):
-        found = [
-            p
-            for stem in sorted(stems)
-            for ending in endings
-            for suffix in _FORMATS
-            if (p := masks / f"{stem}{ending}{suffix}").is_file()
-        ]
-        if len(found) > 1:
-            raise ValueError(f"{masks}: several masks for case {case_id}: {', '.join(p.name for p in found)}")
-        if found:
-            return found[0]
-    raise ValueError(f"{masks}: no lung mask for case {case_id}; expected a file like {case_id}_lung.nii.gz")
-
-
-def _case_ids(inputs: Sequence[str | os.PathLike[str]], names: Sequence[str] | None) -> list[str]:
-    if not inputs:
-        raise ValueError("inputs must name at least one CT")
-    if names is not None and len(names) != len(inputs):
-        raise ValueError(f"names must be one per input, got {len(names)} names for {len(inputs)} inputs")
-    ids = list(names) if names is not None else [case_name(Path(path)) for path in inputs]
-    twice = sorted({name for name in ids if ids.count(name) > 1})
+def _sources(
+    inputs: Sequence[str | os.PathLike[str]], names: Sequence[str] | None, series: str
+) -> dict[str, Source]:
+    """CT by their names in the store."""
+    found = find_sources(inputs, series=series, names=names)
+    for name in names or ():
+        if name != case_name_for_store(name):
+            raise ValueError(
+                f"names must be of letters, digits and _.@+- and not start with a dot, got {name!r}"
+            )
+    cases = [case_name_for_store(source.case) for source in found]
+    twice = sorted(name for name, count in Counter(cases).items() if count > 1)
     if twice:
         raise ValueError(f"case names must differ, got {', '.join(twice)} more than once; give names")
-    return ids
+    return dict(zip(cases, found, strict=True))
+
+
+def _check_names(cases: Sequence[str], **arguments: Mapping[str, object]) -> None:
+    for argument, used in arguments.items():
+        unknown = sorted(set(used) - set(cases))
+        if unknown:
+            raise ValueError(f"{argument} names {', '.join(unknown)}: no such case among {', '.join(cases)}")
+
+
+def _run(
+    tasks: Sequence[Work],
+    store: Store,
+    workers: int,
+    overwrite: bool,
+    report: Callable[[CaseSummary], None] | None,
+) -> Summary:
+    """Prepare what is not there yet, and keep ``summary.csv`` up to date."""
+    done: dict[str, CaseSummary] = {}
+    if not overwrite:
+        done = {work.case_id: there for work in tasks if (there := _there(work, store)) is not None}
+    asked = {work.case_id for work in tasks}
+    others = [CaseSummary.of(name, store[name].meta, "there") for name in store.case_ids if name not in asked]
+    for case in done.values():
+        if report is not None:
+            report(case)
+    for case in _prepared([work for work in tasks if work.case_id not in done], workers):
+        done[case.case_id] = case
+        if report is not None:
+            report(case)
+        _write_summary(store, [done[w.case_id] for w in tasks if w.case_id in done] + others)
+    _write_summary(store, [done[work.case_id] for work in tasks] + others)
+    return Summary(tuple(done[work.case_id] for work in tasks), store)
+
+
+def _prepared(tasks: Sequence[Work], workers: int) -> Iterator[CaseSummary]:
+    """Summaries in the order in which the cases end."""
+    if workers == 1 or len(tasks) < 2:
+        yield from map(attempt, tasks)
+        return
+    for index, result in run_parallel(attempt, tasks, min(workers, len(tasks))):
+        if isinstance(result, Died):
+            yield failed(tasks[index], f"{tasks[index].source.path}: {result}")
+        else:
+            yield result
+
+
+def _there(work: Work, store: Store) -> CaseSummary | None:
+    """Sum up a case that is finished; None where it is to be prepared."""
+    if work.case_id not in store or not store[work.case_id].is_whole():
+        return None
+    meta = store[work.case_id].meta
+    try:
+        asked = work.request()
+    except ValueError:  # its mask is gone since
+        asked = {}
+    other = [name for name, value in asked.items() if name in meta and meta[name] != value]
+    remark = f"prepared with another {', '.join(other)}; overwrite prepares it again" if other else ""
+    return CaseSummary.of(work.case_id, meta, "there", remark=remark)
+
+
+def _write_summary(store: Store, cases: Sequence[CaseSummary]) -> None:
+    try:
+        write_csv(store.path / "summary.csv", cases)
+    except OSError as error:  # a full disk: the cases are in the store or reported all the same
+        warnings.warn(f"summary.csv could not be written: {error}", stacklevel=4)

@@ -8,8 +8,11 @@ A store is a folder::
     cases/<case>/meta.json segments, mask voxels per slice, what was done to the case
     qc/<case>.png          picture to look at
 
+    summary.csv            what became of the cases
+
 A case appears as a whole or not at all: it is written beside the others under a temporary name and then
-renamed.
+renamed. Temporary names begin with a dot and tell the process, so that what a killed run leaves can be told
+from what another one is writing.
 """
 
 from __future__ import annotations
@@ -18,7 +21,9 @@ import json
 import os
 import re
 import shutil
+import socket
 import tempfile
+import time
 import uuid
 from collections.abc import Mapping
 from pathlib import Path
@@ -31,6 +36,10 @@ FORMAT = 1
 CHUNK_SLICES = 4
 """Slices per chunk: a slab of 32 reads at most 9 chunks; at 512 x 512 a chunk is 2 MB."""
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.@+-]*")
+_LEFTOVER = re.compile(r"\..+\.of-(?P<host>.+)-(?P<pid>\d+)\..+")
+_ABANDONED = 86400.0
+"""Seconds after which anything half-written counts as left over: of other machines, process numbers say
+nothing, and in a container they recur."""
 
 Segment = tuple[int, int]
 
@@ -93,6 +102,13 @@ class Case:
         mask = self._array("mask")[z0:z1]
         return np.asarray(hu, np.int16), np.asarray(mask) > 0
 
+    def is_whole(self) -> bool:
+        """Tell whether both arrays can be opened and have the right shape; a copy cut short has not."""
+        try:
+            return all(tuple(self._array(name).shape) == self.shape for name in ("hu", "mask"))
+        except (OSError, RuntimeError, ValueError):
+            return False
+
     def _array(self, name: str) -> Any:
         import blosc2
 
@@ -132,7 +148,7 @@ class Store:
                     f"{folder}: a store with other settings is there: {store.meta}, asked for {wanted}"
                 )
             return store
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        if folder.exists() and (not folder.is_dir() or any(map(_foreign, folder.iterdir()))):
             raise ValueError(f"{folder}: output must be a new or empty folder or a store, got something else")
         (folder / "cases").mkdir(parents=True, exist_ok=True)
         write_atomically(folder / "store.json", json.dumps({"format": FORMAT, **meta}, indent=1))
@@ -210,14 +226,14 @@ class Store:
         target = self.path / "cases" / case_id
         if target.exists() and not overwrite:
             raise ValueError(f"{self.path}: case {case_id!r} exists; pass overwrite=True to replace it")
-        temporary = Path(tempfile.mkdtemp(prefix=f".{case_id}.", dir=self.path / "cases"))
+        temporary = Path(tempfile.mkdtemp(prefix=_temporary(case_id), dir=self.path / "cases"))
         try:
             _write_array(temporary / "hu.b2nd", hu)
             _write_array(temporary / "mask.b2nd", mask.view(np.uint8))
-            (temporary / "meta.json").write_text(json.dumps(whole, indent=1))
+            write_bytes(temporary / "meta.json", json.dumps(whole, indent=1).encode())
             temporary.chmod(0o755)  # mkdtemp made it private
             if target.exists():
-                old = Path(tempfile.mkdtemp(prefix=f".{case_id}.old.", dir=self.path / "cases"))
+                old = Path(tempfile.mkdtemp(prefix=_temporary(case_id), dir=self.path / "cases"))
                 os.replace(target, old)
                 os.replace(temporary, target)
                 shutil.rmtree(old)
@@ -227,6 +243,20 @@ class Store:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
         return Case(target)
+
+    def scratch(self, path: Path) -> Path:
+        """Name, beside a file of the store, under which it can be written before it takes its own."""
+        return path.with_name(f"{_temporary(path.stem)}{uuid.uuid4().hex}{path.suffix}")
+
+    def clean(self) -> None:
+        """Take away what killed runs left half-written; what a live process is writing stays."""
+        for folder in (self.path, self.path / "cases", self.path / "qc"):
+            for path in folder.glob(".*") if folder.is_dir() else ():
+                if _is_left_over(path):
+                    if path.is_dir():
+                        shutil.rmtree(path, ignore_errors=True)
+                    else:
+                        path.unlink(missing_ok=True)
 
     def max_slab_count(self, depth: int) -> int:
         """Largest number of mask voxels in any slab of `depth` slices: the denominator of lambda (III-C).
@@ -246,15 +276,63 @@ class Store:
         return best
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Write a text file so that a reader sees the old or the new one, never a part."""
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")  # mkstemp would keep it private
+def case_name_for_store(name: str) -> str:
+    """Turn any name into one that `Store.add` takes: other characters become ``_``."""
+    plain = re.sub(r"[^A-Za-z0-9_.@+-]+", "_", name)
+    return plain if _NAME.match(plain) else f"_{plain}"
+
+
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Write a file so that a reader sees the old or the new one, never a part; text in UTF-8."""
+    data = content.encode() if isinstance(content, str) else content
+    # mkstemp would keep it private
+    temporary = path.with_name(f"{_temporary(path.name)}{uuid.uuid4().hex}")
     try:
-        temporary.write_text(text, encoding="utf-8")
+        write_bytes(temporary, data)
         os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Write a file; an error names it, which the operating system does not where the disk is full."""
+    try:
+        path.write_bytes(data)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+def _temporary(name: str) -> str:
+    """Begin the name of what this process is writing."""
+    return f".{name}.of-{socket.gethostname()}-{os.getpid()}."
+
+
+def _is_left_over(path: Path) -> bool:
+    match = _LEFTOVER.fullmatch(path.name)
+    if match is None:
+        return False
+    if match["host"] == socket.gethostname() and os.name == "posix" and not _is_alive(int(match["pid"])):
+        return True
+    try:
+        return time.time() - path.stat().st_mtime > _ABANDONED
+    except OSError:  # its owner has just finished it
+        return False
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)  # signal 0 only asks
+    except ProcessLookupError:
+        return False
+    except OSError:
+        return True
+    return True
+
+
+def _foreign(path: Path) -> bool:
+    """Tell what no killed `Store.create` left."""
+    return not (path.name[0] == "." or (path.name in ("cases", "qc") and not any(path.glob("[!.]*"))))
 
 
 def _checked(
@@ -298,4 +376,6 @@ def _write_array(path: Path, array: npt.NDArray[Any]) -> None:
     cparams = blosc2.CParams(
         codec=blosc2.Codec.ZSTD, clevel=3, filters=[blosc2.Filter.BITSHUFFLE], nthreads=1
     )
-    blosc2.asarray(np.ascontiguousarray(array), urlpath=str(path), chunks=chunks, cparams=cparams, mode="w")
+    # compressed in memory first: blosc2 does not say when the disk is full
+    packed = blosc2.asarray(np.ascontiguousarray(array), chunks=chunks, cparams=cparams)
+    write_bytes(path, packed.to_cframe())

@@ -1,0 +1,36 @@
+"""Find the lung mask that belongs to a case, by name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+_MASK_ENDINGS = ("", "_lung", "_lungs", "_mask", "_lung_mask", "-lung", "_lobes")
+_CT_ENDINGS = ("", "_hu", "_ct", "_0000")
+_FORMATS = (".nii.gz", ".nii", ".nrrd", ".nhdr", ".mha", ".mhd")
+
+
+def find_mask(masks: Path, case_id: str) -> Path:
+    """Find a case's lung mask; rules as in `prepare`.
+
+    Raises
+    ------
+    ValueError
+        None, or several.
+    """
+    if not masks.is_dir():
+        return masks
+    stems = {case_id.removesuffix(ending) for ending in _CT_ENDINGS}
+    # the CT itself may lie in the same folder: its own name only counts where nothing longer does
+    for endings in (_MASK_ENDINGS[1:], _MASK_ENDINGS[:1]):
+        found = [
+            p
+            for stem in sorted(stems)
+            for ending in endings
+            for suffix in _FORMATS
+            if (p := masks / f"{stem}{ending}{suffix}").is_file()
+        ]
+        if len(found) > 1:
+            raise ValueError(f"{masks}: several masks for case {case_id}: {', '.join(p.name for p in found)}")
+        if found:
+            return found[0]
+    raise ValueError(f"{masks}: no lung mask for case {case_id}; expected a file like {case_id}_lung.nii.gz")

@@ -1,0 +1,177 @@
+"""Prepare one case: read, find the lungs, leave slices out, resample, draw, store (PAPER.md IV-A, IV-B)."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import lesionsynth as ls
+from normnet.inputs import Source
+from normnet.prepare.case import LoadedCase, LungMethod, Side, load_case
+from normnet.prepare.exclude import Nodule, Range, kept_slices, nodule_slices, runs
+from normnet.prepare.masks import find_mask
+from normnet.prepare.morphology import Mask, Spacing, bounding_box, plane_eroded
+from normnet.prepare.qc import write_picture
+from normnet.prepare.store import Store
+from normnet.prepare.summary import CaseSummary
+
+_LOG = logging.getLogger(__name__)
+EDGE_MM = 3.2
+"""Depth in which erroneous edges may lie: twice the shell of two voxels that tells them."""
+MARGIN_SLICES = 4
+"""Slices kept above and below the lungs."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Work:
+    """What is asked for one case; can be sent to another process."""
+
+    source: Source
+    case_id: str
+    """Name in the store."""
+    store: Path
+    spacing: Spacing
+    size: int
+    masks: Path | None
+    left_out: tuple[Range, ...]
+    nodules: tuple[Nodule, ...]
+    side: Side
+    lungs: LungMethod
+
+    def request(self) -> dict[str, Any]:
+        """Give what of it changes the case, as kept in its meta data."""
+        lungs = self.lungs if self.masks is None else find_mask(self.masks, self.source.case).name
+        return {
+            "series": self.source.series,
+            "excluded": [list(r) for r in self.left_out],
+            "nodules": [list(n) for n in self.nodules],
+            "lungs_from": lungs,
+            "kept_lung": self.side,
+        }
+
+
+def attempt(work: Work) -> CaseSummary:
+    """Prepare a case; whatever goes wrong is in the summary, and nothing of the case in the store."""
+    start = time.perf_counter()
+    try:
+        meta = prepare_one(work)
+    except Exception as error:  # one bad file must not cost the others, whatever a library makes of it
+        known = isinstance(error, ValueError | OSError | MemoryError | ImportError)
+        _LOG.warning("%s failed: %s", work.case_id, error, exc_info=not known)
+        return failed(work, _reason(work, error, known), time.perf_counter() - start)
+    return CaseSummary.of(work.case_id, meta, "prepared", time.perf_counter() - start)
+
+
+def failed(work: Work, message: str, seconds: float = 0.0) -> CaseSummary:
+    """Sum up a case of which nothing is in the store."""
+    source = work.source
+    return CaseSummary(
+        work.case_id,
+        "failed",
+        message,
+        seconds=seconds,
+        source=source.path.name,
+        series=source.series or "",
+    )
+
+
+def _reason(work: Work, error: Exception, known: bool) -> str:
+    text = str(error) if known and str(error) else f"{type(error).__name__}: {error}"
+    path = str(work.source.path)
+    return text if path in text else f"{path}: {text}"
+
+
+def prepare_one(work: Work) -> dict[str, Any]:
+    """Prepare a case and store it; returns its meta data. Errors as in `load_case` and `Store.add`."""
+    store, source = Store.open(work.store), work.source
+    mask_path = None if work.masks is None else find_mask(work.masks, source.case)
+    case = load_case(
+        source.path,
+        mask_path,
+        spacing=work.spacing,
+        size=work.size,
+        margin=MARGIN_SLICES,
+        keep_lung=work.side,
+        series=source.series,
+        lungs=work.lungs,
+    )
+    keep = kept_slices(case.grid, [*work.left_out, *nodule_slices(case.volume, work.nodules)])
+    mask, removed = _without_edges(case)
+    mask[~keep] = False
+    if not mask.any():
+        raise ValueError(f"{source.path}: no lung is left after the slices to leave out")
+    meta: dict[str, Any] = {
+        "source": source.path.name,
+        "source_shape": list(case.volume.hu.shape),
+        "source_spacing": list(case.volume.spacing),
+        "spacing": list(work.spacing),
+        "start": list(case.grid.start),
+        "segments": [list(run) for run in runs(keep)],
+        **work.request(),
+        "lung_ml": float(mask.sum()) * float(np.prod(work.spacing)) / 1000,
+        "bright_fraction": float((case.hu[mask] >= -500).mean()),
+        "edge_voxels": int(removed.sum()),
+        "cropped_fraction": _cropped(case),
+    }
+    title = (
+        f"{work.case_id}: source {'/'.join(f'{s:.2f}' for s in case.volume.spacing)} mm, lungs "
+        f"{meta['lung_ml']:.0f} ml, bright {meta['bright_fraction']:.3f}, edges {meta['edge_voxels']} voxels"
+    )
+
+    def draw(path: Path) -> None:
+        write_picture(path, case.hu, mask, removed, spacing=work.spacing, segments=runs(keep), title=title)
+
+    return _stored(store, work.case_id, case, mask, meta, draw)
+
+
+def _stored(
+    store: Store,
+    case_id: str,
+    case: LoadedCase,
+    mask: Mask,
+    meta: dict[str, Any],
+    draw: Callable[[Path], None],
+) -> dict[str, Any]:
+    """Add a case and its picture; where one cannot be written, neither is there."""
+    picture = store.path / "qc" / f"{case_id}.png"
+    scratch = store.scratch(picture)
+    try:
+        draw(scratch)
+        added = store.add(case_id, case.hu, mask, meta, overwrite=True)
+        scratch.replace(picture)
+    except BaseException:
+        scratch.unlink(missing_ok=True)
+        raise
+    return added.meta
+
+
+def _without_edges(case: LoadedCase) -> tuple[Mask, Mask]:
+    """Take the erroneous edges (III-B) out of the lung mask; (mask, removed).
+
+    Where a vessel tree hangs on the rim, the whole component counts as an edge; its deep part stays.
+    """
+    box = bounding_box(case.mask)
+    if box is None:
+        raise ValueError(f"{case.volume.path}: the lung mask has no voxel on the working grid")
+    inner = np.ascontiguousarray(case.mask[box])
+    image = ls.window_hu(np.ascontiguousarray(case.hu[box])) * inner
+    _, cleaned = ls.remove_erroneous_edges(image, inner)
+    mask = np.zeros(case.mask.shape, bool)
+    mask[box] = cleaned | plane_eroded(inner, EDGE_MM, case.spacing)
+    return mask, case.mask & ~mask
+
+
+def _cropped(case: LoadedCase) -> float:
+    """Share of the lungs that the in-plane window cuts off."""
+    sides = []
+    for axis in (1, 2):
+        at = case.grid.window_positions(axis)
+        sides.append((at >= -0.5) & (at < case.grid.shape[axis] - 0.5))
+    shown = int((case.native_mask & sides[0][:, None] & sides[1]).sum())
+    return 1.0 - shown / int(case.native_mask.sum())

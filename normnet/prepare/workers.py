@@ -1,0 +1,137 @@
+"""Run tasks in several processes, of which any may be killed without harm to the others.
+
+`concurrent.futures.ProcessPoolExecutor` gives every waiting task up when one of its processes dies; here only
+the task of the dead process is lost.
+"""
+
+from __future__ import annotations
+
+import itertools
+import multiprocessing
+import signal
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from multiprocessing.connection import Connection, wait
+from multiprocessing.context import SpawnProcess
+from typing import Any, TypeVar
+
+Task = TypeVar("Task")
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class Died:
+    """The process of a task ended before the task did.
+
+    Attributes
+    ----------
+    exit_code : int
+        As `subprocess` gives it: negative for a signal.
+    """
+
+    exit_code: int
+
+    def __str__(self) -> str:
+        """Say how it ended, and the likely cause."""
+        if self.exit_code < 0:
+            name = signal.Signals(-self.exit_code).name
+            hint = " (out of memory? try fewer workers)" if name == "SIGKILL" else ""
+            return f"the worker process was ended by {name}{hint}"
+        return (
+            f"the worker process ended with status {self.exit_code} (a script that uses workers must guard "
+            "its main part by: if __name__ == '__main__')"
+        )
+
+
+@dataclass
+class _Worker:
+    process: SpawnProcess
+    connection: Connection
+    task: int
+
+
+def run_parallel(
+    function: Callable[[Task], Result], tasks: Sequence[Task], workers: int
+) -> Iterator[tuple[int, Result | Died]]:
+    """Call a function on tasks in fresh processes (spawn context), each of which takes task after task.
+
+    Parameters
+    ----------
+    function : callable
+        Of a module, so that it can be pickled; must not raise.
+    tasks : sequence
+        Picklable arguments.
+    workers : int
+        Processes, at least 1.
+
+    Yields
+    ------
+    index : int
+        Of the task, in the order in which they end.
+    result : object or Died
+    """
+    if workers < 1:
+        raise ValueError(f"workers must be at least 1, got {workers}")
+    waiting = iter(range(len(tasks)))
+    running: list[_Worker] = []
+    try:
+        for index in itertools.islice(waiting, workers):
+            running.append(_start(function, tasks[index], index))
+        while running:
+            ready = wait([worker.connection for worker in running])
+            for worker in [w for w in running if w.connection in ready]:
+                done, result = worker.task, _receive(worker)
+                following = next(waiting, None)
+                if isinstance(result, Died) or following is None:
+                    _stop(worker)
+                    running.remove(worker)
+                    if following is not None:
+                        running.append(_start(function, tasks[following], following))
+                else:
+                    worker.task = following
+                    _send(worker, tasks[following])
+                yield done, result
+    finally:
+        for worker in running:
+            worker.process.terminate()
+            _stop(worker)
+
+
+def _start(function: Callable[[Task], Result], task: Task, index: int) -> _Worker:
+    context = multiprocessing.get_context("spawn")
+    here, there = context.Pipe()
+    process = context.Process(target=_serve, args=(there, function), daemon=True)
+    process.start()
+    there.close()  # so that the end of the process is the end of the pipe
+    worker = _Worker(process, here, index)
+    _send(worker, task)
+    return worker
+
+
+def _send(worker: _Worker, task: object) -> None:
+    with suppress(BrokenPipeError, ConnectionResetError):  # it has just died: the next receive says so
+        worker.connection.send(task)
+
+
+def _receive(worker: _Worker) -> Any:
+    try:
+        return worker.connection.recv()
+    except (EOFError, ConnectionResetError):
+        worker.process.join()
+        return Died(worker.process.exitcode or 0)
+
+
+def _stop(worker: _Worker) -> None:
+    """End a worker that waits for a task, or that has ended."""
+    worker.connection.close()
+    worker.process.join()
+    worker.process.close()
+
+
+def _serve(connection: Connection, function: Callable[[Task], Result]) -> None:
+    """Take tasks until the other end is closed."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent gets it as well, and ends its workers
+    with suppress(EOFError, BrokenPipeError, ConnectionResetError):
+        while True:
+            connection.send(function(connection.recv()))
