@@ -10,12 +10,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import ndimage
 
-pytest.importorskip("torch")
+torch = pytest.importorskip("torch")
 
-import lesionsynth as ls
-from normnet.config import PostprocessConfig
-from normnet.postprocess import postprocess, raw_lesions
-from tests.conftest import draw_lungs
+import lesionsynth as ls  # noqa: E402
+from normnet.config import PostprocessConfig  # noqa: E402
+from normnet.postprocess import postprocess, postprocess_slices, raw_lesions  # noqa: E402
+from tests.conftest import draw_lungs  # noqa: E402
 
 DEFAULT = PostprocessConfig()
 
@@ -75,6 +75,74 @@ def test_postprocess_is_scipy_s(seed, sizes, growth, connectivity):
     found = postprocess(image, mask, healthy, config)
     np.testing.assert_array_equal(found.core, core)
     np.testing.assert_array_equal(found.final, final)
+
+
+@given(seed=st.integers(0, 20), chunk=st.integers(1, 30), sizes=st.sampled_from([(9, 7), (4, 11), (1, 2)]))
+def test_chunks_change_no_voxel(seed, chunk, sizes):
+    image, mask, healthy = patient(seed, (25, 30, 33))
+    mask[:5] = mask[22:] = False  # the lungs' box is smaller than the volume
+    # values far below 1.5e-5 too, whose sums in another order would differ in their last bits
+    image = (image * mask * np.where(np.arange(33) % 3, 1, np.float32(1.7e-7))).astype(np.float32)
+    config = PostprocessConfig(bright_size=sizes[0], full_size=sizes[1])
+    asked = []
+
+    def read(first, last):
+        asked.append(last - first)
+        return image[first:last]
+
+    found = postprocess_slices(read, mask, healthy, config, chunk=chunk)
+    whole = postprocess_slices(lambda a, b: image[a:b], mask, healthy, config, chunk=1000)
+    np.testing.assert_array_equal(found.core, whole.core)
+    np.testing.assert_array_equal(found.final, whole.final)
+    assert max(asked) <= chunk + 2 * max(sizes)
+
+
+def test_chunks_change_no_voxel_on_the_threshold_itself():
+    """Every mean lies half-way between the threshold and the next float32: a residue of 1e-17 decides."""
+    level = np.nextafter(np.float32(0.15), np.float32(1))
+    assert level.view(np.uint32) % 2 == 1  # ties go to the even neighbour, which is above
+    image = np.full((60, 12, 12), level)
+    image[::4, ::4, ::4] += 32 * np.spacing(level)  # one voxel in 64: the mean is half a step above
+    # lost beside these ones, and left over in a running sum when the ones leave it
+    image[2:12] = 1e-12 * np.random.default_rng(0).random((10, 12, 12))
+    image[5] = 1.0
+    mask, healthy = np.ones(image.shape, bool), np.zeros(image.shape, bool)
+    config = PostprocessConfig(
+        threshold_hu=-799, bright_size=1, bright_threshold=0, full_size=4, full_threshold=float(level)
+    )
+    for chunk in (5, 12, 1000):
+        core = postprocess_slices(lambda a, b: image[a:b], mask, healthy, config, chunk=chunk).core
+        assert core[16:-4, 4:-4, 4:-4].all()
+
+
+def test_tensors_are_numpy_s_twins():
+    for seed in range(4):
+        arrays = patient(seed)
+        expected = postprocess(*arrays)
+        found = postprocess(*(torch.from_numpy(a) for a in arrays))
+        for tensor, array in zip(found, expected, strict=True):
+            assert isinstance(tensor, torch.Tensor)
+            assert tensor.dtype == torch.bool
+            np.testing.assert_array_equal(tensor.numpy(), array)
+        assert expected.core.any()
+        bright, full = raw_lesions(*(torch.from_numpy(a) for a in arrays), ls.threshold())
+        for tensor, array in zip((bright, full), raw_lesions(*arrays, ls.threshold()), strict=True):
+            np.testing.assert_array_equal(tensor.numpy(), array)
+
+
+@pytest.mark.gpu
+def test_a_gpu_gives_the_cpu_s_voxels():
+    pytest.importorskip("cupy")
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    for seed, connectivity, growth in ((0, 6, 8), (1, 18, -1), (2, 26, 0)):
+        config = replace(DEFAULT, connectivity=connectivity, growth_iterations=growth)
+        arrays = patient(seed, (60, 70, 80))
+        expected = postprocess(*arrays, config)
+        found = postprocess(*(torch.from_numpy(a).cuda() for a in arrays), config)
+        for tensor, array in zip(found, expected, strict=True):
+            assert tensor.is_cuda
+            np.testing.assert_array_equal(tensor.cpu().numpy(), array)
 
 
 def test_the_cases_of_the_oracle_are_not_empty():
@@ -147,12 +215,21 @@ def test_inputs_are_not_written():
         ({"image": np.zeros((4, 4), np.float32)}, r"image must be \(z, y, x\), got shape \(4, 4\)"),
         ({"healthy": np.zeros((1, 2, 3), bool)}, "healthy must have the shape of image"),
         ({"lung_mask": np.ones((14, 40, 44))}, "lung_mask must be bool, got float64"),
+        ({"image": np.ones((14, 40, 44))}, "image must be float32, got float64"),
     ],
 )
 def test_bad_input(change, message):
     image, mask, healthy = patient(0)
     with pytest.raises(ValueError, match=message):
         postprocess(**{"image": image, "lung_mask": mask, "healthy": healthy, **change})
+
+
+def test_arrays_and_tensors_are_not_mixed():
+    image, mask, healthy = patient(0)
+    with pytest.raises(TypeError, match=r"all be NumPy arrays or all torch tensors, healthy is Tensor"):
+        postprocess(image, mask, torch.from_numpy(healthy))
+    with pytest.raises(ValueError, match=r"lung_mask must be bool, got torch\.uint8"):
+        postprocess(*(torch.from_numpy(a) for a in (image, mask.astype(np.uint8), healthy)))
 
 
 @pytest.mark.parametrize(
