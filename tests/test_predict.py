@@ -3,7 +3,15 @@
 from __future__ import annotations
 
 import csv
+import gzip
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,11 +22,21 @@ pytest.importorskip("monai")
 sitk = pytest.importorskip("SimpleITK")
 
 import lesionsynth as ls  # noqa: E402
+from lesionsynth.io import CTVolume, read_ct  # noqa: E402
 from normnet import predict  # noqa: E402
-from normnet.config import ModelConfig, PostprocessConfig, PredictConfig  # noqa: E402
-from normnet.model import build_unet, save_model  # noqa: E402
+from normnet.config import (  # noqa: E402
+    ModelConfig,
+    PostprocessConfig,
+    PredictConfig,
+    from_json,
+    to_json,
+)
+from normnet.maps import check_written, volumes_of  # noqa: E402
+from normnet.model import BUNDLED, build_unet, load_model, save_model  # noqa: E402
 from normnet.postprocess import postprocess  # noqa: E402
+from normnet.prepare import load_case  # noqa: E402
 from tests.conftest import draw_lungs  # noqa: E402
+from tests.test_dicom_seg import voxels_of, write_series  # noqa: E402
 
 EXACT = PredictConfig(precision="fp32", slab=8)
 CPU = torch.device("cpu")
@@ -109,6 +127,39 @@ def test_vote_of_three_models_against_a_plain_loop():
     np.testing.assert_array_equal(found.lesions_without_growing, expected.core)
 
 
+def test_votes_of_networks_in_tiles_are_those_of_whole_maps():
+    """Three calibrated networks: full probability maps in memory, then thresholds, majority and mean."""
+    config = ModelConfig(channels=(4, 8), strides=(2,))
+    settings = replace(EXACT, probability="calibrated", tile=32)
+    hu, mask = patient((19, 60, 76))
+    hu[:3], mask[:3] = -1000, False
+    models, levels = [], (0.49, 0.5, 0.505)
+    for seed, level in enumerate(levels):
+        torch.manual_seed(seed)
+        model = build_unet(config).eval()
+        model.config, model.calibration = config, {"probability": level, "dice": 0.5}
+        models.append(model)
+    found = predict.predict_volume(hu, mask, models, settings)
+    image = ls.window_hu(hu) * mask
+    rows, columns = (np.flatnonzero(mask.any(axis=axes)) for axes in ((0, 2), (0, 1)))
+    box = (slice(None), slice(rows[0], rows[-1] + 1), slice(columns[0], columns[-1] + 1))
+    maps = np.zeros((3, *mask.shape), np.float32)
+    for one, model in zip(maps, models, strict=True):
+        one[box] = predict.slab_probabilities(image[box], model, settings, CPU)
+    votes = sum((one > np.float32(level)).astype(int) for one, level in zip(maps, levels, strict=True))
+    healthy = (votes >= 2) & mask & (image >= np.float32(1 / 3))
+    np.testing.assert_array_equal(found.healthy, healthy)
+    bright = mask & (image >= np.float32(1 / 3))
+    assert 0.05 < healthy[bright].mean() < 0.95
+    np.testing.assert_allclose(found.probability, maps.mean(axis=0) * mask, atol=1e-6)  # float32 means
+    bare = predict.predict_volume(hu, mask, models, settings, keep_probability=False)
+    assert bare.probability is None
+    np.testing.assert_array_equal(bare.lesions, found.lesions)
+    del models[1].calibration
+    with pytest.raises(ValueError, match="this model carries no calibration"):
+        predict.predict_volume(hu, mask, models, settings)
+
+
 def test_a_tie_is_no_majority():
     hu, mask = patient()
     sure, unsure = Pointwise(slope=0.0), Pointwise(slope=0.0)
@@ -151,7 +202,7 @@ def test_bad_input(change, message):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"probability": 1.0}, r"probability must be in \(0, 1\), got 1.0"),
+        ({"probability": 1.0}, r"probability must be in \(0, 1\) or 'calibrated', got 1.0"),
         ({"overlap": 1.0}, r"overlap must be in \[0, 1\), got 1.0"),
         ({"slab": 0}, "slab must be >= 1, got 0"),
         ({"precision": "fp8"}, "precision must be auto, fp32 or bf16, got fp8"),
@@ -181,7 +232,7 @@ def undecided(tmp_path_factory):
     return folder
 
 
-def write_case(folder, name, direction=(1, 0, 0, 0, 1, 0, 0, 0, 1), *, mask=True):
+def write_case(folder, name, direction=(1, 0, 0, 0, 1, 0, 0, 0, 1), *, mask=True, spacing=SPACING):
     """Write CT and lung mask with the array in the file's own order; return where the ball is in it."""
     z, y, x = np.indices(SHAPE)
     lung = ((z > 1) & (z < 14) & (y > 8) & (y < 46)) & (((x > 6) & (x < 32)) | ((x > 40) & (x < 66)))
@@ -189,7 +240,7 @@ def write_case(folder, name, direction=(1, 0, 0, 0, 1, 0, 0, 0, 1), *, mask=True
     hu = np.where(ball & lung, 0, np.where(lung, -850, 30)).astype(np.int16)
     for array, suffix in ((hu, "hu"), (lung.astype(np.uint8), "lung"))[: 2 if mask else 1]:
         image = sitk.GetImageFromArray(array)
-        image.SetSpacing(SPACING[::-1])
+        image.SetSpacing(spacing[::-1])
         image.SetOrigin((-31.5, 12.0, 77.0))
         image.SetDirection(direction)
         sitk.WriteImage(image, str(folder / f"{name}_{suffix}.nii.gz"))
@@ -266,7 +317,7 @@ def test_a_broken_file_is_reported_and_the_others_go_on(tmp_path, undecided, cap
     assert "bare" in said.err
     assert "1 of 3 volumes" in said.out
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
-        "good_lesions.nii.gz", "good_lung.nii.gz", "volumes.csv",
+        "good.json", "good_lesions.nii.gz", "good_lung.nii.gz", "settings.json", "volumes.csv",
     ]  # fmt: skip
 
 
@@ -282,8 +333,394 @@ def test_wrong_calls(tmp_path, undecided, capsys):
     write_case(twice, "p")
     both = [str(tmp_path / "p_hu.nii.gz"), str(twice / "p_hu.nii.gz")]
     assert predict.main([*both, *call[1:], "--models", str(undecided / "a")]) == 2
-    assert "must have different names" in capsys.readouterr().err
+    assert "case names must differ, got p more than once" in capsys.readouterr().err
+    assert predict.main(call) == 2 or list(BUNDLED.glob("*.safetensors"))
     assert not (tmp_path / "out").exists()
+    call += ["--models", str(undecided / "a"), "--settings.slab", "15"]
+    assert predict.main([*call, "--masks", str(tmp_path)]) == 1
+    assert "slab must be a multiple of 2" in capsys.readouterr().err
+    assert predict.main([*call, "--settings.probability", "calibrated"]) == 2
+    assert "a/model.safetensors: probability: this model carries no calibration" in capsys.readouterr().err
+
+
+def run(folder, models, *more, names=("p1",), masks=True):
+    """Call the command on ``<name>_hu.nii.gz`` in a folder; results in ``out``."""
+    call = [*(str(folder / f"{n}_hu.nii.gz") for n in names), "--models", str(models), "--threads", "1"]
+    call += ["--output", str(folder / "out"), "--settings.slab", "16"]
+    return predict.main([*call, *(("--masks", str(folder)) if masks else ()), *more])
+
+
+def test_a_record_says_what_was_done(tmp_path, undecided):
+    write_case(tmp_path, "p1")
+    assert run(tmp_path, undecided, "--save-core", "--settings.postprocess.growth-iterations", "3") == 0
+    out = tmp_path / "out"
+    record = json.loads((out / "p1.json").read_text())
+    assert record["case"] == "p1"
+    assert record["ct"] == str(tmp_path / "p1_hu.nii.gz")
+    assert record["series"] is None
+    assert record["grid"] == {"shape": list(SHAPE), "spacing": pytest.approx(SPACING)}
+    assert record["lungs_from"] == str(tmp_path / "p1_lung.nii.gz")
+    assert record["files"] == {
+        "lesions": "p1_lesions.nii.gz",
+        "lung": "p1_lung.nii.gz",
+        "core": "p1_core.nii.gz",
+        "probability": None,
+        "dicom_seg": None,
+    }
+    settings = from_json(PredictConfig, json.dumps(record["settings"]))
+    assert settings == PredictConfig(slab=16, postprocess=PostprocessConfig(growth_iterations=3))
+    weights = (undecided / "a/model.safetensors").read_bytes()
+    one = {"name": "a", "sha256": hashlib.sha256(weights).hexdigest(), "probability": 0.95}
+    assert record["models"] == [one, {**one, "name": "b"}]
+    assert record["version"] == ls.__version__
+    assert record["seconds"] > 0
+    lesions, core = (
+        sitk.GetArrayFromImage(sitk.ReadImage(str(out / f"p1_{n}.nii.gz"))) > 0 for n in ("lesions", "core")
+    )
+    assert 0 < core.sum() < lesions.sum()
+    assert not (core & ~lesions).any()
+    volumes = record["volumes"]
+    ml = np.prod(SPACING) / 1000
+    lung = sitk.GetArrayFromImage(sitk.ReadImage(str(out / "p1_lung.nii.gz"))) > 0
+    assert volumes["lung_ml"] == pytest.approx(lung.sum() * ml)
+    assert volumes["lesion_ml"] == pytest.approx(lesions.sum() * ml)
+    assert volumes["percent"] == pytest.approx(100 * lesions.sum() / lung.sum())
+    # the ball lies in the box of low x, the patient's right
+    half = lung & (np.arange(SHAPE[2]) < 36)
+    assert volumes["right_lung_ml"] == pytest.approx(half.sum() * ml)
+    assert volumes["right_lesion_ml"] == pytest.approx((half & lesions).sum() * ml)
+    assert volumes["left_lung_ml"] == pytest.approx((lung & ~half).sum() * ml)
+    assert volumes["left_lesion_ml"] == 0
+    settings_of_call = json.loads((out / "settings.json").read_text())
+    assert settings_of_call == {"settings": record["settings"], "models": record["models"]}
+
+
+@pytest.mark.parametrize("name", ["settings", "../p", "a/b", ".p"])
+def test_a_case_must_have_the_name_of_a_file(tmp_path, undecided, capsys, name):
+    write_case(tmp_path, "p1")
+    assert run(tmp_path, undecided, "--name", name, masks=False) == 2
+    assert "case must be a file's name" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_sides_are_measured_apart():
+    lung = np.zeros((2, 4, 6), bool)
+    right, left = lung.copy(), lung.copy()
+    right[:, :, :3], left[:, :, 3:5] = True, True
+    lesions = lung.copy()
+    lesions[0, 0, 1:4] = True
+    found = volumes_of(lesions, right | left, (10.0, 10.0, 10.0), (right, left))
+    assert found == {
+        "lung_ml": 40.0, "lesion_ml": 3.0, "percent": 7.5,
+        "right_lung_ml": 24.0, "right_lesion_ml": 2.0, "right_percent": pytest.approx(200 / 24),
+        "left_lung_ml": 16.0, "left_lesion_ml": 1.0, "left_percent": 6.25,
+    }  # fmt: skip
+    none = volumes_of(lesions, right, (10.0, 10.0, 10.0), (right, lung))
+    assert none["left_lung_ml"] == 0.0
+    assert none["left_percent"] is None
+    assert volumes_of(lesions, right, (1.0, 1.0, 1.0))["right_lung_ml"] is None
+
+
+def stamps(folder):
+    return {p.name: p.stat().st_mtime_ns for p in folder.iterdir() if p.name.startswith("p")}
+
+
+def test_finished_cases_are_kept_and_others_done(tmp_path, undecided, capsys):
+    for name in ("p1", "p2"):
+        write_case(tmp_path, name)
+    out = tmp_path / "out"
+    assert run(tmp_path, undecided) == 0
+    before = stamps(out)
+    capsys.readouterr()
+    assert run(tmp_path, undecided, names=("p1", "p2")) == 0
+    assert "2 of 2 volumes segmented (1 by an earlier call)" in capsys.readouterr().out
+    after = stamps(out)
+    assert {name: after[name] for name in before} == before
+    assert "p2.json" in after
+    rows = list(csv.DictReader((out / "volumes.csv").read_text().splitlines()))
+    assert [row["case"] for row in rows] == ["p1", "p2"]
+    # the table is of the folder, whatever the call names
+    assert run(tmp_path, undecided, names=("p2",)) == 0
+    assert (out / "volumes.csv").read_text().count("\n") == 3
+    # a map more than there is: done again, and what there was stays
+    assert run(tmp_path, undecided, "--save-core") == 0
+    assert run(tmp_path, undecided, "--save-probability") == 0
+    files = json.loads((out / "p1.json").read_text())["files"]
+    assert files["core"] == "p1_core.nii.gz"
+    assert files["probability"] == "p1_probability.nii.gz"
+    (out / "p1_lesions.nii.gz").unlink()
+    assert run(tmp_path, undecided) == 0
+    assert (out / "p1_lesions.nii.gz").exists()
+    assert (out / "p1_core.nii.gz").exists()
+
+
+def test_other_settings_models_or_masks_are_refused_without_overwrite(tmp_path, undecided, capsys):
+    write_case(tmp_path, "p1")
+    assert run(tmp_path, undecided, "--save-core") == 0
+    before = stamps(tmp_path / "out")
+    assert run(tmp_path, undecided, "--settings.probability", "0.9") == 2
+    assert "settings must be that of this call, or overwrite passed" in capsys.readouterr().err
+    assert run(tmp_path, undecided / "a") == 2
+    assert "models must be that of this call" in capsys.readouterr().err
+    moved = tmp_path / "moved"
+    moved.mkdir()
+    (tmp_path / "p1_hu.nii.gz").rename(moved / "p1_hu.nii.gz")
+    (moved / "out").symlink_to(tmp_path / "out")
+    assert run(moved, undecided, "--masks", str(tmp_path), masks=False) == 2
+    assert "ct must be that of this call" in capsys.readouterr().err
+    assert stamps(tmp_path / "out") == before
+    assert run(moved, undecided, "--masks", str(tmp_path), "--overwrite", masks=False) == 0
+    record = json.loads((tmp_path / "out/p1.json").read_text())
+    assert record["ct"] == str(moved / "p1_hu.nii.gz")
+    assert record["files"]["core"] is None
+    assert not (tmp_path / "out/p1_core.nii.gz").exists()  # it would be of the other settings
+
+
+def test_names_and_lungs_found_by_thresholds(tmp_path, undecided):
+    write_case(tmp_path, "p1")
+    assert run(tmp_path, undecided, "--name", "px", masks=False) == 0
+    record = json.loads((tmp_path / "out/px.json").read_text())
+    assert record["case"] == "px"
+    assert record["lungs_from"] == "thresholds"
+    assert record["volumes"]["lung_ml"] > 0
+
+
+def test_settings_from_a_file_and_flags_above_it(tmp_path, undecided, capsys):
+    write_case(tmp_path, "p1")
+    mine = PredictConfig(probability=0.4, overlap=0.25, postprocess=PostprocessConfig(full_size=5))
+    (tmp_path / "mine.json").write_text(to_json(mine))
+    config = ["--config", str(tmp_path / "mine.json"), "--settings.overlap", "0.0"]
+    assert run(tmp_path, undecided, *config) == 0
+    record = json.loads((tmp_path / "out/p1.json").read_text())
+    expected = replace(mine, slab=16, overlap=0.0)
+    assert from_json(PredictConfig, json.dumps(record["settings"])) == expected
+    # what a call writes can be given to the next
+    for name in ("p1.json", "settings.json"):
+        assert predict.read_config(tmp_path / "out" / name) == expected
+    (tmp_path / "bad.json").write_text('{"slabs": 3}')
+    assert run(tmp_path, undecided, "--config", str(tmp_path / "bad.json")) == 2
+    assert "PredictConfig has no field 'slabs'" in capsys.readouterr().err
+    assert run(tmp_path, undecided, f"--config={tmp_path / 'none.json'}") == 2
+    assert "config must be a JSON file with settings" in capsys.readouterr().err
+
+
+def test_a_full_disk_leaves_nothing_of_a_case(tmp_path, undecided, monkeypatch, capsys):
+    """ITK reports no error: it writes a short file. The case before is kept, the one after is written."""
+    for name in ("p1", "p2", "p3"):
+        write_case(tmp_path, name)
+    assert run(tmp_path, undecided) == 0
+    write_like = CTVolume.write_like
+
+    def short(self, array, path):
+        written = write_like(self, array, path)
+        if written.name == "p2_lung.nii.gz":
+            written.write_bytes(written.read_bytes()[:-20])
+        return written
+
+    monkeypatch.setattr(CTVolume, "write_like", short)
+    assert run(tmp_path, undecided, names=("p2", "p3", "p1")) == 1
+    said = capsys.readouterr()
+    assert "p2_lung.nii.gz: could not be written completely" in said.err
+    assert "2 of 3 volumes segmented (1 by an earlier call)" in said.out
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
+        "p1.json", "p1_lesions.nii.gz", "p1_lung.nii.gz", "p3.json", "p3_lesions.nii.gz",
+        "p3_lung.nii.gz", "settings.json", "volumes.csv",
+    ]  # fmt: skip
+    monkeypatch.undo()
+    before = stamps(tmp_path / "out")
+
+    def full(source, target):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr("normnet.maps.check_written", lambda path: full(path, path))
+    assert run(tmp_path, undecided, "--settings.probability", "0.5", "--overwrite") == 1
+    after = stamps(tmp_path / "out")
+    assert after == before  # the old result outlives a new one that fails
+
+
+def test_a_short_file_is_seen(tmp_path, undecided):
+    """A gzip file may end well and still lack voxels."""
+    write_case(tmp_path, "p1")
+    path = tmp_path / "p1_hu.nii.gz"
+    check_written(path)
+    content = gzip.decompress(path.read_bytes())
+    path.write_bytes(gzip.compress(content[:-1]))
+    with pytest.raises(OSError, match=f"{len(content) - 1} of {len(content)} bytes were written"):
+        check_written(path)
+    path.write_bytes(b"")
+    with pytest.raises(OSError, match="could not be written completely"):
+        check_written(path)
+
+
+def test_what_a_killed_call_left_is_cleared_away(tmp_path, undecided):
+    write_case(tmp_path, "p1")
+    out = tmp_path / "out"
+    assert run(tmp_path, undecided) == 0
+    expected = (out / "p1_lesions.nii.gz").read_bytes()
+    (out / "p1.json").unlink()
+    (out / "p1_lesions.nii.gz").write_bytes(b"of another call")
+    (out / "p1_core.nii.gz").write_bytes(b"of another call")
+    stage, other = out / f".p1.{'0a' * 16}", out / f".p1.x.{'0a' * 16}"
+    for folder in (stage, other):
+        folder.mkdir()
+        (folder / "p1_lung.nii.gz").write_bytes(b"part")
+    assert run(tmp_path, undecided) == 0
+    assert not stage.exists()
+    assert other.exists()  # of the case p1.x, which another call may be writing
+    assert (out / "p1_lesions.nii.gz").read_bytes() == expected
+    assert not (out / "p1_core.nii.gz").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("at", range(4))
+def test_a_call_killed_between_two_files_is_done_again(tmp_path, undecided, at):
+    """SIGKILL at each rename of a case: two maps, the record, the table."""
+    write_case(tmp_path, "p1")
+    code = (
+        "import os, signal, sys; from normnet import predict, maps\n"
+        "real, calls = os.replace, []\n"
+        "def replace(a, b):\n"
+        "    if 'settings' not in str(b): calls.append(b)\n"
+        f"    if len(calls) == {at + 1}: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    real(a, b)\n"
+        # write_like renames too, inside the hidden folder
+        "class Os:\n"
+        "    replace = staticmethod(replace)\n"
+        "    def __getattr__(self, name): return getattr(os, name)\n"
+        "maps.os = Os()\n"
+        "import normnet.prepare.store as store; store.os = Os()\n"
+        "sys.exit(predict.main(sys.argv[1:]))\n"
+    )
+    call = [str(tmp_path / "p1_hu.nii.gz"), "--models", str(undecided), "--threads", "1", "--masks"]
+    call += [str(tmp_path), "--output", str(tmp_path / "out"), "--settings.slab", "16"]
+    done = subprocess.run([sys.executable, "-c", code, *call], capture_output=True, check=False)
+    assert done.returncode == -signal.SIGKILL, done.stderr.decode()
+    assert (tmp_path / "out/p1.json").exists() == (at == 3)
+    assert run(tmp_path, undecided) == 0
+    assert sorted(p.name for p in (tmp_path / "out").iterdir() if not p.name.startswith(".vol")) == [
+        "p1.json", "p1_lesions.nii.gz", "p1_lung.nii.gz", "settings.json", "volumes.csv",
+    ]  # fmt: skip
+
+
+def test_inputs_and_files_of_others_are_never_replaced(tmp_path, undecided, capsys):
+    write_case(tmp_path, "p1")
+    call = [str(tmp_path / "p1_hu.nii.gz"), "--models", str(undecided), "--output"]
+    # the lung mask beside the CT has the name of a result
+    lung = (tmp_path / "p1_lung.nii.gz").read_bytes()
+    assert predict.main([*call, str(tmp_path), "--masks", str(tmp_path), "--overwrite"]) == 2
+    assert "output must not replace an input" in capsys.readouterr().err
+    assert predict.main([*call, str(tmp_path)]) == 2
+    assert "output holds p1_lung.nii.gz, which is of no earlier call" in capsys.readouterr().err
+    assert (tmp_path / "p1_lung.nii.gz").read_bytes() == lung
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/p1.json").write_text("[1, 2]")
+    (tmp_path / "out/settings.json").write_text("{}")
+    assert run(tmp_path, undecided) == 2
+    assert "p1.json: not the record of a prediction" in capsys.readouterr().err
+
+
+def test_any_error_stays_with_its_case(tmp_path, undecided, monkeypatch, capsys):
+    for name in ("p1", "p2"):
+        write_case(tmp_path, name)
+    real = predict.load_case
+
+    def odd(path, *args, **kwargs):
+        if "p1" in str(path):
+            raise RuntimeError("nobody thought of this")
+        return real(path, *args, **kwargs)
+
+    monkeypatch.setattr(predict, "load_case", odd)
+    summary = predict.predict(
+        predict.PredictArgs(
+            inputs=tuple(tmp_path / f"{n}_hu.nii.gz" for n in ("p1", "p2")),
+            models=(undecided,),
+            output=tmp_path / "out",
+            masks=tmp_path,
+            save_probability=False,
+            device="cpu",
+            threads=1,
+            settings=EXACT,
+        )
+    )
+    assert summary.written == ["p2"]
+    assert summary.there == []
+    reason = f"{tmp_path / 'p1_hu.nii.gz'}: RuntimeError: nobody thought of this"
+    assert summary.failures == {"p1": reason}
+
+
+def test_a_case_for_notebooks(tmp_path, undecided):
+    """On a grid whose voxels are no multiple of the working grid's, maps reach over the lungs' edge."""
+    spacing = (2.5, 1.3, 0.5)
+    ball = write_case(tmp_path, "p1", spacing=spacing)
+    case, lungs = tmp_path / "p1_hu.nii.gz", tmp_path / "p1_lung.nii.gz"
+    models = [load_model(undecided / "a")]
+    settings = replace(EXACT, postprocess=PostprocessConfig(threshold_hu=-790, full_threshold=0.001))
+    write_case(tmp_path, "p1", spacing=spacing)
+    found = predict.predict_case(case, models, settings, mask_path=lungs)
+    assert found.lesions.shape == found.ct.hu.shape == SHAPE
+    assert found.lesions[ball].mean() > 0.95
+    assert found.volumes["lesion_ml"] == pytest.approx(found.lesions.sum() * np.prod(spacing) / 1000)
+    assert found.probability.dtype == np.float32
+    bare = predict.predict_case(case, models, settings, mask_path=lungs, keep_probability=False)
+    assert bare.probability is None
+    loaded = load_case(case, lungs)
+    volume = predict.predict_volume(loaded.hu, loaded.mask, models, settings)
+    for on_grid, native in (
+        (volume.lesions, found.lesions),
+        (volume.lesions_without_growing, found.core),
+        (volume.probability, found.probability),
+    ):
+        there = loaded.to_native(on_grid)
+        assert native.any()
+        assert not native[~found.lung].any()
+        np.testing.assert_array_equal(native[found.lung], there[found.lung])
+    assert loaded.to_native(volume.probability)[~found.lung].any()
+
+
+def test_a_crash_between_two_files_leaves_no_record(tmp_path, undecided, monkeypatch):
+    """Maps of two calls side by side must not count as finished."""
+    write_case(tmp_path, "p1")
+    assert run(tmp_path, undecided) == 0
+    replace_file = os.replace
+
+    def crash(source, target):
+        if Path(target) == tmp_path / "out/p1_lung.nii.gz":
+            raise OSError("Input/output error")
+        replace_file(source, target)
+
+    monkeypatch.setattr("normnet.maps.os.replace", crash)
+    assert run(tmp_path, undecided, "--settings.probability", "0.4", "--overwrite") == 1
+    assert not (tmp_path / "out/p1.json").exists()
+    assert not (tmp_path / "out/volumes.csv").exists()
+
+
+def test_dicom_in_and_dicom_segmentation_out(tmp_path, undecided, capsys):
+    write_case(tmp_path, "p1")
+    hu = sitk.GetArrayFromImage(sitk.ReadImage(str(tmp_path / "p1_hu.nii.gz")))
+    lung = sitk.GetArrayFromImage(sitk.ReadImage(str(tmp_path / "p1_lung.nii.gz"))) > 0
+    series = write_series(tmp_path / "scans/p9", hu)
+    # the mask file lies on the series' grid
+    ct = read_ct(tmp_path / "scans/p9")
+    ct.write_like(lung, tmp_path / "masks/p9_lung.nii.gz")
+    call = ["--models", str(undecided / "a"), "--threads", "1", "--settings.slab", "16", "--dicom-seg"]
+    call += ["--output", str(tmp_path / "out"), "--masks", str(tmp_path / "masks")]
+    assert predict.main([str(tmp_path / "scans"), *call]) == 0
+    record = json.loads((tmp_path / "out/p9.json").read_text())
+    assert record["series"] == series
+    assert record["files"]["dicom_seg"] == "p9_lesions.dcm"
+    found, _ = voxels_of(tmp_path / "out/p9_lesions.dcm", SHAPE)
+    np.testing.assert_array_equal(found["lung"], lung)
+    written = sitk.GetArrayFromImage(sitk.ReadImage(str(tmp_path / "out/p9_lesions.nii.gz"))) > 0
+    np.testing.assert_array_equal(found["lesion"], written)
+    assert written.any()
+    # an output folder below the input is no input, though it holds DICOM now
+    call[call.index("--output") + 1] = str(tmp_path / "scans/out")
+    for _ in range(2):
+        assert predict.main([str(tmp_path / "scans"), *call]) == 0
+        assert "1 of 1 volumes" in capsys.readouterr().out
+    call[-1] = str(tmp_path)
+    assert predict.main([str(tmp_path / "p1_hu.nii.gz"), *call]) == 1
+    assert "dicom_seg must be left out, as the CT is no DICOM series" in capsys.readouterr().err
 
 
 def test_settings_reach_the_post_processing():
