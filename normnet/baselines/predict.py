@@ -1,0 +1,110 @@
+"""Write what a baseline finds in CT files, under the names that `normnet.evaluate` reads."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import tyro
+
+from normnet.baselines.base import Baseline
+from normnet.baselines.score import find_lesions, score_volume
+from normnet.baselines.train import load_baseline
+from normnet.device import cpu_settings
+from normnet.inputs import Source, find_sources
+from normnet.pairing import split_name
+from normnet.prepare import load_case
+from normnet.prepare.case import LungMethod
+from normnet.prepare.run import find_mask
+
+WHOLE = 512
+"""In-plane size in voxels of what a method trained on whole slices sees (PAPER.md IV-B.2)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BaselinePredictArgs:
+    """Map anomalies in CT volumes with a trained baseline.
+
+    Exit status: 0 when every case is done, 1 when some failed (the others are written), 2 for a wrong call.
+    """
+
+    run: Annotated[Path, tyro.conf.Positional]
+    """Run folder of a trained baseline, or its weights file."""
+    inputs: Annotated[tuple[Path, ...], tyro.conf.Positional]
+    """NIfTI, NRRD or MetaImage files, DICOM folders, and folders of these."""
+    output: Path
+    """Folder for <case>_lesions.nii.gz, <case>_probability.nii.gz and <case>_lung.nii.gz."""
+    masks: Path | None = None
+    """Lung mask, or folder with a <case>_lung file per case; segmented where omitted."""
+    lungs: LungMethod = "thresholds"
+    """How lungs are segmented: by thresholds and morphology, or by the lungmask package."""
+    series: str = "largest"
+    """DICOM series to read: the "largest" of a folder, "all", or a SeriesInstanceUID."""
+    threshold: float | None = None
+    """Lesion where the anomaly exceeds this; the one calibrated on healthy volumes where omitted."""
+    device: str = "auto"
+    """"auto" takes CUDA where there is some, else the CPU."""
+    threads: int | None = None
+    """CPU threads; all cores where omitted."""
+
+
+def predict(args: BaselinePredictArgs, say: Callable[[str], None] = print) -> dict[str, str]:
+    """Segment files and write the results.
+
+    Parameters
+    ----------
+    args : BaselinePredictArgs
+        What the command takes.
+    say : callable
+        Takes a line for each case that is done.
+
+    Returns
+    -------
+    dict
+        Why cases failed; broken ones do not stop the others.
+
+    Raises
+    ------
+    ValueError
+        No input, two of one name, no baseline, or a setting out of range.
+    FileNotFoundError
+        An input does not exist.
+    """
+    if args.threshold is not None and not 0 <= args.threshold <= 1:
+        raise ValueError(f"threshold must be in [0, 1], got {args.threshold}")
+    if args.threads is not None and args.threads < 1:
+        raise ValueError(f"threads must be >= 1, got {args.threads}")
+    baseline = load_baseline(args.run, device=args.device)
+    sources = find_sources(args.inputs, series=args.series, case_of=lambda path: split_name(path)[0])
+    failures: dict[str, str] = {}
+    with cpu_settings(args.threads):
+        for source in sources:
+            try:
+                _predict_case(baseline, source, args)
+                say(f"{source.case}: done")
+            except Exception as error:  # whatever is wrong with one patient, the others are not to wait
+                known = isinstance(error, ValueError | OSError)
+                said = str(error) if known else f"{type(error).__name__}: {error}"
+                failures[source.case] = f"{source.path}: {said}"
+    return failures
+
+
+def _predict_case(baseline: Baseline, source: Source, args: BaselinePredictArgs) -> None:
+    mask_path = None if args.masks is None else find_mask(args.masks, source.case)
+    kinds = ("lesions", "probability", "lung")
+    files = {kind: args.output / f"{source.case}_{kind}.nii.gz" for kind in kinds}
+    for path in (source.path, mask_path):
+        if path is not None and path.resolve() in {file.resolve() for file in files.values()}:
+            raise ValueError(f"output must not hold what is read, got {path}")
+    size = None if baseline.config.lungs_only else WHOLE
+    case = load_case(source.path, mask_path, series=source.series, lungs=args.lungs, size=size)
+    anomaly = case.to_native(score_volume(baseline, case.hu, case.mask, spacing=case.spacing))
+    anomaly = np.clip(anomaly, 0, 1)  # linear resampling may round beyond
+    lung = case.native_mask
+    lesions = find_lesions(baseline, anomaly, args.threshold) & lung
+    case.volume.write_like(np.where(lung, 1 - anomaly, 0).astype(np.float32), files["probability"])
+    case.volume.write_like(lung, files["lung"])
+    case.volume.write_like(lesions, files["lesions"])

@@ -1,0 +1,207 @@
+"""Train one method on healthy slices, calibrate it and write it, as safetensors and JSON."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import json
+import math
+import os
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TextIO
+
+import torch
+from tqdm import tqdm
+
+from normnet.baselines.base import Baseline, Phase
+from normnet.baselines.config import BaselineConfig
+from normnet.baselines.methods import build_baseline
+from normnet.baselines.score import calibrate
+from normnet.baselines.slices import training_slices
+from normnet.config import from_json, to_json
+from normnet.device import choose_device, cpu_settings
+from normnet.model import read_tensors, write_tensors
+from normnet.prepare.store import write_atomically
+from normnet.volumes import Volume, phantom_volumes, split, store_volumes
+
+WEIGHTS = "baseline.safetensors"
+CONFIG = "config.json"
+METRICS = "metrics.csv"
+"""Names in a run folder."""
+HEADER = "normnet_baseline"
+"""Key of the safetensors header that holds settings and calibration, as JSON."""
+
+
+@dataclass(frozen=True)
+class BaselineResult:
+    """What a training run made."""
+
+    baseline: Baseline
+    """Trained and calibrated, in evaluation mode, on the CPU."""
+    weights: Path
+    """Its file; `load_baseline` reads it."""
+    losses: Mapping[str, list[float]]
+    """Loss of every step, by phase."""
+    seconds: float
+    """Training time, data and calibration not counted."""
+
+
+def train_baseline(config: BaselineConfig, *, progress_bar: bool = False) -> BaselineResult:
+    """Train, calibrate and write one baseline.
+
+    Parameters
+    ----------
+    config : BaselineConfig
+        All settings.
+    progress_bar : bool
+        Show one on standard error.
+
+    Returns
+    -------
+    BaselineResult
+        The same for the same settings, on a CPU with as many threads, where `minutes` did not cut it short.
+
+    Raises
+    ------
+    ValueError
+        No such store or device, too few volumes, no slice with enough lung, or a trained baseline in
+        `output` without `overwrite`.
+    FloatingPointError
+        The loss is no longer a number; nothing but the losses was written.
+    """
+    device = choose_device(config.device)
+    weights = config.output / WEIGHTS
+    if weights.exists() and not config.overwrite:
+        raise ValueError(f"output must hold no trained baseline unless overwrite is given, got {weights}")
+    train_volumes, held_out = split(_volumes(config), config.held_out, slab=1)
+    with (
+        cpu_settings(config.threads),
+        torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),
+    ):
+        slices = training_slices(train_volumes, config)
+        config.output.mkdir(parents=True, exist_ok=True)
+        weights.unlink(missing_ok=True)
+        write_atomically(config.output / CONFIG, to_json(config))
+        torch.manual_seed(config.seed)
+        baseline = build_baseline(config).to(device)
+        losses, seconds = _descend(baseline, slices, device, progress_bar=progress_bar)
+        baseline.eval()
+        baseline.calibration = calibrate(baseline, held_out)
+    save_baseline(weights, baseline)
+    return BaselineResult(baseline.cpu(), weights, losses, seconds)
+
+
+def save_baseline(path: Path, baseline: Baseline) -> None:
+    """Write weights, settings and calibration into one file, atomically."""
+    header = {"config": json.loads(to_json(baseline.config)), "calibration": baseline.calibration}
+    write_tensors(path, baseline.state_dict(), {HEADER: json.dumps(header)})
+
+
+def load_baseline(run: str | os.PathLike[str], *, device: str = "auto") -> Baseline:
+    """Load a trained baseline; no code is run.
+
+    Parameters
+    ----------
+    run : path
+        A run folder of `train_baseline`, or the weights file in it.
+    device : str
+        Where it shall compute; "auto" takes CUDA where there is some.
+
+    Returns
+    -------
+    Baseline
+        In evaluation mode.
+
+    Raises
+    ------
+    ValueError
+        There is none at `run`, it is not ours, or `device` is not there.
+    """
+    path = Path(run)
+    file = path / WEIGHTS if path.is_dir() else path
+    if not file.is_file():
+        raise ValueError(f"run must be a folder with {WEIGHTS} or such a file, got {path}")
+    tensors, metadata = read_tensors(file)
+    if HEADER not in metadata:
+        raise ValueError(f"run must hold a normnet baseline, got another kind of file: {file}")
+    header = json.loads(metadata[HEADER])
+    config = from_json(BaselineConfig, json.dumps(header["config"]))
+    with torch.random.fork_rng(devices=[]):  # building draws weights
+        baseline = build_baseline(dataclasses.replace(config, device=device))
+    try:
+        baseline.load_state_dict(tensors)
+    except RuntimeError as error:
+        raise ValueError(f"{file}: weights do not fit the settings in the header: {error}") from error
+    baseline.calibration = header["calibration"]
+    return baseline.to(choose_device(device)).eval()
+
+
+def _volumes(config: BaselineConfig) -> list[Volume]:
+    if config.data is not None:
+        return store_volumes(config.data)
+    return phantom_volumes(config.phantoms, config.seed, config.phantom_shape, config.phantom_spacing)
+
+
+def _descend(
+    baseline: Baseline, slices: torch.Tensor, device: torch.device, *, progress_bar: bool
+) -> tuple[dict[str, list[float]], float]:
+    """Go through the phases; losses go to metrics.csv as they come."""
+    config = baseline.config
+    baseline.train()
+    phases = baseline.phases()
+    seconds = None if config.minutes is None else 60 * config.minutes / len(phases)
+    losses: dict[str, list[float]] = {}
+    start = time.perf_counter()
+    with (config.output / METRICS).open("w", newline="", encoding="utf-8") as stream:
+        rows = _Rows(stream, start)
+        for phase in phases:
+            baseline.train()
+            batches = tqdm(
+                _batches(slices, config, device),
+                total=config.iterations,
+                disable=not progress_bar,
+                desc=f"{config.method} {phase.name}",
+            )
+            losses[phase.name] = _run(phase, batches, seconds, rows)
+    return losses, time.perf_counter() - start
+
+
+class _Rows:
+    """The table of losses."""
+
+    def __init__(self, stream: TextIO, start: float) -> None:
+        self._writer = csv.writer(stream, lineterminator="\n")
+        self._writer.writerow(["phase", "iteration", "seconds", "loss"])
+        self._start = start
+
+    def add(self, phase: str, iteration: int, loss: float) -> None:
+        elapsed = time.perf_counter() - self._start
+        self._writer.writerow([phase, iteration, f"{elapsed:.2f}", f"{loss:.6g}"])
+
+
+def _run(phase: Phase, batches: Iterator[torch.Tensor], seconds: float | None, rows: _Rows) -> list[float]:
+    losses: list[float] = []
+    start = time.perf_counter()
+    for iteration, batch in enumerate(batches, start=1):
+        loss = phase.step(batch)
+        rows.add(phase.name, iteration, loss)
+        if not math.isfinite(loss):
+            raise FloatingPointError(f"loss must be finite, got {loss} in step {iteration} of {phase.name}")
+        losses.append(loss)
+        if seconds is not None and time.perf_counter() - start >= seconds:
+            break
+    return losses
+
+
+def _batches(slices: torch.Tensor, config: BaselineConfig, device: torch.device) -> Iterator[torch.Tensor]:
+    """Draw batches: all slices in a new order, again and again."""
+    generator = torch.Generator().manual_seed(config.seed)
+    order = torch.empty(0, dtype=torch.long)
+    for _ in range(config.iterations):
+        while len(order) < config.batch_size:
+            order = torch.cat([order, torch.randperm(len(slices), generator=generator)])
+        chosen, order = order[: config.batch_size], order[config.batch_size :]
+        yield slices[chosen].to(device).float()

@@ -1,0 +1,517 @@
+"""The comparison methods of PAPER.md IV-C, against loops, integrals and finite differences."""
+
+from __future__ import annotations
+
+import csv
+from dataclasses import replace
+from pathlib import Path
+
+import nibabel
+import numpy as np
+import pytest
+import torch
+from scipy import integrate, stats
+
+import lesionsynth as ls
+from normnet import evaluate
+from normnet.baselines import (
+    METHODS,
+    PRESETS,
+    BaselineConfig,
+    find_lesions,
+    load_baseline,
+    score_volume,
+    train_baseline,
+)
+from normnet.baselines.__main__ import main, parse
+from normnet.baselines.gan import FAnoGAN, gradient_penalty
+from normnet.baselines.methods import build_baseline
+from normnet.baselines.mixture import gaussian_kl_between, mixture_terms
+from normnet.baselines.restoration import VAERestoration, total_variation
+from normnet.baselines.score import raw_anomaly, squash
+from normnet.baselines.slices import Frame, training_slices, usable_slices
+from normnet.baselines.variational import BayesianVAE, KLGradient, cut_square, gaussian_kl
+from normnet.metrics import roc_auc
+from normnet.model import write_tensors
+from normnet.prepare.store import Store
+from normnet.volumes import KeptVolume, phantom_volumes, split, store_volumes
+
+SHAPE, SPACING = (12, 88, 110), (12.0, 3.4, 3.4)
+
+
+def tiny(method, output=Path("unused"), **changes):
+    settings = {
+        "output": output,
+        "size": 32,
+        "channels": (8, 16),
+        "latent": 16,
+        "spatial_channels": 4,
+        "context_crop": 8,
+        "restoration_steps": 8,
+        "dropout_samples": 4,
+        "iterations": 40,
+        "minutes": None,
+        "batch_size": 8,
+        "learning_rate": 2e-3,
+        "phantoms": 3,
+        "phantom_shape": SHAPE,
+        "phantom_spacing": SPACING,
+        "device": "cpu",
+        "threads": 1,
+    }
+    return replace(PRESETS["small"](method), **(settings | changes))
+
+
+@pytest.fixture(scope="module")
+def healthy(tmp_path_factory):
+    """A store of four phantoms."""
+    folder = tmp_path_factory.mktemp("baselines") / "store"
+    store = Store.create(folder, {"spacing": SPACING, "size": None})
+    for volume in phantom_volumes(4, 0, SHAPE, SPACING):
+        store.add(volume.name, *volume.slab(0, SHAPE[0]))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def images(healthy):
+    """Healthy slices (n, 1, 32, 32)."""
+    return training_slices(store_volumes(healthy)[:1], tiny("ae")).float()
+
+
+@pytest.fixture(scope="module")
+def patient():
+    """A phantom that was not trained on, with a bright ball in one lung."""
+    chest = ls.phantom.chest_ct(shape=SHAPE, spacing=SPACING, seed=5)
+    inside = np.argwhere(chest.lung_mask)
+    z, y, x = inside[np.abs(inside - inside.mean(axis=0)).sum(axis=1).argmin()]
+    lung_y, lung_x = np.nonzero(chest.lung_mask[z])
+    left = lung_x < x
+    y, x = int(lung_y[left].mean()), int(lung_x[left].mean())
+    grid = np.ogrid[: SHAPE[1], : SHAPE[2]]
+    ball = np.zeros(SHAPE, bool)
+    ball[z - 1 : z + 2] = (grid[0] - y) ** 2 + (grid[1] - x) ** 2 <= 36
+    ball &= chest.lung_mask
+    assert ball.sum() > 150
+    hu = chest.hu.copy()
+    hu[ball] = 50
+    return hu, chest.lung_mask, ball
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_trains_saves_and_scores(method, tmp_path, patient, healthy):
+    state = torch.random.get_rng_state()
+    result = train_baseline(tiny(method, tmp_path, data=healthy))
+    assert torch.equal(torch.random.get_rng_state(), state)  # the caller's noise is the caller's
+    phase = "encoder" if method == "f_anogan" else "train"
+    losses = result.losses[phase]
+    assert len(losses) == 40
+    assert np.mean(losses[-8:]) < 0.9 * np.mean(losses[:8])
+    with (tmp_path / "metrics.csv").open(newline="") as stream:
+        rows = [row for row in csv.DictReader(stream) if row["phase"] == phase]
+    np.testing.assert_allclose([float(row["loss"]) for row in rows], losses, rtol=1e-4)
+
+    hu, mask, _ = patient
+    anomaly = score_volume(result.baseline, hu, mask, spacing=SPACING)
+    assert anomaly.dtype == np.float32
+    assert anomaly.shape == hu.shape
+    assert anomaly.min() >= 0
+    assert 0 < anomaly.max() <= 1
+    assert not anomaly[~mask].any()
+    loaded = load_baseline(tmp_path, device="cpu")
+    assert loaded.calibration == result.baseline.calibration
+    np.testing.assert_array_equal(score_volume(loaded, hu, mask, spacing=SPACING), anomaly)
+
+
+@pytest.mark.parametrize("method", ["bayesian_vae", "f_anogan"])
+def test_the_seed_decides(method, tmp_path, healthy):
+    files = []
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        config = tiny(method, Path("unused"), iterations=4, seed=seed, data=healthy)
+        folder = tmp_path / name
+        result = train_baseline(replace(config, output=folder))
+        files.append(torch.cat([v.double().flatten() for v in result.baseline.state_dict().values()]))
+    assert torch.equal(files[0], files[1])
+    assert not torch.equal(files[0], files[2])
+
+
+@pytest.mark.parametrize("method", ["ae", "vae"])
+def test_a_blob_is_more_anomalous_than_the_lung_around_it(method, tmp_path, patient, healthy):
+    result = train_baseline(tiny(method, tmp_path, iterations=150, data=healthy))
+    hu, mask, ball = patient
+    anomaly = score_volume(result.baseline, hu, mask, spacing=SPACING)
+    assert anomaly[ball].mean() > 1.5 * anomaly[mask & ~ball].mean()
+    assert roc_auc(anomaly[ball], anomaly[mask & ~ball]) > 0.75
+    lesions = find_lesions(result.baseline, anomaly)
+    assert lesions[ball].mean() > 5 * lesions[mask & ~ball].mean()
+
+
+def test_calibration_gives_the_asked_share_of_false_positives(tmp_path, healthy):
+    settings = {"iterations": 5, "false_positives": 0.03, "min_lung_cm2": 0, "data": healthy}
+    baseline = train_baseline(tiny("kl_gradient", tmp_path, **settings)).baseline
+    _, (held_out,) = split(store_volumes(healthy), 1, slab=1)
+    hu, mask = held_out.slab(0, SHAPE[0])
+    anomaly = score_volume(baseline, hu, mask, spacing=SPACING)
+    assert find_lesions(baseline, anomaly)[mask].mean() == pytest.approx(0.03, abs=1e-3)
+    # a / (a + scale) is 1/2 where a is the scale: 95 % lie below
+    assert np.mean(anomaly[mask] < 0.5) == pytest.approx(0.95, abs=1e-3)
+
+
+def test_gaussian_kl_equals_the_integral():
+    means, log_variances = [0.7, -1.2, 0.0], [0.4, -1.5, 0.0]
+    expected = 0.0
+    for mean, log_variance in zip(means, log_variances, strict=True):
+        q, p = stats.norm(mean, np.exp(log_variance / 2)), stats.norm()
+        expected += integrate.quad(lambda t, q=q, p=p: q.pdf(t) * (q.logpdf(t) - p.logpdf(t)), -12, 12)[0]
+    found = gaussian_kl(torch.tensor([means, means]).double(), torch.tensor([log_variances] * 2).double())
+    np.testing.assert_allclose(found.numpy(), [expected] * 2, rtol=1e-7)
+
+
+def test_mixture_terms_equal_loops_over_densities():
+    rng = np.random.default_rng(3)
+    batch, components, latent = 2, 3, 2
+    z, z_mean, z_spread = rng.normal(size=(3, batch, latent))
+    w_mean, w_spread = rng.normal(size=(2, batch, 1))
+    mean, spread = rng.normal(size=(2, batch, components, latent))
+    terms = mixture_terms(
+        *(torch.from_numpy(z),),
+        (torch.from_numpy(z_mean), torch.from_numpy(z_spread)),
+        (torch.from_numpy(w_mean), torch.from_numpy(w_spread)),
+        (torch.from_numpy(mean), torch.from_numpy(spread)),
+    )
+    for b in range(batch):
+        density = np.array(
+            [
+                np.prod(
+                    [
+                        stats.norm(mean[b, c, i], np.exp(spread[b, c, i] / 2)).pdf(z[b, i])
+                        for i in range(latent)
+                    ]
+                )
+                for c in range(components)
+            ]
+        )
+        weights = density / density.sum()
+        np.testing.assert_allclose(terms.weights[b].numpy(), weights, rtol=1e-9)
+        divergence = np.zeros(components)
+        for c in range(components):
+            for i in range(latent):
+                q = stats.norm(z_mean[b, i], np.exp(z_spread[b, i] / 2))
+                p = stats.norm(mean[b, c, i], np.exp(spread[b, c, i] / 2))
+                low, high = q.ppf(1e-13), q.isf(1e-13)
+                divergence[c] += integrate.quad(
+                    lambda t, q=q, p=p: q.pdf(t) * (q.logpdf(t) - p.logpdf(t)), low, high
+                )[0]
+        assert float(terms.z[b]) == pytest.approx(float(weights @ divergence), rel=1e-6)
+        assert float(terms.c[b]) == pytest.approx(float((weights * np.log(weights * components)).sum()))
+        w_variance = np.exp(w_spread[b, 0])
+        expected = 0.5 * (w_mean[b, 0] ** 2 + w_variance - w_spread[b, 0] - 1)
+        assert float(terms.w[b]) == pytest.approx(expected)
+
+
+def test_divergence_between_equal_gaussians_is_zero():
+    mean, spread = torch.randn(2, 4, 5, generator=torch.Generator().manual_seed(0))
+    assert gaussian_kl_between(mean, spread, mean, spread).abs().max() < 1e-6
+
+
+def test_gradient_penalty_of_critics_with_known_slopes():
+    rng = torch.Generator().manual_seed(1)
+    real, fake = torch.rand(2, 3, 1, 4, 4, generator=rng, dtype=torch.float64)
+    mix = torch.rand(3, 1, 1, 1, generator=rng, dtype=torch.float64)
+    slope = torch.rand(16, 1, generator=rng, dtype=torch.float64, requires_grad=True)
+    linear = gradient_penalty(lambda x: x.flatten(1) @ slope, real, fake, mix)
+    expected = (slope.norm() - 1) ** 2
+    assert linear.item() == pytest.approx(expected.item())
+    (found,) = torch.autograd.grad(linear, slope)  # the critic learns from it
+    (wanted,) = torch.autograd.grad(expected, slope)
+    assert torch.allclose(found, wanted)
+    quadratic = gradient_penalty(lambda x: 0.5 * x.square().flatten(1).sum(1, True), real, fake, mix)
+    places = [m * r + (1 - m) * f for m, r, f in zip(mix.ravel(), real, fake, strict=True)]
+    assert quadratic.item() == pytest.approx(np.mean([(float(p.norm()) - 1) ** 2 for p in places]))
+
+
+def test_the_encoder_phase_leaves_generator_and_critic_alone(images):
+    torch.manual_seed(0)
+    model = build_baseline(tiny("f_anogan"))
+    assert isinstance(model, FAnoGAN)
+    gan, encoder = model.phases()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    for _ in range(2):
+        encoder.step(images[:4])
+    changed = {n.split(".")[0] for n, v in model.state_dict().items() if not torch.equal(v, before[n])}
+    assert changed == {"encoder"}
+    for _ in range(model.config.critic_steps - 1):
+        gan.step(images[:4])
+    generator = [n for n, _ in model.named_parameters() if n.startswith("generator")]
+    assert all(torch.equal(model.state_dict()[n], before[n]) for n in generator)
+    gan.step(images[:4])
+    assert any(not torch.equal(model.state_dict()[n], before[n]) for n in generator)
+
+
+def test_restoration_descends_its_objective_slice_by_slice(images):
+    torch.manual_seed(0)
+    model = VAERestoration(tiny("vae_restoration", restoration_steps=1)).eval()
+    given = images[:3].clone()
+    given[:, :, 10:20, 10:20] = 0.9
+    values = [model.objective(given, given)]
+    for steps in range(1, 9):
+        model.config = replace(model.config, restoration_steps=steps)
+        restored = model.restore(given)
+        values.append(model.objective(restored, given))
+        assert not restored.requires_grad
+    path = torch.stack(values).detach()
+    assert (path.diff(dim=0) <= 0).all()
+    assert (path[-1] < path[0]).all()
+    assert 0 <= float(restored.min()) <= float(restored.max()) <= 1
+    alone = model.restore(given[1:2])
+    torch.testing.assert_close(alone, restored[1:2], rtol=0, atol=1e-4)
+    assert torch.equal(model.anomaly(given), (given - restored).abs())
+
+
+def test_total_variation_equals_a_loop():
+    image = np.random.default_rng(0).random((2, 1, 4, 5))
+    expected = [
+        sum(abs(i[y, x] - i[y - 1, x]) for y in range(1, 4) for x in range(5))
+        + sum(abs(i[y, x] - i[y, x - 1]) for y in range(4) for x in range(1, 5))
+        for i in image[:, 0]
+    ]
+    np.testing.assert_allclose(total_variation(torch.from_numpy(image)).numpy(), expected)
+
+
+def test_the_kl_gradient_equals_finite_differences(images):
+    torch.manual_seed(0)
+    model = KLGradient(tiny("kl_gradient")).double().eval()
+    batch, step = images[:2].double(), 1e-5
+    found = model.anomaly(batch)
+    for item, y, x in ((0, 12, 9), (1, 20, 22)):
+        sides = []
+        for sign in (1, -1):
+            moved = batch.clone()
+            moved[item, 0, y, x] += sign * step
+            sides.append(float(gaussian_kl(*model.encode(moved))[item].detach()))
+        slope = abs(sides[0] - sides[1]) / (2 * step)
+        assert slope > 0
+        assert float(found[item, 0, y, x]) == pytest.approx(slope, rel=1e-4)
+
+
+def test_the_consensus_is_the_mean_of_dropout_draws(images):
+    torch.manual_seed(0)
+    model = BayesianVAE(tiny("bayesian_vae", dropout_samples=3)).eval()
+    torch.manual_seed(5)
+    consensus = model.reconstruct(images[:2])
+    assert not any(module.training for module in model.modules())
+    model.config = replace(model.config, dropout_samples=1)
+    torch.manual_seed(5)
+    draws = [model.reconstruct(images[:2]) for _ in range(3)]
+    assert not torch.equal(draws[0], draws[1])
+    torch.testing.assert_close(consensus, sum(draws) / 3)
+
+
+def test_a_square_is_cut_out_of_each_image():
+    torch.manual_seed(0)
+    images = torch.ones(20, 1, 16, 16)
+    cut = cut_square(images, 5)
+    assert images.all()
+    assert (cut == 0).sum(dim=(1, 2, 3)).tolist() == [25] * 20
+    corners = {tuple(np.argwhere(c[0].numpy() == 0)[[0, -1]].ravel()) for c in cut}
+    assert all(y1 - y0 == 4 and x1 - x0 == 4 for y0, x0, y1, x1 in corners)
+    assert len(corners) > 10
+
+
+def test_only_brighter_than_normal_where_asked(images):
+    model = build_baseline(tiny("ae", residual="positive"))
+    normal = images.flip(0)
+    expected = np.maximum(images.numpy() - normal.numpy(), 0)
+    np.testing.assert_array_equal(model.difference(images, normal).numpy(), expected)
+    both = build_baseline(tiny("ae")).difference(images, normal).numpy()
+    np.testing.assert_array_equal(both, np.abs(images.numpy() - normal.numpy()))
+
+
+def test_a_frame_puts_maps_back_where_slices_came_from():
+    mask = np.zeros((2, 60, 80), bool)
+    mask[:, 2:30, 40:78] = True  # the square around it reaches beyond the slice
+    frame = Frame.around(mask, (1, 2, 1), 64)
+    assert (frame.rows, frame.columns) == ((0, 32), (27, 91))
+    slices = np.zeros((2, 60, 80), np.float32)
+    slices[0, 8:12, 50:58] = 1
+    slices[1] = 0.25
+    reduced = frame.reduce(slices, 32)
+    assert reduced.shape == (2, 1, 32, 32)
+    back = frame.enlarge(reduced)
+    assert back.shape == slices.shape
+    assert ndcentre(back[0]) == pytest.approx((9.5, 53.5), abs=0.1)
+    np.testing.assert_allclose(back[1, 1:31, 30:75], 0.25, atol=1e-6)
+    assert not back[:, 32:].any()
+    assert not back[:, :, :27].any()
+
+
+def ndcentre(image):
+    y, x = np.indices(image.shape)
+    return (y * image).sum() / image.sum(), (x * image).sum() / image.sum()
+
+
+def test_a_frame_grows_for_wide_lungs():
+    mask = np.zeros((1, 40, 100), bool)
+    mask[0, 10:20, 5:95] = True
+    frame = Frame.around(mask, (1, 1, 1), 50)
+    assert frame.columns == (5, 95)
+    assert frame.rows[1] - frame.rows[0] == 90
+
+
+def test_slices_left_out_are_not_trained_on():
+    volume = KeptVolume(
+        "v", None, None, SPACING, [(0, 4), (7, 9)], np.array([0, 200, 170, 300, 400, 9, 9, 500, 90])
+    )
+    areas = volume.mask_counts * 3.4 * 3.4 / 100
+    wanted = [z for z in (0, 1, 2, 3, 7, 8) if areas[z] >= 20]
+    assert usable_slices(volume, 20) == wanted
+    assert wanted
+
+
+def test_unbounded_maps_keep_their_order():
+    model = build_baseline(tiny("kl_gradient"))
+    raw = np.array([0, 1e-6, 0.5, 2, 1e9], np.float32)
+    np.testing.assert_allclose(squash(model, raw, 2.0), raw / (raw + 2.0), rtol=1e-6)
+
+
+def test_whole_slices_give_other_scores(images, patient):
+    hu, mask, _ = patient
+    torch.manual_seed(0)
+    model = build_baseline(tiny("ae"))
+    frame = Frame.around(mask, SPACING, 320)
+    lungs = raw_anomaly(model, hu, mask, frame)
+    model.config = replace(model.config, lungs_only=False)
+    assert not np.allclose(raw_anomaly(model, hu, mask, frame), lungs)
+
+
+def test_the_command_trains_predicts_and_evaluate_reads_it(tmp_path, patient, capsys):
+    hu, mask, ball = patient
+    affine = np.diag([-SPACING[2], -SPACING[1], SPACING[0], 1.0])
+    files = {"hu": hu, "lung": mask.astype(np.uint8), "lesion": ball.astype(np.uint8)}
+    for role, array in files.items():
+        image = nibabel.Nifti1Image(array.transpose(2, 1, 0), affine)
+        (tmp_path / role).mkdir()
+        nibabel.save(image, tmp_path / role / f"p1_{role}.nii.gz")
+    run, maps = tmp_path / "run", tmp_path / "maps"
+    shape = [str(n) for n in SHAPE]
+    spacing = [str(s) for s in SPACING]
+    flags = ["--size", "32", "--channels", "8", "16", "--latent", "16", "--iterations", "60"]
+    flags += ["--phantoms", "2", "--phantom-shape", *shape, "--phantom-spacing", *spacing]
+    flags += ["--threads", "1", "--device", "cpu"]
+    assert main(["ae", "--output", str(run), *flags]) == 0
+    assert "weights:" in capsys.readouterr().out
+    assert main(["ae", "--output", str(run), *flags]) == 2  # not written over
+    assert "overwrite" in capsys.readouterr().err
+    call = ["predict", str(run), str(tmp_path / "hu"), "--masks", str(tmp_path / "lung"), "--threads", "1"]
+    assert main([*call, "--output", str(maps)]) == 0
+    assert {p.name for p in maps.iterdir()} == {f"p1_{k}.nii.gz" for k in ("lesions", "probability", "lung")}
+    lesions = nibabel.load(maps / "p1_lesions.nii.gz")
+    probability = nibabel.load(maps / "p1_probability.nii.gz").get_fdata().transpose(2, 1, 0)
+    np.testing.assert_allclose(lesions.affine, affine)
+    assert not probability[~mask].any()
+    threshold = load_baseline(run).calibration["threshold"]
+    found = lesions.get_fdata().transpose(2, 1, 0) > 0
+    clear = np.abs(1 - probability - threshold) > 1e-5
+    np.testing.assert_array_equal(found[clear], ((1 - probability > threshold) & mask)[clear])
+    scores = evaluate.evaluate(
+        evaluate.EvaluateConfig(
+            output=tmp_path / "results",
+            predictions=(maps,),
+            truth=(tmp_path / "lesion",),
+            ct=(tmp_path / "hu",),
+            oracle=True,
+            pictures=0,
+        )
+    )
+    assert scores.scores["p1"]["tp"] == np.count_nonzero(found & ball)
+    assert scores.scores["p1"]["bright_auc"] > 0
+    assert scores.oracle is not None
+    (tmp_path / "hu" / "broken.nii.gz").write_bytes(b"no image")
+    assert main([*call, "--output", str(maps)]) == 1
+    assert "broken" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"method": "pca"}, "method must be one of ae"),
+        ({"size": 30}, "size must be a multiple of 4"),
+        ({"latent": 0}, "latent must be >= 1, got 0"),
+        ({"kl_weight": -1.0}, "kl_weight must be >= 0, got -1.0"),
+        ({"dropout": 1.0}, r"dropout must be in \[0, 1\), got 1.0"),
+        ({"false_positives": 0.0}, "false_positives must be in"),
+        ({"minutes": 0.0}, "minutes must be > 0"),
+        ({"learning_rate": float("nan")}, "learning_rate must be > 0, got nan"),
+        ({"phantoms": 1}, "phantoms must be > held_out=1, got 1"),
+        ({"residual": "square"}, "residual must be absolute or positive"),
+        ({"method": "context_vae", "context_crop": 32}, "context_crop must be < size=32"),
+    ],
+)
+def test_settings_are_checked(changes, message):
+    with pytest.raises(ValueError, match=message):
+        replace(tiny("ae"), **changes)
+
+
+def test_wrong_volumes_and_files_are_refused(tmp_path, patient, healthy):
+    hu, mask, _ = patient
+    model = build_baseline(tiny("ae"))
+    with pytest.raises(ValueError, match="baseline must be trained"):
+        score_volume(model, hu, mask)
+    model.calibration = {"threshold": 0.5, "scale": 1.0}
+    with pytest.raises(ValueError, match="alike"):
+        score_volume(model, hu, mask[1:])
+    with pytest.raises(ValueError, match="empty mask"):
+        score_volume(model, hu, np.zeros_like(mask))
+    with pytest.raises(ValueError, match="spacing must be"):
+        score_volume(model, hu, mask, spacing=(1, 0, 1))
+    with pytest.raises(ValueError, match="threshold must be in"):
+        find_lesions(model, np.zeros((1, 1, 1), np.float32), 1.5)
+    with pytest.raises(ValueError, match="run must be a folder"):
+        load_baseline(tmp_path)
+    write_tensors(tmp_path / "other.safetensors", {"a": torch.zeros(1)}, {})
+    with pytest.raises(ValueError, match="run must hold a normnet baseline"):
+        load_baseline(tmp_path / "other.safetensors")
+    with pytest.raises(ValueError, match="not a store"):
+        train_baseline(tiny("ae", tmp_path / "run", data=tmp_path))
+    with pytest.raises(ValueError, match="min_lung_cm2=100000"):
+        train_baseline(tiny("ae", tmp_path / "run", min_lung_cm2=1e5, data=healthy))
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_loss_must_stay_a_number(tmp_path, healthy):
+    with pytest.raises(FloatingPointError, match="loss must be finite"):
+        train_baseline(tiny("constrained_vae", tmp_path, constraint_weight=1e39, iterations=3, data=healthy))
+    assert not list(tmp_path.glob("*.safetensors"))
+
+
+def test_the_paper_s_settings():
+    config = PRESETS["paper"]("spatial_vae")
+    assert config == BaselineConfig(method="spatial_vae")
+    assert (config.latent, config.learning_rate, config.batch_size, config.iterations) == (
+        128,
+        3e-4,
+        16,
+        6000,
+    )
+    assert (config.bottom, config.spatial_channels, config.kl_weight) == (8, 128, 1e-6)
+    assert (config.context_crop, config.dropout) == (32, 0.2)
+    assert PRESETS["paper"]("f_anogan").size == 64
+    with torch.random.fork_rng():
+        model = build_baseline(config).eval()
+        mean, _ = model.encode(torch.zeros(1, 1, 128, 128))
+    assert mean.shape == (1, 128, 8, 8)
+
+
+def test_flags_change_the_preset():
+    assert parse(["f_anogan", "--preset", "paper", "--seed", "3"]) == replace(
+        PRESETS["paper"]("f_anogan"), seed=3
+    )
+    assert parse(["vae"]) == PRESETS["small"]("vae")
+    with pytest.raises(ValueError, match="NAME must come first"):
+        parse(["--seed", "3", "vae"])
+
+
+def test_a_wrong_call_says_why(tmp_path, capsys):
+    assert main(["pca"]) == 2
+    assert "NAME must come first and be predict or one of ae" in capsys.readouterr().err
+    assert main(["predict", str(tmp_path), str(tmp_path), "--output", str(tmp_path / "o")]) == 2
+    assert "run must be a folder" in capsys.readouterr().err
