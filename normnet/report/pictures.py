@@ -1,21 +1,16 @@
-"""Overlays as in PAPER.md Fig. 5, and reports that are one HTML file: pictures inside, nothing fetched.
+"""Slices, overlays as in PAPER.md Fig. 5, and curves, as PNG.
 
 Colours: green is found (true positive), blue missed (false negative), red wrongly marked (false positive).
 """
 
 from __future__ import annotations
 
-import base64
-import html
 import io
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-
-from normnet.prepare.store import write_atomically
 
 Array = npt.NDArray[Any]
 RGB = npt.NDArray[np.uint8]
@@ -23,73 +18,6 @@ RGB = npt.NDArray[np.uint8]
 TRUE_POSITIVE, FALSE_NEGATIVE, FALSE_POSITIVE = (60, 200, 80), (60, 120, 255), (240, 70, 60)
 LUNG_WINDOW = (-1100.0, 200.0)
 """HU shown as black and white; wider than the network's, so that both vessels and haze are visible."""
-_STYLE = """
-body{font:15px/1.5 system-ui,sans-serif;max-width:72rem;margin:2rem auto;padding:0
-1rem;color:#1a1a1a;background:#fff} h1{font-size:1.6rem} h2{font-size:1.2rem;margin-top:2.2rem}
-table{border-collapse:collapse;margin:1rem 0} td,th{padding:.25rem .8rem;border-bottom:1px solid
-#ddd;text-align:right} td:first-child,th:first-child{text-align:left} th{border-bottom:2px solid #888}
-figure{display:inline-block;margin:.5rem .8rem .8rem 0;vertical-align:top} figure
-img{max-width:100%;border-radius:3px} figcaption{font-size:.85rem;color:#555}
-.note{color:#555;font-size:.9rem} .tp{color:#1b8a35}.fn{color:#2456d6}.fp{color:#c8281c}
-"""
-
-
-class Report:
-    """A self-contained HTML page, built from top to bottom.
-
-    Parameters
-    ----------
-    title : str
-        Heading and window title.
-    """
-
-    def __init__(self, title: str) -> None:
-        self._title = title
-        self._parts: list[str] = []
-
-    def heading(self, text: str) -> None:
-        """Start a section."""
-        self._parts.append(f"<h2>{html.escape(text)}</h2>")
-
-    def paragraph(self, text: str, *, note: bool = False) -> None:
-        """Add text; a note is set smaller."""
-        self._parts.append(f"<p{' class=note' if note else ''}>{html.escape(text)}</p>")
-
-    def legend(self) -> None:
-        """Explain the colours of the overlays."""
-        self._parts.append(
-            "<p class=note><b class=tp>green</b>: lesion that was found; <b class=fn>blue</b>: missed; "
-            "<b class=fp>red</b>: marked where the truth has none.</p>"
-        )
-
-    def table(self, header: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
-        """Add a table; its first column is set to the left."""
-        head = "".join(f"<th>{html.escape(cell)}</th>" for cell in header)
-        body = "".join(
-            "<tr>" + "".join(f"<td>{html.escape(str(cell))}</td>" for cell in row) + "</tr>" for row in rows
-        )
-        self._parts.append(f"<table><tr>{head}</tr>{body}</table>")
-
-    def picture(self, png: bytes, caption: str, *, width: int | None = None) -> None:
-        """Add a PNG picture with a caption; `width` in CSS pixels, its own size where omitted."""
-        data = base64.b64encode(png).decode()
-        size = f' width="{width}"' if width else ""
-        text = html.escape(caption, quote=True)
-        self._parts.append(
-            f'<figure><img{size} alt="{text}" src="data:image/png;base64,{data}">'
-            f"<figcaption>{text}</figcaption></figure>"
-        )
-
-    def write(self, path: Path) -> Path:
-        """Write the page atomically; folders are created."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        title = html.escape(self._title)
-        page = (
-            f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
-            f"<style>{_STYLE}</style></head><body><h1>{title}</h1>{''.join(self._parts)}</body></html>"
-        )
-        write_atomically(path, page)
-        return path
 
 
 def grey(values: Array, window: tuple[float, float]) -> RGB:
@@ -271,10 +199,3 @@ def curve(series: Mapping[str, tuple[Array, Array]], *, xlabel: str, ylabel: str
     stream = io.BytesIO()
     figure.savefig(stream, format="png")
     return stream.getvalue()
-
-
-def percent(mean: float, sd: float | None = None) -> str:
-    """Write a fraction as the paper's tables do: ``68.7``, ``68.7±15.8`` with a deviation, ``–`` for NaN."""
-    if np.isnan(mean):
-        return "–"
-    return f"{100 * mean:.1f}" + ("" if sd is None or np.isnan(sd) else f"±{100 * sd:.1f}")
