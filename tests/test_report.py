@@ -23,6 +23,7 @@ from normnet.report import (
     case_pictures,
     curve,
     grey,
+    histogram,
     lung_box,
     overlay,
     percent,
@@ -30,6 +31,7 @@ from normnet.report import (
     side_by_side,
     worst_slices,
 )
+from normnet.report.pictures import shares
 
 
 def decoded(data):
@@ -63,6 +65,12 @@ def test_grey_clips_to_the_window():
             lambda: overlay(np.zeros((2, 2, 3), np.uint8), np.zeros((2, 3), bool), np.zeros((2, 2), bool)),
             "shape",
         ),
+        (lambda: histogram({"a": np.zeros(3)}, xlabel="x", bins=0), "bins must be >= 1, got 0"),
+        (
+            lambda: histogram({"a": np.zeros(3)}, xlabel="x", range=(1, 1)),
+            r"range must be \(low, high\) with low < high, got \(1, 1\)",
+        ),
+        (lambda: histogram({"a": np.array([0, np.nan])}, xlabel="x"), "series must be finite"),
         (
             lambda: side_by_side([np.zeros((2, 2, 3), np.uint8), np.zeros((3, 2, 3), np.uint8)]),
             r"got \[2, 3\]",
@@ -118,6 +126,35 @@ def test_case_pictures_come_worst_first():
     pictures = case_pictures(hu, np.zeros_like(truth), truth, np.ones_like(truth), count=2)
     assert [z for z, _ in pictures] == [7, 2]
     assert decoded(pictures[0][1]).shape[1] > 2 * 14
+
+
+@given(seed=st.integers(0, 1000), bins=st.integers(1, 9))
+def test_shares_against_a_plain_loop(seed, bins):
+    rng = np.random.default_rng(seed)
+    series = {"a": rng.integers(-5, 15, (3, 7)), "b": rng.uniform(-5, 15, 11), "none": np.zeros(0)}
+    edges, found = shares(series, bins, (0.0, 10.0))
+    assert list(found) == ["a", "b"]
+    assert edges.tolist() == pytest.approx([10.0 * k / bins for k in range(bins + 1)])
+    for name, share in found.items():
+        values = series[name].ravel().tolist()
+        for k in range(bins):
+            last = k == bins - 1  # holds its upper edge, as NumPy's does
+            inside = [v for v in values if edges[k] <= v < edges[k + 1] or (last and v == edges[-1])]
+            assert share[k] == pytest.approx(len(inside) / len(values))
+
+
+def test_histogram_shows_each_series_by_its_own_size():
+    rng = np.random.default_rng(0)
+    series = {"many": rng.normal(-800, 50, 3000), "few": rng.normal(-100, 20, 30)}
+    edges, found = shares(series, 60, None)
+    assert (edges[0], edges[-1]) == (series["many"].min(), series["few"].max())
+    assert [share.sum() for share in found.values()] == pytest.approx([1, 1])
+    drawn = histogram(series, xlabel="HU")
+    assert drawn.startswith(b"\x89PNG")
+    assert drawn == histogram({**series, "none": np.zeros(0)}, xlabel="HU")
+    assert drawn != histogram({"many": series["many"]}, xlabel="HU")
+    assert shares({"one": np.full(4, 7)}, 1, None)[0].tolist() == [6.5, 7.5]
+    assert histogram({}, xlabel="HU").startswith(b"\x89PNG")
 
 
 def test_report_is_one_page_that_fetches_nothing(tmp_path):

@@ -1,4 +1,4 @@
-"""Slices, overlays as in PAPER.md Fig. 5, and curves, as PNG.
+"""Slices, overlays as in PAPER.md Fig. 5, curves and histograms, as PNG.
 
 Colours: green is found (true positive), blue missed (false negative), red wrongly marked (false positive).
 """
@@ -199,3 +199,75 @@ def curve(series: Mapping[str, tuple[Array, Array]], *, xlabel: str, ylabel: str
     stream = io.BytesIO()
     figure.savefig(stream, format="png")
     return stream.getvalue()
+
+
+def histogram(
+    series: Mapping[str, Array],
+    *,
+    xlabel: str,
+    ylabel: str = "share",
+    bins: int = 60,
+    range: tuple[float, float] | None = None,  # noqa: A002 - NumPy's name
+) -> bytes:
+    """Draw histograms over each other as PNG, each normalised to the shares of its own values.
+
+    Parameters
+    ----------
+    series : mapping of str to array
+        Values of any shape by the names in the legend, drawn in this order; empty ones are left out.
+    xlabel, ylabel : str
+        Axis labels.
+    bins : int
+        Number of bins, of equal width.
+    range : (2,) floats, optional
+        First and last edge. Values outside count in the shares and are not shown. From the lowest to the
+        highest value of all series where omitted.
+
+    Returns
+    -------
+    bytes
+        PNG.
+
+    Raises
+    ------
+    ValueError
+        There is no bin, the range is not increasing, or it is omitted and a value is not finite.
+    """
+    from matplotlib.figure import Figure
+
+    edges, heights = shares(series, bins, range)
+    figure = Figure(figsize=(6.4, 2.8), dpi=110, layout="constrained")
+    axes = figure.subplots()
+    for name, height in heights.items():
+        drawn = axes.stairs(height, edges, label=name, linewidth=1.3)
+        axes.stairs(height, edges, fill=True, alpha=0.25, color=drawn.get_edgecolor())
+    axes.set(xlabel=xlabel, ylabel=ylabel, xlim=(edges[0], edges[-1]))
+    axes.set_ylim(bottom=0)
+    axes.grid(alpha=0.3)
+    if len(heights) > 1:
+        axes.legend()
+    stream = io.BytesIO()
+    figure.savefig(stream, format="png")
+    return stream.getvalue()
+
+
+def shares(
+    series: Mapping[str, Array], bins: int, limits: tuple[float, float] | None
+) -> tuple[Array, dict[str, Array]]:
+    """Edges (bins + 1,) and, for every series that is not empty, the share of its values in each bin (bins,).
+
+    Parameters and errors are those of `histogram`.
+    """
+    if bins < 1:
+        raise ValueError(f"bins must be >= 1, got {bins}")
+    filled = {name: values for name, values in series.items() if values.size}
+    if limits is None:
+        ends = [end for values in filled.values() for end in (float(values.min()), float(values.max()))]
+        if not np.isfinite(ends).all():
+            raise ValueError(f"series must be finite where range is omitted, got values up to {ends}")
+        low, high = min(ends, default=0.0), max(ends, default=0.0)
+        limits = (low, high) if low < high else (low - 0.5, low + 0.5)  # as NumPy does for a single value
+    if not limits[0] < limits[1]:
+        raise ValueError(f"range must be (low, high) with low < high, got {limits}")
+    edges = np.linspace(*limits, bins + 1)
+    return edges, {name: np.histogram(values, edges)[0] / values.size for name, values in filled.items()}
