@@ -231,6 +231,8 @@ def _is_volume(path: Path) -> bool:
     if name[0] == "." or not name.endswith(SUFFIXES) or not path.is_file():
         return False
     last = re.split(r"[_-]", case_name(path).lower())[-1]
+    if last == "healthy" and path.with_name(f"{case_name(path)[: -len('healthy')]}lesions.nii.gz").exists():
+        return False  # a map that `normnet.predict` wrote; by itself the word may well describe a CT
     return split_name(path)[1] in (None, "ct") and last not in _MASK_WORDS
 
 

@@ -37,6 +37,7 @@ FILES: Mapping[str, str] = {
     "lung": "_lung.nii.gz",
     "core": "_core.nii.gz",
     "probability": "_probability.nii.gz",
+    "healthy": "_healthy.nii.gz",
     "dicom_seg": "_lesions.dcm",
 }
 """What a case may have, and how its files end."""

@@ -7,8 +7,8 @@ lungs and truth of the case ``radiopaedia_4``: the last word of a name tells the
 from __future__ import annotations
 
 import csv
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence, Set
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from lesionsynth.io import case_name
@@ -21,6 +21,8 @@ ROLE_WORDS: Mapping[str, frozenset[str]] = {
     "probability": frozenset({"prob", "probability"}),
 }
 """Last words of a file's name, after ``_`` or ``-``, and what they say it is."""
+MAP_WORDS: Mapping[str, frozenset[str]] = {"core": frozenset({"core"}), "healthy": frozenset({"healthy"})}
+"""The same, among predictions alone: elsewhere ``anna_healthy`` is more likely a person."""
 _MASKS = frozenset({"mask", "msk"})
 _SUFFIXES = (".nii", ".nii.gz", ".nrrd", ".nhdr", ".mhd", ".mha")
 
@@ -37,6 +39,8 @@ class CaseFiles:
         CT, annotated lesions, and predicted lesions.
     lung, probability : Path or None
         Lungs, and the network's healthy probability.
+    core, healthy : Path or None
+        Predicted lesions before region growing, and the voxels that the models' vote calls healthy.
     """
 
     case: str
@@ -45,15 +49,19 @@ class CaseFiles:
     prediction: Path
     lung: Path | None = None
     probability: Path | None = None
+    core: Path | None = None
+    healthy: Path | None = None
 
 
-def split_name(path: Path) -> tuple[str, str | None]:
+def split_name(path: Path, *, predicted: bool = False) -> tuple[str, str | None]:
     """Split a file name into case and role.
 
     Parameters
     ----------
     path : Path
         ``covid/r4_lung_mask.nii.gz``
+    predicted : bool
+        The file is among predictions: `MAP_WORDS` count too.
 
     Returns
     -------
@@ -64,14 +72,16 @@ def split_name(path: Path) -> tuple[str, str | None]:
         counts: ``r4_hu_prob`` is a probability.
     """
     name, role = case_name(path), None
+    words_of = {**ROLE_WORDS, **MAP_WORDS} if predicted else ROLE_WORDS
     while True:
         cut = max(name.rfind("_"), name.rfind("-"))
         word = name[cut + 1 :].lower()
-        known = next((r for r, words in ROLE_WORDS.items() if word in words), None)
+        known = next((r for r, words in words_of.items() if word in words), None)
         if cut <= 0 or (known is None and word not in _MASKS):
             return name, role
         role = role or known
         name = name[:cut]
+        words_of = ROLE_WORDS  # anna_healthy_lesions are those of anna_healthy
 
 
 def find_cases(
@@ -86,8 +96,8 @@ def find_cases(
     Parameters
     ----------
     predictions : sequence of Path
-        What `normnet.predict` wrote (lesions, ``..._probability``, ``..._lung``): files, or folders of files.
-        Their cases are those evaluated.
+        What `normnet.predict` wrote (lesions, and ``..._probability``, ``..._healthy``, ``..._core``,
+        ``..._lung``): files, or folders of files. Their cases are those evaluated.
     truth, ct, lungs : sequence of Path
         Files, or folders, which may be one and the same: roles are told by the last word of a name. Without
         `lungs`, those beside the predictions.
@@ -105,10 +115,7 @@ def find_cases(
         No prediction, a prediction without truth or CT, or two files for one role of a case.
     """
     files = _listed(predictions)
-    probabilities = _by_case(
-        "probability", [f for f in files if split_name(f)[1] == "probability"], {"probability"}
-    )
-    predicted = _by_case("prediction", files, {None, "prediction", "ct", "lesion"})
+    predicted, maps = _maps(files)
     if not predicted:
         raise ValueError(
             f"predictions must hold at least one lesion map, found none in {_names(predictions)}"
@@ -130,14 +137,54 @@ def find_cases(
             lesion=truths[case],
             prediction=path,
             lung=lung_masks.get(case),
-            probability=probabilities.get(case),
+            **{role: found.get(case) for role, found in maps.items()},
         )
         for case, path in sorted(predicted.items())
     ]
 
 
+def with_predictions(cases: Sequence[CaseFiles], folder: Path) -> dict[str, CaseFiles]:
+    """Find what another method predicted for the same cases.
+
+    Parameters
+    ----------
+    cases : sequence of CaseFiles
+        From `find_cases` or `read_table`.
+    folder : Path
+        Its maps, named as those of `normnet.predict`; other cases in it are passed over.
+
+    Returns
+    -------
+    dict of str to CaseFiles
+        By case, with the other method's maps and the same CT, truth and lungs; cases without a lesion map are
+        not in it.
+
+    Raises
+    ------
+    FileNotFoundError
+        There is no such folder.
+    ValueError
+        It has a map of none of the cases, or two files for one role of a case.
+    """
+    predicted, maps = _maps(_listed([folder]))
+    found = {
+        files.case: replace(
+            files,
+            prediction=predicted[files.case],
+            probability=maps["probability"].get(files.case),
+            core=maps["core"].get(files.case),
+            healthy=maps["healthy"].get(files.case),
+        )
+        for files in cases
+        if files.case in predicted
+    }
+    if not found:
+        raise ValueError(f"compare must name maps of the same cases, found none of them in {folder}")
+    return found
+
+
 def read_table(path: Path) -> list[CaseFiles]:
-    """Read a CSV with the columns case, ct, lesion, prediction and, optionally, lung and probability.
+    """Read a CSV with the columns case, ct, lesion, prediction and, if any, lung, probability, core, healthy.
 
     Parameters
     ----------
@@ -167,16 +214,28 @@ def read_table(path: Path) -> list[CaseFiles]:
             )
         if row["case"] in cases:
             raise ValueError(f"{path}, line {number}: case {row['case']!r} occurs twice")
-        lung, probability = row.get("lung"), row.get("probability")
+        given = {name: row.get(name) for name in ("lung", "probability", "core", "healthy")}
         cases[row["case"]] = CaseFiles(
             case=row["case"],
             ct=path.parent / row["ct"],
             lesion=path.parent / row["lesion"],
             prediction=path.parent / row["prediction"],
-            lung=path.parent / lung if lung else None,
-            probability=path.parent / probability if probability else None,
+            **{name: path.parent / cell if cell else None for name, cell in given.items()},
         )
     return list(cases.values())
+
+
+def _maps(files: Sequence[Path]) -> tuple[dict[str, Path], dict[str, dict[str, Path]]]:
+    """Lesion maps by case, and by their role those that may be beside them."""
+    roles = {file: split_name(file, predicted=True)[1] for file in files}
+    lesions = _by_case(
+        "prediction", [f for f in files if roles[f] not in MAP_WORDS], {None, "prediction", "ct", "lesion"}
+    )
+    beside = {
+        role: _by_case(role, [f for f in files if roles[f] == role], {role}, predicted=True)
+        for role in ("probability", *MAP_WORDS)
+    }
+    return lesions, beside
 
 
 def _listed(paths: Iterable[Path], *, folders: bool = False) -> list[Path]:
@@ -193,17 +252,19 @@ def _listed(paths: Iterable[Path], *, folders: bool = False) -> list[Path]:
     return found
 
 
-def _by_case(role: str, files: Iterable[Path], roles: set[str | None]) -> dict[str, Path]:
+def _by_case(
+    role: str, files: Iterable[Path], roles: Set[str | None], *, predicted: bool = False
+) -> dict[str, Path]:
     """Files of the accepted roles by case; one that names `role` itself wins over one that says nothing."""
     table: dict[str, Path] = {}
     for path in files:
-        case, own = split_name(path)
+        case, own = split_name(path, predicted=predicted)
         if own not in roles:
             continue
         other = table.get(case)
-        if other is None or (own == role and split_name(other)[1] != role):
+        if other is None or (own == role and split_name(other, predicted=predicted)[1] != role):
             table[case] = path
-        elif own == role or split_name(other)[1] != role:
+        elif own == role or split_name(other, predicted=predicted)[1] != role:
             raise ValueError(f"{role} of case {case!r} must be one file, got {other} and {path}")
     return table
 

@@ -172,6 +172,9 @@ class CasePrediction:
     """The lungs that were searched."""
     probability: npt.NDArray[np.float32] | None
     """Mean healthy probability, 0 outside the lung. None where it was not asked for."""
+    healthy: Mask | None
+    """Bright lung voxels that the majority of the models calls healthy; the mean cannot tell (Table II). None
+    where the probability was not asked for."""
     volumes: dict[str, float | None]
     """Lungs and lesions in ml and percent, see `normnet.maps.volumes_of`."""
     ct: CTVolume
@@ -205,8 +208,10 @@ def predict_case(
         SeriesInstanceUID, in a DICOM folder with several.
     lungs : {"thresholds", "lungmask"}
         How lungs are segmented.
-    device, keep_probability
+    device : str
         As in `predict_volume`.
+    keep_probability : bool
+        Also return the mean probability and the voxels called healthy.
 
     Returns
     -------
@@ -227,15 +232,24 @@ def predict_case(
         device=device,
         keep_probability=keep_probability,
     )
-    lesions, core = native(found.lesions), native(found.lesions_without_growing)
-    lesions &= lung
-    core &= lung
-    volumes = volumes_of(lesions, lung, loaded.volume.spacing, loaded.native_sides)
+    masks = {"lesions": found.lesions, "core": found.lesions_without_growing}
+    if keep_probability:
+        masks["healthy"] = found.healthy
+    chances = found.probability
+    # each map of the working grid is let go once it lies on the CT's: both together would be the peak
+    del found
+    on_ct: dict[str, Mask] = {}
+    for name in tuple(masks):
+        on_ct[name] = native(masks.pop(name))
+        on_ct[name] &= lung
+    volumes = volumes_of(on_ct["lesions"], lung, loaded.volume.spacing, loaded.native_sides)
     probability = None
-    if found.probability is not None:
-        probability = native(found.probability)
+    if chances is not None:
+        probability = native(chances)
         probability[~lung] = 0
-    return CasePrediction(lesions, core, lung, probability, volumes, loaded.volume)
+    return CasePrediction(
+        on_ct["lesions"], on_ct["core"], lung, probability, on_ct.get("healthy"), volumes, loaded.volume
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -261,7 +275,8 @@ class PredictArgs:
     lungs: LungMethod = "thresholds"
     """How lungs are segmented: by thresholds and morphology, or by the lungmask package."""
     save_probability: bool = False
-    """Also write <case>_probability.nii.gz: the mean healthy probability, 0 outside the lung."""
+    """Also write <case>_probability.nii.gz, the mean healthy probability, 0 outside the lung, and
+    <case>_healthy.nii.gz, the bright voxels that the models' vote calls healthy: what Table II needs."""
     save_core: bool = False
     """Also write <case>_core.nii.gz: the lesions before region growing."""
     dicom_seg: bool = False
@@ -386,7 +401,12 @@ def _plan(
     args: PredictArgs, sources: Sequence[Source], models: Sequence[Record]
 ) -> tuple[list[_Job], dict[str, str]]:
     """Tell what to do for each case, and why nothing can be done for the others."""
-    flags = {"core": args.save_core, "probability": args.save_probability, "dicom_seg": args.dicom_seg}
+    flags = {
+        "core": args.save_core,
+        "probability": args.save_probability,
+        "healthy": args.save_probability,
+        "dicom_seg": args.dicom_seg,
+    }
     kinds = ("lesions", "lung", *(kind for kind, wanted in flags.items() if wanted))
     jobs, failures = [], {}
     for source in sources:
@@ -438,6 +458,7 @@ def _writers(found: CasePrediction, job: _Job) -> Mapping[str, Writer]:
         "lung": found.lung,
         "core": found.core,
         "probability": found.probability,
+        "healthy": found.healthy,
     }
     writers: dict[str, Writer] = {
         kind: partial(found.ct.write_like, maps[kind]) for kind in job.kinds if kind in maps

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from normnet.metrics import evaluate_case, oracle_threshold, roc_auc, summarise, threshold_counts
-from normnet.pairing import find_cases, read_table, split_name
+from normnet.pairing import find_cases, read_table, split_name, with_predictions
 
 pytest.importorskip("matplotlib")
 from normnet.evaluate import CaseVolumes, EvaluateConfig, evaluate, evaluate_volumes, main
@@ -229,6 +229,21 @@ def test_names_tell_case_and_role(tmp_path, name, case, role):
     assert split_name(tmp_path / name) == (case, role)
 
 
+@pytest.mark.parametrize(
+    ("name", "case", "role"),
+    [
+        ("r4_core.nii.gz", "r4", "core"),
+        ("r4_hu_healthy.nii.gz", "r4", "healthy"),
+        ("anna_healthy_lesions.nii.gz", "anna_healthy", "lesion"),
+        ("anna_healthy_healthy.nii.gz", "anna_healthy", "healthy"),
+        ("r4_probability.nii.gz", "r4", "probability"),
+    ],
+)
+def test_words_that_mean_something_among_predictions_alone(tmp_path, name, case, role):
+    assert split_name(tmp_path / name, predicted=True) == (case, role)
+    assert split_name(tmp_path / "anna_healthy.nii.gz") == ("anna_healthy", None)
+
+
 def touch(folder, *names):
     folder.mkdir(exist_ok=True)
     for name in names:
@@ -255,6 +270,29 @@ def test_lungs_that_the_prediction_used_stand_in_for_given_ones(tmp_path):
     (given,) = find_cases(predictions=[out], truth=[data], ct=[data], lungs=[data])
     assert (own.lung, given.lung) == (out / "a_lung.nii.gz", data / "a_lung.nii")
     assert (own.prediction, own.probability) == (out / "a_lesions.nii.gz", out / "a_probability.nii.gz")
+    assert own.core is own.healthy is None
+    touch(out, "a_core.nii.gz", "a_healthy.nii.gz", "b_core.nii.gz")  # of b no lesions: no case
+    (own,) = find_cases(predictions=[out], truth=[data], ct=[data])
+    assert (own.core, own.healthy) == (out / "a_core.nii.gz", out / "a_healthy.nii.gz")
+
+
+def test_maps_of_another_method_for_the_same_cases(tmp_path):
+    data = touch(
+        tmp_path / "data", *(f"{case}_{role}.nii" for case in "ab" for role in ("hu", "lesion", "lung"))
+    )
+    out = touch(tmp_path / "out", "a_lesions.nii.gz", "a_core.nii.gz", "b_lesions.nii.gz")
+    vae = touch(
+        tmp_path / "vae", "a_lesions.nii.gz", "a_probability.nii.gz", "a_lung.nii.gz", "c_lesions.nii"
+    )
+    cases = find_cases(predictions=[out], truth=[data], ct=[data], lungs=[data])
+    other = with_predictions(cases, vae)
+    assert list(other) == ["a"]
+    assert other["a"].prediction == vae / "a_lesions.nii.gz"
+    assert other["a"].probability == vae / "a_probability.nii.gz"
+    assert other["a"].core is None  # not that of the first method
+    assert (other["a"].lung, other["a"].lesion) == (cases[0].lung, cases[0].lesion)
+    with pytest.raises(ValueError, match=r"maps of the same cases, found none of them in .*data2"):
+        with_predictions(cases, touch(tmp_path / "data2", "z_lesions.nii"))
 
 
 def test_pairing_errors_name_what_is_missing(tmp_path):
@@ -277,6 +315,10 @@ def test_table_of_cases(tmp_path):
     table.write_text("case,ct,lesion,prediction,lung\nx,x.nii,t/x.nii,p/x.nii,\n")
     (case,) = read_table(table)
     assert (case.ct, case.lesion, case.lung) == (tmp_path / "x.nii", tmp_path / "t" / "x.nii", None)
+    assert case.core is case.healthy is None
+    table.write_text("case,ct,lesion,prediction,core,healthy\nx,x.nii,t.nii,p.nii,p/c.nii,p/h.nii\n")
+    (case,) = read_table(table)
+    assert (case.core, case.healthy) == (tmp_path / "p" / "c.nii", tmp_path / "p" / "h.nii")
     table.write_text("case,ct,lesion\nx,x.nii,t/x.nii\n")
     with pytest.raises(ValueError, match=r"line 2: columns .* must be filled, missing \['prediction'\]"):
         read_table(table)

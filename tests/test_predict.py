@@ -31,6 +31,7 @@ from normnet.config import (  # noqa: E402
     from_json,
     to_json,
 )
+from normnet.inputs import find_sources  # noqa: E402
 from normnet.maps import check_written, volumes_of  # noqa: E402
 from normnet.model import BUNDLED, build_unet, load_model, save_model  # noqa: E402
 from normnet.postprocess import postprocess  # noqa: E402
@@ -271,7 +272,8 @@ def test_results_land_on_the_file_s_own_grid(tmp_path, undecided, direction):
     assert predict.main(arguments) == 0
     source = sitk.ReadImage(str(tmp_path / "p1_hu.nii.gz"))
     results = {
-        n: sitk.ReadImage(str(tmp_path / f"out/p1_{n}.nii.gz")) for n in ("lesions", "lung", "probability")
+        n: sitk.ReadImage(str(tmp_path / f"out/p1_{n}.nii.gz"))
+        for n in ("lesions", "lung", "probability", "healthy")
     }
     for image in results.values():
         assert image.GetSize() == source.GetSize()
@@ -290,6 +292,7 @@ def test_results_land_on_the_file_s_own_grid(tmp_path, undecided, direction):
     probability = sitk.GetArrayFromImage(results["probability"])
     assert not probability[~lung].any()
     np.testing.assert_allclose(np.median(probability[lung]), 0.5, atol=1e-6)
+    assert not sitk.GetArrayFromImage(results["healthy"]).any()  # 0.5 is no vote for healthy
     (row,) = csv.DictReader((tmp_path / "out/volumes.csv").read_text().splitlines())
     ml = np.prod(SPACING) / 1000
     assert row["case"] == "p1"
@@ -365,6 +368,7 @@ def test_a_record_says_what_was_done(tmp_path, undecided):
         "lung": "p1_lung.nii.gz",
         "core": "p1_core.nii.gz",
         "probability": None,
+        "healthy": None,
         "dicom_seg": None,
     }
     settings = from_json(PredictConfig, json.dumps(record["settings"]))
@@ -448,6 +452,17 @@ def test_finished_cases_are_kept_and_others_done(tmp_path, undecided, capsys):
     files = json.loads((out / "p1.json").read_text())["files"]
     assert files["core"] == "p1_core.nii.gz"
     assert files["probability"] == "p1_probability.nii.gz"
+    assert files["healthy"] == "p1_healthy.nii.gz"
+    # an earlier version's call wrote the probability alone: the same call completes the case
+    files["healthy"] = None
+    record = json.loads((out / "p1.json").read_text())
+    (out / "p1.json").write_text(json.dumps({**record, "files": files}))
+    (out / "p1_healthy.nii.gz").unlink()
+    assert run(tmp_path, undecided) == 0
+    assert not (out / "p1_healthy.nii.gz").exists()
+    assert run(tmp_path, undecided, "--save-probability") == 0
+    assert (out / "p1_healthy.nii.gz").exists()
+    assert (out / "p1_core.nii.gz").exists()
     (out / "p1_lesions.nii.gz").unlink()
     assert run(tmp_path, undecided) == 0
     assert (out / "p1_lesions.nii.gz").exists()
@@ -663,6 +678,7 @@ def test_a_case_for_notebooks(tmp_path, undecided):
     assert found.probability.dtype == np.float32
     bare = predict.predict_case(case, models, settings, mask_path=lungs, keep_probability=False)
     assert bare.probability is None
+    assert bare.healthy is None
     loaded = load_case(case, lungs)
     volume = predict.predict_volume(loaded.hu, loaded.mask, models, settings)
     for on_grid, native in (
@@ -675,6 +691,30 @@ def test_a_case_for_notebooks(tmp_path, undecided):
         assert not native[~found.lung].any()
         np.testing.assert_array_equal(native[found.lung], there[found.lung])
     assert loaded.to_native(volume.probability)[~found.lung].any()
+
+
+def test_the_vote_is_written_on_the_file_s_own_grid(tmp_path):
+    """Two of three models call healthy what is above 0.45 of the window, the mean never does."""
+    write_case(tmp_path, "p1")
+    case, lungs = tmp_path / "p1_hu.nii.gz", tmp_path / "p1_lung.nii.gz"
+    models = [Pointwise(centre=c, slope=40.0) for c in (0.35, 0.36, 5.0)]
+    found = predict.predict_case(case, models, EXACT, mask_path=lungs)
+    loaded = load_case(case, lungs)
+    volume = predict.predict_volume(loaded.hu, loaded.mask, models, EXACT)
+    expected = loaded.to_native(volume.healthy) & found.lung
+    assert found.healthy.dtype == bool
+    np.testing.assert_array_equal(found.healthy, expected)
+    assert found.healthy.sum() > 1000
+    assert not (found.probability > 0.95).any()
+
+
+def test_maps_among_the_inputs_are_no_ct(tmp_path):
+    for name in ("p1_hu.nii.gz", "p1_healthy.nii.gz"):
+        (tmp_path / name).touch()
+    names = [s.path.name for s in find_sources([tmp_path])]
+    assert names == ["p1_healthy.nii.gz", "p1_hu.nii.gz"]  # by itself the word may describe a person
+    (tmp_path / "p1_lesions.nii.gz").touch()
+    assert [s.path.name for s in find_sources([tmp_path])] == ["p1_hu.nii.gz"]
 
 
 def test_a_crash_between_two_files_leaves_no_record(tmp_path, undecided, monkeypatch):
