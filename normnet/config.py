@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import types
 import typing
 from collections.abc import Callable
@@ -55,6 +56,40 @@ class ModelConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class AugmentConfig:
+    """How healthy slabs vary beyond the volumes at hand; all off, as in the paper (`normnet.augment`).
+
+    Each sample draws its own amounts, uniformly up to these.
+    """
+
+    rotate: float = 0.0
+    """Turn in plane by up to so many degrees, to either side."""
+    zoom: float = 0.0
+    """Scale in plane by up to 1 + this, and down to its inverse."""
+    deflation: float = 0.0
+    """Share of the lungs' air taken away everywhere, and as much again towards the back: scans after
+    breathing out, and dependent lung."""
+    blur: float = 0.0
+    """Standard deviation in voxels of an in-plane Gaussian: softer reconstruction kernels."""
+    noise: float = 0.0
+    """Standard deviation in HU of added noise."""
+    offset: float = 0.0
+    """HU added or subtracted everywhere: calibration."""
+
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        for name in ("rotate", "zoom", "blur", "noise", "offset"):
+            value = getattr(self, name)
+            _check(f"augment.{name}", value, 0 <= value < math.inf, ">= 0")
+        _check("augment.deflation", self.deflation, 0 <= self.deflation <= 0.5, "in [0, 0.5]")
+
+    @property
+    def active(self) -> bool:
+        """Whether anything varies."""
+        return any(dataclasses.astuple(self))
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """One training run (PAPER.md IV-B.3)."""
 
@@ -90,6 +125,8 @@ class TrainConfig:
     source of its false positives (V) and has no such option."""
     thick_mm: tuple[float, float] = (3.0, 8.0)
     """Least and largest thickness of those slices in mm."""
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
+    """Variation of the healthy anatomy. The paper, with 453 volumes, has none."""
     average: float = 0.0
     """Decay of the running average of the weights that is saved; 0 saves the last weights, as the paper."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"

@@ -21,6 +21,8 @@ import torch
 from torch.utils.dlpack import from_dlpack
 
 import lesionsynth as ls
+from normnet.augment import Variation
+from normnet.config import AugmentConfig
 from normnet.thick import slice_profile, thicken
 from normnet.volumes import Array, Volume, largest_slab, slab_starts, slab_voxels
 
@@ -107,6 +109,8 @@ class PairStream:
         Flip half of the slabs left to right.
     thick : ThickSlices
         Slabs shown as thick-slice scans.
+    augment : AugmentConfig
+        How healthy slabs vary.
     first_index : int
         Sample index of the first pair of step 0.
     rank, processes : int
@@ -127,6 +131,7 @@ class PairStream:
         largest: int | None = None,
         mirror: bool = False,
         thick: ThickSlices | None = None,
+        augment: AugmentConfig | None = None,
         first_index: int = 0,
         rank: int = 0,
         processes: int = 1,
@@ -139,6 +144,7 @@ class PairStream:
         self._voxels = {id(v): slab_voxels(v, slab) for v in volumes}
         self._batch_size, self._slab, self._crop, self._multiple = batch_size, slab, crop, multiple
         self._mirror, self._thick = mirror, thick or ThickSlices()
+        self._augment = augment or AugmentConfig()
         self._first_index = first_index
         self._share = range(rank * batch_size // processes, (rank + 1) * batch_size // processes)
 
@@ -201,10 +207,13 @@ class PairStream:
             for n in mask.shape[1:]
         ]
         voxels = int(self._voxels[id(volume)][z])
-        if list(mask.shape[1:]) != sizes:
+        variation = Variation(self._augment, seed, index) if self._augment.active else None
+        if list(mask.shape[1:]) != sizes or variation:
             window = self._window(mask, sizes, float(u[1]))
-            hu, mask = hu[window], mask[window]
+            hu, mask = _cut(hu, mask, window, variation)
             voxels = int(mask.sum())
+        if variation:
+            hu = variation.change(hu, mask)
         if self._mirror and u[2] < 0.5:
             flip: Any = torch.flip if isinstance(hu, torch.Tensor) else np.flip
             hu, mask = flip(hu, (2,)), flip(mask, (2,))
@@ -217,7 +226,7 @@ class PairStream:
         thin, thick = self._thick.millimetres
         return slice_profile(self._slab, volume.spacing[0], thin + float(u[1]) * (thick - thin), float(u[2]))
 
-    def _window(self, mask: Array, sizes: list[int], u: float) -> tuple[slice, slice, slice]:
+    def _window(self, mask: Array, sizes: list[int], u: float) -> tuple[slice, slice]:
         """In-plane window around the voxel of rank u of the lung's projection, inside the slice."""
         projection = mask.any(0)
         if isinstance(projection, torch.Tensor):
@@ -228,13 +237,24 @@ class PairStream:
             min(max(c - size // 2, 0), n - size)
             for c, size, n in zip(centre, sizes, mask.shape[1:], strict=True)
         )
-        return slice(None), slice(y, y + sizes[0]), slice(x, x + sizes[1])
+        return slice(y, y + sizes[0]), slice(x, x + sizes[1])
 
 
 def pair_device(device: torch.device) -> torch.device:
     """Return where pairs for a network on `device` are made: there, if `lesionsynth` has kernels for it."""
     kernels = device.type == "cuda" and importlib.util.find_spec("cupy") is not None
     return device if kernels else torch.device("cpu")
+
+
+def _cut(
+    hu: Array, mask: Array, window: tuple[slice, slice], variation: Variation | None
+) -> tuple[Array, Array]:
+    """Take a window of a slab, turned and scaled where there is lung left in it then."""
+    if variation and variation.moves:
+        moved = variation.move(hu, mask, window)
+        if moved[1].any():
+            return moved
+    return hu[:, *window], mask[:, *window]
 
 
 def _stack(arrays: Sequence[Array]) -> Array:

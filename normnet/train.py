@@ -268,6 +268,7 @@ def _streams(
         synthesizer,
         batch_size=config.batch_size,
         mirror=config.mirror,
+        augment=config.augment,
         rank=world.rank,
         processes=world.size,
         **common,

@@ -1,0 +1,239 @@
+"""Variation of healthy slabs: against SciPy, bounds, and what must not change."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import fields, replace
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import ndimage
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("monai")
+
+import lesionsynth as ls  # noqa: E402
+from normnet.augment import AIR, Variation  # noqa: E402
+from normnet.config import AugmentConfig, TrainConfig, from_json, to_json  # noqa: E402
+from normnet.data import PairStream, _cut  # noqa: E402
+from normnet.volumes import phantom_volumes  # noqa: E402
+
+ALL = AugmentConfig(rotate=15.0, zoom=0.2, deflation=0.3, blur=1.0, noise=20.0, offset=30.0)
+OFF = AugmentConfig()
+
+
+def slab(seed=0, shape=(3, 40, 50)):
+    """HU smooth enough to be interpolated, vessels of positive HU, and an ellipse of lung."""
+    rng = np.random.default_rng(seed)
+    hu = ndimage.gaussian_filter(rng.normal(0, 3000, shape), (0, 2, 2)) - 700
+    hu[:, 18:21, 10:40] = 40
+    y, x = np.meshgrid(np.arange(shape[1]) - 19.5, np.arange(shape[2]) - 24.5, indexing="ij")
+    mask = np.broadcast_to((y / 16) ** 2 + (x / 20) ** 2 < 1, shape).copy()
+    return hu.clip(-1000, 400).astype(np.int16), mask
+
+
+def only(**amounts):
+    """A variation of set amounts."""
+    variation = Variation(OFF, 0, 0)
+    for name, amount in amounts.items():
+        assert hasattr(variation, name)
+        setattr(variation, name, amount)
+    return variation
+
+
+def affine(volume, window, angle, zoom, order):
+    """SciPy, slice by slice: output p at centre c reads R(angle) (p - c) / zoom + c."""
+    matrix = np.array([[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]]) / zoom
+    sizes = [s.stop - s.start for s in window]
+    centre = np.array([(s.start + s.stop - 1) / 2 for s in window])
+    offset = centre - matrix @ ((np.array(sizes) - 1) / 2)
+    return np.stack(
+        [
+            ndimage.affine_transform(z, matrix, offset, sizes, order=order, mode="grid-constant", cval=0.0)
+            for z in volume.astype(np.float64)
+        ]
+    )
+
+
+@settings(max_examples=25)
+@given(
+    seed=st.integers(0, 99),
+    angle=st.floats(-0.6, 0.6),
+    zoom=st.floats(0.7, 1.4),
+    top=st.integers(0, 15),
+    left=st.integers(0, 20),
+)
+def test_moving_equals_scipy(seed, angle, zoom, top, left):
+    hu, mask = slab(seed)
+    window = (slice(top, top + 24), slice(left, left + 28))
+    moved, kept = only(angle=angle, zoom=zoom).move(hu, mask, window)
+    expected = affine(hu.astype(np.float64) - AIR, window, angle, zoom, 1) + AIR
+    # rounding to whole HU, and places in float32: 1e-5 voxels at slopes of some 1000 HU a voxel
+    assert np.abs(moved - expected).max() <= 0.55
+    nearest = affine(mask, window, angle, zoom, 0) > 0.5
+    # a place halfway between two voxels may be rounded either way
+    assert (kept != nearest).mean() < 0.005
+    assert moved.dtype == np.int16
+    assert kept.dtype == np.bool_
+
+
+def test_not_moving_is_a_crop():
+    hu, mask = slab()
+    window = (slice(5, 29), slice(8, 40))
+    moved, kept = only().move(hu, mask, window)
+    np.testing.assert_array_equal(moved, hu[:, 5:29, 8:40])
+    np.testing.assert_array_equal(kept, mask[:, 5:29, 8:40])
+    assert not only().moves
+    assert only(angle=0.1).moves
+    assert only(zoom=1.1).moves
+
+
+def test_outside_is_air_and_no_lung():
+    hu, mask = slab()
+    whole = (slice(0, 40), slice(0, 50))
+    moved, kept = only(zoom=0.5).move(hu, np.ones_like(mask), whole)
+    assert (moved[:, :8] == AIR).all()
+    assert not kept[:, :8].any()
+    assert kept[:, 12:28, 14:36].all()
+
+
+def test_deflation_scales_air_in_the_lungs_alone():
+    hu, mask = slab()
+    changed = only(deflation=0.1, dependent=0.2).change(hu, mask)
+    rows = np.flatnonzero(mask.any(axis=(0, 2)))
+    depth = np.clip((np.arange(40) - rows[0]) / (rows[-1] - rows[0]), 0, 1) ** 2
+    expected = np.where(mask & (hu < 0), hu * (1 - 0.1 - 0.2 * depth)[None, :, None], hu)
+    assert np.abs(changed - expected).max() <= 0.51  # rounded to whole HU, computed in float32
+    assert (changed[mask & (hu < 0)] >= hu[mask & (hu < 0)]).all()
+    np.testing.assert_array_equal(changed[~mask], hu[~mask])
+    np.testing.assert_array_equal(changed[hu >= 0], hu[hu >= 0])
+    # none left where there is no lung
+    np.testing.assert_array_equal(only(deflation=0.3).change(hu, np.zeros_like(mask)), hu)
+
+
+def test_blur_is_scipys_in_plane():
+    hu, mask = slab()
+    expected = ndimage.gaussian_filter(hu.astype(np.float64), (0, 0.9, 0.9), truncate=4.0)
+    assert np.abs(only(blur=0.9).change(hu, mask) - expected).max() <= 0.51  # whole HU
+
+
+def test_noise_has_its_deviation_and_is_correlated_in_plane():
+    flat = np.full((8, 96, 96), -800, np.int16)
+    noise = only(noise=25.0).change(flat, np.ones(flat.shape, bool)) + 800.0
+    # 74,000 voxels, some 4 to an independent value: 1 % is three standard errors
+    assert noise.std() == pytest.approx(25.0, rel=0.015)
+    assert abs(noise.mean()) < 0.6
+    along_x = np.corrcoef(noise[..., 1:].ravel(), noise[..., :-1].ravel())[0, 1]
+    along_z = np.corrcoef(noise[1:].ravel(), noise[:-1].ravel())[0, 1]
+    # a Gaussian filter of 0.7 leaves exp(-1 / (4 * 0.49)) of it at one voxel
+    assert along_x == pytest.approx(math.exp(-1 / (4 * 0.49)), abs=0.03)
+    assert abs(along_z) < 0.03
+
+
+def test_offset_and_range():
+    hu, mask = slab()
+    np.testing.assert_array_equal(only(offset=-12.0).change(hu, mask), np.maximum(hu - 12, AIR))
+
+
+def test_amounts_are_within_bounds_and_use_them():
+    drawn = [Variation(ALL, 3, k) for k in range(400)]
+    for name, low, high in (
+        ("angle", -math.radians(15), math.radians(15)),
+        ("zoom", 1 / 1.2, 1.2),
+        ("deflation", 0, 0.3),
+        ("dependent", 0, 0.3),
+        ("blur", 0, 1.0),
+        ("noise", 0, 20.0),
+        ("offset", -30.0, 30.0),
+    ):
+        values = np.array([getattr(v, name) for v in drawn])
+        assert low <= values.min() < low + 0.05 * (high - low)  # missed with probability 0.95**400 = 1e-9
+        assert high - 0.05 * (high - low) < values.max() <= high
+    # each amount on its own
+    pairs = np.corrcoef([[v.angle, v.zoom, v.deflation, v.dependent, v.offset] for v in drawn], rowvar=False)
+    assert np.abs(pairs - np.eye(5)).max() < 0.2  # four standard errors
+
+
+def test_same_on_arrays_and_tensors_and_inputs_stay():
+    hu, mask = slab()
+    before = hu.copy(), mask.copy()
+    window = (slice(4, 36), slice(5, 45))
+    for index in range(3):
+        variation = Variation(ALL, 1, index)
+        arrays = variation.move(hu, mask, window)
+        tensors = variation.move(torch.from_numpy(hu), torch.from_numpy(mask), window)
+        assert all(isinstance(t, torch.Tensor) for t in tensors)
+        for a, t in zip(arrays, tensors, strict=True):
+            np.testing.assert_array_equal(a, t.numpy())
+        changed = variation.change(*arrays)
+        np.testing.assert_array_equal(changed, variation.change(*tensors).numpy())
+        np.testing.assert_array_equal(changed, Variation(ALL, 1, index).change(*arrays))
+        assert (changed != Variation(ALL, 1, index + 1).change(*arrays)).any()
+        assert (changed != Variation(ALL, 2, index).change(*arrays)).any()
+    np.testing.assert_array_equal(hu, before[0])
+    np.testing.assert_array_equal(mask, before[1])
+
+
+@pytest.fixture(scope="module")
+def volumes():
+    return phantom_volumes(1, 0, (16, 96, 120), (4.0, 3.4, 3.4))
+
+
+def stream(volumes, augment, crop=48):
+    synthesizer = ls.LesionSynthesizer(ls.presets.covid_lung(), seed=4, threads=1)
+    return PairStream(
+        volumes, synthesizer, batch_size=3, slab=8, crop=crop, multiple=8, augment=augment, mirror=True
+    )
+
+
+@pytest.mark.parametrize("crop", [48, None])
+def test_pairs_are_those_of_the_varied_slab(volumes, crop):
+    varied, plain = stream(volumes, ALL, crop), stream(volumes, None, crop)
+    slabs = varied.slabs(2)
+    assert slabs.hu.shape == plain.slabs(2).hu.shape
+    assert (slabs.hu != plain.slabs(2).hu).any()
+    batch = varied.pairs(slabs)
+    image, target, lesions = (np.asarray(t)[:, 0] for t in (batch.image, batch.target, batch.lesions))
+    healthy = ls.window_hu(slabs.hu) * slabs.mask
+    np.testing.assert_array_equal(image[~lesions], healthy[~lesions])
+    np.testing.assert_array_equal(target, (healthy >= np.float32(ls.threshold())) & ~lesions)
+    assert (image[lesions] >= healthy[lesions]).all()
+    again = stream(volumes, ALL, crop).batch(2)
+    assert torch.equal(again.image, batch.image)
+
+
+def test_off_changes_nothing(volumes):
+    assert torch.equal(stream(volumes, OFF).batch(1).image, stream(volumes, None).batch(1).image)
+    assert not OFF.active
+    assert all(replace(OFF, **{f.name: 0.1}).active for f in fields(OFF))
+
+
+def test_lungs_that_would_be_moved_away_stay():
+    hu, _ = slab()
+    mask = np.zeros(hu.shape, bool)
+    mask[1, 10, 12] = True  # the corner of the window: four times larger, it lies outside
+    window = (slice(10, 30), slice(12, 40))
+    assert not only(zoom=4.0).move(hu, mask, window)[1].any()
+    for got, whole in zip(_cut(hu, mask, window, only(zoom=4.0)), (hu, mask), strict=True):
+        np.testing.assert_array_equal(got, whole[:, 10:30, 12:40])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"rotate": -1.0}, r"augment.rotate must be >= 0, got -1.0"),
+        ({"deflation": 0.9}, r"augment.deflation must be in \[0, 0.5\], got 0.9"),
+        ({"noise": float("nan")}, r"augment.noise must be >= 0, got nan"),
+        ({"zoom": float("inf")}, r"augment.zoom must be >= 0, got inf"),
+    ],
+)
+def test_unfit_settings(change, message):
+    with pytest.raises(ValueError, match=message):
+        AugmentConfig(**change)
+
+
+def test_settings_go_to_json_and_back():
+    config = TrainConfig(augment=ALL)
+    assert from_json(TrainConfig, to_json(config)) == config
