@@ -1,4 +1,4 @@
-"""Ready-made configurations: the paper's generator and the three ablations of its Table V."""
+"""Ready-made configurations: the paper's generator, the ablations of its Table V, and fainter lesions."""
 
 from __future__ import annotations
 
@@ -33,11 +33,21 @@ def no_salt_noise() -> LesionConfig:
     )
 
 
+def faint() -> LesionConfig:
+    """Return the paper's generator with lesions down to -665 HU in the mean: μ0 ~ U[0.15, 0.8].
+
+    The paper's U[0.4, 0.8] ends at -440 HU, so that fainter ground glass is never shown to a network; its
+    third kind of failure (V). For a threshold T below the paper's -500 HU.
+    """
+    return replace(covid_lung(), texture=Texture(mu0=(0.15, 0.8)))
+
+
 BY_NAME: dict[str, Callable[[], LesionConfig]] = {
     "covid_lung": covid_lung,
     "no_shapes": no_shapes,
     "no_probability_map": no_probability_map,
     "no_salt_noise": no_salt_noise,
+    "faint": faint,
 }
 """Every preset, by the name a command line uses."""
 

@@ -20,6 +20,9 @@ from lesionsynth import presets as lesion_presets
 
 Config = TypeVar("Config")
 
+PAPER_THRESHOLD_HU = -500.0
+"""T (PAPER.md III-A, Table VI)."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
@@ -101,7 +104,7 @@ class TrainConfig:
     """Network."""
     lesions: str = "covid_lung"
     """Preset of `lesionsynth.presets`: the paper's generator or a Table V switch."""
-    threshold_hu: float = -500.0
+    threshold_hu: float = PAPER_THRESHOLD_HU
     """T: the network answers for tissue at or above it, in HU (III-A, Table VI)."""
     iterations: int = 3500
     """Optimiser steps (IV-B.3)."""
@@ -191,8 +194,9 @@ class TrainConfig:
 class PostprocessConfig:
     """From healthy voxels to lesions (PAPER.md III-D, IV-B.3)."""
 
-    threshold_hu: float = -500.0
-    """T: bright voxels are at or above it."""
+    threshold_hu: float | None = None
+    """T: bright voxels are at or above it; where omitted what the models were trained with, -500 HU in the
+    paper."""
     bright_size: int = 9
     """Mean filter on the bright lesion voxels (Fig. 4d to 4e)."""
     bright_threshold: float = 0.2
@@ -209,6 +213,8 @@ class PostprocessConfig:
 
     def __post_init__(self) -> None:
         """Check ranges."""
+        level = self.threshold_hu
+        _check("threshold_hu", level, level is None or -800 < level < 100, "between -800 and 100 HU")
         for name in ("bright_size", "full_size"):
             _check(name, getattr(self, name), getattr(self, name) >= 1, ">= 1")
         for name in ("bright_threshold", "full_threshold"):

@@ -54,7 +54,7 @@ def export(runs: Sequence[Path], output: Path) -> list[Path]:
         if largest > torch.finfo(torch.float16).max:
             raise ValueError(f"{file}: weights must be within half precision, got {largest:g}")
         path = output / f"model-{number}.safetensors"
-        save_model(path, model.half(), model.config, model.calibration)
+        save_model(path, model.half(), model.config, model.calibration, threshold_hu=model.threshold_hu)
         written.append(path)
     return written
 

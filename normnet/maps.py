@@ -231,12 +231,12 @@ def read_record(path: Path) -> Record | None:
     return record
 
 
-def model_record(file: Path, probability: float) -> Record:
-    """Tell a model: its name, the SHA-256 of its weights, and the threshold it votes with."""
+def model_record(file: Path, probability: float, threshold_hu: float) -> Record:
+    """Tell a model: its name, the SHA-256 of its weights, the threshold it votes with, and its T in HU."""
     name = file.resolve().parent.name if file.name == WEIGHTS else file.stem
     with file.open("rb") as stream:
         digest = hashlib.file_digest(stream, "sha256").hexdigest()
-    return {"name": name, "sha256": digest, "probability": probability}
+    return {"name": name, "sha256": digest, "probability": probability, "threshold_hu": threshold_hu}
 
 
 def as_record(config: PredictConfig) -> Record:

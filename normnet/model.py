@@ -14,7 +14,7 @@ from monai.networks.nets import UNet
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
-from normnet.config import ModelConfig, from_json
+from normnet.config import PAPER_THRESHOLD_HU, ModelConfig, from_json
 
 WEIGHTS = "model.safetensors"
 """Name of the weights in a run folder."""
@@ -41,10 +41,19 @@ def build_unet(config: ModelConfig) -> torch.nn.Module:
 
 
 def save_model(
-    path: Path, model: torch.nn.Module, config: ModelConfig, calibration: Calibration | None = None
+    path: Path,
+    model: torch.nn.Module,
+    config: ModelConfig,
+    calibration: Calibration | None = None,
+    *,
+    threshold_hu: float = PAPER_THRESHOLD_HU,
 ) -> None:
-    """Write weights, architecture and calibration into one file, atomically."""
-    header = {"model": dataclasses.asdict(config), "calibration": calibration}
+    """Write weights, architecture, calibration and T of training into one file, atomically."""
+    header = {
+        "model": dataclasses.asdict(config),
+        "calibration": calibration,
+        "threshold_hu": threshold_hu,
+    }
     # one key: safetensors writes several in any order, and equal models shall be equal files
     write_tensors(path, model.state_dict(), {HEADER: json.dumps(header)})
 
@@ -61,7 +70,8 @@ def load_model(path: str | os.PathLike[str]) -> torch.nn.Module:
     -------
     torch.nn.Module
         In evaluation mode, in float32 on the CPU; `model.config` is its `ModelConfig`, `model.calibration`
-        its `Calibration`, or None where training had no held-out volume.
+        its `Calibration`, or None where training had no held-out volume, `model.threshold_hu` the T that it
+        answers for.
 
     Raises
     ------
@@ -82,6 +92,7 @@ def load_model(path: str | os.PathLike[str]) -> torch.nn.Module:
     # nn.Module types every attribute as a tensor or a module
     model.config = config  # type: ignore[assignment]
     model.calibration = header["calibration"]
+    model.threshold_hu = float(header.get("threshold_hu", PAPER_THRESHOLD_HU))  # type: ignore[assignment]
     return model.eval()
 
 

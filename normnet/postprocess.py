@@ -14,7 +14,7 @@ import numpy.typing as npt
 import torch
 
 import lesionsynth as ls
-from normnet.config import PostprocessConfig
+from normnet.config import PAPER_THRESHOLD_HU, PostprocessConfig
 
 Image = npt.NDArray[np.float32]
 Mask = npt.NDArray[np.bool_]
@@ -127,7 +127,8 @@ def postprocess_slices(
     if box is None:
         return Lesions(final, core)
     seed, room = core[box], zeros_like(lung_mask[box])
-    tau = ls.threshold(config.threshold_hu)
+    level = PAPER_THRESHOLD_HU if config.threshold_hu is None else config.threshold_hu
+    tau = ls.threshold(level)
     bottom, top = box[0].start, min(box[0].stop, lung_mask.shape[0])
     for first in range(bottom, top, chunk):
         last = min(first + chunk, top)

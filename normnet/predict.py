@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 import lesionsynth as ls
 from lesionsynth.io import CTVolume
-from normnet.config import PredictConfig, from_json
+from normnet.config import PAPER_THRESHOLD_HU, PredictConfig, from_json
 from normnet.device import choose_device, cpu_settings
 from normnet.dicom_seg import write_segmentation
 from normnet.inputs import Source, find_sources
@@ -45,6 +45,7 @@ __all__ = [
     "PredictArgs",
     "PredictSummary",
     "Prediction",
+    "bright_threshold",
     "healthy_threshold",
     "main",
     "predict",
@@ -119,7 +120,8 @@ def predict_volume(
         raise ValueError("models must hold at least one network, got none")
     where = choose_device(device)
     levels = torch.tensor([healthy_threshold(model, config) for model in models], device=where)
-    tau = np.float32(ls.threshold(config.postprocess.threshold_hu))
+    level = bright_threshold(models, config)
+    settings, tau = replace(config.postprocess, threshold_hu=level), np.float32(ls.threshold(level))
     healthy = np.zeros(mask.shape, dtype=np.bool_)
     mean = np.zeros(mask.shape, dtype=np.float32) if keep_probability else None
     plane = _lung_box(mask)
@@ -140,8 +142,27 @@ def predict_volume(
         healthy[part] = majority & (read_lungs(first, last) >= tau) & mask[part]
         if mean is not None:
             mean[part] = np.where(mask[part], chances.mean(dim=0).cpu().numpy(), 0)
-    lesions = postprocess_slices(read, mask, healthy, config.postprocess)
+    lesions = postprocess_slices(read, mask, healthy, settings)
     return Prediction(lesions.final, lesions.core, healthy, mean)
+
+
+def bright_threshold(models: Sequence[torch.nn.Module], config: PredictConfig) -> float:
+    """Return T in HU, at or above which voxels are bright: the models' own unless `config` has another.
+
+    Raises
+    ------
+    ValueError
+        The models were trained with different T, and `config` has none.
+    """
+    if config.postprocess.threshold_hu is not None:
+        return config.postprocess.threshold_hu
+    levels = {float(getattr(model, "threshold_hu", PAPER_THRESHOLD_HU)) for model in models}
+    if len(levels) > 1:
+        shown = ", ".join(f"{level:g}" for level in sorted(levels))
+        raise ValueError(
+            f"models must have one threshold_hu unless postprocess.threshold_hu is given, got {shown}"
+        )
+    return levels.pop()
 
 
 def healthy_threshold(model: torch.nn.Module, config: PredictConfig) -> float:
@@ -333,6 +354,7 @@ def predict(args: PredictArgs, *, progress_bar: bool = False) -> PredictSummary:
     choose_device(args.device)
     files = find_models(args.models) if args.models else bundled_models()
     models = [load_model(file) for file in files]
+    bright_threshold(models, args.settings)  # before any case fails of it
     records = [_record(file, model, args.settings) for file, model in zip(files, models, strict=True)]
     jobs, failures = _plan(args, sources, records)
     folder = Folder(args.output)
@@ -382,7 +404,7 @@ class _Job:
 
 def _record(file: Path, model: torch.nn.Module, config: PredictConfig) -> Record:
     try:
-        return model_record(file, healthy_threshold(model, config))
+        return model_record(file, healthy_threshold(model, config), bright_threshold([model], config))
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from error
 

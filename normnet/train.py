@@ -195,13 +195,23 @@ def _validate(config: TrainConfig, trainer: Trainer, checks: list[Batch], log: R
     progress.scores = {k: round(v, 4) for k, v in scores.items()}
     if not scores["val_auc"] <= progress.best_auc:  # NaN, without bright healthy tissue: the last
         progress.best_auc = scores["val_auc"]
-        save_model(config.output / BEST, trainer.average, config.model, progress.calibration)
+        _save_model(config, trainer, BEST)
 
 
 def _save(config: TrainConfig, trainer: Trainer, log: RunLog) -> None:
     log.flush()
-    save_model(config.output / WEIGHTS, trainer.average, config.model, trainer.progress.calibration)
+    _save_model(config, trainer, WEIGHTS)
     trainer.save(config.output / STATE)
+
+
+def _save_model(config: TrainConfig, trainer: Trainer, name: str) -> None:
+    save_model(
+        config.output / name,
+        trainer.average,
+        config.model,
+        trainer.progress.calibration,
+        threshold_hu=config.threshold_hu,
+    )
 
 
 def _refusal(config: TrainConfig) -> str | None:

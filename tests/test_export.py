@@ -21,7 +21,13 @@ def runs(tmp_path):
     for seed in (0, 1):
         torch.manual_seed(seed)
         calibration = {"probability": 0.25, "dice": 0.9} if seed else None
-        save_model(tmp_path / f"runs/seed{seed}/model.safetensors", build_unet(CONFIG), CONFIG, calibration)
+        save_model(
+            tmp_path / f"runs/seed{seed}/model.safetensors",
+            build_unet(CONFIG),
+            CONFIG,
+            calibration,
+            threshold_hu=-600.0 - seed,
+        )
     return tmp_path / "runs"
 
 
@@ -35,6 +41,7 @@ def test_answers_and_headers_stay(runs, tmp_path):
         # 11 bits of each weight
         assert torch.allclose(before(x).sigmoid(), after(x).sigmoid(), atol=2e-3)
         assert (after.config, after.calibration) == (before.config, before.calibration)
+        assert after.threshold_hu == before.threshold_hu == -600.0 - seed
         assert file.stat().st_size < 0.6 * (runs / f"seed{seed}/model.safetensors").stat().st_size
 
 

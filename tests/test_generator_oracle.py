@@ -344,7 +344,7 @@ def test_drawn_plan_in_mm(lungs) -> None:
         agree(synth.sample(index=index, shape=image.shape), image, mask)
 
 
-@pytest.mark.parametrize("name", ["covid_lung", "no_shapes", "no_probability_map", "no_salt_noise"])
+@pytest.mark.parametrize("name", ["covid_lung", "no_shapes", "no_probability_map", "no_salt_noise", "faint"])
 def test_preset(name) -> None:
     """Each preset at the paper's sizes, in a volume that a large blob fills."""
     image, mask = draw_lungs((20, 56, 60), seed=4)

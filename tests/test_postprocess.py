@@ -36,7 +36,7 @@ def patient(seed: int = 0, shape: tuple[int, int, int] = (14, 40, 44)):
 
 def oracle(image, mask, healthy, config):
     """PAPER.md III-D in float64; also the smallest distance of a mean from its threshold."""
-    tau = np.float32((config.threshold_hu + 800) / 900)
+    tau = np.float32(((-500 if config.threshold_hu is None else config.threshold_hu) + 800) / 900)
     left = mask & ~healthy
     d = (left & (image >= tau)).astype(float)
     f = np.where(left, image, 0).astype(float)

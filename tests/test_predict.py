@@ -128,6 +128,24 @@ def test_vote_of_three_models_against_a_plain_loop():
     np.testing.assert_array_equal(found.lesions_without_growing, expected.core)
 
 
+def test_models_are_asked_about_the_tissue_they_were_trained_on():
+    """T comes with the weights: a network trained for -700 HU says nothing else of what is brighter."""
+    hu, mask = patient()
+    models = [Pointwise(centre=0.05, slope=400.0) for _ in range(2)]  # healthy, whatever is asked
+    for model in models:
+        model.threshold_hu = -700.0
+    found = predict.predict_volume(hu, mask, models, EXACT)
+    image = ls.window_hu(hu) * mask
+    np.testing.assert_array_equal(found.healthy, mask & (image >= np.float32(100 / 900)))
+    assert found.healthy.sum() > (mask & (image >= np.float32(1 / 3))).sum()
+    higher = replace(EXACT, postprocess=replace(EXACT.postprocess, threshold_hu=-400.0))
+    found = predict.predict_volume(hu, mask, models, higher)
+    np.testing.assert_array_equal(found.healthy, mask & (image >= np.float32(400 / 900)))
+    models[1].threshold_hu = -600.0
+    with pytest.raises(ValueError, match=r"one threshold_hu unless .* is given, got -700, -600"):
+        predict.predict_volume(hu, mask, models, EXACT)
+
+
 def test_votes_of_networks_in_tiles_are_those_of_whole_maps():
     """Three calibrated networks: full probability maps in memory, then thresholds, majority and mean."""
     config = ModelConfig(channels=(4, 8), strides=(2,))
@@ -374,7 +392,12 @@ def test_a_record_says_what_was_done(tmp_path, undecided):
     settings = from_json(PredictConfig, json.dumps(record["settings"]))
     assert settings == PredictConfig(slab=16, postprocess=PostprocessConfig(growth_iterations=3))
     weights = (undecided / "a/model.safetensors").read_bytes()
-    one = {"name": "a", "sha256": hashlib.sha256(weights).hexdigest(), "probability": 0.95}
+    one = {
+        "name": "a",
+        "sha256": hashlib.sha256(weights).hexdigest(),
+        "probability": 0.95,
+        "threshold_hu": -500.0,
+    }
     assert record["models"] == [one, {**one, "name": "b"}]
     assert record["version"] == ls.__version__
     assert record["seconds"] > 0

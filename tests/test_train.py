@@ -351,7 +351,7 @@ def test_presets_round_trip_as_json(name):
 def test_the_paper_s_values_are_the_defaults():
     config, predict, post = TrainConfig(), PredictConfig(), PostprocessConfig()
     assert (config.iterations, config.batch_size, config.learning_rate, config.slab) == (3500, 8, 3e-4, 32)
-    assert (predict.probability, post.threshold_hu) == (0.95, -500.0)
+    assert (predict.probability, config.threshold_hu, post.threshold_hu) == (0.95, -500.0, None)
     assert (post.bright_size, post.full_size, post.bright_threshold, post.full_threshold) == (9, 7, 0.2, 0.15)
 
 
