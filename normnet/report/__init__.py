@@ -1,5 +1,9 @@
-"""Reports: one HTML page with pictures inside, that opens offline."""
+"""Reports: one HTML page with pictures inside, that opens offline.
 
+``python -m normnet.report MAPS`` shows what `normnet.predict` wrote; `report_maps` is the same in Python.
+"""
+
+from normnet.report.maps import ReportConfig, ReportResult, report_maps
 from normnet.report.page import Report, percent
 from normnet.report.pictures import (
     FALSE_NEGATIVE,
@@ -23,6 +27,8 @@ __all__ = [
     "LUNG_WINDOW",
     "TRUE_POSITIVE",
     "Report",
+    "ReportConfig",
+    "ReportResult",
     "case_pictures",
     "curve",
     "grey",
@@ -31,6 +37,7 @@ __all__ = [
     "overlay",
     "percent",
     "png",
+    "report_maps",
     "side_by_side",
     "worst_slices",
 ]

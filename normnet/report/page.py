@@ -18,7 +18,11 @@ table{border-collapse:collapse;margin:1rem 0} td,th{padding:.25rem .8rem;border-
 #ddd;text-align:right} td:first-child,th:first-child{text-align:left} th{border-bottom:2px solid #888}
 figure{display:inline-block;margin:.5rem .8rem .8rem 0;vertical-align:top} figure
 img{max-width:100%;border-radius:3px} figcaption{font-size:.85rem;color:#555}
-.note{color:#555;font-size:.9rem} .tp{color:#1b8a35}.fn{color:#2456d6}.fp{color:#c8281c}
+tr:hover td{background:#f4f6f8} td{font-variant-numeric:tabular-nums} a{color:#0b57a4}
+section{border-top:1px solid #ddd;margin-top:2.4rem;break-before:page} section h2{margin-top:1.2rem}
+.wide{overflow-x:auto} .warning{border-left:4px solid #e08a00;background:#fff6e5;padding:.4rem
+.8rem;margin:.5rem 0;overflow-wrap:anywhere} .note{color:#555;font-size:.9rem;overflow-wrap:anywhere}
+.tp{color:#1b8a35}.fn{color:#2456d6}.fp{color:#c8281c}
 """
 
 
@@ -34,14 +38,23 @@ class Report:
     def __init__(self, title: str) -> None:
         self._title = title
         self._parts: list[str] = []
+        self._open = False
 
-    def heading(self, text: str) -> None:
-        """Start a section."""
-        self._parts.append(f"<h2>{html.escape(text)}</h2>")
+    def heading(self, text: str, *, anchor: str | None = None) -> None:
+        """Start a section, with a line above where it has an `anchor` that a table's rows can lead to."""
+        title = f"<h2>{html.escape(text)}</h2>"
+        if anchor is not None:
+            title = f'{self._closing()}<section id="{html.escape(anchor)}">{title}'
+            self._open = True
+        self._parts.append(title)
 
     def paragraph(self, text: str, *, note: bool = False) -> None:
         """Add text; a note is set smaller."""
         self._parts.append(f"<p{' class=note' if note else ''}>{html.escape(text)}</p>")
+
+    def warning(self, text: str) -> None:
+        """Add a sentence that must not be overlooked."""
+        self._parts.append(f"<p class=warning>{html.escape(text)}</p>")
 
     def legend(self) -> None:
         """Explain the colours of the overlays."""
@@ -50,13 +63,20 @@ class Report:
             "<b class=fp>red</b>: marked where the truth has none.</p>"
         )
 
-    def table(self, header: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
-        """Add a table; its first column is set to the left."""
+    def table(
+        self,
+        header: Sequence[str],
+        rows: Sequence[Sequence[object]],
+        *,
+        anchors: Sequence[str | None] | None = None,
+    ) -> None:
+        """Add a table; its first column is set to the left, and leads to the section of its row's anchor."""
         head = "".join(f"<th>{html.escape(cell)}</th>" for cell in header)
         body = "".join(
-            "<tr>" + "".join(f"<td>{html.escape(str(cell))}</td>" for cell in row) + "</tr>" for row in rows
+            f"<tr>{''.join(f'<td>{cell}</td>' for cell in _cells(row, anchor))}</tr>"
+            for row, anchor in zip(rows, anchors or [None] * len(rows), strict=True)
         )
-        self._parts.append(f"<table><tr>{head}</tr>{body}</table>")
+        self._parts.append(f"<div class=wide><table><tr>{head}</tr>{body}</table></div>")
 
     def picture(self, png: bytes, caption: str, *, width: int | None = None) -> None:
         """Add a PNG picture with a caption; `width` in CSS pixels, its own size where omitted."""
@@ -74,10 +94,23 @@ class Report:
         title = html.escape(self._title)
         page = (
             f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
-            f"<style>{_STYLE}</style></head><body><h1>{title}</h1>{''.join(self._parts)}</body></html>"
+            f"<style>{_STYLE}</style></head><body><h1>{title}</h1>{''.join(self._parts)}"
+            f"{self._closing()}</body></html>"
         )
-        write_atomically(path, page)
+        # a name that the file system has in no known encoding is shown by its bytes
+        write_atomically(path, page.encode("utf-8", "backslashreplace"))
         return path
+
+    def _closing(self) -> str:
+        return "</section>" if self._open else ""
+
+
+def _cells(row: Sequence[object], anchor: str | None) -> list[str]:
+    """HTML of a row's cells."""
+    cells = [html.escape(str(cell)) for cell in row]
+    if anchor is not None:
+        cells[0] = f'<a href="#{html.escape(anchor)}">{cells[0]}</a>'
+    return cells
 
 
 def percent(mean: float, sd: float | None = None) -> str:

@@ -176,7 +176,13 @@ def case_pictures(
     return pictures
 
 
-def curve(series: Mapping[str, tuple[Array, Array]], *, xlabel: str, ylabel: str) -> bytes:
+def curve(
+    series: Mapping[str, tuple[Array, Array]],
+    *,
+    xlabel: str,
+    ylabel: str,
+    colours: Sequence[tuple[int, int, int]] | None = None,
+) -> bytes:
     """Draw lines as PNG.
 
     Parameters
@@ -185,11 +191,15 @@ def curve(series: Mapping[str, tuple[Array, Array]], *, xlabel: str, ylabel: str
         Lines by the names in the legend; NaN leaves a gap.
     xlabel, ylabel : str
         Axis labels.
+    colours : sequence of (red, green, blue), optional
+        Of the lines in turn, 0 to 255; matplotlib's where omitted.
     """
     from matplotlib.figure import Figure  # no pyplot: no global state, no display
 
     figure = Figure(figsize=(6.4, 2.8), dpi=110, layout="constrained")
     axes = figure.subplots()
+    if colours is not None:
+        axes.set_prop_cycle(color=[tuple(part / 255 for part in colour) for colour in colours])
     for name, (x, y) in series.items():
         axes.plot(x, y, label=name, linewidth=1.3)
     axes.set(xlabel=xlabel, ylabel=ylabel)

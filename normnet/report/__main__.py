@@ -1,0 +1,28 @@
+"""Command line of `normnet.report`: ``python -m normnet.report MAPS``."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+import tyro
+
+from normnet.report.maps import ReportConfig, report_maps
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; 0 when all went well, 1 when a case could not be shown, 2 for a wrong call."""
+    try:
+        config = tyro.cli(ReportConfig, args=argv, prog="python -m normnet.report")
+        result = report_maps(config, progress_bar=True)
+    except (ValueError, OSError, ImportError) as error:
+        print(f"normnet.report: {error}", file=sys.stderr)
+        return 2
+    for case, reason in result.failures.items():
+        print(f"normnet.report: {case}: {reason}", file=sys.stderr)
+    print(f"{len(result.cases)} cases, in {result.path}")
+    return 1 if result.failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
