@@ -21,10 +21,13 @@ import numpy.typing as npt
 
 import lesionsynth as ls
 from normnet.config import PredictConfig, TrainConfig, phantom
-from normnet.evaluate import CaseVolumes, Evaluation, evaluate_volumes, plain_table
+from normnet.evaluate import CaseVolumes, Evaluation, evaluate_volumes
+from normnet.metrics import HEALTHY_THRESHOLD
 from normnet.model import load_model
+from normnet.origin import Origin
 from normnet.predict import predict_volume
 from normnet.report import Report, curve, grey, lung_box, percent, png, side_by_side
+from normnet.tables import plain_table
 from normnet.train import CONFIG, METRICS, TrainResult, train
 from normnet.volumes import PHANTOM_SEED
 
@@ -123,7 +126,9 @@ def training_example(seed: int, shape: tuple[int, int, int]) -> bytes:
 def _predicted(config: DemoConfig, run: Path) -> Iterator[CaseVolumes]:
     model = load_model(run)
     for name, chest, truth in patients(config):
-        found = predict_volume(chest.hu, chest.lung_mask, [model], PredictConfig())
+        found = predict_volume(
+            chest.hu, chest.lung_mask, [model], PredictConfig(probability=HEALTHY_THRESHOLD)
+        )
         yield CaseVolumes(
             case=name,
             hu=chest.hu,
@@ -132,6 +137,8 @@ def _predicted(config: DemoConfig, run: Path) -> Iterator[CaseVolumes]:
             lung_mask=chest.lung_mask,
             probability=found.probability,
             healthy=found.healthy,
+            core=found.lesions_without_growing,
+            origin=Origin(f"fixed at {HEALTHY_THRESHOLD:g}"),
             spacing=chest.spacing,
         )
 
@@ -151,7 +158,7 @@ def _write_report(config: DemoConfig, result: TrainResult, evaluation: Evaluatio
         training_example(config.seed, config.shape),
         "healthy phantom; with synthetic lesions (the network's input); healthy bright tissue (its target)",
     )
-    evaluation.add_to(report)
+    evaluation.add_to(report, paper=False)  # a phantom says nothing beside patients
     report.heading("Training")
     for picture, caption in _training_curves(result.output / METRICS):
         report.picture(picture, caption)

@@ -1,45 +1,43 @@
-"""Evaluate predictions: PAPER.md Tables II and III per volume and over volumes, as CSV, JSON and HTML.
+"""Evaluate predictions: PAPER.md Tables II and III per volume and over volumes, as CSV, JSON, Markdown, HTML.
 
 ``python -m normnet.evaluate --predictions OUT --truth DIR --ct DIR --lungs DIR --output RESULTS`` pairs files
-by the names of their cases (see `normnet.pairing`); ``--cases cases.csv`` lists them instead.
+by the names of their cases (see `normnet.pairing`); ``--cases cases.csv`` lists them instead. ``--compare
+VAE=OUT2`` sets other methods' maps of the same cases beside them.
 """
 
 from __future__ import annotations
 
-import csv
-import io
-import json
-import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy.typing as npt
 
-from lesionsynth.io import read_ct, read_map, read_mask
+from lesionsynth.io import CTVolume, read_ct, read_map, read_mask
 from normnet.metrics import (
-    BRIGHT,
     CONTROL_VOXELS,
     HEALTHY_THRESHOLD,
-    SCORES,
     CaseScores,
     evaluate_case,
-    oracle_threshold,
     roc_auc,
     summarise,
-    threshold_counts,
 )
-from normnet.pairing import CaseFiles, find_cases, read_table
+from normnet.origin import read_origin
+from normnet.pairing import CaseFiles, find_cases, read_table, with_predictions
 from normnet.prepare.lungs import segment_lungs
-from normnet.prepare.store import write_atomically
-from normnet.report import Report, case_pictures, percent
+from normnet.report import percent
+from normnet.results import Evaluation, Failure
+from normnet.scoring import WITHOUT_GROWING, CaseVolumes, MethodScores, Rules
+from normnet.tables import bright_grid, plain_table, scores_grid
 
 __all__ = [
     "CaseScores",
     "CaseVolumes",
     "EvaluateConfig",
     "Evaluation",
+    "Failure",
+    "MethodScores",
     "evaluate",
     "evaluate_case",
     "evaluate_volumes",
@@ -50,14 +48,19 @@ __all__ = [
 
 Array = npt.NDArray[Any]
 OWN_LUNGS = "lungs segmented by thresholds: none were given"
+PROPOSED = "Proposed"
+"""What the paper's Table III calls its own method."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateConfig:
-    """Compare predicted lesions with annotated ones."""
+    """Compare predicted lesions with annotated ones.
+
+    Exit status: 0 when every case is evaluated, 1 when some failed (the others are), 2 for a wrong call.
+    """
 
     output: Path
-    """Folder for cases.csv, results.json and report.html."""
+    """Folder for cases.csv, results.json, tables.md and report.html."""
     predictions: tuple[Path, ...] = ()
     """What `normnet.predict` wrote: lesion maps with their probabilities and lungs, or folders of them."""
     truth: tuple[Path, ...] = ()
@@ -67,9 +70,15 @@ class EvaluateConfig:
     lungs: tuple[Path, ...] = ()
     """Lung masks including lesions, or folders of them; those the prediction used where omitted."""
     cases: Path | None = None
-    """CSV with columns case, ct, lesion, prediction and, if any, lung, probability; replaces the above."""
+    """CSV with columns case, ct, lesion, prediction and, if any, lung, probability, core, healthy; replaces
+    the above."""
+    compare: tuple[str, ...] = ()
+    """NAME=FOLDER: other methods' maps of the same cases, a row each in Tables II and III."""
+    name: str = PROPOSED
+    """What the tables call the method of `predictions`."""
     healthy_threshold: float = HEALTHY_THRESHOLD
-    """Table II calls a voxel healthy where its probability exceeds this (IV-B)."""
+    """Table II calls a voxel healthy where its probability exceeds this (IV-B), unless the predictions have
+    <case>_healthy maps: the vote that `normnet.predict --save-probability` writes."""
     control_voxels: int = CONTROL_VOXELS
     """A volume with fewer lesion voxels is a control: it has no part in the means."""
     oracle: bool = False
@@ -88,130 +97,54 @@ class EvaluateConfig:
             raise ValueError(
                 f"control_voxels and pictures must be >= 0, got {self.control_voxels} and {self.pictures}"
             )
+        taken = [self.name, f"{self.name} {WITHOUT_GROWING}"]
+        for text in self.compare:
+            name, equals, folder = (part.strip() for part in text.partition("="))
+            if not (name and equals and folder):
+                raise ValueError(f"compare must be NAME=FOLDER, got {text!r}")
+            if name in taken:
+                raise ValueError(f"compare must give every method a name of its own, got {name!r} again")
+            taken.append(name)
+
+    @property
+    def compared(self) -> dict[str, Path]:
+        """Folders of the other methods, by name."""
+        pairs = (text.partition("=") for text in self.compare)
+        return {name.strip(): Path(folder.strip()) for name, _, folder in pairs}
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class CaseVolumes:
-    """One case in memory, all (Z, Y, X) on one grid.
+@dataclass(frozen=True, eq=False)
+class _Opened:
+    """What all methods share of one case: it is read once, their maps one method after another."""
 
-    Attributes
-    ----------
-    case : str
-    hu : int16 array
-    prediction, truth, lung_mask : bool arrays
-    probability : float32 array or None
-        Healthy probability.
-    spacing : (3,) floats
-        mm, (z, y, x).
-    healthy : bool array or None
-        Voxels that the models' vote calls healthy; where None, what exceeds the threshold.
-    notes : tuple of str
-        What the reader of the results should know.
-    """
-
-    case: str
-    hu: Array
-    prediction: Array
+    ct: CTVolume
     truth: Array
     lung_mask: Array
-    probability: Array | None
-    spacing: tuple[float, float, float]
-    healthy: Array | None = None
-    notes: tuple[str, ...] = ()
+    notes: tuple[str, ...]
 
+    @classmethod
+    def read(cls, files: CaseFiles) -> _Opened:
+        ct = read_ct(files.ct)
+        truth = read_mask(files.lesion, ct)
+        if files.lung is None:
+            return cls(ct, truth, segment_lungs(ct.hu, ct.spacing), (OWN_LUNGS,))
+        return cls(ct, truth, read_mask(files.lung, ct), ())
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Evaluation:
-    """Scores of every case, and what follows from them.
-
-    Attributes
-    ----------
-    scores : dict of str to CaseScores
-        By case.
-    summary : dict
-        See `normnet.metrics.summarise`.
-    oracle : dict or None
-        See `normnet.metrics.oracle_threshold`.
-    pictures : dict of str to list of (slice, PNG)
-        By case, worst slices first.
-    settings : dict
-        Thresholds used.
-    """
-
-    scores: dict[str, CaseScores]
-    summary: dict[str, dict[str, float]]
-    oracle: dict[str, float] | None
-    pictures: dict[str, list[tuple[int, bytes]]] = field(default_factory=dict)
-    settings: dict[str, Any] = field(default_factory=dict)
-
-    def table(self) -> tuple[list[str], list[list[str]]]:
-        """Header and rows of Tables III and II in percent: a row per case, then mean±SD without controls."""
-        header = [
-            "case",
-            "DSC",
-            "PSC",
-            "SEN",
-            "bright PSC",
-            "bright SEN",
-            "bright SPC",
-            "AUC",
-            "lesion ml",
-            "FP ml",
-        ]
-        rows = []
-        for case, s in self.scores.items():
-            values: Mapping[str, Any] = s
-            shown = ["–"] * 3 if s["control"] else [percent(values[name]) for name in SCORES]
-            shown += ["–"] * 4 if s["control"] else [percent(values[name]) for name in BRIGHT]
-            name = f"{case} (control)" if s["control"] else case
-            rows.append([name, *shown, f"{s['lesion_ml']:.1f}", f"{s['false_positive_ml']:.1f}"])
-        means = [percent(self.summary[name]["mean"], self.summary[name]["sd"]) for name in (*SCORES, *BRIGHT)]
-        rows.append(["mean±SD", *means, "", ""])
-        return header, rows
-
-    def write(self, output: Path) -> None:
-        """Write cases.csv, results.json and report.html into a folder, each atomically."""
-        output.mkdir(parents=True, exist_ok=True)
-        write_atomically(output / "cases.csv", _csv(self.scores))
-        document = {
-            "cases": self.scores,
-            "summary": self.summary,
-            "settings": self.settings,
-            "oracle_searched_on_this_test_set": self.oracle,
-        }
-        write_atomically(
-            output / "results.json", json.dumps(_without_nan(document), indent=2, allow_nan=False) + "\n"
+    def with_maps(self, files: CaseFiles) -> CaseVolumes:
+        ct = self.ct
+        return CaseVolumes(
+            case=files.case,
+            hu=ct.hu,
+            prediction=read_mask(files.prediction, ct),
+            truth=self.truth,
+            lung_mask=self.lung_mask,
+            probability=None if files.probability is None else read_map(files.probability, ct),
+            spacing=ct.spacing,
+            healthy=None if files.healthy is None else read_mask(files.healthy, ct),
+            core=None if files.core is None else read_mask(files.core, ct),
+            origin=read_origin(files.prediction),
+            notes=self.notes,
         )
-        report = Report("NormNet: evaluation")
-        self.add_to(report)
-        report.write(output / "report.html")
-
-    def add_to(self, report: Report) -> None:
-        """Add tables, notes and overlays to a report; cases with the lowest DSC come first."""
-        report.heading("Scores (%)")
-        report.table(*self.table())
-        report.paragraph(
-            "DSC, PSC, SEN: final lesion map against the truth (Table III). Bright: lung voxels of at least "
-            "-500 HU, network alone; positive = healthy, as in the paper's Table II, so SPC is the share of "
-            "bright lesion voxels not called healthy. SD is that of the sample. A control has next to no "
-            "lesion: its false-positive volume counts, and it takes no part in the means.",
-            note=True,
-        )
-        if self.oracle is not None:
-            report.paragraph(
-                "Oracle, threshold searched on this very test set, no post-processing: DSC "
-                f"{percent(self.oracle['mean_dsc'])} at a healthy probability of "
-                f"{self.oracle['threshold']:.2f}. The best the bare network could do, not a result."
-            )
-        for case, s in self.scores.items():
-            for note in s["notes"]:
-                report.paragraph(f"{case}: {note}.", note=True)
-        if any(self.pictures.values()):
-            report.heading("Worst slices first")
-            report.legend()
-        for case in sorted(self.pictures, key=lambda c: (self.scores[c]["control"], self.scores[c]["dsc"])):
-            for z, picture in self.pictures[case]:
-                report.picture(picture, f"{case}, slice {z}", width=600)
 
 
 def load_case(files: CaseFiles) -> CaseVolumes:
@@ -222,82 +155,51 @@ def load_case(files: CaseFiles) -> CaseVolumes:
     FileNotFoundError, ValueError
         A file is missing, unreadable or on another grid; the message names it.
     """
-    ct = read_ct(files.ct)
-    lung_mask = segment_lungs(ct.hu, ct.spacing) if files.lung is None else read_mask(files.lung, ct)
-    return CaseVolumes(
-        case=files.case,
-        hu=ct.hu,
-        prediction=read_mask(files.prediction, ct),
-        truth=read_mask(files.lesion, ct),
-        lung_mask=lung_mask,
-        probability=None if files.probability is None else read_map(files.probability, ct),
-        spacing=ct.spacing,
-        notes=(OWN_LUNGS,) if files.lung is None else (),
-    )
+    return _Opened.read(files).with_maps(files)
 
 
 def evaluate_volumes(
     volumes: Iterator[CaseVolumes] | Sequence[CaseVolumes],
     *,
+    name: str = PROPOSED,
     healthy_threshold: float = HEALTHY_THRESHOLD,
     control_voxels: int = CONTROL_VOXELS,
     oracle: bool = False,
     pictures: int = 3,
 ) -> Evaluation:
-    """Evaluate cases one after another, holding one in memory where `volumes` is an iterator.
+    """Evaluate cases of one method one after another, holding one in memory where `volumes` is an iterator.
 
     Parameters
     ----------
     volumes : iterator or sequence of CaseVolumes
         At least one; names differ.
-    healthy_threshold, control_voxels, oracle, pictures
+    name, healthy_threshold, control_voxels, oracle, pictures
         See `EvaluateConfig`.
 
     Returns
     -------
     Evaluation
+        Those of several methods become one as ``Evaluation(methods=(*a.methods, *b.methods))``.
 
     Raises
     ------
     ValueError
         No case, a repeated name, or an unfit volume; the message names the case.
     """
-    scores: dict[str, CaseScores] = {}
-    shown: dict[str, list[tuple[int, bytes]]] = {}
-    counts = []
+    rules = Rules(
+        healthy_threshold=healthy_threshold, control_voxels=control_voxels, oracle=oracle, pictures=pictures
+    )
+    method = MethodScores(name=name, rules=rules)
     for v in volumes:
-        if v.case in scores:
+        if v.case in method.scores:
             raise ValueError(f"cases must have different names, got {v.case!r} twice")
         try:
-            result = evaluate_case(
-                v.prediction,
-                v.truth,
-                v.lung_mask,
-                v.hu,
-                v.probability,
-                healthy=v.healthy,
-                spacing=v.spacing,
-                healthy_threshold=healthy_threshold,
-                control_voxels=control_voxels,
-            )
+            method.add(v)
         except (TypeError, ValueError) as error:
             raise type(error)(f"case {v.case!r}: {error}") from error
-        result["notes"].extend(v.notes)
-        scores[v.case] = result
-        shown[v.case] = (
-            case_pictures(v.hu, v.prediction, v.truth, v.lung_mask, count=pictures) if pictures else []
-        )
-        if oracle and v.probability is not None and not result["control"]:
-            counts.append(threshold_counts(v.truth, v.lung_mask, v.hu, v.probability))
-    if not scores:
+    if not method.scores:
         raise ValueError("there must be at least one case, got none")
-    return Evaluation(
-        scores=scores,
-        summary=summarise(list(scores.values())),
-        oracle=oracle_threshold(counts) if oracle else None,
-        pictures=shown,
-        settings={"healthy_threshold": healthy_threshold, "control_voxels": control_voxels},
-    )
+    return Evaluation(methods=(method,), settings=_settings(rules))
 
 
 def evaluate(config: EvaluateConfig) -> Evaluation:
@@ -311,11 +213,12 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
     Returns
     -------
     Evaluation
+        A case whose files are broken is among its failures and does not stop the others.
 
     Raises
     ------
     FileNotFoundError, ValueError
-        See `find_cases`, `read_table`, `load_case` and `evaluate_volumes`.
+        See `find_cases`, `read_table` and `with_predictions`.
     """
     if config.cases is not None:
         files = read_table(config.cases)
@@ -323,52 +226,60 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
         files = find_cases(
             predictions=config.predictions, truth=config.truth, ct=config.ct, lungs=config.lungs
         )
-    evaluation = evaluate_volumes(
-        (load_case(f) for f in files),
+    tables = {config.name: {f.case: f for f in files}}
+    tables |= {name: with_predictions(files, folder) for name, folder in config.compared.items()}
+    rules = Rules(
         healthy_threshold=config.healthy_threshold,
         control_voxels=config.control_voxels,
         oracle=config.oracle,
         pictures=config.pictures,
     )
+    # overlays of the first method alone: a page with those of ten is too large to open
+    methods = {
+        name: MethodScores(name=name, rules=rules if name == config.name else replace(rules, pictures=0))
+        for name in tables
+    }
+    failures: list[Failure] = []
+    for case in files:
+        failures += _score(case, {methods[name]: table.get(case.case) for name, table in tables.items()})
+    evaluation = Evaluation(
+        methods=tuple(methods.values()),
+        failures=tuple(failures),
+        settings={**_settings(rules), "compare": {n: str(p) for n, p in config.compared.items()}},
+    )
     evaluation.write(config.output)
     return evaluation
 
 
-def _csv(scores: Mapping[str, CaseScores]) -> str:
-    stream = io.StringIO()
-    writer = csv.writer(stream, lineterminator="\n")
-    fields = [name for name in CaseScores.__annotations__ if name != "notes"]
-    writer.writerow(["case", *fields, "notes"])
-    for case, s in scores.items():
-        values: Mapping[str, Any] = s
-        writer.writerow([case, *(values[name] for name in fields), "; ".join(s["notes"])])
-    return stream.getvalue()
+def _score(case: CaseFiles, maps: Mapping[MethodScores, CaseFiles | None]) -> list[Failure]:
+    """Score one case by every method; what goes wrong with it is told and not raised."""
+    failures = []
+    try:
+        opened = _Opened.read(case)
+    except Exception as error:  # whatever is wrong with one patient, the others are not to wait
+        return [Failure(case.case, None, _reason(error))]
+    for method, files in maps.items():
+        try:
+            if files is None:
+                raise ValueError("there is no lesion map of this case")
+            method.add(opened.with_maps(files))
+        except Exception as error:
+            failures.append(Failure(case.case, method.name, _reason(error)))
+    return failures
 
 
-def _without_nan(value: Any) -> Any:
-    """JSON has no NaN: null."""
-    if isinstance(value, Mapping):
-        return {key: _without_nan(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_without_nan(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+def _reason(error: Exception) -> str:
+    """Say what is wrong; with its kind, an error that nobody foresaw."""
+    known = isinstance(error, ValueError | TypeError | OSError)
+    return str(error) if known else f"{type(error).__name__}: {error}"
 
 
-def plain_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Set a table in columns for a terminal."""
-    widths = [max(len(row[k]) for row in (header, *rows)) for k in range(len(header))]
-    lines = (
-        "  ".join(
-            cell.ljust(w) if k == 0 else cell.rjust(w)
-            for k, (cell, w) in enumerate(zip(row, widths, strict=True))
-        )
-        for row in (header, *rows)
-    )
-    return "\n".join(line.rstrip() for line in lines)
+def _settings(rules: Rules) -> dict[str, Any]:
+    return {"healthy_threshold": rules.healthy_threshold, "control_voxels": rules.control_voxels}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run ``python -m normnet.evaluate``; 2 where the input does not fit."""
+    """Run the command; 0 when all went well, 1 when a case failed, 2 for a wrong call."""
     import sys
 
     import tyro
@@ -376,17 +287,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         config = tyro.cli(EvaluateConfig, args=arguments, prog="python -m normnet.evaluate")
         evaluation = evaluate(config)
-    except (FileNotFoundError, TypeError, ValueError) as error:
+    except (OSError, TypeError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     print(plain_table(*evaluation.table()))
-    if evaluation.oracle is not None:
-        print(
-            "oracle (threshold searched on this test set, bare network without post-processing): DSC "
-            f"{percent(evaluation.oracle['mean_dsc'])} at {evaluation.oracle['threshold']:.2f}"
-        )
+    for grid in (scores_grid(evaluation.methods), bright_grid(evaluation.methods)):
+        print(f"\n{grid.title}")
+        print(plain_table(grid.header, grid.rows))
+    for method in evaluation.methods:
+        if method.oracle is not None:
+            print(
+                f"oracle, {method.name} (threshold searched on this test set, bare network without "
+                f"post-processing): DSC {percent(method.oracle['mean_dsc'])} at "
+                f"{method.oracle['threshold']:.2f}"
+            )
     print(f"report: {config.output / 'report.html'}")
-    return 0
+    for failure in evaluation.failures:
+        print(f"error: {failure}", file=sys.stderr)
+    return 1 if evaluation.failures else 0
 
 
 if __name__ == "__main__":

@@ -32,8 +32,8 @@ BRIGHT = ("bright_precision", "bright_sensitivity", "bright_specificity", "brigh
 """Table II."""
 
 
-class CaseScores(TypedDict):
-    """What `evaluate_case` returns; scores are fractions, NaN where undefined (`notes` say why)."""
+class OverlapScores(TypedDict):
+    """What `overlap_scores` returns; fractions are NaN where undefined."""
 
     tp: int
     fp: int
@@ -44,6 +44,11 @@ class CaseScores(TypedDict):
     lesion_ml: float
     predicted_ml: float
     false_positive_ml: float
+
+
+class CaseScores(OverlapScores):
+    """What `evaluate_case` returns; scores are fractions, NaN where undefined (`notes` say why)."""
+
     control: bool
     bright_healthy_voxels: int
     bright_lesion_voxels: int
@@ -88,6 +93,68 @@ def roc_auc(positive: Array, negative: Array) -> float:
     below = int(np.searchsorted(ordered, queries, "left").sum(dtype=np.int64))
     upto = int(np.searchsorted(ordered, queries, "right").sum(dtype=np.int64))
     return (below + upto) / (2 * positive.size * negative.size)
+
+
+def bright_voxels(hu: Array, lung_mask: Array) -> Array:
+    """Lung voxels at or above -500 HU (tau = 1/3), the ones that the network judges (PAPER.md III-B).
+
+    Parameters
+    ----------
+    hu : (Z, Y, X) array
+        Hounsfield units.
+    lung_mask : (Z, Y, X) bool array
+
+    Returns
+    -------
+    (Z, Y, X) bool array
+    """
+    bright = np.zeros(lung_mask.shape, np.bool_)
+    # the window makes floats: of the lungs alone they are a fifth of the volume's
+    bright[lung_mask] = ls.window_hu(hu[lung_mask]) >= np.float32(ls.threshold())
+    return bright
+
+
+def overlap_scores(
+    prediction: Array, lesion_truth: Array, spacing: Sequence[float] = (1.0, 1.0, 1.0)
+) -> OverlapScores:
+    """Compare two lesion maps (Table III), over the whole volume.
+
+    Parameters
+    ----------
+    prediction, lesion_truth : (Z, Y, X) bool arrays
+    spacing : (3,) floats
+        Voxel size (z, y, x) in mm.
+
+    Returns
+    -------
+    OverlapScores
+
+    Raises
+    ------
+    TypeError
+        A map is not bool.
+    ValueError
+        Shapes differ, or `spacing` is not three lengths > 0.
+    """
+    _check_inputs({"prediction": prediction, "lesion_truth": lesion_truth})
+    _check_masks({"prediction": prediction, "lesion_truth": lesion_truth})
+    if len(spacing) != 3 or not min(spacing) > 0:
+        raise ValueError(f"spacing must be three lengths > 0 in mm (z, y, x), got {tuple(spacing)}")
+    tp = int(np.count_nonzero(prediction & lesion_truth))
+    fp = int(np.count_nonzero(prediction)) - tp
+    fn = int(np.count_nonzero(lesion_truth)) - tp
+    ml = float(np.prod(spacing)) / 1000
+    return {
+        "tp": tp,
+        "fp": fp,
+        "fn": fn,
+        "dsc": _ratio(2 * tp, 2 * tp + fp + fn),
+        "psc": _ratio(tp, tp + fp),
+        "sen": _ratio(tp, tp + fn),
+        "lesion_ml": (tp + fn) * ml,
+        "predicted_ml": (tp + fp) * ml,
+        "false_positive_ml": fp * ml,
+    }
 
 
 def evaluate_case(
@@ -142,37 +209,23 @@ def evaluate_case(
         "healthy": healthy,
     }
     _check_inputs({**volumes, "hu": hu, "healthy_probability": healthy_probability})
-    for name, mask in volumes.items():
-        if mask is not None and mask.dtype != np.bool_:
-            raise TypeError(f"{name} must be a bool array, got {mask.dtype}")
+    _check_masks(volumes)
     if not lung_mask.any():
         raise ValueError("lung_mask must have at least one voxel, got an empty mask")
     if not 0 <= healthy_threshold <= 1:
         raise ValueError(f"healthy_threshold must lie in [0, 1], got {healthy_threshold}")
-    if len(spacing) != 3 or not min(spacing) > 0:
-        raise ValueError(f"spacing must be three lengths > 0 in mm (z, y, x), got {tuple(spacing)}")
+    overlap = overlap_scores(prediction, lesion_truth, spacing)
+    tp, fp, fn = overlap["tp"], overlap["fp"], overlap["fn"]
     notes: list[str] = []
-    tp = int(np.count_nonzero(prediction & lesion_truth))
-    fp = int(np.count_nonzero(prediction)) - tp
-    fn = int(np.count_nonzero(lesion_truth)) - tp
-    ml = float(np.prod(spacing)) / 1000
     if tp + fn == 0:
         notes.append("no lesion in the truth: SEN undefined")
     if tp + fp == 0:
         notes.append("nothing predicted: PSC undefined")
-    bright = lung_mask & (ls.window_hu(hu) >= np.float32(ls.threshold()))
+    bright = bright_voxels(hu, lung_mask)
     lesion, well = bright & lesion_truth, bright & ~lesion_truth
     scores = _bright_scores(lesion, well, healthy_probability, healthy, healthy_threshold, notes)
     return {
-        "tp": tp,
-        "fp": fp,
-        "fn": fn,
-        "dsc": _ratio(2 * tp, 2 * tp + fp + fn),
-        "psc": _ratio(tp, tp + fp),
-        "sen": _ratio(tp, tp + fn),
-        "lesion_ml": (tp + fn) * ml,
-        "predicted_ml": (tp + fp) * ml,
-        "false_positive_ml": fp * ml,
+        **overlap,
         "control": tp + fn < control_voxels,
         "bright_healthy_voxels": int(np.count_nonzero(well)),
         "bright_lesion_voxels": int(np.count_nonzero(lesion)),
@@ -200,58 +253,18 @@ def summarise(cases: Sequence[CaseScores]) -> dict[str, dict[str, float]]:
     patients: list[Mapping[str, Any]] = [case for case in cases if not case["control"]]
     summary: dict[str, dict[str, float]] = {}
     for name in (*SCORES, *BRIGHT):
-        values = np.array([case[name] for case in patients], np.float64)
-        values = values[~np.isnan(values)]
-        summary[name] = {
-            "mean": float(values.mean()) if values.size else float("nan"),
-            "sd": float(values.std(ddof=1)) if values.size > 1 else float("nan"),
-            "n": int(values.size),
-        }
+        summary[name] = mean_and_sd(np.array([case[name] for case in patients], np.float64))
     return summary
 
 
-def threshold_counts(lesion_truth: Array, lung_mask: Array, hu: Array, healthy_probability: Array) -> Array:
-    """Tell what each threshold of the healthy probability would give on bright lung voxels.
-
-    Parameters
-    ----------
-    lesion_truth, lung_mask, hu, healthy_probability
-        See `evaluate_case`.
-
-    Returns
-    -------
-    (101, 3) int64 array
-        tp, fp and fn of "lesion where the probability is at most t", for t = 0, 0.01, ... 1.
-    """
-    bright = lung_mask & (ls.window_hu(hu) >= np.float32(ls.threshold()))
-    thresholds = (np.arange(101) / 100).astype(healthy_probability.dtype)
-    # a voxel is a lesion from the first t that reaches its probability
-    first = np.searchsorted(thresholds, healthy_probability[bright], "left")
-    truth = lesion_truth[bright]
-    tp = np.cumsum(np.bincount(first[truth], minlength=101))
-    fp = np.cumsum(np.bincount(first[~truth], minlength=101))
-    return np.stack([tp, fp, np.count_nonzero(lesion_truth) - tp], axis=1)
-
-
-def oracle_threshold(counts: Sequence[Array]) -> dict[str, float]:
-    """Find the threshold with the best mean DSC over volumes: a search on the test set.
-
-    Parameters
-    ----------
-    counts : sequence of (101, 3) arrays
-        From `threshold_counts`, one per volume that is no control.
-
-    Returns
-    -------
-    dict
-        ``threshold`` of the healthy probability and ``mean_dsc``, without post-processing (PAPER.md IV-C
-        grants the baselines such a search). Never to be mixed with scores at a fixed threshold.
-    """
-    if not counts:
-        return {"threshold": float("nan"), "mean_dsc": float("nan")}
-    dsc = np.mean([2 * c[:, 0] / np.maximum(2 * c[:, 0] + c[:, 1] + c[:, 2], 1) for c in counts], axis=0)
-    best = int(dsc.argmax())
-    return {"threshold": best / 100, "mean_dsc": float(dsc[best])}
+def mean_and_sd(values: Array) -> dict[str, float]:
+    """Return ``mean``, ``sd`` (n - 1) and ``n`` of a score over the volumes where it is not NaN."""
+    values = values[~np.isnan(values)]
+    return {
+        "mean": float(values.mean()) if values.size else float("nan"),
+        "sd": float(values.std(ddof=1)) if values.size > 1 else float("nan"),
+        "n": int(values.size),
+    }
 
 
 def _bright_scores(
@@ -282,7 +295,7 @@ def _bright_scores(
     return _ratio(tp, tp + fp), _ratio(tp, n_well), _ratio(n_lesion - fp, n_lesion), auc
 
 
-def _check_inputs(volumes: dict[str, Array | None]) -> None:
+def _check_inputs(volumes: Mapping[str, Array | None]) -> None:
     shape = None
     for name, volume in volumes.items():
         if volume is None:
@@ -294,11 +307,17 @@ def _check_inputs(volumes: dict[str, Array | None]) -> None:
         shape = volume.shape if shape is None else shape
         if volume.shape != shape:
             raise ValueError(f"{name} must have the shape of prediction, {shape}, got {volume.shape}")
-    probability = volumes["healthy_probability"]
+    probability = volumes.get("healthy_probability")
     if probability is not None:
         low, high = float(probability.min()), float(probability.max())  # NaN wins both
         if not (low >= 0 and high <= 1):
             raise ValueError(f"healthy_probability must lie in [0, 1], got {low:g} to {high:g}")
+
+
+def _check_masks(masks: Mapping[str, Array | None]) -> None:
+    for name, mask in masks.items():
+        if mask is not None and mask.dtype != np.bool_:
+            raise TypeError(f"{name} must be a bool array, got {mask.dtype}")
 
 
 def _ratio(part: int, whole: int) -> float:

@@ -172,7 +172,7 @@ def test_voting_is_table_iv_and_votes_as_a_plain_loop_does(tiny, steps):
     ]
     assert table.rows[1][1:] == ["67.6", "70.2", "66.9", "68.7", "70.4", "67.4"]
     assert table.rows[7][1:] == ["66.3", "69.5", "69.1", "70.6", "68.8", "58.4"]
-    title, _, counts = table.details[0]
+    title, _, counts, _ = table.details[0]
     assert "number of models" in title
     assert [row[0] for row in counts][:3] == ["1, mean±SD over models", "2", "3"]
     assert counts[4][1:3] == ["65.8±3.4", "67.3±2.9"]  # of the paper's five

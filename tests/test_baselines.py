@@ -403,7 +403,8 @@ def test_the_command_trains_predicts_and_evaluate_reads_it(tmp_path, patient, ca
     assert "overwrite" in capsys.readouterr().err
     call = ["predict", str(run), str(tmp_path / "hu"), "--masks", str(tmp_path / "lung"), "--threads", "1"]
     assert main([*call, "--output", str(maps)]) == 0
-    assert {p.name for p in maps.iterdir()} == {f"p1_{k}.nii.gz" for k in ("lesions", "probability", "lung")}
+    names = {f"p1_{k}.nii.gz" for k in ("lesions", "probability", "lung")}
+    assert {p.name for p in maps.iterdir()} == {*names, "p1.json"}
     lesions = nibabel.load(maps / "p1_lesions.nii.gz")
     probability = nibabel.load(maps / "p1_probability.nii.gz").get_fdata().transpose(2, 1, 0)
     np.testing.assert_allclose(lesions.affine, affine)
@@ -425,6 +426,7 @@ def test_the_command_trains_predicts_and_evaluate_reads_it(tmp_path, patient, ca
     assert scores.scores["p1"]["tp"] == np.count_nonzero(found & ball)
     assert scores.scores["p1"]["bright_auc"] > 0
     assert scores.oracle is not None
+    assert scores.methods[0].threshold == f"calibrated on healthy volumes: anomaly {threshold:.4g}"
     (tmp_path / "hu" / "broken.nii.gz").write_bytes(b"no image")
     assert main([*call, "--output", str(maps)]) == 1
     assert "broken" in capsys.readouterr().err

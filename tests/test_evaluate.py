@@ -11,7 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from normnet.metrics import evaluate_case, oracle_threshold, roc_auc, summarise, threshold_counts
+from normnet.metrics import evaluate_case, roc_auc, summarise
+from normnet.oracle import oracle_threshold, threshold_counts
 from normnet.pairing import find_cases, read_table, split_name, with_predictions
 
 pytest.importorskip("matplotlib")
@@ -352,7 +353,7 @@ def test_results_are_written_without_nan_in_json(tmp_path):
     assert [row["case"] for row in rows] == ["a", "b"]
     assert float(rows[1]["bright_auc"]) == evaluation.scores["b"]["bright_auc"]
     page = (tmp_path / "new" / "results" / "report.html").read_text()
-    assert page.count("data:image/png;base64,") == 2
+    assert page.count("data:image/png;base64,") == 4  # two slices, two histograms
 
 
 def test_cases_must_differ_and_errors_name_them():

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import tyro
 
 from normnet.ablate import AblateConfig, ablate
-from normnet.evaluate import plain_table
+from normnet.tables import plain_table
 
 HELP = """Reproduce Table IV (voting), V (modules) or VI (threshold) of the paper, its numbers beside ours.
 

@@ -101,7 +101,7 @@ def _report(table: AblationTable, notes: Sequence[str]) -> Report:
         report.paragraph(f"Failed: {line}")
     for picture, caption in _pictures(table):
         report.picture(picture, caption)
-    for title, header, rows in table.details:
+    for title, header, rows, _ in table.details:
         report.heading(title)
         report.table(header, rows)
     for note in notes:

@@ -7,7 +7,6 @@ import io
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 
@@ -15,6 +14,7 @@ from normnet.ablate.config import TableName
 from normnet.ablate.scoring import Cell, Scores
 from normnet.metrics import summarise
 from normnet.report import percent
+from normnet.tables import Grid, markdown
 
 ITERATIONS = (2000, 2500, 3000, 3500, 4000, 4500)
 """Columns of Table IV; the ensemble of every other table has trained for `NOMINAL`."""
@@ -44,9 +44,6 @@ TITLES: dict[str, str] = {
 }
 FAILED, PENDING = "failed", "pending"
 
-Grid = tuple[str, list[str], list[list[str]]]
-"""Title, header, rows."""
-
 
 @dataclass(frozen=True)
 class AblationTable:
@@ -60,7 +57,7 @@ class AblationTable:
     rows : list of list of str
         As the paper prints them, its numbers labelled "(paper)"; Dice of the vote as mean±SD over patients,
         in percent; "failed" or "pending" where there is none.
-    details : list of (title, header, rows)
+    details : list of Grid
         What the paper does not print: single models, patients, training.
     cells : dict of str to Cell
         All scores, by row, or by column of Table IV.
@@ -84,8 +81,8 @@ class AblationTable:
 
     def markdown(self) -> str:
         """Return the table and its details as Markdown."""
-        grids = [(self.title, self.header, self.rows), *self.details]
-        return "\n".join(_markdown(*grid) for grid in grids)
+        grids = [Grid(self.title, self.header, self.rows), *self.details]
+        return "\n".join(markdown(grid) for grid in grids)
 
 
 def row_names(table: TableName, seeds: int) -> list[str]:
@@ -194,7 +191,7 @@ def _voting(
     counts.append(["1, mean±SD over models (paper)", *(_spread(list(column)) for column in paper.T)])
     counts.append(["5 (paper)", *(f"{v:.1f}" for v in VOTING["voting"])])
     title = "Dice by number of models that vote, the first n; more than half must call a voxel healthy (%)"
-    return header, body, [(title, ["models", *columns], counts)]
+    return header, body, [Grid(title, ["models", *columns], counts)]
 
 
 def _single_models(label: str, cells: Mapping[str, Cell], rows: Sequence[str]) -> Grid:
@@ -203,7 +200,7 @@ def _single_models(label: str, cells: Mapping[str, Cell], rows: Sequence[str]) -
         "bright voxel a lesion, mean±SD over patients (%)"
     )
     body = [[row, models_text(cells.get(row)), without_text(cells.get(row))] for row in rows]
-    return title, [label, "single models", "no network"], body
+    return Grid(title, [label, "single models", "no network"], body)
 
 
 def _patients(cells: Mapping[str, Cell], seeds: int) -> Grid:
@@ -216,7 +213,7 @@ def _patients(cells: Mapping[str, Cell], seeds: int) -> Grid:
         control = any(s is not None and s["control"] for s in found)
         values = ["–" if s is None or s["control"] else percent(s["dsc"]) for s in found]
         body.append([f"{patient} (control)" if control else patient, *values])
-    return "Dice of the vote by patient (%)", ["patient", *voted], body
+    return Grid("Dice of the vote by patient (%)", ["patient", *voted], body)
 
 
 def _training(cells: Mapping[str, Cell]) -> Grid:
@@ -225,7 +222,7 @@ def _training(cells: Mapping[str, Cell]) -> Grid:
         for name, cell in cells.items()
         for seed, model in sorted(cell.models.items())
     ]
-    return "Training", ["", "seed", "iterations", "seconds"], body
+    return Grid("Training", ["", "seed", "iterations", "seconds"], body)
 
 
 def _reasons(cell: Cell) -> list[str]:
@@ -242,9 +239,3 @@ def _spread(values: Sequence[float]) -> str:
     """Mean and sample SD; NaN where a model has no score."""
     sd = float(np.std(values, ddof=1)) if len(values) > 1 else math.nan
     return percent(float(np.mean(values)), sd)
-
-
-def _markdown(title: str, header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    text = "\n".join("| " + " | ".join(str(c).replace("|", "\\|") for c in line) + " |" for line in lines)
-    return f"**{title}**\n\n{text}\n"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ from normnet.pairing import split_name
 from normnet.prepare import load_case
 from normnet.prepare.case import LungMethod
 from normnet.prepare.run import find_mask
+from normnet.prepare.store import write_atomically
 
 WHOLE = 512
 """In-plane size in voxels of what a method trained on whole slices sees (PAPER.md IV-B.2)."""
@@ -36,7 +38,8 @@ class BaselinePredictArgs:
     inputs: Annotated[tuple[Path, ...], tyro.conf.Positional]
     """NIfTI, NRRD or MetaImage files, DICOM folders, and folders of these."""
     output: Path
-    """Folder for <case>_lesions.nii.gz, <case>_probability.nii.gz and <case>_lung.nii.gz."""
+    """Folder for <case>_lesions.nii.gz, <case>_probability.nii.gz, <case>_lung.nii.gz and <case>.json, which
+    tells the threshold."""
     masks: Path | None = None
     """Lung mask, or folder with a <case>_lung file per case; segmented where omitted."""
     lungs: LungMethod = "thresholds"
@@ -104,7 +107,18 @@ def _predict_case(baseline: Baseline, source: Source, args: BaselinePredictArgs)
     anomaly = case.to_native(score_volume(baseline, case.hu, case.mask, spacing=case.spacing))
     anomaly = np.clip(anomaly, 0, 1)  # linear resampling may round beyond
     lung = case.native_mask
-    lesions = find_lesions(baseline, anomaly, args.threshold) & lung
+    threshold = baseline.calibration["threshold"] if args.threshold is None else args.threshold
+    lesions = find_lesions(baseline, anomaly, threshold) & lung
     case.volume.write_like(np.where(lung, 1 - anomaly, 0).astype(np.float32), files["probability"])
     case.volume.write_like(lung, files["lung"])
     case.volume.write_like(lesions, files["lesions"])
+    record = {
+        "case": source.case,
+        "baseline": {
+            "method": baseline.config.method,
+            "threshold": threshold,
+            "calibrated": args.threshold is None,
+        },
+        "files": {kind: file.name for kind, file in files.items()},
+    }
+    write_atomically(args.output / f"{source.case}.json", json.dumps(record, indent=2) + "\n")
