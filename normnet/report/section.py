@@ -91,7 +91,8 @@ def _drawn(
         pictures.append((f"{where}: {found if cm2.any() else 'no lesions in this case'}", picture))
     values = {"lungs outside lesions": outside, "lesions": ct.hu[lesions]}
     drawn = histogram(values, xlabel="HU", ylabel="share of voxels", bins=HU_BINS, range=HU_RANGE)
-    charts = [("CT numbers, as shares of the voxels of each", drawn)]
+    each = "lungs and lesions, as shares of the voxels of each" if cm2.any() else "lungs"
+    charts = [(f"CT numbers of {each}", drawn)]
     if cm2.any():
         inside = np.flatnonzero(lung_cm2 + cm2)
         shown = slice(inside[0], inside[-1] + 1)
