@@ -116,7 +116,10 @@ class TrainConfig:
     """Parts that a step's pairs are computed in, for devices too small for all at once; normalisation and
     Dice are then those of a part."""
     learning_rate: float = 3e-4
-    """Adam's, constant (IV-B.3)."""
+    """Adam's (IV-B.3)."""
+    schedule: Literal["constant", "cosine"] = "constant"
+    """Learning rate: constant, as the paper's, or falling to 0 over `iterations` along half a cosine, which
+    makes more of few iterations."""
     slab: int = 32
     """Slices of a training slab (III-C.1)."""
     crop: int | None = None
@@ -171,6 +174,7 @@ class TrainConfig:
             _check(name, getattr(self, name), getattr(self, name) >= 0, ">= 0")
         _check("minutes", self.minutes, self.minutes is None or self.minutes > 0, "> 0")
         _check("learning_rate", self.learning_rate, self.learning_rate > 0, "> 0")
+        _check("schedule", self.schedule, self.schedule in ("constant", "cosine"), "constant or cosine")
         _check("threshold_hu", self.threshold_hu, -800 < self.threshold_hu < 100, "between -800 and 100 HU")
         _check("thick_slices", self.thick_slices, 0 <= self.thick_slices <= 1, "in [0, 1]")
         thin, thick = self.thick_mm

@@ -40,7 +40,8 @@ __all__ = ["BEST", "CONFIG", "METRICS", "STATE", "TrainResult", "main", "parse",
 
 CONFIG, STATE, BEST = "config.json", "state.safetensors", "best.safetensors"
 FREE = ("resume", "output", "iterations", "minutes", "device", "threads", "data", "cache")
-"""Settings that a resumed run may change: they say how far and where, not what."""
+"""Settings that a resumed run may change: they say how far and where, not what. Under a schedule the number
+of iterations says what."""
 
 
 @dataclass(frozen=True)
@@ -233,6 +234,8 @@ def _refusal(config: TrainConfig) -> str | None:
     except (OSError, ValueError) as error:
         return f"resume: {file}: {error}"
     free: dict[str, Any] = {name: getattr(config, name) for name in FREE}
+    if config.schedule != "constant":
+        del free["iterations"]  # the learning rate of every step depends on them
     if replace(stored, **free) != config:
         return f"resume: the settings differ from those in {file}; give the same ones, or a new output"
     return None

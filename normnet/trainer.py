@@ -36,6 +36,13 @@ class Progress:
     calibration: Calibration | None = None
 
 
+def learning_rate(config: TrainConfig, iteration: int) -> float:
+    """Learning rate of a step, counted from 0."""
+    if config.schedule == "constant":
+        return config.learning_rate
+    return 0.5 * config.learning_rate * (1 + math.cos(math.pi * min(iteration / config.iterations, 1.0)))
+
+
 class Trainer:
     """Network, optimiser, running average and counters; saved and restored as one file.
 
@@ -73,6 +80,8 @@ class Trainer:
             The loss is not finite; the weights are those of the step before.
         """
         self.model.train()
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(self.config, self.progress.iteration)
         self.optimizer.zero_grad(set_to_none=True)
         parts, total = self.config.accumulate, 0.0
         for number in range(parts):

@@ -102,6 +102,23 @@ def test_a_finished_run_resumed_stays_as_it_is(tmp_path):
     assert repr(again) == repr(first)  # an undefined AUC is NaN, which equals nothing
 
 
+def test_cosine_falls_from_the_learning_rate_to_nothing(tmp_path):
+    config = replace(TINY, output=tmp_path / "whole", schedule="cosine")
+    rates = [trainer.learning_rate(config, k) for k in (0, 3, 6, 9)]
+    assert rates == pytest.approx([3e-4, 1.5e-4, 0, 0], abs=1e-19)
+    assert trainer.learning_rate(TINY, 5) == 3e-4
+    train.train(config)
+    # stopped by the clock after its first step, then resumed
+    train.train(replace(config, output=tmp_path / "parts", minutes=1e-9))
+    assert [i for i, _ in losses(tmp_path / "parts")] == ["1"]
+    train.train(replace(config, output=tmp_path / "parts", resume=True))
+    assert weights(tmp_path / "parts") == weights(tmp_path / "whole")
+    train.train(replace(TINY, output=tmp_path / "constant"))
+    assert weights(tmp_path / "constant") != weights(tmp_path / "whole")
+    with pytest.raises(ValueError, match="the settings differ"):  # another end, another rate of every step
+        train.train(replace(config, output=tmp_path / "parts", resume=True, iterations=9))
+
+
 def test_training_lowers_the_loss_and_reports_its_shares(tmp_path):
     result = train.train(
         replace(TINY, output=tmp_path / "run", iterations=30, learning_rate=1e-2, validate_every=0)
