@@ -15,7 +15,11 @@ from normnet.config import ModelConfig, PredictConfig, TrainConfig, from_json, p
 TableName = Literal["voting", "modules", "threshold"]
 OWN = ("output", "resume", "seed")
 """Training settings that belong to the ablation, whatever the table."""
-VARIED: dict[str, tuple[str, ...]] = {"voting": ("schedule",), "modules": ("lesions",), "threshold": ("threshold_hu",)}
+VARIED: dict[str, tuple[str, ...]] = {
+    "voting": ("schedule",),
+    "modules": ("lesions",),
+    "threshold": ("threshold_hu",),
+}
 """Training settings that a table varies."""
 
 
