@@ -102,7 +102,7 @@ def test_paper_numbers_are_those_of_the_paper():
     assert all(len(row) == len(ITERATIONS) for row in VOTING.values())
     # the three tables share one ensemble: 5 models, 3,500 iterations, all modules, T = -500
     assert VOTING["voting"][3] == MODULES["covid_lung"][-1] == THRESHOLD["-500"] == 68.7
-    assert set(MODULES) == set(BY_NAME)
+    assert set(MODULES) <= set(BY_NAME)
     assert [row.count("×") for row in MODULES.values()] == [0, 1, 1, 1]
     assert (PAPER.seeds, PAPER.train.iterations, PAPER.train.batch_size, PAPER.train.slab) == (5, 3500, 8, 32)
     assert PAPER.train.crop is None
@@ -119,7 +119,7 @@ def test_modules_is_table_v(tiny, capsys):
     assert [row[4] for row in table.rows] == ["68.7", "51.5", "62.0", "25.5"]
     assert table.failures == []
     results = json.loads((config.output / "results.json").read_text())
-    for row, name in zip(table.rows, BY_NAME, strict=True):
+    for row, name in zip(table.rows, MODULES, strict=True):
         score = results["cells"][name]["votes"]["2"]["patients"]["phantom_1"]
         dice = 2 * score["tp"] / (2 * score["tp"] + score["fp"] + score["fn"])
         assert row[3] == f"{100 * dice:.1f}"
