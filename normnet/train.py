@@ -299,7 +299,7 @@ class TrainArgs(TrainConfig):
     """Settings of the command line."""
 
     preset: str | None = None
-    """paper, laptop or phantom: the defaults below; phantom without --data, laptop with it."""
+    """paper, laptop, few or phantom: the defaults below; phantom without --data, laptop with it."""
     config: Path | None = None
     """JSON as a run writes it (config.json): the defaults below, in place of a preset."""
     ensemble: int = 1
