@@ -22,6 +22,8 @@ Config = TypeVar("Config")
 
 PAPER_THRESHOLD_HU = -500.0
 """T (PAPER.md III-A, Table VI)."""
+WEIGHTS = "model.safetensors"
+"""Name of the weights in a run folder. Here, as what reads a folder of maps needs no torch."""
 
 
 @dataclass(frozen=True, kw_only=True)

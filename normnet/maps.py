@@ -24,8 +24,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from normnet.config import PredictConfig, to_json
-from normnet.model import WEIGHTS
+from normnet.config import WEIGHTS, PredictConfig, to_json
 from normnet.prepare.store import write_atomically
 
 Mask = npt.NDArray[np.bool_]

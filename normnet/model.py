@@ -14,10 +14,8 @@ from monai.networks.nets import UNet
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
-from normnet.config import PAPER_THRESHOLD_HU, ModelConfig, from_json
+from normnet.config import PAPER_THRESHOLD_HU, WEIGHTS, ModelConfig, from_json
 
-WEIGHTS = "model.safetensors"
-"""Name of the weights in a run folder."""
 HEADER = "normnet"
 """Key of the safetensors header that holds architecture and calibration, as JSON."""
 BUNDLED = Path(__file__).parent / "weights"

@@ -25,11 +25,11 @@ import tyro
 from tqdm import tqdm
 
 import lesionsynth as ls
-from normnet.config import PRESETS, TrainConfig, from_json, to_json
+from normnet.config import PRESETS, WEIGHTS, TrainConfig, from_json, to_json
 from normnet.data import VALIDATION_INDEX, Batch, Batches, PairStream, ThickSlices, pair_device
 from normnet.device import choose_device, cpu_settings
 from normnet.distributed import World, join, launched_first
-from normnet.model import WEIGHTS, save_model
+from normnet.model import save_model
 from normnet.prepare.store import write_atomically
 from normnet.runlog import METRICS, RunLog
 from normnet.trainer import Trainer

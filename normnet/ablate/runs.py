@@ -16,8 +16,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from normnet.config import TrainConfig, from_json
-from normnet.model import WEIGHTS
+from normnet.config import WEIGHTS, TrainConfig, from_json
 from normnet.prepare.store import write_atomically
 from normnet.train import CONFIG, STATE, train
 
