@@ -140,7 +140,7 @@ def test_numbers_are_those_of_the_written_files(maps):
         for line, part, percent in zip(own[1:], parts, share, strict=True):
             assert line[1:] == [f"{part.sum() * ml:.1f}", f"{(lesions & part).sum() * ml:.2f}", percent]
         assert "lung volume" in row[6]  # a chest of a few centimetres
-    assert made[1:] == [["run7 (0.95)", "3 steps", "mask files", ls.__version__, "3"]]
+    assert made[1:] == [["run7 (0.95 from -500 HU)", "3 steps", "mask files", ls.__version__, "3"]]
     assert "3 cases in" in page
     assert "2 with lesions" in page
     assert not voxels(maps, WELL, "lesions")[0].any()

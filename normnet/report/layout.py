@@ -113,7 +113,7 @@ def _settings(records: Sequence[Record]) -> tuple[list[str], list[list[object]]]
         (_models(record), _growth(record), _lungs(record, path=False), str(record.get("version", "–")))
         for record in records
     )
-    header = ["models, each with the probability above which it calls a voxel healthy"]
+    header = ["models, each with the probability above which a voxel is healthy, from which HU on"]
     header += ["region growing", "lungs", "version", "cases"]
     return header, [[*kind, count] for kind, count in kinds.most_common()]
 
@@ -121,7 +121,13 @@ def _settings(records: Sequence[Record]) -> tuple[list[str], list[list[object]]]
 def _models(record: Record) -> str:
     models = record["models"]
     known: list[Mapping[str, Any]] = [m for m in models if isinstance(m, dict)] if models else []
-    return ", ".join(f"{m.get('name', '?')} ({m.get('probability', '?')})" for m in known) or "–"
+    return ", ".join(f"{m.get('name', '?')} ({_level(m)})" for m in known) or "–"
+
+
+def _level(model: Mapping[str, Any]) -> str:
+    """Tell what a model is asked about and when it calls that healthy."""
+    tissue = model.get("threshold_hu")
+    return f"{model.get('probability', '?')}{'' if tissue is None else f' from {tissue:g} HU'}"
 
 
 def _growth(record: Record) -> str:
