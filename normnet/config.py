@@ -175,6 +175,8 @@ class TrainConfig:
         for name in ("held_out", "validate_every"):
             _check(name, getattr(self, name), getattr(self, name) >= 0, ">= 0")
         _check("minutes", self.minutes, self.minutes is None or self.minutes > 0, "> 0")
+        by_steps = self.schedule == "constant" or self.minutes is None
+        _check("minutes", self.minutes, by_steps, "None with a schedule, which counts iterations")
         _check("learning_rate", self.learning_rate, self.learning_rate > 0, "> 0")
         _check("schedule", self.schedule, self.schedule in ("constant", "cosine"), "constant or cosine")
         _check("threshold_hu", self.threshold_hu, -800 < self.threshold_hu < 100, "between -800 and 100 HU")
@@ -340,12 +342,43 @@ def _build(cls: type[Config], record: Any, where: str) -> Config:
 
 
 def _value(hint: Any, value: Any, where: str) -> Any:
+    """Read a JSON value as the type of a field."""
     if dataclasses.is_dataclass(hint):
         return _build(typing.cast("type[Any]", hint), value, where)
-    kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-    if Path in kinds and isinstance(value, str):
-        return Path(value)
-    return tuple(value) if isinstance(value, list) else value
+    # X | Literal[...] is a typing.Union, X | None a types.UnionType
+    union = typing.get_origin(hint) in (typing.Union, types.UnionType)
+    for kind in typing.get_args(hint) if union else (hint,):
+        read = _as(kind, value, where)
+        if read is not _UNFIT:
+            return read
+    known = str(hint).replace("typing.", "") if typing.get_origin(hint) else hint.__name__
+    raise ValueError(f"{where} must be {known}, got {value!r}")
+
+
+_UNFIT: Any = object()
+"""What `_as` returns for a value of another type."""
+
+
+def _as(kind: Any, value: Any, where: str) -> Any:
+    """Return `value` as one type, or `_UNFIT`. A whole number is a float, too; a bool is no number."""
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if origin is typing.Literal:
+        return value if value in arguments else _UNFIT
+    if origin is tuple:
+        if not isinstance(value, list):
+            return _UNFIT
+        kinds = arguments[:1] * len(value) if arguments[-1] is Ellipsis else arguments
+        if len(kinds) != len(value):
+            return _UNFIT
+        return tuple(_value(k, v, f"{where}[{n}]") for n, (k, v) in enumerate(zip(kinds, value, strict=True)))
+    if kind is Path:
+        return Path(value) if isinstance(value, str) else _UNFIT
+    if kind is float:
+        fits = isinstance(value, int | float) and not isinstance(value, bool)
+        return float(value) if fits else _UNFIT
+    if kind is int:
+        return value if isinstance(value, int) and not isinstance(value, bool) else _UNFIT
+    return value if isinstance(value, kind) else _UNFIT
 
 
 def _check(name: str, value: Any, holds: bool, rule: str) -> None:

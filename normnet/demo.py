@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 import lesionsynth as ls
-from normnet.config import PredictConfig, TrainConfig, phantom
+from normnet.config import PAPER_THRESHOLD_HU, PredictConfig, TrainConfig, phantom
 from normnet.evaluate import CaseVolumes, Evaluation, evaluate_volumes
 from normnet.metrics import HEALTHY_THRESHOLD
 from normnet.model import load_model
@@ -112,11 +112,12 @@ def patients(config: DemoConfig) -> Iterator[tuple[str, ls.phantom.ChestCT, Arra
     yield "healthy phantom", chest, np.zeros(chest.hu.shape, np.bool_)
 
 
-def training_example(seed: int, shape: tuple[int, int, int]) -> bytes:
+def training_example(settings: TrainConfig, seed: int, shape: tuple[int, int, int]) -> bytes:
     """Picture of one training pair: input, with lesions, target (PNG)."""
     chest = ls.phantom.chest_ct(shape=(32, *shape[1:]), seed=PATIENT_SEED)
     image = ls.window_hu(chest.hu) * chest.lung_mask
-    pair = ls.LesionSynthesizer(ls.presets.covid_lung(), seed=seed)(image, chest.lung_mask, index=0)
+    lesions = replace(ls.presets.get(settings.lesions), hu_threshold=settings.threshold_hu)
+    pair = ls.LesionSynthesizer(lesions, seed=seed)(image, chest.lung_mask, index=0)
     z = int(np.count_nonzero(pair.labels, axis=(1, 2)).argmax())
     rows, columns = lung_box(chest.lung_mask)
     slices = [volume[z, rows, columns] for volume in (image, pair.image, pair.target)]
@@ -125,6 +126,8 @@ def training_example(seed: int, shape: tuple[int, int, int]) -> bytes:
 
 def _predicted(config: DemoConfig, run: Path) -> Iterator[CaseVolumes]:
     model = load_model(run)
+    level = config.train.threshold_hu
+    tissue = "" if level == PAPER_THRESHOLD_HU else f"; T {level:g} HU"
     for name, chest, truth in patients(config):
         found = predict_volume(
             chest.hu, chest.lung_mask, [model], PredictConfig(probability=HEALTHY_THRESHOLD)
@@ -138,7 +141,7 @@ def _predicted(config: DemoConfig, run: Path) -> Iterator[CaseVolumes]:
             probability=found.probability,
             healthy=found.healthy,
             core=found.lesions_without_growing,
-            origin=Origin(f"fixed at {HEALTHY_THRESHOLD:g}"),
+            origin=Origin(f"fixed at {HEALTHY_THRESHOLD:g}{tissue}"),
             spacing=chest.spacing,
         )
 
@@ -155,7 +158,7 @@ def _write_report(config: DemoConfig, result: TrainResult, evaluation: Evaluatio
     )
     report.heading("What it was trained on")
     report.picture(
-        training_example(config.seed, config.shape),
+        training_example(config.train, config.seed, config.shape),
         "healthy phantom; with synthetic lesions (the network's input); healthy bright tissue (its target)",
     )
     evaluation.add_to(report, paper=False)  # a phantom says nothing beside patients

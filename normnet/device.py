@@ -24,8 +24,13 @@ def choose_device(name: str) -> torch.device:
         device = torch.device(name)
     except RuntimeError as error:
         raise ValueError(f"device must be auto, cpu, cuda or cuda:N, got {name!r}") from error
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"device must be auto, cpu, cuda or cuda:N, got {name!r}")
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device must be available, got {name!r}, and torch sees no CUDA; use --device cpu")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        count = torch.cuda.device_count()
+        raise ValueError(f"device must be available, got {name!r}, and torch sees {count} of CUDA")
     return device
 
 
@@ -51,7 +56,14 @@ def cpu_settings(threads: int | None, processes: int = 1) -> Iterator[None]:
     Where `threads` is None, the cores are shared out among the `processes` of this machine.
 
     Denormals are flushed to zero meanwhile: those of a converged network slow a CPU several times.
+
+    Raises
+    ------
+    ValueError
+        `threads` is below 1.
     """
+    if threads is not None and threads < 1:
+        raise ValueError(f"threads must be >= 1, got {threads}")
     before = torch.get_num_threads()
     torch.set_num_threads(threads or max(1, available_cores() // processes))
     torch.set_flush_denormal(True)

@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import torch
 import tyro
 
-from normnet.model import find_models, load_model, save_model
+from normnet.model import EXPORTED, find_models, load_model, save_model
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,7 +24,7 @@ class ExportArgs:
     runs: Annotated[tuple[Path, ...], tyro.conf.Positional]
     """Run folders, folders of runs (an ensemble) or weights files."""
     output: Path
-    """Folder for them; files of these names are replaced."""
+    """Folder for them, which `normnet.predict --models` takes; an earlier export in it is replaced."""
 
 
 def export(runs: Sequence[Path], output: Path) -> list[Path]:
@@ -45,17 +45,27 @@ def export(runs: Sequence[Path], output: Path) -> list[Path]:
     Raises
     ------
     ValueError
-        There are no weights in `runs`, or a weight does not fit half precision.
+        There are no weights in `runs`, a weight does not fit half precision, or the models were trained for
+        different T. Nothing is written.
     """
-    written = []
-    for number, file in enumerate(find_models(runs)):
+    models: list[Any] = []
+    for file in find_models(runs):
         model: Any = load_model(file)
         largest = max(float(t.abs().max()) for t in model.state_dict().values() if t.is_floating_point())
         if largest > torch.finfo(torch.float16).max:
             raise ValueError(f"{file}: weights must be within half precision, got {largest:g}")
+        models.append(model)
+    levels = sorted({model.threshold_hu for model in models})
+    if len(levels) > 1:
+        shown = ", ".join(f"{level:g}" for level in levels)
+        raise ValueError(f"runs must have one threshold_hu, as their models vote together, got {shown}")
+    written = []
+    for number, model in enumerate(models):
         path = output / f"model-{number}.safetensors"
         save_model(path, model.half(), model.config, model.calibration, threshold_hu=model.threshold_hu)
         written.append(path)
+    for path in set(output.glob(EXPORTED)) - set(written):  # an earlier, larger ensemble's would vote
+        path.unlink()
     return written
 
 
@@ -65,7 +75,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         for path in export(args.runs, args.output):
             print(f"{path}: {path.stat().st_size / 1e6:.1f} MB")
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         print(f"normnet.export: {error}", file=sys.stderr)
         return 2
     return 0

@@ -16,6 +16,8 @@ from safetensors.torch import save
 
 from normnet.config import PAPER_THRESHOLD_HU, WEIGHTS, ModelConfig, from_json
 
+EXPORTED = "model-*.safetensors"
+"""Names of weights that `normnet.export` writes."""
 HEADER = "normnet"
 """Key of the safetensors header that holds architecture and calibration, as JSON."""
 BUNDLED = Path(__file__).parent / "weights"
@@ -102,7 +104,7 @@ def bundled_models() -> list[Path]:
     ValueError
         This build ships none.
     """
-    found = sorted(BUNDLED.glob("*.safetensors"))
+    found = sorted(BUNDLED.glob(EXPORTED))
     if not found:
         raise ValueError("models must be given: this build of normnet ships no weights")
     return found
@@ -123,7 +125,7 @@ def weights_file(path: Path) -> Path:
 
 
 def find_models(paths: Iterable[str | os.PathLike[str]]) -> list[Path]:
-    """Return the weights files of run folders, folders of runs (an ensemble) and files.
+    """Return the weights files of run folders, folders of runs (an ensemble), exported folders and files.
 
     Raises
     ------
@@ -132,7 +134,9 @@ def find_models(paths: Iterable[str | os.PathLike[str]]) -> list[Path]:
     """
     found: list[Path] = []
     for path in map(Path, paths):
-        inside = sorted(path.glob(f"*/{WEIGHTS}")) if path.is_dir() and not (path / WEIGHTS).exists() else []
+        inside: list[Path] = []
+        if path.is_dir() and not (path / WEIGHTS).exists():
+            inside = sorted(path.glob(f"*/{WEIGHTS}")) or sorted(path.glob(EXPORTED))
         found += inside or [weights_file(path)]
     if not found:
         raise ValueError("models must name at least one weights file or run folder, got none")

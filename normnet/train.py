@@ -110,6 +110,9 @@ def train(config: TrainConfig, *, progress_bar: bool = False) -> TrainResult:
 
 def _train(config: TrainConfig, device: torch.device, world: World, progress_bar: bool) -> TrainResult:
     training, validation = _volumes(config, device, world)
+    refused = world.agree(_claim(config) if world.leads else None)
+    if refused:
+        raise ValueError(refused)
     trainer = Trainer(config, device, world)
     if config.resume and (config.output / STATE).exists():  # killed before its first save it starts anew
         trainer.restore(config.output / STATE)
@@ -215,17 +218,24 @@ def _save_model(config: TrainConfig, trainer: Trainer, name: str) -> None:
     )
 
 
+def _claim(config: TrainConfig) -> str | None:
+    """Take the run folder of a new run, or say why that failed. Nothing is written for settings that fail."""
+    if config.resume:
+        return None
+    try:
+        config.output.mkdir(parents=True, exist_ok=True)
+        write_atomically(config.output / CONFIG, to_json(config))
+    except OSError as error:
+        return f"output: cannot write {config.output}: {error}"
+    return None
+
+
 def _refusal(config: TrainConfig) -> str | None:
-    """Take the run folder, or say what is wrong with it."""
+    """Say what is wrong with the run folder."""
     file = config.output / CONFIG
     if not config.resume:
         if file.exists():
             return f"output: {config.output} already holds a run; resume it, or name another folder"
-        try:
-            config.output.mkdir(parents=True, exist_ok=True)
-            write_atomically(file, to_json(config))
-        except OSError as error:
-            return f"output: cannot write {config.output}: {error}"
         return None
     if not file.exists():
         return f"resume: {config.output} holds no state to continue from ({CONFIG} is missing)"

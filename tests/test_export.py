@@ -11,7 +11,7 @@ import torch
 
 from normnet.config import ModelConfig
 from normnet.export import export, main
-from normnet.model import build_unet, load_model, save_model
+from normnet.model import build_unet, find_models, load_model, save_model
 
 CONFIG = ModelConfig(channels=(8, 16), strides=(2,))
 
@@ -26,7 +26,7 @@ def runs(tmp_path):
             build_unet(CONFIG),
             CONFIG,
             calibration,
-            threshold_hu=-600.0 - seed,
+            threshold_hu=-650.0,
         )
     return tmp_path / "runs"
 
@@ -41,7 +41,7 @@ def test_answers_and_headers_stay(runs, tmp_path):
         # 11 bits of each weight
         assert torch.allclose(before(x).sigmoid(), after(x).sigmoid(), atol=2e-3)
         assert (after.config, after.calibration) == (before.config, before.calibration)
-        assert after.threshold_hu == before.threshold_hu == -600.0 - seed
+        assert after.threshold_hu == before.threshold_hu == -650.0
         assert file.stat().st_size < 0.6 * (runs / f"seed{seed}/model.safetensors").stat().st_size
 
 
@@ -55,3 +55,20 @@ def test_what_does_not_fit(tmp_path, capsys):
     assert not (tmp_path / "out").exists()
     assert main([str(tmp_path / "nothing"), "--output", str(tmp_path / "out")]) == 2
     assert "models must be weights files or run folders" in capsys.readouterr().err
+
+
+def test_an_earlier_larger_export_does_not_vote(runs, tmp_path):
+    export([runs], tmp_path / "out")
+    assert find_models([tmp_path / "out"]) == [tmp_path / f"out/model-{k}.safetensors" for k in (0, 1)]
+    export([runs / "seed1"], tmp_path / "out")
+    assert find_models([tmp_path / "out"]) == [tmp_path / "out/model-0.safetensors"]
+
+
+def test_models_of_different_tissue_do_not_vote_together(runs, tmp_path, capsys):
+    save_model(tmp_path / "other.safetensors", build_unet(CONFIG), CONFIG, threshold_hu=-500.0)
+    with pytest.raises(ValueError, match=r"runs must have one threshold_hu, .* got -650, -500"):
+        export([runs, tmp_path / "other.safetensors"], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    (tmp_path / "file").touch()
+    assert main([str(runs), "--output", str(tmp_path / "file")]) == 2
+    assert "file" in capsys.readouterr().err

@@ -645,6 +645,8 @@ def test_command_reports_a_broken_file_and_goes_on(
         (["--series", "1.2.3"], "series must be largest, all or the UID of one that is there (none)"),
         (["--workers", "0"], "workers must be at least 1, got 0"),
         (["--masks", "gone"], "gone: no such file or folder"),
+        (["--size", "0"], "size must be at least 1 voxel, got 0"),
+        (["--spacing", "1", "0", "1"], "spacing must be three positive lengths in mm"),
     ],
 )
 def test_wrong_calls_exit_with_2(

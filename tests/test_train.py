@@ -6,6 +6,7 @@ import csv
 import errno
 import os
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -102,19 +103,29 @@ def test_a_finished_run_resumed_stays_as_it_is(tmp_path):
     assert repr(again) == repr(first)  # an undefined AUC is NaN, which equals nothing
 
 
-def test_cosine_falls_from_the_learning_rate_to_nothing(tmp_path):
+def test_cosine_falls_from_the_learning_rate_to_nothing(tmp_path, monkeypatch):
     config = replace(TINY, output=tmp_path / "whole", schedule="cosine")
     rates = [trainer.learning_rate(config, k) for k in (0, 3, 6, 9)]
     assert rates == pytest.approx([3e-4, 1.5e-4, 0, 0], abs=1e-19)
     assert trainer.learning_rate(TINY, 5) == 3e-4
     train.train(config)
-    # stopped by the clock after its first step, then resumed
-    train.train(replace(config, output=tmp_path / "parts", minutes=1e-9))
-    assert [i for i, _ in losses(tmp_path / "parts")] == ["1"]
+    step = trainer.Trainer.step
+
+    def stopped(self, batch):
+        if self.progress.iteration == 4:
+            raise KeyboardInterrupt
+        return step(self, batch)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer.Trainer, "step", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            train.train(replace(config, output=tmp_path / "parts"))
     train.train(replace(config, output=tmp_path / "parts", resume=True))
     assert weights(tmp_path / "parts") == weights(tmp_path / "whole")
     train.train(replace(TINY, output=tmp_path / "constant"))
     assert weights(tmp_path / "constant") != weights(tmp_path / "whole")
+    with pytest.raises(ValueError, match=r"minutes must be None with a schedule, .* got 3"):
+        replace(config, minutes=3.0)
     with pytest.raises(ValueError, match="the settings differ"):  # another end, another rate of every step
         train.train(replace(config, output=tmp_path / "parts", resume=True, iterations=9))
 
@@ -331,6 +342,48 @@ def test_held_out_volumes_are_the_smallest():
         volumes.split([small, large], 2, 8)
 
 
+def test_a_wrong_call_leaves_the_folder_free(tmp_path):
+    """The right call after it must not hear that there is a run."""
+    with pytest.raises((ValueError, FileNotFoundError), match="nowhere"):
+        train.train(replace(TINY, output=tmp_path / "run", data=tmp_path / "nowhere"))
+    with pytest.raises(ValueError, match="usable slices in a row"):
+        train.train(replace(TINY, output=tmp_path / "run", slab=64))
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"iterations": "100"}', r"TrainConfig.iterations must be int, got '100'"),
+        ('{"iterations": true}', r"TrainConfig.iterations must be int, got True"),
+        ('{"thick_mm": 3}', r"TrainConfig.thick_mm must be tuple\[float, float\], got 3"),
+        ('{"thick_mm": [3]}', r"TrainConfig.thick_mm must be tuple\[float, float\], got \[3\]"),
+        ('{"thick_mm": [3, "8"]}', r"TrainConfig.thick_mm\[1\] must be float, got '8'"),
+        ('{"minutes": "none"}', r"TrainConfig.minutes must be float \| None, got 'none'"),
+        ('{"model": 3}', r"TrainConfig.model must be a JSON object, got int"),
+        (
+            '{"model": {"norm": "layer"}}',
+            r"TrainConfig.model.norm must be Literal\['batch', 'instance'\], got 'layer'",
+        ),
+        ('{"augment": {"zoom": null}}', r"TrainConfig.augment.zoom must be float, got None"),
+        ('{"data": 3}', r"TrainConfig.data must be .*Path \| None, got 3"),
+    ],
+)
+def test_json_of_the_wrong_type(text, message):
+    with pytest.raises(ValueError, match=message):
+        from_json(TrainConfig, text)
+
+
+def test_json_numbers_are_read_as_their_fields_are():
+    config = from_json(TrainConfig, '{"minutes": 3, "thick_mm": [3, 8], "data": "a/b", "lesions": "faint"}')
+    assert config == replace(TrainConfig(), minutes=3.0, data=Path("a/b"), lesions="faint")
+    assert isinstance(config.minutes, float)
+    assert from_json(PredictConfig, '{"probability": "calibrated"}').probability == "calibrated"
+    assert from_json(PredictConfig, '{"probability": 0.5, "tile": null}').tile is None
+    with pytest.raises(ValueError, match=r"PredictConfig.overlap must be float, got None"):
+        from_json(PredictConfig, '{"overlap": null}')
+
+
 def test_a_run_is_not_overwritten(tmp_path):
     train.train(replace(TINY, output=tmp_path / "run", iterations=1))
     with pytest.raises(ValueError, match="already holds a run"):
@@ -357,6 +410,10 @@ def test_torch_s_settings_come_back(tmp_path):
 def test_device_must_be_one():
     with pytest.raises(ValueError, match="device must be auto, cpu, cuda or cuda:N, got 'gpu9'"):
         device.choose_device("gpu9")
+    with pytest.raises(ValueError, match="device must be auto, cpu, cuda or cuda:N, got 'meta'"):
+        device.choose_device("meta")
+    with pytest.raises(ValueError, match="threads must be >= 1, got 0"), device.cpu_settings(0):
+        pass
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -412,7 +469,7 @@ def test_command_line(tmp_path, capsys):
     assert train.parse([]).config == PRESETS["phantom"]()
     assert train.parse(["--data", "x"]).config.crop == PRESETS["laptop"]().crop
     assert train.main(["--preset=nothing"]) == 2
-    assert "preset must be one of paper, laptop, phantom, got 'nothing'" in capsys.readouterr().err
+    assert "preset must be one of paper, laptop, few, phantom, got 'nothing'" in capsys.readouterr().err
     assert train.main(["--data", str(tmp_path / "nowhere"), "--output", str(tmp_path / "o")]) == 2
     assert "nowhere" in capsys.readouterr().err
 

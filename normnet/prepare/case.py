@@ -74,6 +74,20 @@ class LoadedCase:
         return self.grid.to_native(array, fill)
 
 
+def check_grid(spacing: Spacing, size: int | None) -> None:
+    """Refuse a working grid that cannot be.
+
+    Raises
+    ------
+    ValueError
+        `spacing` is not three positive lengths, or `size` is below 1.
+    """
+    if len(spacing) != 3 or not all(np.isfinite(s) and s > 0 for s in spacing):
+        raise ValueError(f"spacing must be three positive lengths in mm, got {spacing}")
+    if size is not None and size < 1:
+        raise ValueError(f"size must be at least 1 voxel, got {size}")
+
+
 def load_case(
     path: str | os.PathLike[str],
     mask_path: str | os.PathLike[str] | None = None,
@@ -115,10 +129,7 @@ def load_case(
     ImportError
         `lungs` is "lungmask", which is not installed.
     """
-    if len(spacing) != 3 or not all(np.isfinite(s) and s > 0 for s in spacing):
-        raise ValueError(f"spacing must be three positive lengths in mm, got {spacing}")
-    if size is not None and size < 1:
-        raise ValueError(f"size must be at least 1 voxel, got {size}")
+    check_grid(spacing, size)
     if keep_lung not in ("both", "right", "left"):
         raise ValueError(f"keep_lung must be both, right or left, got {keep_lung!r}")
     if lungs not in ("thresholds", "lungmask"):

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from normnet.inputs import Source, find_sources
-from normnet.prepare.case import ISO_SPACING, LungMethod, Side
+from normnet.prepare.case import ISO_SPACING, LungMethod, Side, check_grid
 from normnet.prepare.exclude import read_exclusions
 from normnet.prepare.luna import find_annotations, match_annotations
 from normnet.prepare.lungmask import check_installed
@@ -95,6 +95,7 @@ def prepare(
     ImportError
         `lungs` is "lungmask", which is not installed.
     """
+    check_grid(spacing, size)  # before there is a store that is stuck with it
     if workers < 1:
         raise ValueError(f"workers must be at least 1, got {workers}")
     if lungs == "lungmask" and masks is None:
