@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +61,8 @@ class SeriesInfo:
         A scout image by its ImageType.
     problem : str
         Why it cannot be read as a CT volume; empty where it can.
+    files : tuple of str
+        Paths of its files.
     """
 
     uid: str
@@ -69,6 +71,7 @@ class SeriesInfo:
     slices: int
     localizer: bool
     problem: str
+    files: tuple[str, ...] = field(default=(), compare=False, repr=False)
 
     @property
     def usable(self) -> bool:
@@ -186,7 +189,15 @@ def _info(folder: Path, uid: str, files: list[str], sitk: Any) -> SeriesInfo:
         problem = str(error).removeprefix(f"{folder}: ").removeprefix(f"{folder}{os.sep}")
     # old headers are in Latin-1, which arrives as lone surrogates
     description = head.get(_DESCRIPTION, "").encode("utf-8", "replace").decode()
-    return SeriesInfo(uid, description, head.get(_MODALITY, ""), len(files), _is_localizer(head), problem)
+    return SeriesInfo(
+        uid,
+        description,
+        head.get(_MODALITY, ""),
+        len(files),
+        _is_localizer(head),
+        problem,
+        tuple(files),
+    )
 
 
 def _is_localizer(header: dict[str, str]) -> bool:

@@ -7,7 +7,7 @@ import re
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from lesionsynth.io import SUFFIXES, SeriesInfo, case_name, largest_series, list_series
@@ -34,11 +34,14 @@ class Source:
         A volume file or a DICOM folder: what `lesionsynth.io.read_ct` takes.
     series : str or None
         SeriesInstanceUID, for a DICOM folder.
+    files : tuple of Path
+        What is read: the file, or those of the series.
     """
 
     case: str
     path: Path
     series: str | None
+    files: tuple[Path, ...] = field(default=(), compare=False, repr=False)
 
 
 def find_sources(
@@ -102,7 +105,9 @@ def find_sources(
             f"series must be largest, all or the UID of one that is there ({there}), got {series}"
         )
     cases = _named(found, names, case_of)
-    return [Source(case, f.path, f.series) for case, f in zip(cases, found, strict=True)]
+    return [
+        Source(case, f.path, f.series, f.files or (f.path,)) for case, f in zip(cases, found, strict=True)
+    ]
 
 
 def dicom_folders(inputs: Inputs) -> list[tuple[Path, list[SeriesInfo]]]:
@@ -143,6 +148,7 @@ class _Found:
     series: str | None
     is_dicom: bool = False
     suffix: str = ""
+    files: tuple[Path, ...] = ()
 
 
 def _below(root: Path, series: str, listed: _Listed) -> Iterator[_Found]:
@@ -192,8 +198,9 @@ def _of_series(root: Path, folder: Path, infos: list[SeriesInfo], series: str) -
     if not infos:
         return
     if series not in ("largest", "all"):
-        if any(info.uid == series for info in infos):
-            yield _Found(root, folder, series, is_dicom=True)
+        for info in infos:
+            if info.uid == series:
+                yield _Found(root, folder, series, is_dicom=True, files=_files(info))
         return
     volumes = [i for i in infos if i.modality == "CT" and not i.localizer and i.slices > 1]
     chosen = volumes if series == "all" and volumes else [largest_series(infos)]
@@ -206,7 +213,11 @@ def _of_series(root: Path, folder: Path, infos: list[SeriesInfo], series: str) -
         )
     for number, info in enumerate(chosen, start=1):
         suffix = f"_s{number}" if len(chosen) > 1 else ""
-        yield _Found(root, folder, info.uid, is_dicom=True, suffix=suffix)
+        yield _Found(root, folder, info.uid, is_dicom=True, suffix=suffix, files=_files(info))
+
+
+def _files(info: SeriesInfo) -> tuple[Path, ...]:
+    return tuple(Path(name) for name in info.files)
 
 
 def _folders(root: Path) -> Iterator[Path]:
@@ -239,7 +250,8 @@ def _is_volume(path: Path) -> bool:
 def _named(found: Sequence[_Found], names: Sequence[str] | None, case_of: Callable[[Path], str]) -> list[str]:
     """Names of the cases, that differ."""
     if names is not None and len(names) != len(found):
-        raise ValueError(f"names must be one per input, got {len(names)} names for {len(found)} CT found")
+        count = f"{len(names)} name{'' if len(names) == 1 else 's'}"
+        raise ValueError(f"names (--name) must be one for each CT found, got {count} for {len(found)} CT")
     cases = list(names) if names is not None else _unlike(found, case_of)
     twice = sorted(name for name, count in Counter(cases).items() if count > 1)
     if twice:

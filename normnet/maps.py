@@ -1,100 +1,98 @@
-"""What a prediction leaves in its folder: maps on the CT's grid, and a JSON that says they are complete.
+"""The folder of a prediction: maps on the CT's grid, and a JSON that says they are complete.
 
 ``<case>.json`` is written last. A case that has it is finished; after a crash the others are done again.
-Everything is first written into a hidden folder beside, so that a full disk leaves nothing half-written.
+What is replaced without being asked was written by the same command, as the record of the case tells, or that
+of a call that was killed; the user's own files stay.
 """
 
 from __future__ import annotations
 
 import csv
-import gzip
-import hashlib
 import io
 import json
-import os
-import re
-import shutil
-import uuid
-import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
-
-from normnet.config import WEIGHTS, PredictConfig, to_json
+from normnet.config import PredictConfig
 from normnet.prepare.store import write_atomically
-
-Mask = npt.NDArray[np.bool_]
-Record = dict[str, Any]
-Writer = Callable[[Path], object]
-
-FILES: Mapping[str, str] = {
-    "lesions": "_lesions.nii.gz",
-    "lung": "_lung.nii.gz",
-    "core": "_core.nii.gz",
-    "probability": "_probability.nii.gz",
-    "healthy": "_healthy.nii.gz",
-    "dicom_seg": "_lesions.dcm",
-}
-"""What a case may have, and how its files end."""
-SETTINGS = "settings.json"
-"""Settings and models of the last call, beside the cases."""
-TABLE = "volumes.csv"
-SAME = ("ct", "series", "lungs_from", "settings", "models")
-"""Entries of a record that make it the result of the same call."""
-VOLUMES = tuple(
-    name.format(side)
-    for side in ("", "right_", "left_")
-    for name in ("{}lung_ml", "{}lesion_ml", "{}percent")
+from normnet.records import (
+    FILES,
+    PREDICT,
+    SAME,
+    SETTINGS,
+    STAMPS,
+    VOLUMES,
+    Record,
+    as_record,
+    maker_of,
+    read_record,
+    read_records,
 )
-"""Volumes of a record, in the order of the table's columns."""
+from normnet.stage import Writer, claims, load, names_in, publish
+
+TABLE = "volumes.csv"
+_ADVICE = "take another folder or pass overwrite"
 
 
 @dataclass(frozen=True)
 class Folder:
-    """The output folder of `normnet.predict`."""
+    """An output folder with maps."""
 
     path: Path
+    maker: str = PREDICT
+    """Who writes into it; see `normnet.records.maker_of`."""
 
-    def record(self, case: str) -> Record | None:
-        """Return the record of a finished case, None where there is none.
-
-        Raises
-        ------
-        ValueError
-            ``<case>.json`` is something else.
-        """
-        return read_record(self.path / f"{case}.json")
-
-    def check(self, inputs: Mapping[str, Sequence[Path]], *, overwrite: bool) -> None:
-        """Refuse to write over what no prediction wrote.
+    def check(self, inputs: Mapping[str, Sequence[Path]]) -> None:
+        """Refuse to write over what is read.
 
         Parameters
         ----------
         inputs : mapping of str to sequence of Path
             The files each case is read from.
-        overwrite : bool
-            Replace other files of these names, inputs excepted.
 
         Raises
         ------
         ValueError
-            A map would replace an input, or a file of a folder that is not ours; a case's name names no file.
+            A map would replace an input of any case; a case's name names no file.
         """
-        ours = overwrite or (self.path / SETTINGS).exists()
-        for case, read in inputs.items():
+        read = {_identity(path) for paths in inputs.values() for path in paths} - {None}
+        for case in inputs:
             if not case or case[0] == "." or Path(case).name != case or f"{case}.json" == SETTINGS:
                 raise ValueError(
                     f"case must be a file's name, not hidden and not {SETTINGS}'s, got {case!r}; give a name"
                 )
             for file in self._files(case):
-                if any(file.exists() and other.exists() and file.samefile(other) for other in read):
+                if _identity(file) in read:
                     raise ValueError(f"output must not replace an input, got {file.parent} for {file}")
-                if file.exists() and not ours:
-                    raise ValueError(f"output holds {file.name}, which is of no earlier call; pass overwrite")
+
+    def check_own(self, case: str) -> None:
+        """Refuse to write over files of a case that this maker did not write.
+
+        Raises
+        ------
+        ValueError
+            Says whose they are, as far as their record tells.
+        """
+        owners = self._owners(case)
+        for file in self._files(case):
+            if file.exists() and (owner := owners.get(file.name)) != self.maker:
+                raise ValueError(
+                    f"output holds {file.name}, which is of {owner or 'no earlier call'}; {_ADVICE}"
+                )
+
+    def check_shared(self) -> None:
+        """Refuse to write over a `SETTINGS` or `TABLE` that no prediction wrote.
+
+        Raises
+        ------
+        ValueError
+            Names it.
+        """
+        for name, ours in ((SETTINGS, _is_settings), (TABLE, _is_table)):
+            if (self.path / name).exists() and not ours(self.path / name):
+                raise ValueError(f"output holds {name}, which is of no earlier call; {_ADVICE}")
 
     def missing(self, case: str, record: Record, wanted: Sequence[str]) -> tuple[str, ...]:
         """Return the kinds of files to write for a case: none where an earlier call made all of them.
@@ -104,7 +102,7 @@ class Folder:
         case : str
             Its name.
         record : dict
-            What this call would write, `SAME` at least.
+            What this call would write, `SAME` and `STAMPS` at least.
         wanted : sequence of str
             Kinds of `FILES`.
 
@@ -116,23 +114,35 @@ class Folder:
         Raises
         ------
         ValueError
-            They were made with other settings, models or from another CT.
+            They were made with other settings, models or from another CT or mask, or one that was changed
+            since; or files there are not ours, see `check_own`.
         """
-        there = self.record(case)
-        if there is None:
+        file = self.path / f"{case}.json"
+        if self._owners(case).get(file.name) != PREDICT:
+            self.check_own(case)
             return tuple(wanted)
+        there = read_record(file)
         for entry in SAME:
             if there[entry] != record[entry]:
                 raise ValueError(
-                    f"{self.path / case}.json: {entry} must be that of this call, or overwrite passed: there "
+                    f"{file}: {entry} must be that of this call, or overwrite passed: there "
+                    f"{_short(there[entry])}, now {_short(record[entry])}"
+                )
+        for entry, what in STAMPS.items():
+            if entry in there and there[entry] != record[entry]:
+                raise ValueError(
+                    f"{file}: {what} must be as it was when it was read, or overwrite passed: there "
                     f"{_short(there[entry])}, now {_short(record[entry])}"
                 )
         made = [kind for kind in FILES if there["files"].get(kind)]
         if all(kind in made and (self.path / there["files"][kind]).is_file() for kind in wanted):
             return ()
+        self.check_own(case)
         return tuple(kind for kind in FILES if kind in wanted or kind in made)
 
-    def write(self, case: str, writers: Mapping[str, Writer], record: Record) -> Record:
+    def write(
+        self, case: str, writers: Mapping[str, Writer], record: Record, *, overwrite: bool = False
+    ) -> Record:
         """Write a case: all of its files, or none.
 
         Parameters
@@ -143,6 +153,8 @@ class Folder:
             By kind of `FILES`; each is given the path to write.
         record : dict
             What goes into ``<case>.json``, without ``files``.
+        overwrite : bool
+            Replace files of others.
 
         Returns
         -------
@@ -151,38 +163,17 @@ class Folder:
 
         Raises
         ------
+        ValueError
+            As `check_own`: a file may have come since a call began.
         OSError
             No room, or a file came out shorter than it should be.
         """
-        self.path.mkdir(parents=True, exist_ok=True)
-        self.clean(case)
-        names = {kind: f"{case}{FILES[kind]}" if kind in writers else None for kind in FILES}
-        stage = self.path / f".{case}.{uuid.uuid4().hex}"
-        stage.mkdir()
-        try:
-            for kind, writer in writers.items():
-                writer(stage / f"{case}{FILES[kind]}")
-                check_written(stage / f"{case}{FILES[kind]}")
-            whole = {**record, "files": names}
-            (stage / "record").write_text(json.dumps(whole, indent=2, allow_nan=False) + "\n")
-            # without its record the case counts as unfinished until all files are in place
-            (self.path / f"{case}.json").unlink(missing_ok=True)
-            for kind, name in names.items():
-                if name is None:
-                    (self.path / f"{case}{FILES[kind]}").unlink(missing_ok=True)
-                else:
-                    os.replace(stage / name, self.path / name)
-            os.replace(stage / "record", self.path / f"{case}.json")
-        finally:
-            shutil.rmtree(stage, ignore_errors=True)
+        if not overwrite:
+            self.check_own(case)
+        files = {kind: f"{case}{ending}" for kind, ending in FILES.items()}
+        whole = {**record, "files": {kind: name if kind in writers else None for kind, name in files.items()}}
+        publish(self.path, case, {name: writers.get(kind) for kind, name in files.items()}, whole)
         return whole
-
-    def clean(self, case: str) -> None:
-        """Remove what killed calls left of a case."""
-        leftover = re.compile(rf"\.{re.escape(case)}\.[0-9a-f]{{32}}")
-        for path in self.path.iterdir():
-            if leftover.fullmatch(path.name) and path.is_dir():
-                shutil.rmtree(path, ignore_errors=True)
 
     def write_settings(self, config: PredictConfig, models: Sequence[Record]) -> None:
         """Write the settings and models of a call."""
@@ -192,11 +183,7 @@ class Folder:
 
     def write_table(self) -> None:
         """Write ``volumes.csv`` of all finished cases; none where there is none."""
-        rows = []
-        for path in sorted(self.path.glob("*.json")):
-            record = read_record(path) if path.name != SETTINGS else None
-            if record is not None:
-                rows.append({"case": record["case"], **_written(record["volumes"])})
+        rows = [{"case": r["case"], **_written(r["volumes"])} for r in read_records(self.path)[0]]
         if not rows:
             if (self.path / SETTINGS).exists():
                 (self.path / TABLE).unlink(missing_ok=True)
@@ -210,99 +197,47 @@ class Folder:
     def _files(self, case: str) -> list[Path]:
         return [self.path / f"{case}{ending}" for ending in (*FILES.values(), ".json")]
 
+    def _owners(self, case: str) -> dict[str, str]:
+        """Who wrote the files of a case, by name; without those of which no record tells."""
+        owners: dict[str, str] = {}
+        file = self.path / f"{case}.json"
+        told = claims(self.path, case)
+        if file.exists() and isinstance(record := load(file), dict) and record.get("case") == case:
+            told.append((record, {file.name, *names_in(record, case)}))
+        for record, names in told:
+            if (maker := maker_of(record)) is not None:
+                owners.update(dict.fromkeys(names, maker))
+        return owners
 
-def read_record(path: Path) -> Record | None:
-    """Read ``<case>.json``; None where there is none.
 
-    Raises
-    ------
-    ValueError
-        It is something else.
-    """
+def _identity(path: Path) -> tuple[int, int] | None:
+    """Return what all names of one file share; None where there is no file."""
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+        status = path.stat()
+    except OSError:
         return None
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path}: not the record of a prediction: {error}") from error
-    if not isinstance(record, dict) or not {"case", "volumes", "files", *SAME} <= record.keys():
-        raise ValueError(f"{path}: not the record of a prediction")
-    return record
+    return status.st_dev, status.st_ino
 
 
-def model_record(file: Path, probability: float, threshold_hu: float) -> Record:
-    """Tell a model: its name, the SHA-256 of its weights, the threshold it votes with, and its T in HU."""
-    name = file.resolve().parent.name if file.name == WEIGHTS else file.stem
-    with file.open("rb") as stream:
-        digest = hashlib.file_digest(stream, "sha256").hexdigest()
-    return {"name": name, "sha256": digest, "probability": probability, "threshold_hu": threshold_hu}
+def _is_settings(path: Path) -> bool:
+    content = load(path)
+    return isinstance(content, dict) and content.keys() == {"settings", "models"}
 
 
-def as_record(config: PredictConfig) -> Record:
-    """Return a configuration as JSON reads it back."""
-    record: Record = json.loads(to_json(config))
-    return record
-
-
-def volumes_of(
-    lesions: Mask, lung: Mask, spacing: Sequence[float], sides: tuple[Mask, Mask] | None = None
-) -> dict[str, float | None]:
-    """Measure lungs and lesions.
-
-    Parameters
-    ----------
-    lesions, lung : (z, y, x) bool arrays
-        On one grid.
-    spacing : (3,) floats
-        Its voxel size in mm.
-    sides : pair of (z, y, x) bool arrays, optional
-        The patient's right and left lung.
-
-    Returns
-    -------
-    dict
-        `VOLUMES`: ml and percent of the lung, of both lungs and of each; None for a side that is not known
-        and for the percentage of a lung without voxels.
-    """
-    ml = float(np.prod(spacing)) / 1000.0
-    volumes: dict[str, float | None] = dict.fromkeys(VOLUMES)
-    parts = {"": lung} if sides is None else {"": lung, "right_": sides[0], "left_": sides[1]}
-    for side, part in parts.items():
-        whole, ill = int(np.count_nonzero(part)), int(np.count_nonzero(lesions & part))
-        volumes[f"{side}lung_ml"], volumes[f"{side}lesion_ml"] = whole * ml, ill * ml
-        volumes[f"{side}percent"] = 100.0 * ill / whole if whole else None
-    return volumes
+def _is_table(path: Path) -> bool:
+    try:
+        with path.open(newline="", encoding="utf-8") as stream:
+            head = next(csv.reader(stream), [])
+    except (OSError, UnicodeDecodeError, csv.Error):
+        return False
+    # earlier versions had fewer columns
+    return head[:1] == ["case"] and set(head[1:]) <= set(VOLUMES)
 
 
 def _written(volumes: Mapping[str, float | None]) -> dict[str, str]:
     """Volumes as the table shows them: lungs to 0.1 ml, the rest to two decimals, empty where unknown."""
     digits = {name: 1 if name.endswith("lung_ml") else 2 for name in VOLUMES}
     return {n: "" if (v := volumes.get(n)) is None else f"{v:.{digits[n]}f}" for n in VOLUMES}
-
-
-def check_written(path: Path) -> None:
-    """Read a file back to its end: ITK reports no error where a disk is full, but writes a short file.
-
-    Raises
-    ------
-    OSError
-        A ``.nii.gz`` file is damaged or shorter than its header says; others are not looked at.
-    """
-    if not path.name.endswith(".gz"):
-        return
-    try:
-        with gzip.open(path) as stream:
-            header = stream.read(348)
-            size = np.frombuffer(header, "<i2", 8, offset=40)
-            bits, offset = np.frombuffer(header, "<i2", 1, 72)[0], np.frombuffer(header, "<f4", 1, 108)[0]
-            length = len(header)
-            while block := stream.read(1 << 22):
-                length += len(block)
-    except (EOFError, ValueError, zlib.error, gzip.BadGzipFile) as error:
-        raise OSError(f"{path.name}: could not be written completely (is the disk full?): {error}") from error
-    needed = int(offset) + int(np.prod(size[1 : 1 + size[0]], dtype=np.int64)) * int(bits) // 8
-    if length < needed:
-        raise OSError(f"{path.name}: {length} of {needed} bytes were written (is the disk full?)")
 
 
 def _short(value: Any) -> str:

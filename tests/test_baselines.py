@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import csv
+import json
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,7 +15,7 @@ import torch
 from scipy import integrate, stats
 
 import lesionsynth as ls
-from normnet import evaluate
+from normnet import evaluate, predict
 from normnet.baselines import (
     METHODS,
     PRESETS,
@@ -31,8 +33,9 @@ from normnet.baselines.restoration import VAERestoration, total_variation
 from normnet.baselines.score import raw_anomaly, squash
 from normnet.baselines.slices import Frame, training_slices, usable_slices
 from normnet.baselines.variational import BayesianVAE, KLGradient, cut_square, gaussian_kl
+from normnet.config import ModelConfig
 from normnet.metrics import roc_auc
-from normnet.model import write_tensors
+from normnet.model import build_unet, save_model, write_tensors
 from normnet.prepare.store import Store
 from normnet.volumes import KeptVolume, phantom_volumes, split, store_volumes
 
@@ -383,7 +386,7 @@ def test_whole_slices_give_other_scores(images, patient):
     assert not np.allclose(raw_anomaly(model, hu, mask, frame), lungs)
 
 
-def test_the_command_trains_predicts_and_evaluate_reads_it(tmp_path, patient, capsys):
+def test_the_command_trains_predicts_and_evaluate_reads_it(tmp_path, patient, capsys, monkeypatch):
     hu, mask, ball = patient
     affine = np.diag([-SPACING[2], -SPACING[1], SPACING[0], 1.0])
     files = {"hu": hu, "lung": mask.astype(np.uint8), "lesion": ball.astype(np.uint8)}
@@ -430,6 +433,47 @@ def test_the_command_trains_predicts_and_evaluate_reads_it(tmp_path, patient, ca
     (tmp_path / "hu" / "broken.nii.gz").write_bytes(b"no image")
     assert main([*call, "--output", str(maps)]) == 1
     assert "broken" in capsys.readouterr().err
+    assert main([*call, "--masks", str(tmp_path / "lung/p1_lung.nii.gz"), "--output", str(maps)]) == 2
+    assert "masks must be a folder where there are several inputs" in capsys.readouterr().err
+    (tmp_path / "hu" / "broken.nii.gz").unlink()
+    before = {path.name: path.read_bytes() for path in maps.iterdir()}
+    # maps of another method, or of the other command, are not replaced unasked
+    network = ModelConfig(channels=(4, 8), strides=(2,))
+    save_model(tmp_path / "net/model.safetensors", build_unet(network), network)
+    normnet = [
+        str(tmp_path / "hu"),
+        "--masks",
+        str(tmp_path / "lung"),
+        "--threads",
+        "1",
+        "--output",
+        str(maps),
+    ]
+    normnet += ["--models", str(tmp_path / "net"), "--settings.slab", "8"]
+    assert predict.main(normnet) == 2
+    said = capsys.readouterr().err
+    assert "output holds p1_lesions.nii.gz, which is of normnet.baselines (ae); take another folder" in said
+    assert {path.name: path.read_bytes() for path in maps.iterdir()} == before
+    assert predict.main([*normnet, "--overwrite"]) == 0
+    assert main([*call, "--output", str(maps)]) == 2
+    assert "output holds p1_lesions.nii.gz, which is of normnet.predict; take" in capsys.readouterr().err
+    assert main([*call, "--output", str(maps), "--overwrite"]) == 0
+    assert "baseline" in json.loads((maps / "p1.json").read_text())
+    record = json.loads((maps / "p1.json").read_text())
+    record["baseline"]["method"] = "vae"
+    (maps / "p1.json").write_text(json.dumps(record))
+    assert main([*call, "--output", str(maps)]) == 2
+    assert "which is of normnet.baselines (vae)" in capsys.readouterr().err
+    (maps / "p1.json").unlink()
+    assert main([*call, "--output", str(maps)]) == 2
+    assert "output holds p1_lesions.nii.gz, which is of no earlier call" in capsys.readouterr().err
+    assert main([*call, "--output", str(tmp_path / "none"), "--masks", str(tmp_path / "gone")]) == 2
+    assert "masks must exist" in capsys.readouterr().err
+    monkeypatch.setitem(sys.modules, "lungmask", None)
+    segmented = ["predict", str(run), str(tmp_path / "hu"), "--lungs", "lungmask"]
+    assert main([*segmented, "--output", str(tmp_path / "none")]) == 2
+    assert "pip install lungmask" in capsys.readouterr().err
+    assert not (tmp_path / "none").exists()
 
 
 @pytest.mark.parametrize(

@@ -32,10 +32,12 @@ from normnet.config import (  # noqa: E402
     to_json,
 )
 from normnet.inputs import find_sources  # noqa: E402
-from normnet.maps import check_written, volumes_of  # noqa: E402
 from normnet.model import BUNDLED, build_unet, load_model, save_model  # noqa: E402
 from normnet.postprocess import postprocess  # noqa: E402
 from normnet.prepare import load_case  # noqa: E402
+from normnet.records import volumes_of  # noqa: E402
+from normnet.stage import check_written  # noqa: E402
+from normnet.stamps import stamp  # noqa: E402
 from tests.conftest import draw_lungs  # noqa: E402
 from tests.test_dicom_seg import voxels_of, write_series  # noqa: E402
 
@@ -570,7 +572,7 @@ def test_a_full_disk_leaves_nothing_of_a_case(tmp_path, undecided, monkeypatch, 
     def full(source, target):
         raise OSError("No space left on device")
 
-    monkeypatch.setattr("normnet.maps.check_written", lambda path: full(path, path))
+    monkeypatch.setattr("normnet.stage.check_written", lambda path: full(path, path))
     assert run(tmp_path, undecided, "--settings.probability", "0.5", "--overwrite") == 1
     after = stamps(tmp_path / "out")
     assert after == before  # the old result outlives a new one that fails
@@ -593,15 +595,17 @@ def test_a_short_file_is_seen(tmp_path, undecided):
 def test_what_a_killed_call_left_is_cleared_away(tmp_path, undecided):
     write_case(tmp_path, "p1")
     out = tmp_path / "out"
-    assert run(tmp_path, undecided) == 0
+    assert run(tmp_path, undecided, "--save-core") == 0
     expected = (out / "p1_lesions.nii.gz").read_bytes()
-    (out / "p1.json").unlink()
-    (out / "p1_lesions.nii.gz").write_bytes(b"of another call")
-    (out / "p1_core.nii.gz").write_bytes(b"of another call")
+    # killed while it replaced lesions, lungs and core by lesions and lungs: the lungs have not moved
     stage, other = out / f".p1.{'0a' * 16}", out / f".p1.x.{'0a' * 16}"
     for folder in (stage, other):
         folder.mkdir()
         (folder / "p1_lung.nii.gz").write_bytes(b"part")
+    record = json.loads((out / "p1.json").read_text())
+    (stage / "record").write_text(json.dumps({**record, "files": {**record["files"], "core": None}}))
+    (out / "p1.json").rename(stage / "before")
+    (out / "p1_lesions.nii.gz").write_bytes(b"of another call")
     assert run(tmp_path, undecided) == 0
     assert not stage.exists()
     assert other.exists()  # of the case p1.x, which another call may be writing
@@ -615,7 +619,7 @@ def test_a_call_killed_between_two_files_is_done_again(tmp_path, undecided, at):
     """SIGKILL at each rename of a case: two maps, the record, the table."""
     write_case(tmp_path, "p1")
     code = (
-        "import os, signal, sys; from normnet import predict, maps\n"
+        "import os, signal, sys; from normnet import predict, stage\n"
         "real, calls = os.replace, []\n"
         "def replace(a, b):\n"
         "    if 'settings' not in str(b): calls.append(b)\n"
@@ -625,7 +629,7 @@ def test_a_call_killed_between_two_files_is_done_again(tmp_path, undecided, at):
         "class Os:\n"
         "    replace = staticmethod(replace)\n"
         "    def __getattr__(self, name): return getattr(os, name)\n"
-        "maps.os = Os()\n"
+        "stage.os = Os()\n"
         "import normnet.prepare.store as store; store.os = Os()\n"
         "sys.exit(predict.main(sys.argv[1:]))\n"
     )
@@ -654,20 +658,183 @@ def test_inputs_and_files_of_others_are_never_replaced(tmp_path, undecided, caps
     (tmp_path / "out/p1.json").write_text("[1, 2]")
     (tmp_path / "out/settings.json").write_text("{}")
     assert run(tmp_path, undecided) == 2
-    assert "p1.json: not the record of a prediction" in capsys.readouterr().err
+    assert "output holds settings.json, which is of no earlier call" in capsys.readouterr().err
+    (tmp_path / "out/settings.json").unlink()
+    assert run(tmp_path, undecided) == 2
+    assert "output holds p1.json, which is of no earlier call" in capsys.readouterr().err
+    (tmp_path / "out/p1.json").unlink()
+    (tmp_path / "out/volumes.csv").write_text("case,volume\np1,3\n")
+    assert run(tmp_path, undecided) == 2
+    assert "output holds volumes.csv, which is of no earlier call" in capsys.readouterr().err
+    assert [p.name for p in (tmp_path / "out").iterdir()] == ["volumes.csv"]
+    assert run(tmp_path, undecided, "--overwrite") == 0
+    assert (tmp_path / "out/volumes.csv").read_text().startswith("case,lung_ml")
+    # the lungs of one case must not become the CT of another
+    call = [str(tmp_path / "p1_hu.nii.gz"), str(tmp_path / "q_lung.nii.gz"), "--models", str(undecided)]
+    (tmp_path / "q_lung.nii.gz").write_bytes((tmp_path / "p1_hu.nii.gz").read_bytes())
+    assert predict.main([*call, "--name", "q", "r", "--output", str(tmp_path), "--overwrite"]) == 2
+    assert "output must not replace an input" in capsys.readouterr().err
+
+
+def test_an_annotation_beside_finished_cases_is_never_replaced(tmp_path, undecided, capsys):
+    """A folder of finished cases is no reason to replace a file that has no record."""
+    for name in ("p1", "p2"):
+        write_case(tmp_path, name)
+    out = tmp_path / "out"
+    assert run(tmp_path, undecided) == 0
+    (out / "p2_lesions.nii.gz").write_bytes(b"my own")
+    (out / "p1_core.nii.gz").write_bytes(b"my own")
+    before = stamps(out)
+    assert run(tmp_path, undecided, names=("p1", "p2")) == 2
+    said = capsys.readouterr().err
+    assert "output holds p2_lesions.nii.gz, which is of no earlier call; take another folder" in said
+    assert run(tmp_path, undecided, "--save-core") == 2
+    assert "output holds p1_core.nii.gz, which is of no earlier call" in capsys.readouterr().err
+    assert stamps(out) == before
+    assert run(tmp_path, undecided) == 0  # nothing is written for a finished case
+    # a killed call's hidden folder claims what it moved, not what it did not get to
+    stage = out / f".p2.{'0a' * 16}"
+    stage.mkdir()
+    record = json.loads((out / "p1.json").read_text())
+    files = {"lesions": "p2_lesions.nii.gz", "lung": "p2_lung.nii.gz"}
+    (stage / "record").write_text(json.dumps({**record, "case": "p2", "files": files}))
+    (stage / "p2_lesions.nii.gz").write_bytes(b"part")
+    assert run(tmp_path, undecided, names=("p2",)) == 2
+    assert (out / "p2_lesions.nii.gz").read_bytes() == b"my own"
+    assert run(tmp_path, undecided, "--overwrite", names=("p2",)) == 0
+    assert json.loads((out / "p2.json").read_text())["case"] == "p2"
+
+
+def test_an_annotation_that_comes_while_a_call_runs_is_not_replaced(tmp_path, undecided, monkeypatch, capsys):
+    write_case(tmp_path, "p1")
+    real = load_case
+
+    def slow(*args, **kwargs):
+        (tmp_path / "out/p1_lesions.nii.gz").write_bytes(b"my own")
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr("normnet.predict.case.load_case", slow)
+    assert run(tmp_path, undecided) == 1
+    assert "output holds p1_lesions.nii.gz, which is of no earlier call" in capsys.readouterr().err
+    assert (tmp_path / "out/p1_lesions.nii.gz").read_bytes() == b"my own"
+
+
+def test_a_file_that_cannot_be_moved_leaves_the_old_result_or_none(tmp_path, undecided, monkeypatch):
+    write_case(tmp_path, "p1")
+    assert run(tmp_path, undecided, "--save-core") == 0
+    out, real = tmp_path / "out", os.replace
+    before = stamps(out)
+    for last, left in (("p1_lesions.nii.gz", set(before)), ("p1_lung.nii.gz", {"p1_lung.nii.gz"})):
+
+        def replace_until(source, target, last=last):
+            if Path(target) == out / last:
+                raise OSError("no room")
+            real(source, target)
+
+        monkeypatch.setattr("normnet.stage.os.replace", replace_until)
+        assert run(tmp_path, undecided, "--overwrite", "--settings.probability", "0.5") == 1
+        monkeypatch.undo()
+        assert not list(out.glob(".p1.*"))
+        assert (out / "p1.json").exists() == (len(left) > 1)
+        if len(left) > 1:
+            assert stamps(out) == before
+    assert not list(out.glob("p1*"))
+
+
+@pytest.mark.parametrize("what", ["hu", "lung"])
+def test_a_ct_or_mask_that_was_corrected_is_not_taken_for_the_old(tmp_path, undecided, capsys, what):
+    write_case(tmp_path, "p1")
+    assert run(tmp_path, undecided) == 0
+    file = tmp_path / f"p1_{what}.nii.gz"
+    status = file.stat()
+    os.utime(file, ns=(status.st_atime_ns, status.st_mtime_ns + 1))  # a correction of the same size
+    assert run(tmp_path, undecided) == 2
+    said = capsys.readouterr().err
+    name = {"hu": "the CT", "lung": "the lung mask"}[what]
+    assert f"p1.json: {name} must be as it was when it was read, or overwrite passed: there " in said
+    assert run(tmp_path, undecided, "--overwrite") == 0
+    assert run(tmp_path, undecided) == 0
+    # a record of an earlier version has no stamps: it is what it was
+    record = json.loads((tmp_path / "out/p1.json").read_text())
+    del record["ct_stamp"], record["lungs_stamp"]
+    (tmp_path / "out/p1.json").write_text(json.dumps(record))
+    assert run(tmp_path, undecided) == 0
+    assert "(1 by an earlier call)" in capsys.readouterr().out
+
+
+def test_voxels_beside_a_header_count(tmp_path):
+    image = sitk.GetImageFromArray(np.zeros((3, 4, 5), np.int16))
+    for ending, data in ((".mhd", ".raw"), (".nhdr", ".raw")):
+        header = tmp_path / f"{ending[1:]}{ending}"
+        sitk.WriteImage(image, str(header))
+        (voxels,) = tmp_path.glob(f"{ending[1:]}{data}*")
+        first = stamp([header])
+        assert first == stamp([header])
+        assert first["files"] == 2
+        assert first["bytes"] == header.stat().st_size + voxels.stat().st_size
+        os.utime(voxels, ns=(0, 5))
+        assert stamp([header]) != first
+
+
+def test_a_slice_of_a_series_that_was_corrected_is_seen(tmp_path, undecided, capsys):
+    """Of a DICOM folder the files of the series count, and no others."""
+    write_case(tmp_path, "p1")
+    study = tmp_path / "study"
+    write_series(study, sitk.GetArrayFromImage(sitk.ReadImage(str(tmp_path / "p1_hu.nii.gz"))))
+    lung = sitk.GetArrayFromImage(sitk.ReadImage(str(tmp_path / "p1_lung.nii.gz"))) > 0
+    mask = read_ct(study).write_like(lung, tmp_path / "mask.nii.gz")
+    call = [str(study), "--models", str(undecided), "--threads", "1", "--output", str(study)]
+    call += ["--settings.slab", "16", "--masks", str(mask)]
+    assert predict.main(call) == 0
+    assert predict.main(call) == 0
+    assert "(1 by an earlier call)" in capsys.readouterr().out
+    slices = sorted(p for p in study.glob("*.dcm"))
+    os.utime(slices[3], ns=(0, slices[3].stat().st_mtime_ns + 1))
+    assert predict.main(call) == 2
+    assert "the CT must be as it was when it was read" in capsys.readouterr().err
+
+
+def test_json_of_others_does_not_harm_the_table(tmp_path, undecided):
+    write_case(tmp_path, "p1")
+    (tmp_path / "out").mkdir()
+    for name, text in (("notes", '{"by": "me"}'), ("cut", "{"), ("list", "[1]")):
+        (tmp_path / f"out/{name}.json").write_text(text)
+    assert run(tmp_path, undecided) == 0
+    rows = list(csv.DictReader((tmp_path / "out/volumes.csv").read_text().splitlines()))
+    assert [row["case"] for row in rows] == ["p1"]
+    assert (tmp_path / "out/notes.json").read_text() == '{"by": "me"}'
+
+
+def test_calls_that_cannot_give_each_case_its_lungs(tmp_path, undecided, capsys, monkeypatch):
+    for name in ("p1", "p2"):
+        write_case(tmp_path, name)
+    mask = tmp_path / "p1_lung.nii.gz"
+    assert run(tmp_path, undecided, "--masks", str(mask), names=("p1", "p2"), masks=False) == 2
+    said = capsys.readouterr().err
+    assert f"masks must be a folder where there are several inputs, got the file {mask}" in said
+    assert run(tmp_path, undecided, "--masks", str(tmp_path / "gone"), masks=False) == 2
+    assert f"masks must exist, got {tmp_path / 'gone'}" in capsys.readouterr().err
+    monkeypatch.setitem(sys.modules, "lungmask", None)
+    assert run(tmp_path, undecided, "--lungs", "lungmask", masks=False) == 2
+    assert "pip install lungmask" in capsys.readouterr().err
+    assert run(tmp_path, undecided, "--threads", "0") == 2
+    assert "threads must be >= 1, got 0" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    assert run(tmp_path, undecided, "--masks", str(mask), masks=False) == 0
+    assert run(tmp_path, undecided, "--lungs", "lungmask", "--masks", str(mask), masks=False) == 0
 
 
 def test_any_error_stays_with_its_case(tmp_path, undecided, monkeypatch, capsys):
     for name in ("p1", "p2"):
         write_case(tmp_path, name)
-    real = predict.load_case
+    real = load_case
 
     def odd(path, *args, **kwargs):
         if "p1" in str(path):
             raise RuntimeError("nobody thought of this")
         return real(path, *args, **kwargs)
 
-    monkeypatch.setattr(predict, "load_case", odd)
+    monkeypatch.setattr("normnet.predict.case.load_case", odd)
     summary = predict.predict(
         predict.PredictArgs(
             inputs=tuple(tmp_path / f"{n}_hu.nii.gz" for n in ("p1", "p2")),
@@ -751,7 +918,7 @@ def test_a_crash_between_two_files_leaves_no_record(tmp_path, undecided, monkeyp
             raise OSError("Input/output error")
         replace_file(source, target)
 
-    monkeypatch.setattr("normnet.maps.os.replace", crash)
+    monkeypatch.setattr("normnet.stage.os.replace", crash)
     assert run(tmp_path, undecided, "--settings.probability", "0.4", "--overwrite") == 1
     assert not (tmp_path / "out/p1.json").exists()
     assert not (tmp_path / "out/volumes.csv").exists()

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -16,11 +16,13 @@ from normnet.baselines.score import find_lesions, score_volume
 from normnet.baselines.train import load_baseline
 from normnet.device import cpu_settings
 from normnet.inputs import Source, find_sources
+from normnet.maps import Folder
 from normnet.pairing import split_name
 from normnet.prepare import load_case
 from normnet.prepare.case import LungMethod
-from normnet.prepare.run import find_mask
-from normnet.prepare.store import write_atomically
+from normnet.prepare.masks import check_lungs, find_mask
+from normnet.reasons import reason
+from normnet.records import baseline_maker
 
 WHOLE = 512
 """In-plane size in voxels of what a method trained on whole slices sees (PAPER.md IV-B.2)."""
@@ -41,13 +43,15 @@ class BaselinePredictArgs:
     """Folder for <case>_lesions.nii.gz, <case>_probability.nii.gz, <case>_lung.nii.gz and <case>.json, which
     tells the threshold."""
     masks: Path | None = None
-    """Lung mask, or folder with a <case>_lung file per case; segmented where omitted."""
+    """Lung mask of a single CT, or folder with a <case>_lung file per case; segmented where omitted."""
     lungs: LungMethod = "thresholds"
     """How lungs are segmented: by thresholds and morphology, or by the lungmask package."""
     series: str = "largest"
     """DICOM series to read: the "largest" of a folder, "all", or a SeriesInstanceUID."""
     threshold: float | None = None
     """Lesion where the anomaly exceeds this; the one calibrated on healthy volumes where omitted."""
+    overwrite: bool = False
+    """Replace maps of another method or of normnet.predict, and files of others that have their names."""
     device: str = "auto"
     """"auto" takes CUDA where there is some, else the CPU."""
     threads: int | None = None
@@ -72,9 +76,12 @@ def predict(args: BaselinePredictArgs, say: Callable[[str], None] = print) -> di
     Raises
     ------
     ValueError
-        No input, two of one name, no baseline, or a setting out of range.
+        No input, two of one name, one mask file for several CT, no baseline, a setting out of range, or maps
+        of another method or files of others in the output folder.
     FileNotFoundError
-        An input does not exist.
+        An input or `masks` does not exist.
+    ImportError
+        Lungs shall be segmented by lungmask, which is not installed.
     """
     if args.threshold is not None and not 0 <= args.threshold <= 1:
         raise ValueError(f"threshold must be in [0, 1], got {args.threshold}")
@@ -82,36 +89,44 @@ def predict(args: BaselinePredictArgs, say: Callable[[str], None] = print) -> di
         raise ValueError(f"threads must be >= 1, got {args.threads}")
     baseline = load_baseline(args.run, device=args.device)
     sources = find_sources(args.inputs, series=args.series, case_of=lambda path: split_name(path)[0])
+    check_lungs(args.masks, args.lungs, len(sources))
     failures: dict[str, str] = {}
+    masks: dict[str, Path | None] = {}
+    for source in sources:
+        try:
+            masks[source.case] = None if args.masks is None else find_mask(args.masks, source.case)
+        except ValueError as error:
+            failures[source.case] = reason(source.path, error)
+    folder = Folder(args.output, baseline_maker(baseline.config.method))
+    found = [source for source in sources if source.case in masks]
+    folder.check({s.case: [*s.files, *([] if (m := masks[s.case]) is None else [m])] for s in found})
+    if not args.overwrite:
+        for source in found:
+            folder.check_own(source.case)
     with cpu_settings(args.threads):
-        for source in sources:
+        for source in found:
             try:
-                _predict_case(baseline, source, args)
+                _predict_case(baseline, source, masks[source.case], args, folder)
                 say(f"{source.case}: done")
             except Exception as error:  # whatever is wrong with one patient, the others are not to wait
-                known = isinstance(error, ValueError | OSError)
-                said = str(error) if known else f"{type(error).__name__}: {error}"
-                failures[source.case] = f"{source.path}: {said}"
+                failures[source.case] = reason(source.path, error)
     return failures
 
 
-def _predict_case(baseline: Baseline, source: Source, args: BaselinePredictArgs) -> None:
-    mask_path = None if args.masks is None else find_mask(args.masks, source.case)
-    kinds = ("lesions", "probability", "lung")
-    files = {kind: args.output / f"{source.case}_{kind}.nii.gz" for kind in kinds}
-    for path in (source.path, mask_path):
-        if path is not None and path.resolve() in {file.resolve() for file in files.values()}:
-            raise ValueError(f"output must not hold what is read, got {path}")
+def _predict_case(
+    baseline: Baseline, source: Source, mask: Path | None, args: BaselinePredictArgs, folder: Folder
+) -> None:
     size = None if baseline.config.lungs_only else WHOLE
-    case = load_case(source.path, mask_path, series=source.series, lungs=args.lungs, size=size)
+    case = load_case(source.path, mask, series=source.series, lungs=args.lungs, size=size)
     anomaly = case.to_native(score_volume(baseline, case.hu, case.mask, spacing=case.spacing))
     anomaly = np.clip(anomaly, 0, 1)  # linear resampling may round beyond
     lung = case.native_mask
     threshold = baseline.calibration["threshold"] if args.threshold is None else args.threshold
-    lesions = find_lesions(baseline, anomaly, threshold) & lung
-    case.volume.write_like(np.where(lung, 1 - anomaly, 0).astype(np.float32), files["probability"])
-    case.volume.write_like(lung, files["lung"])
-    case.volume.write_like(lesions, files["lesions"])
+    maps = {
+        "lesions": find_lesions(baseline, anomaly, threshold) & lung,
+        "lung": lung,
+        "probability": np.where(lung, 1 - anomaly, 0).astype(np.float32),
+    }
     record = {
         "case": source.case,
         "baseline": {
@@ -119,6 +134,6 @@ def _predict_case(baseline: Baseline, source: Source, args: BaselinePredictArgs)
             "threshold": threshold,
             "calibrated": args.threshold is None,
         },
-        "files": {kind: file.name for kind, file in files.items()},
     }
-    write_atomically(args.output / f"{source.case}.json", json.dumps(record, indent=2) + "\n")
+    writers = {kind: partial(case.volume.write_like, array) for kind, array in maps.items()}
+    folder.write(source.case, writers, record, overwrite=args.overwrite)

@@ -12,8 +12,7 @@ from normnet.inputs import Source, find_sources
 from normnet.prepare.case import ISO_SPACING, LungMethod, Side, check_grid
 from normnet.prepare.exclude import read_exclusions
 from normnet.prepare.luna import find_annotations, match_annotations
-from normnet.prepare.lungmask import check_installed
-from normnet.prepare.masks import find_mask
+from normnet.prepare.masks import check_lungs, find_mask
 from normnet.prepare.morphology import Spacing
 from normnet.prepare.store import Store, case_name_for_store
 from normnet.prepare.summary import CaseSummary, Summary, write_csv
@@ -98,16 +97,11 @@ def prepare(
     check_grid(spacing, size)  # before there is a store that is stuck with it
     if workers < 1:
         raise ValueError(f"workers must be at least 1, got {workers}")
-    if lungs == "lungmask" and masks is None:
-        check_installed()
     sources = _sources(inputs, names, series)
     sides = dict(keep_lung or {})
     left_out = read_exclusions(Path(exclude)) if exclude is not None else {}
     _check_names(list(sources), exclude=left_out, keep_lung=sides)
-    if masks is not None and not Path(masks).exists():
-        raise FileNotFoundError(f"{masks}: no such file or folder")
-    if masks is not None and not Path(masks).is_dir() and len(sources) > 1:
-        raise ValueError(f"masks must be a folder where there are several inputs, got the file {masks}")
+    check_lungs(None if masks is None else Path(masks), lungs, len(sources))
     files = [Path(annotations)] if annotations is not None else find_annotations(inputs)
     nodules = match_annotations(files, list(sources.values()))
     store = Store.create(output, {"spacing": [float(s) for s in spacing], "size": int(size)})

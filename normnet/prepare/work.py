@@ -20,6 +20,7 @@ from normnet.prepare.morphology import Mask, Spacing, bounding_box, plane_eroded
 from normnet.prepare.qc import write_picture
 from normnet.prepare.store import Store
 from normnet.prepare.summary import CaseSummary
+from normnet.reasons import FORESEEN, reason
 
 _LOG = logging.getLogger(__name__)
 EDGE_MM = 3.2
@@ -62,9 +63,8 @@ def attempt(work: Work) -> CaseSummary:
     try:
         meta = prepare_one(work)
     except Exception as error:  # one bad file must not cost the others, whatever a library makes of it
-        known = isinstance(error, ValueError | OSError | MemoryError | ImportError)
-        _LOG.warning("%s failed: %s", work.case_id, error, exc_info=not known)
-        return failed(work, _reason(work, error, known), time.perf_counter() - start)
+        _LOG.warning("%s failed: %s", work.case_id, error, exc_info=not isinstance(error, FORESEEN))
+        return failed(work, reason(work.source.path, error), time.perf_counter() - start)
     return CaseSummary.of(work.case_id, meta, "prepared", time.perf_counter() - start)
 
 
@@ -79,12 +79,6 @@ def failed(work: Work, message: str, seconds: float = 0.0) -> CaseSummary:
         source=source.path.name,
         series=source.series or "",
     )
-
-
-def _reason(work: Work, error: Exception, known: bool) -> str:
-    text = str(error) if known and str(error) else f"{type(error).__name__}: {error}"
-    path = str(work.source.path)
-    return text if path in text else f"{path}: {text}"
 
 
 def prepare_one(work: Work) -> dict[str, Any]:

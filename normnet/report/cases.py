@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import math
 import os
 import warnings
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PureWindowsPath
-from typing import Any
 
 from normnet.inputs import Source, find_sources
 from normnet.pairing import split_name
-
-Record = dict[str, Any]
+from normnet.records import FILES, Record, read_records
 
 
 @dataclass(frozen=True)
@@ -58,19 +55,8 @@ def finished_cases(folder: Path) -> Finished:
     """
     if not folder.is_dir():
         raise ValueError(f"maps must be a folder that normnet.predict wrote, got {folder}, which is none")
-    from normnet.maps import FILES, SETTINGS, read_record  # brings torch: not before it is needed
-
     ending = FILES["lesions"]
-    records, failures = [], {}
-    for path in sorted(folder.glob("*.json")):
-        if path.name == SETTINGS or path.name[0] == ".":
-            continue
-        try:
-            if (record := read_record(path)) is not None:
-                records.append(_checked(record, path))
-        except (ValueError, OSError) as error:
-            if (folder / f"{path.stem}{ending}").exists():
-                failures[path.stem] = str(error)
+    records, failures = read_records(folder)
     if not records and not failures:
         raise ValueError(
             "maps must hold at least one finished case of normnet.predict (<case>.json), found none in "
@@ -160,24 +146,6 @@ def _fit(source: Source, record: Record) -> int:
     while same < min(len(there), len(here)) and there[-1 - same] == here[-1 - same]:
         same += 1
     return same + 1 if same else int(split_name(source.path)[0] == record["case"])
-
-
-def _checked(record: Record, path: Path) -> Record:
-    """Return a record that may be read without further care."""
-    volumes, files = record["volumes"], record["files"]
-    good = (
-        isinstance(record["case"], str)
-        and isinstance(record["ct"], str)
-        and isinstance(record["series"], str | None)
-        and isinstance(volumes, dict)
-        and all(v is None or (isinstance(v, int | float) and math.isfinite(v)) for v in volumes.values())
-        and all(isinstance(volumes.get(name), int | float) for name in ("lung_ml", "lesion_ml"))
-        and isinstance(files, dict)
-        and all(isinstance(files.get(name), str) for name in ("lesions", "lung"))
-    )
-    if not good:
-        raise ValueError(f"{path}: not the record of a prediction")
-    return record
 
 
 def _share(record: Record) -> float:

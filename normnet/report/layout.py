@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from normnet.report.cases import Finished, Record
+from normnet.records import Record
+from normnet.report.cases import Finished
 from normnet.report.page import Report
 from normnet.report.pictures import LUNG_WINDOW
 from normnet.report.section import Section

@@ -12,7 +12,8 @@ import numpy as np
 import numpy.typing as npt
 
 from lesionsynth.io import CTVolume, read_ct, read_mask
-from normnet.report.cases import Place, Record
+from normnet.records import Record
+from normnet.report.cases import Place
 from normnet.report.checks import Concern, doubt_maps, doubt_numbers
 from normnet.report.pictures import curve, histogram
 from normnet.report.slices import LESION, finding_pictures

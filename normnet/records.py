@@ -1,0 +1,164 @@
+"""What ``<case>.json`` beside maps says: how they were made, and what was measured on them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from normnet.config import WEIGHTS, PredictConfig, to_json
+
+Mask = npt.NDArray[np.bool_]
+Record = dict[str, Any]
+
+FILES: Mapping[str, str] = {
+    "lesions": "_lesions.nii.gz",
+    "lung": "_lung.nii.gz",
+    "core": "_core.nii.gz",
+    "probability": "_probability.nii.gz",
+    "healthy": "_healthy.nii.gz",
+    "dicom_seg": "_lesions.dcm",
+}
+"""What a case may have, and how its files end."""
+SETTINGS = "settings.json"
+"""Settings and models of the last call, beside the cases."""
+SAME = ("ct", "series", "lungs_from", "settings", "models")
+"""Entries of a record that make it the result of the same call."""
+STAMPS = {"ct_stamp": "the CT", "lungs_stamp": "the lung mask"}
+"""Entries that tell whether a file was changed since; see `normnet.stamps`. Older records have none."""
+VOLUMES = tuple(
+    name.format(side)
+    for side in ("", "right_", "left_")
+    for name in ("{}lung_ml", "{}lesion_ml", "{}percent")
+)
+"""Volumes of a record, in the order of the table's columns."""
+PREDICT = "normnet.predict"
+"""Maker of maps whose record has models that voted."""
+
+
+def read_record(path: Path) -> Record:
+    """Read the ``<case>.json`` of a prediction.
+
+    Raises
+    ------
+    FileNotFoundError
+        There is none.
+    ValueError
+        It is something else.
+    """
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path}: not the record of a prediction: {error}") from error
+    if not _is_record(record):
+        raise ValueError(f"{path}: not the record of a prediction")
+    whole: Record = record
+    return whole
+
+
+def read_records(folder: Path) -> tuple[list[Record], dict[str, str]]:
+    """Read the records of a folder by name, and tell what is wrong with damaged ones.
+
+    Parameters
+    ----------
+    folder : Path
+        Where maps are. JSON of other kinds without a map of its name is passed over.
+
+    Returns
+    -------
+    records : list of dict
+    failures : dict of str to str
+        By case.
+    """
+    records, failures = [], {}
+    for path in sorted(folder.glob("*.json")):
+        if path.name == SETTINGS or path.name[0] == ".":
+            continue
+        try:
+            records.append(read_record(path))
+        except (ValueError, OSError) as error:
+            if path.with_name(f"{path.stem}{FILES['lesions']}").exists():
+                failures[path.stem] = str(error)
+    return records, failures
+
+
+def maker_of(record: Any) -> str | None:
+    """Tell what wrote a record: `PREDICT`, or a baseline and its method; None where it is something else."""
+    if _is_record(record):
+        return PREDICT
+    if isinstance(record, dict) and isinstance(record.get("files"), dict):
+        baseline = record.get("baseline")
+        return baseline_maker(str(baseline.get("method"))) if isinstance(baseline, dict) else None
+    return None
+
+
+def baseline_maker(method: str) -> str:
+    """Name the maker of the maps of a comparison method."""
+    return f"normnet.baselines ({method})"
+
+
+def _is_record(record: Any) -> bool:
+    """Tell whether a prediction wrote it, so that it may be read without further care."""
+    if not isinstance(record, dict) or not {"case", "volumes", "files", *SAME} <= record.keys():
+        return False
+    volumes, files = record["volumes"], record["files"]
+    return (
+        isinstance(record["case"], str)
+        and isinstance(record["ct"], str)
+        and isinstance(record["series"], str | None)
+        and isinstance(volumes, dict)
+        and all(v is None or (isinstance(v, int | float) and math.isfinite(v)) for v in volumes.values())
+        and all(isinstance(volumes.get(name), int | float) for name in ("lung_ml", "lesion_ml"))
+        and isinstance(files, dict)
+        and all(isinstance(files.get(name), str) for name in ("lesions", "lung"))
+    )
+
+
+def model_record(file: Path, probability: float, threshold_hu: float) -> Record:
+    """Tell a model: its name, the SHA-256 of its weights, the threshold it votes with, and its T in HU."""
+    name = file.resolve().parent.name if file.name == WEIGHTS else file.stem
+    with file.open("rb") as stream:
+        digest = hashlib.file_digest(stream, "sha256").hexdigest()
+    return {"name": name, "sha256": digest, "probability": probability, "threshold_hu": threshold_hu}
+
+
+def as_record(config: PredictConfig) -> Record:
+    """Return a configuration as JSON reads it back."""
+    record: Record = json.loads(to_json(config))
+    return record
+
+
+def volumes_of(
+    lesions: Mask, lung: Mask, spacing: Sequence[float], sides: tuple[Mask, Mask] | None = None
+) -> dict[str, float | None]:
+    """Measure lungs and lesions.
+
+    Parameters
+    ----------
+    lesions, lung : (z, y, x) bool arrays
+        On one grid.
+    spacing : (3,) floats
+        Its voxel size in mm.
+    sides : pair of (z, y, x) bool arrays, optional
+        The patient's right and left lung.
+
+    Returns
+    -------
+    dict
+        `VOLUMES`: ml and percent of the lung, of both lungs and of each; None for a side that is not known
+        and for the percentage of a lung without voxels.
+    """
+    ml = float(np.prod(spacing)) / 1000.0
+    volumes: dict[str, float | None] = dict.fromkeys(VOLUMES)
+    parts = {"": lung} if sides is None else {"": lung, "right_": sides[0], "left_": sides[1]}
+    for side, part in parts.items():
+        whole, ill = int(np.count_nonzero(part)), int(np.count_nonzero(lesions & part))
+        volumes[f"{side}lung_ml"], volumes[f"{side}lesion_ml"] = whole * ml, ill * ml
+        volumes[f"{side}percent"] = 100.0 * ill / whole if whole else None
+    return volumes

@@ -1,0 +1,171 @@
+"""Put the files of a case into a folder as a whole, whatever happens on the way.
+
+Files are first written into a hidden folder beside, ``.<case>.<32 digits>``, so that a full disk leaves
+nothing half-written. Then they are moved into place, and the record last. What a killed call leaves in the
+hidden folder tells which files it had moved: these are its own and may be taken away, others may not.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import re
+import shutil
+import uuid
+import zlib
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from normnet.records import FILES
+
+Writer = Callable[[Path], object]
+_NEW, _BEFORE = "record", "before"
+"""In the hidden folder: the record to come, and the one that it replaces."""
+
+
+def publish(
+    folder: Path,
+    case: str,
+    writers: Mapping[str, Writer | None],
+    record: Mapping[str, Any],
+) -> None:
+    """Write the files of a case and its record: all, or none.
+
+    Parameters
+    ----------
+    folder : Path
+        Where they go; made where it is not there.
+    case : str
+        Its name; the record is ``<case>.json``.
+    writers : mapping of str to callable or None
+        By file name; each is given the path to write. None for a file that is not to be there.
+    record : mapping
+        For JSON; its ``files`` names the files by kind.
+
+    Raises
+    ------
+    OSError
+        No room, or a file came out shorter than it should be.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    clear(folder, case)
+    stage = folder / f".{case}.{uuid.uuid4().hex}"
+    stage.mkdir()
+    final = folder / f"{case}.json"
+    try:
+        for name, writer in writers.items():
+            if writer is not None:
+                writer(stage / name)
+                check_written(stage / name)
+        (stage / _NEW).write_text(json.dumps(record, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+        # without its record the case counts as unfinished until all files are in place
+        if final.exists():
+            os.replace(final, stage / _BEFORE)
+        for name, writer in writers.items():
+            if writer is not None:
+                os.replace(stage / name, folder / name)
+        # last: until the first file has moved, the earlier result can be put back as a whole
+        for name, writer in writers.items():
+            if writer is None:
+                (folder / name).unlink(missing_ok=True)
+        os.replace(stage / _NEW, final)
+    finally:
+        _undo(folder, case, stage)
+
+
+def clear(folder: Path, case: str) -> None:
+    """Take away what killed calls left of a case, but for a result that is whole."""
+    for stage in _stages(folder, case):
+        _undo(folder, case, stage)
+
+
+def claims(folder: Path, case: str) -> list[tuple[Any, set[str]]]:
+    """Tell what killed calls had written of a case.
+
+    Returns
+    -------
+    list of (record, set of str)
+        The record of each and the names of its files in `folder`, without those that it did not get to.
+    """
+    found = []
+    for stage in _stages(folder, case):
+        found.append((load(stage / _NEW), _moved(stage, case)))
+        earlier = load(stage / _BEFORE)
+        found.append((earlier, names_in(earlier, case)))
+    return [(record, names) for record, names in found if names]
+
+
+def names_in(record: Any, case: str) -> set[str]:
+    """Return the files that a record names; none where it is no record, or that of another case."""
+    files = record.get("files") if isinstance(record, dict) else None
+    # whatever a JSON may say: nothing but files of these names is ever touched
+    return {
+        f"{case}{end}"
+        for end in FILES.values()
+        if isinstance(files, dict) and f"{case}{end}" in files.values()
+    }
+
+
+def load(path: Path) -> Any:
+    """Read JSON; None where there is none."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+
+
+def check_written(path: Path) -> None:
+    """Read a file back to its end: ITK reports no error where a disk is full, but writes a short file.
+
+    Raises
+    ------
+    OSError
+        A ``.nii.gz`` file is damaged or shorter than its header says; others are not looked at.
+    """
+    if not path.name.endswith(".gz"):
+        return
+    try:
+        with gzip.open(path) as stream:
+            header = stream.read(348)
+            size = np.frombuffer(header, "<i2", 8, offset=40)
+            bits, offset = np.frombuffer(header, "<i2", 1, 72)[0], np.frombuffer(header, "<f4", 1, 108)[0]
+            length = len(header)
+            while block := stream.read(1 << 22):
+                length += len(block)
+    except (EOFError, ValueError, zlib.error, gzip.BadGzipFile) as error:
+        raise OSError(f"{path.name}: could not be written completely (is the disk full?): {error}") from error
+    needed = int(offset) + int(np.prod(size[1 : 1 + size[0]], dtype=np.int64)) * int(bits) // 8
+    if length < needed:
+        raise OSError(f"{path.name}: {length} of {needed} bytes were written (is the disk full?)")
+
+
+def _stages(folder: Path, case: str) -> list[Path]:
+    name = re.compile(rf"\.{re.escape(case)}\.[0-9a-f]{{32}}")
+    if not folder.is_dir():
+        return []
+    return [path for path in folder.iterdir() if name.fullmatch(path.name) and path.is_dir()]
+
+
+def _moved(stage: Path, case: str) -> set[str]:
+    """Names of the new files that are in place already."""
+    return {name for name in names_in(load(stage / _NEW), case) if not (stage / name).exists()}
+
+
+def _undo(folder: Path, case: str, stage: Path) -> None:
+    """Remove a hidden folder, and of a case that did not get its record what had been moved from it."""
+    final = folder / f"{case}.json"
+    if not final.exists():
+        moved = _moved(stage, case)
+        if not moved and (stage / _BEFORE).exists():
+            os.replace(stage / _BEFORE, final)  # nothing of the new result is in place: the old one is whole
+        else:
+            for name in moved | names_in(load(stage / _BEFORE), case):
+                (folder / name).unlink(missing_ok=True)
+    # first what claims files: a call that is killed here must not leave claims that are no longer true
+    for name in (_NEW, _BEFORE):
+        (stage / name).unlink(missing_ok=True)
+    shutil.rmtree(stage, ignore_errors=True)
