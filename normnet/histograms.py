@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from normnet.config import PAPER_THRESHOLD_HU
 from normnet.metrics import bright_voxels
 from normnet.report import LUNG_WINDOW, histogram
 
@@ -31,17 +32,27 @@ class VoxelCounts:
     Attributes
     ----------
     probability : dict of str to (60,) int64 array
-        Bright lung voxels by healthy probability, for `TISSUE`.
+        Lung voxels that the method judges by healthy probability, for `TISSUE`.
     hu : dict of str to (4096,) int64 array
         Voxels by HU, from -1024 up, for `OUTCOMES`.
+    judged : set of float or None
+        Every T that `probability` was counted with.
     """
 
     def __init__(self) -> None:
         self.probability = {name: np.zeros(BINS, np.int64) for name in TISSUE}
         self.hu = {name: np.zeros(HIGHEST - LOWEST + 1, np.int64) for name in OUTCOMES}
+        self.judged: set[float | None] = set()
 
     def add(
-        self, hu: Array, prediction: Array, truth: Array, lung_mask: Array, probability: Array | None
+        self,
+        hu: Array,
+        prediction: Array,
+        truth: Array,
+        lung_mask: Array,
+        probability: Array | None,
+        *,
+        threshold_hu: float | None = PAPER_THRESHOLD_HU,
     ) -> None:
         """Count a case.
 
@@ -53,6 +64,8 @@ class VoxelCounts:
             Lesions and lungs.
         probability : (Z, Y, X) float array, optional
             Healthy probability, in [0, 1].
+        threshold_hu : float or None
+            The method judges lung voxels at or above this; None for all of them.
         """
         regions = (prediction & truth, ~prediction & truth, prediction & ~truth)
         for name, region in zip(OUTCOMES, regions, strict=True):
@@ -60,8 +73,9 @@ class VoxelCounts:
             self.hu[name] += np.bincount(steps, minlength=HIGHEST - LOWEST + 1)
         if probability is None:
             return
-        bright = bright_voxels(hu, lung_mask)
-        for name, region in zip(TISSUE, (bright & ~truth, bright & truth), strict=True):
+        self.judged.add(threshold_hu)
+        judged = bright_voxels(hu, lung_mask, threshold_hu)
+        for name, region in zip(TISSUE, (judged & ~truth, judged & truth), strict=True):
             self.probability[name] += np.histogram(probability[region], BINS, (0.0, 1.0))[0]
 
     def pictures(self) -> dict[str, bytes]:
@@ -69,8 +83,8 @@ class VoxelCounts:
         drawn = {}
         if any(counts.any() for counts in self.probability.values()):
             centres = (np.arange(BINS) + 0.5) / BINS
-            series = {f"{name}, bright": values_of(c, centres) for name, c in self.probability.items()}
-            caption = "bright lung voxels by healthy probability"
+            series = {name: values_of(c, centres) for name, c in self.probability.items()}
+            caption = f"{self._judged()} by healthy probability"
             drawn[caption] = histogram(series, xlabel="healthy probability", bins=BINS, range=(0.0, 1.0))
         if any(counts.any() for counts in self.hu.values()):
             values = np.arange(LOWEST, HIGHEST + 1)
@@ -78,6 +92,12 @@ class VoxelCounts:
             caption = "lesion voxels that were found or missed, and voxels that were wrongly marked, by HU"
             drawn[caption] = histogram(series, xlabel="HU", bins=65, range=LUNG_WINDOW)
         return drawn
+
+    def _judged(self) -> str:
+        """Say what was counted by probability."""
+        levels = sorted(level for level in self.judged if level is not None)
+        parts = [f"lung voxels of at least {level:g} HU" for level in levels]
+        return " or ".join([*parts, *(["all lung voxels"] if None in self.judged else [])])
 
 
 def values_of(counts: Array, values: Array) -> Array:

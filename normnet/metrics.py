@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 import lesionsynth as ls
+from normnet.config import PAPER_THRESHOLD_HU
 
 Array = npt.NDArray[Any]
 
@@ -95,22 +96,32 @@ def roc_auc(positive: Array, negative: Array) -> float:
     return (below + upto) / (2 * positive.size * negative.size)
 
 
-def bright_voxels(hu: Array, lung_mask: Array) -> Array:
-    """Lung voxels at or above -500 HU (tau = 1/3), the ones that the network judges (PAPER.md III-B).
+def bright_voxels(hu: Array, lung_mask: Array, threshold_hu: float | None = PAPER_THRESHOLD_HU) -> Array:
+    """Lung voxels at or above T, the ones that a network judges (PAPER.md III-B).
 
     Parameters
     ----------
     hu : (Z, Y, X) array
         Hounsfield units.
     lung_mask : (Z, Y, X) bool array
+    threshold_hu : float or None
+        T in HU, in [-800, 100]; the paper's -500 HU (tau = 1/3) where omitted. None for all lung voxels,
+        which the methods that NormNet is compared with judge.
 
     Returns
     -------
     (Z, Y, X) bool array
+
+    Raises
+    ------
+    ValueError
+        T is out of range.
     """
+    if threshold_hu is None:
+        return lung_mask
     bright = np.zeros(lung_mask.shape, np.bool_)
     # the window makes floats: of the lungs alone they are a fifth of the volume's
-    bright[lung_mask] = ls.window_hu(hu[lung_mask]) >= np.float32(ls.threshold())
+    bright[lung_mask] = ls.window_hu(hu[lung_mask]) >= np.float32(ls.threshold(threshold_hu))
     return bright
 
 
@@ -178,7 +189,8 @@ def evaluate_case(
     lesion_truth, lung_mask : (Z, Y, X) bool arrays
         Annotated lesions; lungs including lesions. Lesions outside `lung_mask` count in Table III.
     hu : (Z, Y, X) array
-        Hounsfield units; bright voxels are those of `lung_mask` at or above -500 HU (tau = 1/3).
+        Hounsfield units; bright voxels are those of `lung_mask` at or above -500 HU (tau = 1/3), whatever T
+        the network was trained for: methods compare on the same voxels.
     healthy_probability : (Z, Y, X) float array, optional
         The network's healthy probability; 0 where it says nothing. Without it Table II is NaN.
     healthy : (Z, Y, X) bool array, optional

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from normnet.config import PAPER_THRESHOLD_HU
 from normnet.metrics import SCORES, bright_voxels, mean_and_sd
 
 Array = npt.NDArray[Any]
@@ -23,7 +24,7 @@ def threshold_counts(
     hu: Array,
     healthy_probability: Array,
     *,
-    bright_only: bool = True,
+    threshold_hu: float | None = PAPER_THRESHOLD_HU,
 ) -> Array:
     """Tell what each threshold of the healthy probability would give.
 
@@ -31,16 +32,16 @@ def threshold_counts(
     ----------
     lesion_truth, lung_mask, hu, healthy_probability
         See `evaluate_case`.
-    bright_only : bool
-        Lesions among the bright lung voxels alone, which are what NormNet judges; anywhere in the lungs
-        otherwise, as the methods it is compared with find them.
+    threshold_hu : float or None
+        Lesions among lung voxels at or above this T alone, which are what a NormNet of that T judges; None
+        for anywhere in the lungs, as the methods it is compared with find them.
 
     Returns
     -------
     (101, 3) int64 array
         tp, fp and fn of "lesion where the probability is at most t", for t = 0, 0.01, ... 1.
     """
-    judged = bright_voxels(hu, lung_mask) if bright_only else lung_mask
+    judged = bright_voxels(hu, lung_mask, threshold_hu)
     thresholds = (np.arange(101) / 100).astype(healthy_probability.dtype)
     # a voxel is a lesion from the first t that reaches its probability
     first = np.searchsorted(thresholds, healthy_probability[judged], "left")

@@ -1,22 +1,24 @@
-"""Where a lesion map's threshold comes from, read from what the prediction wrote beside it.
+"""How a lesion map was made, read from what the prediction wrote beside it.
 
 Scores at a threshold that was fixed beforehand, at one calibrated without annotated data and at one searched
-on the test set are three different things; tables name which.
+on the test set are three different things; tables name which. A method is searched and drawn on the voxels
+that it judges, which the record tells too.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import lesionsynth as ls
 from lesionsynth.io import case_name
+from normnet.config import PAPER_THRESHOLD_HU
 
 UNKNOWN = "not recorded"
 """Label of maps without a record."""
-BRIGHT_HU = -500.0
-"""The paper's T; records of models with another say so."""
 _LESIONS = "_lesions"
 
 
@@ -27,13 +29,23 @@ class Origin:
     Attributes
     ----------
     label : str
-        ``fixed at 0.95``, ``calibrated on synthetic pairs: 0.62``, or `UNKNOWN`.
-    bright_only : bool
-        The method judges bright voxels alone, as NormNet does, not the whole lung.
+        ``fixed at 0.95``, ``calibrated on synthetic pairs: 0.62; T -700 HU``, or `UNKNOWN`.
+    threshold_hu : float or None
+        T: the method judges lung voxels at or above it, as NormNet does. None for the whole lung.
     """
 
     label: str = UNKNOWN
-    bright_only: bool = True
+    threshold_hu: float | None = PAPER_THRESHOLD_HU
+
+    @property
+    def tissue(self) -> str:
+        """What a label says about T: nothing where it is the paper's, or where there is none."""
+        return _tissue([] if self.threshold_hu is None else [self.threshold_hu])
+
+    @property
+    def judged(self) -> str:
+        """The voxels that the method judges, in words."""
+        return "lung" if self.threshold_hu is None else f"lung from {self.threshold_hu:g} HU"
 
 
 def read_origin(prediction: Path) -> Origin:
@@ -49,30 +61,66 @@ def read_origin(prediction: Path) -> Origin:
     Origin
         Unknown where there is no record, or one of another file: a label must not be guessed.
     """
+    record = _record(prediction)
+    try:
+        return _baseline(record["baseline"]) if "baseline" in record else _normnet(record)
+    except (ValueError, TypeError, LookupError, AttributeError):
+        return Origin()
+
+
+def read_series(prediction: Path) -> str | None:
+    """Read the SeriesInstanceUID of the CT that a lesion map was predicted from.
+
+    Parameters
+    ----------
+    prediction : Path
+        As in `read_origin`.
+
+    Returns
+    -------
+    str or None
+        None where no record tells one: the CT was a file, or another program made the map.
+    """
+    series = _record(prediction).get("series")
+    return series if isinstance(series, str) else None
+
+
+def _record(prediction: Path) -> dict[str, Any]:
+    """Read what was written beside a lesion map; nothing where no record is, or one of another file."""
     name = case_name(prediction)
     if not name.endswith(_LESIONS):
-        return Origin()
+        return {}
     try:
-        record = json.loads(prediction.with_name(f"{name[: -len(_LESIONS)]}.json").read_text("utf-8"))
-        if record["files"]["lesions"] != prediction.name:
-            return Origin()
-        return _baseline(record["baseline"]) if "baseline" in record else _normnet(record)
-    except (OSError, ValueError, TypeError, KeyError, AttributeError):
-        return Origin()
+        text = prediction.with_name(f"{name[: -len(_LESIONS)]}.json").read_text("utf-8")
+        record: dict[str, Any] = json.loads(text)
+        return record if record["files"]["lesions"] == prediction.name else {}
+    except (OSError, ValueError, TypeError, LookupError):
+        return {}
 
 
-def _normnet(record: Any) -> Origin:
+def _normnet(record: dict[str, Any]) -> Origin:
     settings, models = record["settings"], record["models"]
-    # models that judge fainter or denser tissue than the paper's are another method
-    tissue = {float(model.get("threshold_hu", BRIGHT_HU)) for model in models} - {BRIGHT_HU}
-    said = "".join(f"; T {level:g} HU" for level in sorted(tissue))
-    if settings["probability"] != "calibrated":
-        return Origin(f"fixed at {float(settings['probability']):g}{said}")
-    levels = ", ".join(f"{float(model['probability']):g}" for model in models)
-    return Origin(f"calibrated on synthetic pairs: {levels}{said}")
+    # records of earlier versions have T among the settings alone
+    usual = settings.get("postprocess", {}).get("threshold_hu")
+    usual = PAPER_THRESHOLD_HU if usual is None else usual
+    judged = [float(model.get("threshold_hu", usual)) for model in models]
+    for level in judged:
+        ls.threshold(level)  # no T lies beyond the networks' window
+    if settings["probability"] == "calibrated":
+        levels = ", ".join(f"{float(model['probability']):g}" for model in models)
+        label = f"calibrated on synthetic pairs: {levels}"
+    else:
+        label = f"fixed at {float(settings['probability']):g}"
+    # what any of the models judges may become a lesion
+    return Origin(f"{label}{_tissue(judged)}", min(judged))
 
 
 def _baseline(entry: Any) -> Origin:
     level = f"anomaly {float(entry['threshold']):.4g}"
     label = f"calibrated on healthy volumes: {level}" if entry["calibrated"] else f"fixed at {level}"
-    return Origin(label, bright_only=False)
+    return Origin(label, threshold_hu=None)
+
+
+def _tissue(levels: Iterable[float]) -> str:
+    # models that judge fainter or denser tissue than the paper's are another method
+    return "".join(f"; T {level:g} HU" for level in sorted({*levels} - {PAPER_THRESHOLD_HU}))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,6 +14,7 @@ from normnet.metrics import CaseScores
 from normnet.prepare.store import write_atomically
 from normnet.report import Report
 from normnet.scoring import MethodScores
+from normnet.strict_json import dumps
 from normnet.tables import Grid, lay_out, markdown, volumes_grid, with_ungrown
 
 TITLE = "NormNet: evaluation"
@@ -87,8 +87,7 @@ class Evaluation:
         """Write cases.csv, results.json, tables.md and report.html into a folder, each atomically."""
         output.mkdir(parents=True, exist_ok=True)
         write_atomically(output / "cases.csv", self._csv())
-        document = json.dumps(_without_nan(self._document()), indent=2, allow_nan=False)
-        write_atomically(output / "results.json", document + "\n")
+        write_atomically(output / "results.json", dumps(self._document()))
         write_atomically(output / "tables.md", "\n".join(markdown(grid) for grid in self.grids()))
         report = Report(TITLE)
         self.add_to(report)
@@ -161,6 +160,7 @@ class Evaluation:
                 m.name: {
                     "threshold": m.threshold,
                     "bright_threshold": m.bright_threshold,
+                    "judges": m.judges,
                     "summary": m.summary,
                     "cases": m.scores,
                     "oracle_searched_on_this_test_set": m.oracle,
@@ -188,12 +188,3 @@ class Evaluation:
 def _or_one(dsc: float) -> float:
     """DSC to sort by: undefined is not bad."""
     return 1.0 if math.isnan(dsc) else dsc
-
-
-def _without_nan(value: Any) -> Any:
-    """JSON has no NaN: null."""
-    if isinstance(value, Mapping):
-        return {key: _without_nan(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_without_nan(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -89,6 +89,8 @@ class MethodScores:
         The same before region growing, of the cases where that is known.
     thresholds, bright_thresholds : dict of str to str
         By case: where the threshold behind Table III, and that behind Table II, comes from.
+    judged : dict of str to str
+        By case: the voxels that the method judges, among which the oracle searches.
     pictures : dict of str to list of (slice, PNG)
         By case, worst slices first.
     voxels : VoxelCounts
@@ -101,6 +103,7 @@ class MethodScores:
     grown_from: dict[str, CaseScores] = field(default_factory=dict)
     thresholds: dict[str, str] = field(default_factory=dict)
     bright_thresholds: dict[str, str] = field(default_factory=dict)
+    judged: dict[str, str] = field(default_factory=dict)
     pictures: dict[str, list[tuple[int, bytes]]] = field(default_factory=dict)
     voxels: VoxelCounts = field(default_factory=VoxelCounts)
     _counts: list[Array] = field(default_factory=list)
@@ -135,15 +138,16 @@ class MethodScores:
         self.scores[v.case], self.pictures[v.case] = result, pictures
         self.thresholds[v.case] = v.origin.label
         self.bright_thresholds[v.case] = _bright_threshold(v, rules.healthy_threshold)
+        self.judged[v.case] = v.origin.judged
         if before is not None:
             self.grown_from[v.case] = {**result, **before}
         if result["control"]:
             return
-        self.voxels.add(v.hu, v.prediction, v.truth, v.lung_mask, v.probability)
+        level = v.origin.threshold_hu
+        self.voxels.add(v.hu, v.prediction, v.truth, v.lung_mask, v.probability, threshold_hu=level)
         if rules.oracle and v.probability is not None:
-            bright = v.origin.bright_only
             self._counts.append(
-                threshold_counts(v.truth, v.lung_mask, v.hu, v.probability, bright_only=bright)
+                threshold_counts(v.truth, v.lung_mask, v.hu, v.probability, threshold_hu=level)
             )
 
     @property
@@ -178,6 +182,11 @@ class MethodScores:
         """Where the threshold behind Table II comes from."""
         return _one_label(self.bright_thresholds)
 
+    @property
+    def judges(self) -> str:
+        """The voxels that the method judges."""
+        return _one_label(self.judged)
+
     def without_growing(self) -> MethodScores | None:
         """Scores before region growing, where they are there for every case."""
         if not self.scores or self.grown_from.keys() != self.scores.keys():
@@ -187,13 +196,16 @@ class MethodScores:
             scores=self.grown_from,
             thresholds=self.thresholds,
             bright_thresholds=self.bright_thresholds,
+            judged=self.judged,
         )
 
 
 def _bright_threshold(v: CaseVolumes, healthy_threshold: float) -> str:
     if v.healthy is not None:
         return f"vote, {v.origin.label}"
-    return "–" if v.probability is None else f"mean probability, fixed at {healthy_threshold:g}"
+    if v.probability is None:
+        return "–"
+    return f"mean probability, fixed at {healthy_threshold:g}{v.origin.tissue}"
 
 
 def _one_label(labels: Mapping[str, str]) -> str:

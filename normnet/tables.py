@@ -79,9 +79,10 @@ def bright_grid(methods: Sequence[MethodScores]) -> Grid:
         "Table II: bright voxels, healthy against lesion, mean±SD over patients (%)",
         ["Methods", *BRIGHT_NAMES, "patients", "threshold"],
         rows,
-        "Lung voxels of at least -500 HU, before post-processing; healthy is the positive class, so "
-        "specificity is the share of bright lesion voxels not called healthy. The AUC, of the mean healthy "
-        "probability, needs no threshold.",
+        "Lung voxels of at least -500 HU, the paper's T, for every method whatever its own T: methods "
+        "compare on the same voxels, and what a method does not judge it does not call healthy. Before "
+        "post-processing; healthy is the positive class, so specificity is the share of bright lesion voxels "
+        "not called healthy. The AUC, of the mean healthy probability, needs no threshold.",
     )
 
 
@@ -91,16 +92,18 @@ def oracle_grid(methods: Sequence[MethodScores]) -> Grid | None:
     for m in methods:
         found = m.oracle
         if found is not None and "dsc" in found:
-            rows.append([m.name, *_mean_texts(found, SCORES), str(m.patients), f"{found['threshold']:.2f}"])
+            level = f"{found['threshold']:.2f}"
+            rows.append([m.name, *_mean_texts(found, SCORES), str(m.patients), level, m.judges])
     if not rows:
         return None
     return Grid(
         "Oracle, NOT a result: thresholds searched on this very test set (%)",
-        ["Methods", *SCORE_NAMES, "patients", "healthy probability"],
+        ["Methods", *SCORE_NAMES, "patients", "healthy probability", "searched in"],
         rows,
         "One threshold per method, the best mean DSC of 0, 0.01, ... 1, on its mean probability without "
         "post-processing: the search that the paper grants its baselines (IV-C). The most that the bare map "
-        "could reach. Not to be set beside Table III.",
+        "could reach on the voxels that the method judges: from its own T on, or the whole lung. Not to be "
+        "set beside Table III.",
     )
 
 

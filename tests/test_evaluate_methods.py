@@ -194,7 +194,8 @@ def test_the_report_is_one_page_with_histograms_and_the_worst_first(study):
     assert not re.search(r"https?://|<script|<link|@import|url\(", page)
     captions = re.findall(r"<figcaption>(.*?)</figcaption>", page)
     where = f"n = 3; threshold: {CALIBRATED}"
-    assert captions[0] == f"Proposed: bright lung voxels by healthy probability, {where}"
+    assert captions[0] == f"Proposed: lung voxels of at least -500 HU by healthy probability, {where}"
+    assert captions[2].startswith("VAE: all lung voxels by healthy probability, n = 3")
     worst = sorted(PATIENTS, key=lambda case: evaluation.scores[case]["dsc"])
     assert [text.split()[0] for text in captions[4:]] == [*worst, CONTROL]
     fp = evaluation.scores[CONTROL]["fp"] * 5 * 0.8 * 0.8 / 1000
@@ -233,10 +234,62 @@ def test_oracle_stands_apart_and_says_what_it_is(study):
                 scores.append(overlap_by_loop(marked, v["truth"]) if marked.any() else (0.0, math.nan, 0.0))
             if not best or sum(s[0] for s in scores) > sum(s[0] for s in best) + 1e-12:
                 best, level = scores, step / 100
-        assert rows[name] == [*texts(best), "3", f"{level:.2f}"]
+        where = "lung from -500 HU" if name == "Proposed" else "lung"
+        assert rows[name] == [*texts(best), "3", f"{level:.2f}", where]
     document = json.loads((study / "results/results.json").read_text())
     assert document["methods"]["VAE"]["oracle_searched_on_this_test_set"]["threshold"] == level
     assert "very test set" in (study / "results/tables.md").read_text()
+
+
+def test_oracle_and_histogram_are_of_the_voxels_that_the_method_judges(study):
+    """A perfect map of a model for T = -700 HU, of lesions that the paper's T leaves out."""
+    lung = np.ones(SHAPE, bool)
+    truth = np.zeros(SHAPE, bool)
+    truth[1:4, 3:9, 3:9] = True
+    hu = np.where(truth, -600, -850).astype(np.int16)
+    hu[0] = -700  # bright for this model, and healthy
+    probability = np.where(truth, 0.1, 0.9).astype(np.float32)
+    case = CaseVolumes(
+        case="faint", hu=hu, prediction=truth, truth=truth, lung_mask=lung, probability=probability,
+        spacing=(1.0, 1.0, 1.0), origin=Origin("fixed at 0.95; T -700 HU", threshold_hu=-700.0),
+    )  # fmt: skip
+    evaluation = evaluate_volumes([case], oracle=True, pictures=0)
+    assert evaluation.scores["faint"]["dsc"] == evaluation.oracle["mean_dsc"] == 1.0
+    assert grid_of(evaluation, "Oracle")["Proposed"][-1] == "lung from -700 HU"
+    counted = {name: int(bins.sum()) for name, bins in evaluation.methods[0].voxels.probability.items()}
+    assert counted == {"healthy": hu[0].size, "lesion": truth.sum()}
+    assert any(
+        p.startswith("lung voxels of at least -700 HU by") for p in evaluation.methods[0].voxels.pictures()
+    )
+    # Table II keeps to the paper's voxels, of which there are none, and says so
+    assert evaluation.scores["faint"]["bright_lesion_voxels"] == 0
+    (grid,) = (g for g in evaluation.grids() if g.title.startswith("Table II:"))
+    assert grid.rows[0][-1] == "mean probability, fixed at 0.95; T -700 HU"
+    assert "at least -500 HU, the paper's T, for every method whatever its own T" in grid.note
+    # the whole lung, and other T in other cases
+    whole = evaluate_volumes([replace(case, origin=Origin("x", threshold_hu=None))], oracle=True, pictures=0)
+    assert whole.oracle["mean_dsc"] == 1.0
+    assert sum(int(bins.sum()) for bins in whole.methods[0].voxels.probability.values()) == hu.size
+    usual = replace(case, case="usual", origin=Origin("fixed at 0.95"))
+    both = evaluate_volumes([case, usual], oracle=True, pictures=0)
+    assert both.methods[0].judges == "DIFFERENT: lung from -700 HU (n = 1); lung from -500 HU (n = 1)"
+    assert both.oracle["mean_dsc"] == 0.5
+    caption = "lung voxels of at least -700 HU or lung voxels of at least -500 HU by healthy probability"
+    assert caption in both.methods[0].voxels.pictures()
+
+
+@pytest.mark.parametrize("level", [-700.0, -650.0, -500.0, -300.0])
+def test_oracle_at_any_t_equals_a_loop(level):
+    v = voxels_of("a")
+    counts = threshold_counts(v["truth"], v["lung"], v["hu"], v["probability"], threshold_hu=level)
+    for step in (0, 20, 50, 96, 100):
+        n = [0, 0, 0]
+        for voxel in np.ndindex(SHAPE):
+            judged = v["lung"][voxel] and v["hu"][voxel] >= level
+            marked = judged and v["probability"][voxel] <= np.float32(step / 100)
+            if marked or v["truth"][voxel]:
+                n[0 if marked and v["truth"][voxel] else 1 if marked else 2] += 1
+        assert counts[step].tolist() == n
 
 
 def test_oracle_without_a_patient():
@@ -378,18 +431,29 @@ def test_where_a_threshold_comes_from(tmp_path):
     own = {"settings": {"probability": "calibrated"}, "models": [{"probability": 0.62}], "files": files}
     assert label(own) == Origin("calibrated on synthetic pairs: 0.62")
     faint = {**own, "models": [{"probability": 0.62, "threshold_hu": -650.0}]}
-    assert label(faint) == Origin("calibrated on synthetic pairs: 0.62; T -650 HU")
+    assert label(faint) == Origin("calibrated on synthetic pairs: 0.62; T -650 HU", threshold_hu=-650.0)
+    two = [{"probability": 0.95, "threshold_hu": level} for level in (-500.0, -700.0)]
+    assert label({**fixed, "models": two}) == Origin("fixed at 0.95; T -700 HU", threshold_hu=-700.0)
+    # of a version whose models had no T of their own
+    for level, expected in (
+        (-600.0, ("fixed at 0.95; T -600 HU", -600.0)),
+        (None, ("fixed at 0.95", -500.0)),
+    ):
+        older = {"probability": 0.95, "postprocess": {"threshold_hu": level}}
+        assert label({**fixed, "settings": older}) == Origin(*expected)
     assert label({**fixed, "models": [{"probability": 0.95, "threshold_hu": -500.0}]}) == Origin(
         "fixed at 0.95"
     )
     given = {"baseline": {"method": "ae", "threshold": 0.5, "calibrated": False}, "files": files}
-    assert label(given) == Origin("fixed at anomaly 0.5", bright_only=False)
+    assert label(given) == Origin("fixed at anomaly 0.5", threshold_hu=None)
     for other in (
         [1],
         {"files": files},
         {"files": None},
         {**own, "models": [{}]},
         {**own, "models": [1]},
+        {**own, "models": [{"probability": 0.62, "threshold_hu": -5000}]},
+        {**own, "models": []},
         "x",
     ):
         assert label(other) == Origin(UNKNOWN)
