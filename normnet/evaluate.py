@@ -66,7 +66,8 @@ class EvaluateConfig:
     truth: tuple[Path, ...] = ()
     """Annotated lesions, or folders of them."""
     ct: tuple[Path, ...] = ()
-    """The CT volumes, or folders of them."""
+    """The CT volumes: what `normnet.predict` was given, files, DICOM folders, or folders of these at any
+    depth."""
     lungs: tuple[Path, ...] = ()
     """Lung masks including lesions, or folders of them; those the prediction used where omitted."""
     cases: Path | None = None
@@ -124,7 +125,7 @@ class _Opened:
 
     @classmethod
     def read(cls, files: CaseFiles) -> _Opened:
-        ct = read_ct(files.ct)
+        ct = read_ct(files.ct, files.series)
         truth = read_mask(files.lesion, ct)
         if files.lung is None:
             return cls(ct, truth, segment_lungs(ct.hu, ct.spacing), (OWN_LUNGS,))

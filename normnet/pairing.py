@@ -11,7 +11,8 @@ from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from lesionsynth.io import case_name
+from lesionsynth.io import SUFFIXES, case_name
+from normnet.origin import read_series
 
 ROLE_WORDS: Mapping[str, frozenset[str]] = {
     "ct": frozenset({"hu", "ct", "image", "img", "0000"}),
@@ -24,30 +25,46 @@ ROLE_WORDS: Mapping[str, frozenset[str]] = {
 MAP_WORDS: Mapping[str, frozenset[str]] = {"core": frozenset({"core"}), "healthy": frozenset({"healthy"})}
 """The same, among predictions alone: elsewhere ``anna_healthy`` is more likely a person."""
 _MASKS = frozenset({"mask", "msk"})
-_SUFFIXES = (".nii", ".nii.gz", ".nrrd", ".nhdr", ".mhd", ".mha")
 
 
 @dataclass(frozen=True, kw_only=True)
-class CaseFiles:
-    """The files of one case.
+class PatientFiles:
+    """The files of one annotated patient.
 
     Attributes
     ----------
     case : str
         Its name.
-    ct, lesion, prediction : Path
-        CT, annotated lesions, and predicted lesions.
-    lung, probability : Path or None
-        Lungs, and the network's healthy probability.
-    core, healthy : Path or None
-        Predicted lesions before region growing, and the voxels that the models' vote calls healthy.
+    ct, lesion : Path
+        CT, a file or a DICOM folder, and annotated lesions.
+    lung : Path or None
+        Lungs.
+    series : str or None
+        SeriesInstanceUID, for a CT in a DICOM folder.
     """
 
     case: str
     ct: Path
     lesion: Path
-    prediction: Path
     lung: Path | None = None
+    series: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class CaseFiles(PatientFiles):
+    """The files of one patient and of a prediction.
+
+    Attributes
+    ----------
+    prediction : Path
+        Predicted lesions.
+    probability : Path or None
+        The network's healthy probability.
+    core, healthy : Path or None
+        Predicted lesions before region growing, and the voxels that the models' vote calls healthy.
+    """
+
+    prediction: Path
     probability: Path | None = None
     core: Path | None = None
     healthy: Path | None = None
@@ -98,9 +115,12 @@ def find_cases(
     predictions : sequence of Path
         What `normnet.predict` wrote (lesions, and ``..._probability``, ``..._healthy``, ``..._core``,
         ``..._lung``): files, or folders of files. Their cases are those evaluated.
-    truth, ct, lungs : sequence of Path
+    truth, lungs : sequence of Path
         Files, or folders, which may be one and the same: roles are told by the last word of a name. Without
         `lungs`, those beside the predictions.
+    ct : sequence of Path
+        Files, DICOM folders, and folders of these at any depth: what `normnet.predict` was given. The series
+        that a prediction recorded is taken, wherever it is; see `normnet.scans.find_scans`.
 
     Returns
     -------
@@ -112,8 +132,11 @@ def find_cases(
     FileNotFoundError
         A path does not exist.
     ValueError
-        No prediction, a prediction without truth or CT, or two files for one role of a case.
+        No prediction, a prediction without truth or CT, two files for one role of a case, or a DICOM folder
+        without the series that was predicted.
     """
+    from normnet.scans import Wanted, find_scans, name_of_map  # which names files by this module
+
     files = _listed(predictions)
     predicted, maps = _maps(files)
     if not predicted:
@@ -121,11 +144,16 @@ def find_cases(
             f"predictions must hold at least one lesion map, found none in {_names(predictions)}"
         )
     truths = _by_case("lesion", _listed(truth), {None, "lesion"})
-    images = _by_case("ct", _listed(ct, folders=True), {None, "ct"})
+    wanted = [Wanted(case, name_of_map(path), read_series(path)) for case, path in predicted.items()]
+    images = find_scans(ct, wanted)
     used = [f for f in files if split_name(f)[1] == "lung"]
     lung_masks = _by_case("lung", _listed(lungs) or used, {None, "lung"})
-    for role, table, given in (("truth", truths, truth), ("ct", images, ct), ("lungs", lung_masks, lungs)):
-        missing = sorted(set(predicted) - set(table))
+    for role, table, given in (
+        ("truth", truths.keys(), truth),
+        ("ct", images.keys(), ct),
+        ("lungs", lung_masks.keys(), lungs),
+    ):
+        missing = sorted(predicted.keys() - table)
         if missing and (role != "lungs" or lungs):
             raise ValueError(
                 f"{role} must have a file for each prediction; {missing} not found in {_names(given)}"
@@ -133,7 +161,8 @@ def find_cases(
     return [
         CaseFiles(
             case=case,
-            ct=images[case],
+            ct=images[case].path,
+            series=images[case].series,
             lesion=truths[case],
             prediction=path,
             lung=lung_masks.get(case),
@@ -200,29 +229,103 @@ def read_table(path: Path) -> list[CaseFiles]:
     ValueError
         A column or a cell is missing, a case occurs twice, or there is no row.
     """
-    with path.open(newline="", encoding="utf-8-sig") as stream:
-        rows = list(csv.DictReader(stream))
+    rows = _rows(path, ("ct", "lesion", "prediction"), ("lung", "probability", "core", "healthy"))
+    cases = []
+    for case, files in rows.items():
+        dicom = files["ct"].is_dir() or files["ct"].suffix.lower() == ".dcm"
+        cases.append(
+            CaseFiles(case=case, **files, series=read_series(files["prediction"]) if dicom else None)
+        )
+    return cases
+
+
+def read_patients(path: Path) -> list[PatientFiles]:
+    """Read a CSV with the columns case, ct, lesion and, if any, lung.
+
+    Parameters
+    ----------
+    path : Path
+        As in `read_table`.
+
+    Returns
+    -------
+    list of PatientFiles
+
+    Raises
+    ------
+    ValueError
+        As in `read_table`.
+    """
+    return [
+        PatientFiles(case=case, series=None, **files)
+        for case, files in _rows(path, ("ct", "lesion"), ("lung",)).items()
+    ]
+
+
+def find_patients(paths: Sequence[Path]) -> list[PatientFiles]:
+    """Pair CT, annotated lesions and lungs by the names of their cases.
+
+    Parameters
+    ----------
+    paths : sequence of Path
+        Files and folders. ``NAME_lesion`` says that NAME is a patient, ``NAME_lung`` are its lungs; these lie
+        in the folders themselves. CT are searched at any depth, as `normnet.scans.find_scans` does.
+
+    Returns
+    -------
+    list of PatientFiles
+        Sorted by case.
+
+    Raises
+    ------
+    FileNotFoundError
+        A path does not exist.
+    ValueError
+        No patient, one without CT, or two files for one role of a patient.
+    """
+    from normnet.scans import Wanted, find_scans  # which names files by this module
+
+    files = _listed(paths)
+    lesions, lungs = (_by_case(role, files, {role}) for role in ("lesion", "lung"))
+    if not lesions:
+        raise ValueError(
+            f"patients must hold at least one lesion truth (NAME_lesion...), found none in {_names(paths)}"
+        )
+    images = find_scans(paths, [Wanted(case, case) for case in lesions])
+    for case, path in lesions.items():
+        if case not in images:
+            raise ValueError(f"patients must have a CT for each truth, got none for {path}")
+    return [
+        PatientFiles(
+            case=case, ct=images[case].path, series=images[case].series, lesion=path, lung=lungs.get(case)
+        )
+        for case, path in sorted(lesions.items())
+    ]
+
+
+def _rows(path: Path, needed: Sequence[str], optional: Sequence[str]) -> dict[str, dict[str, Path]]:
+    """Read the files of a CSV's columns by case; a cell that is empty is left out."""
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as stream:
+            rows = list(csv.DictReader(stream))
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise ValueError(f"{path} must be a CSV in UTF-8: {error}") from error
     if not rows:
         raise ValueError(f"{path} must have at least one row below its header")
-    needed = ("case", "ct", "lesion", "prediction")
-    cases: dict[str, CaseFiles] = {}
+    columns = ("case", *needed)
+    cases: dict[str, dict[str, Path]] = {}
     for number, row in enumerate(rows, start=2):
-        lacking = [name for name in needed if not row.get(name)]
+        lacking = [name for name in columns if not row.get(name)]
         if lacking:
             raise ValueError(
-                f"{path}, line {number}: columns {', '.join(needed)} must be filled, missing {lacking}"
+                f"{path}, line {number}: columns {', '.join(columns)} must be filled, missing {lacking}"
             )
         if row["case"] in cases:
-            raise ValueError(f"{path}, line {number}: case {row['case']!r} occurs twice")
-        given = {name: row.get(name) for name in ("lung", "probability", "core", "healthy")}
-        cases[row["case"]] = CaseFiles(
-            case=row["case"],
-            ct=path.parent / row["ct"],
-            lesion=path.parent / row["lesion"],
-            prediction=path.parent / row["prediction"],
-            **{name: path.parent / cell if cell else None for name, cell in given.items()},
-        )
-    return list(cases.values())
+            raise ValueError(f"{path}, line {number}: cases must differ, got {row['case']!r} twice")
+        cases[row["case"]] = {
+            name: path.parent / cell for name in (*needed, *optional) if (cell := row.get(name))
+        }
+    return cases
 
 
 def _maps(files: Sequence[Path]) -> tuple[dict[str, Path], dict[str, dict[str, Path]]]:
@@ -238,8 +341,8 @@ def _maps(files: Sequence[Path]) -> tuple[dict[str, Path], dict[str, dict[str, P
     return lesions, beside
 
 
-def _listed(paths: Iterable[Path], *, folders: bool = False) -> list[Path]:
-    """Files, and the volumes inside folders; with `folders`, one without volumes is a DICOM series."""
+def _listed(paths: Iterable[Path]) -> list[Path]:
+    """Files, and the volumes inside folders."""
     found: list[Path] = []
     for path in paths:
         if not path.exists():
@@ -247,8 +350,7 @@ def _listed(paths: Iterable[Path], *, folders: bool = False) -> list[Path]:
         if not path.is_dir():
             found.append(path)
             continue
-        inside = sorted(p for p in path.iterdir() if p.name.lower().endswith(_SUFFIXES) and p.name[0] != ".")
-        found.extend(inside if inside or not folders else [path])
+        found += sorted(p for p in path.iterdir() if p.name.lower().endswith(SUFFIXES) and p.name[0] != ".")
     return found
 
 

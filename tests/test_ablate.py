@@ -23,6 +23,7 @@ from lesionsynth.presets import BY_NAME
 from normnet.ablate import PAPER, SMALL, AblateConfig, ablate
 from normnet.ablate.__main__ import main
 from normnet.ablate.config import training
+from normnet.ablate.output import caveats
 from normnet.ablate.patients import find_patients
 from normnet.ablate.scoring import majority
 from normnet.ablate.tables import ITERATIONS, MODULES, THRESHOLD, VOTING
@@ -302,6 +303,9 @@ def test_damaged_score_is_computed_again(tiny):
     file.write_text(text[: len(text) // 2])
     assert ablate(config).csv() == first.csv()
     assert file.read_text() == text
+    file.write_text("[]")
+    assert ablate(config).csv() == first.csv()
+    assert file.read_text() == text
 
 
 def test_failed_row_is_reported_and_the_others_go_on(tiny, monkeypatch, capsys):
@@ -370,6 +374,10 @@ def test_files_of_patients(tiny, tmp_path):
         "case,ct,lesion,lung\np5,patients/p5_hu.nii.gz,patients/p5_lesion.nii.gz,patients/p5_lung.nii.gz\n"
     )
     assert find_patients(replace(config, patients=(listed,)))[0].identity == find_patients(config)[0].identity
+    for case in ("../p5", "a/b"):
+        listed.write_text(f"case,ct,lesion\n{case},x.nii,y.nii\n")
+        with pytest.raises(ValueError, match="case must be a file name, got '" + case):
+            find_patients(replace(config, patients=(listed,)))
     listed.write_text("case,ct,lesion\np5,,x\n")
     with pytest.raises(ValueError, match=r"line 2: columns .* missing \['ct'\]"):
         find_patients(replace(config, patients=(listed,)))
@@ -427,6 +435,38 @@ def test_folder_of_another_table_is_refused(tiny):
     ablate(config)
     with pytest.raises(ValueError, match=r"output: .* already holds the table 'modules'"):
         ablate(tiny("voting", output=config.output))
+
+
+@pytest.mark.parametrize("content", [b"[]", b"{", b"{}", b'"table"', b"3", b"", b"\xff"])
+def test_folder_with_results_of_something_else_is_refused(tmp_path, capsys, content):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "results.json").write_bytes(content)
+    assert main(["modules", "--output", str(out)]) == 2
+    said = capsys.readouterr().err
+    assert f"output: {out / 'results.json'} must be the results of an ablation" in said
+    assert [path.name for path in out.iterdir()] == ["results.json"]
+
+
+@pytest.mark.parametrize("name", ["marks.json", "config.json"])
+def test_a_damaged_run_fails_its_row_and_is_named(tiny, name):
+    config = tiny("modules", rows=("covid_lung",), seeds=1)
+    ablate(config)
+    file = config.output / "runs" / "covid_lung" / "seed0" / name
+    for content in ("{", "[]"):
+        file.write_text(content)
+        (failure,) = ablate(config).failures
+        assert f"{file} must be" in failure
+        assert f"remove {file.parent}" in failure
+
+
+def test_t_of_every_row_is_told_where_it_is_not_the_paper_s(tiny):
+    config = tiny("modules", rows=("covid_lung",), seeds=1)
+    note = "T is -650 HU in every row, in training and prediction; the paper's is -500 HU."
+    base, other = training(config), replace(training(config), threshold_hu=-650.0)
+    assert note not in caveats(config, base, 1, [])
+    assert note in caveats(config, other, 1, [])
+    assert note not in caveats(replace(config, table="threshold"), other, 1, [])
 
 
 def test_command_line_ends_with_two_for_a_wrong_call(tmp_path, capsys):

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from normnet.metrics import evaluate_case, roc_auc, summarise
 from normnet.oracle import oracle_threshold, threshold_counts
-from normnet.pairing import find_cases, read_table, split_name, with_predictions
+from normnet.pairing import find_cases, read_patients, read_table, split_name, with_predictions
 
 pytest.importorskip("matplotlib")
 from normnet.evaluate import CaseVolumes, EvaluateConfig, evaluate, evaluate_volumes, main
@@ -324,8 +324,21 @@ def test_table_of_cases(tmp_path):
     with pytest.raises(ValueError, match=r"line 2: columns .* must be filled, missing \['prediction'\]"):
         read_table(table)
     table.write_text("case,ct,lesion,prediction\n")
-    with pytest.raises(ValueError, match="at least one row"):
-        read_table(table)
+    for read in (read_table, read_patients):
+        with pytest.raises(ValueError, match="at least one row"):
+            read(table)
+    table.write_text("case,ct,lesion,prediction\nx,x.nii,t.nii,p.nii\nx,x.nii,t.nii,p.nii\n")
+    for read in (read_table, read_patients):
+        with pytest.raises(ValueError, match="line 3: cases must differ, got 'x' twice"):
+            read(table)
+    for data in (b"case,ct\n\xff\xfe", b"case,ct\n" + b"x" * 200_000):
+        table.write_bytes(data)
+        with pytest.raises(ValueError, match=r"cases\.csv must be a CSV in UTF-8"):
+            read_table(table)
+    table.write_text("case,ct,lesion,lung\nx,x.nii,t/x.nii,\ny,y.nii,t/y.nii,l/y.nii\n")
+    one, two = read_patients(table)
+    assert (one.ct, one.lesion, one.lung) == (tmp_path / "x.nii", tmp_path / "t" / "x.nii", None)
+    assert (two.case, two.lung) == ("y", tmp_path / "l" / "y.nii")
 
 
 def in_memory(name, seed):

@@ -73,8 +73,9 @@ class AblateConfig:
     data: Path | None = None
     """Store written by `normnet.prepare`, to train on; phantoms where omitted."""
     patients: tuple[Path, ...] = ()
-    """CT, lesion truth and lung masks (NAME_hu, NAME_lesion, NAME_lung), or folders of them, or one CSV with
-    the columns case, ct, lesion and, if any, lung; phantoms with pneumonia where omitted."""
+    """CT, lesion truth and lung masks (NAME_hu, NAME_lesion, NAME_lung), or folders of them (CT and DICOM
+    series at any depth), or one CSV with the columns case, ct, lesion and, if any, lung; phantoms with
+    pneumonia where omitted."""
     rows: tuple[str, ...] = ()
     """Only these: voting, model_1, ...; covid_lung, no_shapes, ...; or thresholds in HU; all by default."""
     config: Path | None = None

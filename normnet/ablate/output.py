@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -14,10 +14,11 @@ from normnet.ablate.config import AblateConfig
 from normnet.ablate.patients import Patient
 from normnet.ablate.scoring import Cell, Scores
 from normnet.ablate.tables import ITERATIONS, MODULES, THRESHOLD, VOTING, AblationTable, mean_dice
-from normnet.config import TrainConfig, to_json
+from normnet.config import PAPER_THRESHOLD_HU, TrainConfig, to_json
 from normnet.metrics import summarise
 from normnet.prepare.store import write_atomically
 from normnet.report import Report, curve
+from normnet.strict_json import dumps
 
 PAPER_NUMBERS: dict[str, Any] = {
     "voting": {"iterations": ITERATIONS, **VOTING},
@@ -68,8 +69,7 @@ def write(
     lines = "\n".join(f"- {note}" for note in (*table.failures, *notes))
     write_atomically(folder / "table.md", f"{table.markdown()}\n{lines}\n")
     _report(table, notes).write(folder / "report.html")
-    text = json.dumps(_without_nan(document), indent=2, allow_nan=False, ensure_ascii=False)
-    write_atomically(folder / "results.json", text + "\n")
+    write_atomically(folder / "results.json", dumps(document))
 
 
 def caveats(config: AblateConfig, base: TrainConfig, seeds: int, patients: Sequence[Patient]) -> list[str]:
@@ -87,6 +87,9 @@ def caveats(config: AblateConfig, base: TrainConfig, seeds: int, patients: Seque
         "ten Coronacases volumes; it prints means only."
     )
     notes = [ours, paper]
+    if config.table != "threshold" and base.threshold_hu != PAPER_THRESHOLD_HU:
+        usual = f"the paper's is {PAPER_THRESHOLD_HU:g} HU"
+        notes.append(f"T is {base.threshold_hu:g} HU in every row, in training and prediction; {usual}.")
     if base.minutes is not None:
         notes.append(f"Training stopped after {base.minutes:g} minutes where that came first.")
     if base.data is None or not config.patients:
@@ -152,12 +155,3 @@ def _cell(cell: Cell) -> dict[str, Any]:
 
 def _scored(scores: Scores) -> dict[str, Any]:
     return {"summary": summarise(list(scores.values())), "patients": scores}
-
-
-def _without_nan(value: Any) -> Any:
-    """JSON has no NaN: null."""
-    if isinstance(value, Mapping):
-        return {str(key): _without_nan(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_without_nan(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

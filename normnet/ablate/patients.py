@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,8 +12,9 @@ import numpy.typing as npt
 
 import lesionsynth as ls
 from lesionsynth.io import read_mask
+from normnet import pairing
 from normnet.ablate.config import SCALES, AblateConfig
-from normnet.pairing import split_name
+from normnet.pairing import PatientFiles, read_patients
 from normnet.prepare import load_case
 from normnet.volumes import PHANTOM_SEED
 
@@ -103,76 +103,31 @@ def _listed(paths: Sequence[Path]) -> list[Patient]:
     tables = [path for path in paths if path.suffix.lower() == ".csv"]
     if tables and len(paths) > 1:
         raise ValueError(f"patients must be one CSV or files and folders, got {len(paths)} with {tables[0]}")
-    cases = _from_csv(tables[0]) if tables else _from_names(paths)
-    return [
-        _scanned(case, files["ct"], files["lesion"], files.get("lung"))
-        for case, files in sorted(cases.items())
-    ]
+    cases = read_patients(tables[0]) if tables else pairing.find_patients(paths)
+    for files in cases:
+        if Path(files.case).name != files.case:  # their scores go into files
+            raise ValueError(f"{tables[0]}: case must be a file name, got {files.case!r}")
+    return [_scanned(files) for files in sorted(cases, key=lambda files: files.case)]
 
 
-def _from_names(paths: Sequence[Path]) -> dict[str, dict[str, Path]]:
-    """Files by case and role, where a truth says that the case is a patient."""
-    inside = [sorted(p for p in path.iterdir() if p.is_file()) if path.is_dir() else [path] for path in paths]
-    cases: dict[str, dict[str, Path]] = {}
-    for path in (p for files in inside for p in files if not p.name.startswith(".")):
-        case, role = split_name(path)
-        roles = cases.setdefault(case, {})
-        other = roles.setdefault(role or "plain", path)
-        if other != path and role in ("ct", "lesion", "lung"):
-            raise ValueError(f"patients must have one {role} each, got {other} and {path}")
-    known = {}
-    for case, roles in cases.items():
-        if "lesion" not in roles:
-            continue
-        ct = roles.get("ct", roles.get("plain"))
-        if ct is None:
-            raise ValueError(f"patients must have a CT for each truth, got none for {roles['lesion']}")
-        known[case] = roles | {"ct": ct}
-    if not known:
-        names = ", ".join(map(str, paths))
-        raise ValueError(
-            f"patients must hold at least one lesion truth (NAME_lesion...), found none in {names}"
-        )
-    return known
-
-
-def _from_csv(path: Path) -> dict[str, dict[str, Path]]:
-    with path.open(newline="", encoding="utf-8-sig") as stream:
-        rows = list(csv.DictReader(stream))
-    cases: dict[str, dict[str, Path]] = {}
-    for number, row in enumerate(rows, start=2):
-        lacking = [name for name in ("case", "ct", "lesion") if not row.get(name)]
-        if lacking:
-            raise ValueError(
-                f"{path}, line {number}: columns case, ct, lesion must be filled, missing {lacking}"
-            )
-        if Path(row["case"]).name != row["case"]:
-            raise ValueError(f"{path}, line {number}: case must be a file name, got {row['case']!r}")
-        if row["case"] in cases:
-            raise ValueError(f"{path}, line {number}: cases must differ, got {row['case']!r} twice")
-        cases[row["case"]] = {
-            role: path.parent / value for role in ("ct", "lesion", "lung") if (value := row.get(role))
-        }
-    if not cases:
-        raise ValueError(f"{path} must have at least one row below its header")
-    return cases
-
-
-def _scanned(case: str, ct: Path, lesion: Path, lung: Path | None) -> Patient:
+def _scanned(files: PatientFiles) -> Patient:
     def load() -> Volumes:
-        loaded = load_case(ct, lung)
+        loaded = load_case(files.ct, files.lung, series=files.series)
         return Volumes(
             loaded.hu,
             loaded.mask,
             loaded.volume.hu,
             loaded.native_mask,
-            read_mask(lesion, loaded.volume),
+            read_mask(files.lesion, loaded.volume),
             loaded.volume.spacing,
             lambda array: np.asarray(loaded.to_native(array)),
         )
 
-    files = {"ct": ct, "lesion": lesion, "lung": lung}
-    return Patient(case, {role: _stamp(path) for role, path in files.items() if path is not None}, load)
+    paths = {"ct": files.ct, "lesion": files.lesion, "lung": files.lung}
+    identity: dict[str, Any] = {role: _stamp(path) for role, path in paths.items() if path is not None}
+    if files.series is not None:
+        identity["series"] = files.series
+    return Patient(files.case, identity, load)
 
 
 def _stamp(path: Path) -> list[Any]:

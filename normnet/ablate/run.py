@@ -161,7 +161,13 @@ def _claim(config: AblateConfig) -> None:
     """Refuse a folder that holds another table."""
     file = config.output / "results.json"
     if file.exists():
-        other = json.loads(file.read_text(encoding="utf-8")).get("table")
+        try:
+            other = json.loads(file.read_text(encoding="utf-8"))["table"]
+        except (ValueError, TypeError, LookupError) as error:
+            raise ValueError(
+                f"output: {file} must be the results of an ablation, a JSON object with its table; name "
+                "another folder, or remove the file"
+            ) from error
         if other != config.table:
             raise ValueError(
                 f"output: {config.output} already holds the table {other!r}; name another folder "

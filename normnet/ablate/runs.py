@@ -108,7 +108,12 @@ def _check_settings(run: Path, wanted: TrainConfig) -> None:
     file = run / CONFIG
     if not file.exists():
         return
-    stored = from_json(TrainConfig, file.read_text(encoding="utf-8"))
+    try:
+        stored = from_json(TrainConfig, file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(
+            f"{file} must be as training left it; remove {run} to train again: {error}"
+        ) from error
     free: dict[str, Any] = {name: getattr(wanted, name) for name in FREE}
     stored = replace(stored, **free)
     if stored != wanted:
@@ -123,10 +128,17 @@ def _marks(run: Path) -> dict[str, Any]:
     file = run / MARKS
     if not file.exists():
         return {}
-    marks: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
     needed = {"seed", "weights", "iterations", "seconds", "sha256", "minutes"}
-    if any(not needed <= set(record) for record in marks.values()):
-        raise ValueError(f"{file} must have {', '.join(sorted(needed))} for each mark; remove {run}")
+    rule = f"{file} must be a JSON object with {', '.join(sorted(needed))} for each mark; remove {run}"
+    try:
+        marks: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{rule}: {error}") from error
+    whole = isinstance(marks, dict) and all(
+        isinstance(m, dict) and needed <= m.keys() for m in marks.values()
+    )
+    if not whole:
+        raise ValueError(rule)
     return marks
 
 

@@ -22,6 +22,7 @@ from normnet.model import load_model
 from normnet.postprocess import postprocess
 from normnet.predict import predict_volume
 from normnet.prepare.store import write_atomically
+from normnet.strict_json import without_nan
 
 Array = npt.NDArray[Any]
 Scores = dict[str, CaseScores]
@@ -168,21 +169,17 @@ def _score(volumes: Volumes, lesions: Array, healthy: Array, probability: Array 
         healthy=volumes.to_native(healthy),
         spacing=volumes.spacing,
     )
-    return {name: _null(value) for name, value in scores.items()}
+    found: dict[str, Any] = without_nan(scores)
+    return found
 
 
 def _cached(file: Path, key: dict[str, Any]) -> dict[str, Any] | None:
     try:
-        record: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError):
+        record = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):  # of no use, whatever it holds
         return None
-    return record if record.get("key") == key else None
+    return record if isinstance(record, dict) and record.get("key") == key else None
 
 
 def _scores(record: dict[str, Any]) -> CaseScores:
     return cast("CaseScores", {k: math.nan if value is None else value for k, value in record.items()})
-
-
-def _null(value: Any) -> Any:
-    """JSON has no NaN."""
-    return None if isinstance(value, float) and math.isnan(value) else value
