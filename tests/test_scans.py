@@ -224,3 +224,23 @@ def test_evaluate_reads_the_series_of_a_folder_with_several(tmp_path):
     assert not evaluation.failures
     bright = HU[uids.index(max(uids))][2:4, 2:4, 2:4] >= -500
     assert evaluation.scores["p1"]["bright_lesion_voxels"] == bright.sum()
+
+
+def test_ablation_reads_the_series_of_a_dicom_folder(tmp_path):
+    pytest.importorskip("torch")
+    from normnet.ablate import AblateConfig
+    from normnet.ablate.patients import find_patients as patients_of
+
+    scans = tmp_path / "scans"
+    uids = [write(scans / "p1", seed) for seed in (0, 1)]
+    chosen = uids.index(min(uids))  # of two that are as large
+    ct = io.read_ct(scans / "p1", uids[chosen])
+    for role in ("lesion", "lung"):
+        ct.write_like(np.ones(ct.hu.shape, bool), tmp_path / "truth" / f"p1_{role}.nii.gz")
+    config = AblateConfig(table="modules", output=tmp_path / "out", patients=(scans, tmp_path / "truth"))
+    with pytest.warns(UserWarning, match=f"taking {uids[chosen]}"):
+        (patient,) = patients_of(config)
+    assert (patient.name, patient.identity["series"]) == ("p1", uids[chosen])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        assert np.array_equal(patient.load().native_hu, HU[chosen])
