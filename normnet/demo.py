@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 import lesionsynth as ls
-from normnet.config import PAPER_THRESHOLD_HU, PredictConfig, TrainConfig, phantom
+from normnet.config import PredictConfig, TrainConfig, phantom
 from normnet.evaluate import CaseVolumes, Evaluation, evaluate_volumes
 from normnet.metrics import HEALTHY_THRESHOLD
 from normnet.model import load_model
@@ -126,8 +126,8 @@ def training_example(settings: TrainConfig, seed: int, shape: tuple[int, int, in
 
 def _predicted(config: DemoConfig, run: Path) -> Iterator[CaseVolumes]:
     model = load_model(run)
-    level = config.train.threshold_hu
-    tissue = "" if level == PAPER_THRESHOLD_HU else f"; T {level:g} HU"
+    origin = Origin(threshold_hu=config.train.threshold_hu)
+    origin = replace(origin, label=f"fixed at {HEALTHY_THRESHOLD:g}{origin.tissue}")
     for name, chest, truth in patients(config):
         found = predict_volume(
             chest.hu, chest.lung_mask, [model], PredictConfig(probability=HEALTHY_THRESHOLD)
@@ -141,7 +141,7 @@ def _predicted(config: DemoConfig, run: Path) -> Iterator[CaseVolumes]:
             probability=found.probability,
             healthy=found.healthy,
             core=found.lesions_without_growing,
-            origin=Origin(f"fixed at {HEALTHY_THRESHOLD:g}{tissue}"),
+            origin=origin,
             spacing=chest.spacing,
         )
 
