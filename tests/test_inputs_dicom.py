@@ -168,7 +168,7 @@ def test_nested_folders_and_names(tmp_path: Path) -> None:
         ("scan", c),
     ]
     assert [s.case for s in find_sources([tmp_path], names=["1", "2", "3", "4"])] == ["1", "2", "3", "4"]
-    with pytest.raises(ValueError, match=r"names \(--name\) must be one for each CT found, got 1 name for 4 CT"):
+    with pytest.raises(ValueError, match=r"--name\) must be one for each CT found, got 1 name for 4 CT"):
         find_sources([tmp_path], names=["1"])
 
 
