@@ -16,6 +16,7 @@ import torch
 from normnet.baselines.base import Baseline
 from normnet.baselines.slices import Frame, Mask, usable_slices, windowed
 from normnet.device import choose_device
+from normnet.predict.volume import checked_volume
 from normnet.prepare.case import ISO_SPACING
 from normnet.volumes import Volume
 
@@ -54,12 +55,7 @@ def score_volume(
     ValueError
         Shapes differ, the mask is empty, `spacing` is not three lengths > 0, or the baseline is not trained.
     """
-    volume, mask = np.asarray(hu), np.asarray(lung_mask, dtype=np.bool_)
-    if volume.ndim != 3 or volume.shape != mask.shape:
-        shapes = f"{volume.shape} and {mask.shape}"
-        raise ValueError(f"hu and lung_mask must be (z, y, x) and alike, got shapes {shapes}")
-    if not mask.any():
-        raise ValueError("lung_mask must contain at least one voxel, got an empty mask")
+    volume, mask = checked_volume(hu, lung_mask)
     if len(spacing) != 3 or not min(spacing) > 0:
         raise ValueError(f"spacing must be three lengths > 0 in mm (z, y, x), got {tuple(spacing)}")
     if "scale" not in baseline.calibration:

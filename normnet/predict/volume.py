@@ -31,6 +31,23 @@ class Prediction:
     """Mean healthy probability of the models; 0 outside the lung. None where it was not asked for."""
 
 
+def checked_volume(hu: Any, lung_mask: Any) -> tuple[npt.NDArray[Any], Mask]:
+    """Return a volume and its lungs as arrays.
+
+    Raises
+    ------
+    ValueError
+        Shapes differ or are not (z, y, x), or the mask is empty.
+    """
+    volume, mask = np.asarray(hu), np.asarray(lung_mask, dtype=np.bool_)
+    if volume.ndim != 3 or volume.shape != mask.shape:
+        shapes = f"{volume.shape} and {mask.shape}"
+        raise ValueError(f"hu and lung_mask must be (z, y, x) and alike, got shapes {shapes}")
+    if not mask.any():
+        raise ValueError("lung_mask must contain at least one voxel, got an empty mask")
+    return volume, mask
+
+
 def predict_volume(
     hu: Any,
     lung_mask: Any,
@@ -72,12 +89,7 @@ def predict_volume(
     networks see the lungs' bounding box, zero around it as in training; a volume shorter than a slab is
     padded with empty slices.
     """
-    volume, mask = np.asarray(hu), np.asarray(lung_mask, dtype=np.bool_)
-    if volume.ndim != 3 or volume.shape != mask.shape:
-        shapes = f"{volume.shape} and {mask.shape}"
-        raise ValueError(f"hu and lung_mask must be (z, y, x) and alike, got shapes {shapes}")
-    if not mask.any():
-        raise ValueError("lung_mask must contain at least one voxel, got an empty mask")
+    volume, mask = checked_volume(hu, lung_mask)
     if not models:
         raise ValueError("models must hold at least one network, got none")
     where = choose_device(device)

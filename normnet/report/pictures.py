@@ -7,10 +7,13 @@ from __future__ import annotations
 
 import io
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 Array = npt.NDArray[Any]
 RGB = npt.NDArray[np.uint8]
@@ -206,9 +209,7 @@ def curve(
     axes.grid(alpha=0.3)
     if len(series) > 1:
         axes.legend()
-    stream = io.BytesIO()
-    figure.savefig(stream, format="png")
-    return stream.getvalue()
+    return _encoded(figure)
 
 
 def histogram(
@@ -256,9 +257,7 @@ def histogram(
     axes.grid(alpha=0.3)
     if len(heights) > 1:
         axes.legend()
-    stream = io.BytesIO()
-    figure.savefig(stream, format="png")
-    return stream.getvalue()
+    return _encoded(figure)
 
 
 def shares(
@@ -281,3 +280,10 @@ def shares(
         raise ValueError(f"range must be (low, high) with low < high, got {limits}")
     edges = np.linspace(*limits, bins + 1)
     return edges, {name: np.histogram(values, edges)[0] / values.size for name, values in filled.items()}
+
+
+def _encoded(figure: Figure) -> bytes:
+    """Return a figure as PNG."""
+    stream = io.BytesIO()
+    figure.savefig(stream, format="png")
+    return stream.getvalue()
