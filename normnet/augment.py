@@ -49,6 +49,7 @@ class Variation:
         self.blur = config.blur * float(u[4])
         self.noise = config.noise * float(u[5])
         self.offset = config.offset * float(signed[6])
+        self.gain = config.gain * float(signed[7])
         self._seed, self._index = seed, index
 
     @property
@@ -125,6 +126,8 @@ class Variation:
             values = torch.as_tensor(ls.ops.gaussian_filter(values, (0.0, self.blur, self.blur), threads=1))
         if self.noise > 0:
             values = values + self.noise * self._grain(values)
+        if self.gain:
+            values = (values + 1000.0) * (1 + self.gain) - 1000.0
         if self.offset:
             values = values + self.offset
         return _as(hu, values.round().clamp(AIR, 3071).to(torch.int16))

@@ -20,8 +20,15 @@ from lesionsynth import presets as lesion_presets
 
 Config = TypeVar("Config")
 
+Probability = float | Literal["calibrated"]
+"""Threshold of the healthy probability: a number, or a model's own calibration."""
+
 PAPER_THRESHOLD_HU = -500.0
 """T (PAPER.md III-A, Table VI)."""
+PAPER_PROBABILITY = 0.95
+"""A voxel is healthy for a model where its probability exceeds this (PAPER.md IV-B.3)."""
+PAPER_FULL_THRESHOLD = 0.15
+"""What the mean filter of Fig. 4f to 4g must exceed (IV-B.3), an intensity, as τ is: T = -500 HU is 1/3."""
 WEIGHTS = "model.safetensors"
 """Name of the weights in a run folder. Here, as what reads a folder of maps needs no torch."""
 
@@ -80,13 +87,17 @@ class AugmentConfig:
     """Standard deviation in HU of added noise."""
     offset: float = 0.0
     """HU added or subtracted everywhere: calibration."""
+    gain: float = 0.0
+    """Contrast to air, hu + 1000, times up to 1 + this or down to 1 - this: pictures that were windowed."""
 
     def __post_init__(self) -> None:
         """Check ranges."""
         for name in ("rotate", "zoom", "blur", "noise", "offset"):
             value = getattr(self, name)
             _check(f"augment.{name}", value, 0 <= value < math.inf, ">= 0")
-        _check("augment.deflation", self.deflation, 0 <= self.deflation <= 0.5, "in [0, 0.5]")
+        for name in ("deflation", "gain"):
+            value = getattr(self, name)
+            _check(f"augment.{name}", value, 0 <= value <= 0.5, "in [0, 0.5]")
 
     @property
     def active(self) -> bool:
@@ -108,6 +119,12 @@ class TrainConfig:
     """Preset of `lesionsynth.presets`: the paper's generator or a Table V switch."""
     threshold_hu: float = PAPER_THRESHOLD_HU
     """T: the network answers for tissue at or above it, in HU (III-A, Table VI)."""
+    inflation_hu: float | None = None
+    """Density in HU that the healthy lung of every volume is brought to, here and in prediction
+    (`normnet.inflation`); None leaves HU as they are, as the paper does."""
+    probability: Probability = PAPER_PROBABILITY
+    """What prediction takes as the threshold of these weights unless it is given one: a number, or what
+    suits the synthetic pairs of the held-out volumes best."""
     iterations: int = 3500
     """Optimiser steps (IV-B.3)."""
     minutes: float | None = None
@@ -181,6 +198,11 @@ class TrainConfig:
         _check("schedule", self.schedule, self.schedule in ("constant", "cosine"), "constant or cosine")
         _check("threshold_hu", self.threshold_hu, -800 < self.threshold_hu < 100, "between -800 and 100 HU")
         _check("thick_slices", self.thick_slices, 0 <= self.thick_slices <= 1, "in [0, 1]")
+        level = self.inflation_hu
+        _check("inflation_hu", level, level is None or -950 <= level <= -700, "None or in [-950, -700] HU")
+        _check_probability(self.probability)
+        held = self.probability != "calibrated" or self.held_out >= 1
+        _check("held_out", self.held_out, held, ">= 1 to calibrate the probability on")
         thin, thick = self.thick_mm
         _check("thick_mm", self.thick_mm, 0 < thin <= thick, "two lengths > 0, the smaller first")
         caches = ("auto", "device", "memory", "disk")
@@ -211,11 +233,12 @@ class PostprocessConfig:
     """Its threshold."""
     full_size: int = 7
     """Mean filter on all lung voxels that are not healthy, as intensities (Fig. 4f to 4g)."""
-    full_threshold: float = 0.15
-    """Its threshold."""
+    full_threshold: float | None = None
+    """Its threshold. None takes the paper's 0.15, but no more than three quarters of τ (0.15 holds down to
+    T = -620 HU): it is compared with intensities, and would else filter away what the network found."""
     growth_iterations: int = 8
     """Steps that 4e grows inside 4g; 0 for none, negative until nothing changes. The paper has no number:
-    on phantom pneumonia Dice levels off here (docs/growth_sweep.py)."""
+    on phantom pneumonia Dice levels off here (docs/postprocess_sweep.py)."""
     connectivity: int = 6
     """Neighbourhood of one step: 6, 18 or 26."""
 
@@ -225,8 +248,9 @@ class PostprocessConfig:
         _check("threshold_hu", level, level is None or -800 < level < 100, "between -800 and 100 HU")
         for name in ("bright_size", "full_size"):
             _check(name, getattr(self, name), getattr(self, name) >= 1, ">= 1")
-        for name in ("bright_threshold", "full_threshold"):
-            _check(name, getattr(self, name), 0 <= getattr(self, name) <= 1, "in [0, 1]")
+        full = self.full_threshold
+        _check("bright_threshold", self.bright_threshold, 0 <= self.bright_threshold <= 1, "in [0, 1]")
+        _check("full_threshold", full, full is None or 0 <= full <= 1, "in [0, 1]")
         _check("connectivity", self.connectivity, self.connectivity in (6, 18, 26), "6, 18 or 26")
 
 
@@ -234,9 +258,10 @@ class PostprocessConfig:
 class PredictConfig:
     """From a volume to lesions (PAPER.md III-A, IV-B.3)."""
 
-    probability: float | Literal["calibrated"] = 0.95
-    """A voxel is healthy for a model where its probability exceeds this (IV-B.3); "calibrated" takes what
-    each model found best on synthetic pairs of its held-out volumes."""
+    probability: Probability | None = None
+    """A voxel is healthy for a model where its probability exceeds this; "calibrated" takes what each model
+    found best on synthetic pairs of its held-out volumes. None takes what each model's training settled
+    (`TrainConfig.probability`): the paper's 0.95 (IV-B.3) unless it chose otherwise."""
     slab: int = 32
     """Slices the network sees at once, as in training."""
     overlap: float = 0.5
@@ -251,9 +276,8 @@ class PredictConfig:
 
     def __post_init__(self) -> None:
         """Check ranges."""
-        level = self.probability
-        good = level == "calibrated" if isinstance(level, str) else 0 < level < 1
-        _check("probability", level, good, "in (0, 1) or 'calibrated'")
+        if self.probability is not None:
+            _check_probability(self.probability)
         _check("tile", self.tile, self.tile is None or self.tile >= 32, ">= 32")
         _check("slab", self.slab, self.slab >= 1, ">= 1")
         _check("overlap", self.overlap, 0 <= self.overlap < 1, "in [0, 1)")
@@ -284,7 +308,8 @@ def few() -> TrainConfig:
     """Return what the shipped weights were trained with: `laptop` for a handful of healthy volumes.
 
     Departs from the paper: T = -700 HU and fainter lesions, as ground glass is often fainter than the paper's
-    -500 HU; thick slices and varied anatomy, in place of its 453 volumes.
+    -500 HU; healthy lung brought to one density, so that T means the same in every patient; thick slices and
+    varied anatomy, in place of its 453 volumes; a calibrated threshold instead of 0.95.
     """
     return replace(
         laptop(),
@@ -293,8 +318,14 @@ def few() -> TrainConfig:
         schedule="cosine",
         lesions="faint",
         threshold_hu=-700.0,
+        inflation_hu=-870.0,
+        probability="calibrated",
         thick_slices=0.5,
-        augment=AugmentConfig(rotate=10.0, zoom=0.15, deflation=0.12, blur=0.6, noise=10.0, offset=20.0),
+        augment=AugmentConfig(
+            rotate=10.0, zoom=0.15, deflation=0.12, blur=0.6, noise=10.0, offset=20.0, gain=0.03
+        ),
+        validate_every=500,
+        validation_pairs=32,
     )
 
 
@@ -379,6 +410,11 @@ def _as(kind: Any, value: Any, where: str) -> Any:
     if kind is int:
         return value if isinstance(value, int) and not isinstance(value, bool) else _UNFIT
     return value if isinstance(value, kind) else _UNFIT
+
+
+def _check_probability(value: Any) -> None:
+    good = value == "calibrated" if isinstance(value, str) else 0 < value < 1
+    _check("probability", value, good, "in (0, 1) or 'calibrated'")
 
 
 def _check(name: str, value: Any, holds: bool, rule: str) -> None:

@@ -46,7 +46,7 @@ def export(runs: Sequence[Path], output: Path) -> list[Path]:
     ------
     ValueError
         There are no weights in `runs`, a weight does not fit half precision, or the models were trained for
-        different T. Nothing is written.
+        different T or inflations. Nothing is written.
     """
     models: list[Any] = []
     for file in find_models(runs):
@@ -55,14 +55,23 @@ def export(runs: Sequence[Path], output: Path) -> list[Path]:
         if largest > torch.finfo(torch.float16).max:
             raise ValueError(f"{file}: weights must be within half precision, got {largest:g}")
         models.append(model)
-    levels = sorted({model.threshold_hu for model in models})
-    if len(levels) > 1:
-        shown = ", ".join(f"{level:g}" for level in levels)
-        raise ValueError(f"runs must have one threshold_hu, as their models vote together, got {shown}")
+    for name in ("threshold_hu", "inflation_hu"):
+        found = {getattr(model, name) for model in models}
+        if len(found) > 1:
+            shown = ", ".join(sorted(map(str, found)))
+            raise ValueError(f"runs must have one {name}, as their models vote together, got {shown}")
     written = []
     for number, model in enumerate(models):
         path = output / f"model-{number}.safetensors"
-        save_model(path, model.half(), model.config, model.calibration, threshold_hu=model.threshold_hu)
+        save_model(
+            path,
+            model.half(),
+            model.config,
+            model.calibration,
+            threshold_hu=model.threshold_hu,
+            inflation_hu=model.inflation_hu,
+            probability=model.probability,
+        )
         written.append(path)
     for path in set(output.glob(EXPORTED)) - set(written):  # an earlier, larger ensemble's would vote
         path.unlink()

@@ -14,7 +14,7 @@ from monai.networks.nets import UNet
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
-from normnet.config import PAPER_THRESHOLD_HU, WEIGHTS, ModelConfig, from_json
+from normnet.config import PAPER_PROBABILITY, PAPER_THRESHOLD_HU, WEIGHTS, ModelConfig, Probability, from_json
 
 EXPORTED = "model-*.safetensors"
 """Names of weights that `normnet.export` writes."""
@@ -47,12 +47,30 @@ def save_model(
     calibration: Calibration | None = None,
     *,
     threshold_hu: float = PAPER_THRESHOLD_HU,
+    inflation_hu: float | None = None,
+    probability: Probability = PAPER_PROBABILITY,
 ) -> None:
-    """Write weights, architecture, calibration and T of training into one file, atomically."""
+    """Write weights, architecture, calibration, and what training settled for prediction, atomically.
+
+    Parameters
+    ----------
+    path : Path
+        File to write.
+    model : torch.nn.Module
+        The network.
+    config : ModelConfig
+        Its architecture.
+    calibration : Calibration, optional
+        From synthetic pairs.
+    threshold_hu, inflation_hu, probability
+        As in `normnet.config.TrainConfig`.
+    """
     header = {
         "model": dataclasses.asdict(config),
         "calibration": calibration,
         "threshold_hu": threshold_hu,
+        "inflation_hu": inflation_hu,
+        "probability": probability,
     }
     # one key: safetensors writes several in any order, and equal models shall be equal files
     write_tensors(path, model.state_dict(), {HEADER: json.dumps(header)})
@@ -70,8 +88,8 @@ def load_model(path: str | os.PathLike[str]) -> torch.nn.Module:
     -------
     torch.nn.Module
         In evaluation mode, in float32 on the CPU; `model.config` is its `ModelConfig`, `model.calibration`
-        its `Calibration`, or None where training had no held-out volume, `model.threshold_hu` the T that it
-        answers for.
+        its `Calibration`, or None where training had no held-out volume; `model.threshold_hu`,
+        `model.inflation_hu` and `model.probability` are those of training, see `normnet.config.TrainConfig`.
 
     Raises
     ------
@@ -93,6 +111,8 @@ def load_model(path: str | os.PathLike[str]) -> torch.nn.Module:
     model.config = config  # type: ignore[assignment]
     model.calibration = header["calibration"]
     model.threshold_hu = float(header.get("threshold_hu", PAPER_THRESHOLD_HU))  # type: ignore[assignment]
+    model.inflation_hu = header.get("inflation_hu")
+    model.probability = header.get("probability", PAPER_PROBABILITY)
     return model.eval()
 
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import lesionsynth as ls
 from lesionsynth.io import case_name
+from lesionsynth.window import HU_RANGE
 from normnet.config import PAPER_THRESHOLD_HU
 
 UNKNOWN = "not recorded"
@@ -45,7 +46,7 @@ class Origin:
     @property
     def judged(self) -> str:
         """The voxels that the method judges, in words."""
-        return "lung" if self.threshold_hu is None else f"lung from {self.threshold_hu:g} HU"
+        return "lung" if self.threshold_hu is None else f"lung from {round(self.threshold_hu)} HU"
 
 
 def read_origin(prediction: Path) -> Origin:
@@ -106,13 +107,18 @@ def _normnet(record: dict[str, Any]) -> Origin:
     judged = [float(model.get("threshold_hu", usual)) for model in models]
     for level in judged:
         ls.threshold(level)  # no T lies beyond the networks' window
-    if settings["probability"] == "calibrated":
-        levels = ", ".join(f"{float(model['probability']):g}" for model in models)
-        label = f"calibrated on synthetic pairs: {levels}"
+    calibrated = [model.get("calibrated", settings["probability"] == "calibrated") for model in models]
+    levels = [f"{float(model['probability']):g}" for model in models]
+    if all(calibrated):
+        label = f"calibrated on synthetic pairs: {', '.join(levels)}"
+    elif not any(calibrated):
+        label = f"fixed at {', '.join(dict.fromkeys(levels))}"
     else:
-        label = f"fixed at {float(settings['probability']):g}"
-    # what any of the models judges may become a lesion
-    return Origin(f"{label}{_tissue(judged)}", min(judged))
+        marked = (f"{p} calibrated" if c else f"{p} fixed" for p, c in zip(levels, calibrated, strict=True))
+        label = f"thresholds {', '.join(marked)}"
+    # what any of the models judges may become a lesion; T is of lungs brought to their inflation
+    level = min(judged) / float(record.get("inflation", 1.0))
+    return Origin(f"{label}{_tissue(judged)}", max(level, HU_RANGE[0]))
 
 
 def _baseline(entry: Any) -> Origin:

@@ -14,13 +14,18 @@ import numpy.typing as npt
 import torch
 
 import lesionsynth as ls
-from normnet.config import PAPER_THRESHOLD_HU, PostprocessConfig
+from normnet.config import PAPER_FULL_THRESHOLD, PAPER_THRESHOLD_HU, PostprocessConfig
 
 Image = npt.NDArray[np.float32]
 Mask = npt.NDArray[np.bool_]
 
 CHUNK = 48
 """Slices filtered at once: with the filters' margins, temporaries of a tenth of a long volume."""
+FULL_SHARE = 0.75
+"""Largest share of τ that a mean intensity must exceed to belong to a lesion (Fig. 4g), where the threshold
+is not given: tissue that the network judges, at or above τ, must be able to pass with some fainter voxels in
+it. For T = -700 HU that is 0.083, where phantom pneumonia and synthetic lesions are best (docs/results.md).
+"""
 EXACT = 2.0**40
 """Sums of multiples of 1 / EXACT below 1 have no rounding in float64, so that no order of summation, chunk or
 device can change a mean."""
@@ -87,7 +92,8 @@ def postprocess(image: Any, lung_mask: Any, healthy: Any, config: PostprocessCon
 
     Notes
     -----
-    4e is where the mean of 4d over `bright_size` voxels exceeds `bright_threshold`, 4g the same of 4f. The
+    4e is where the mean of 4d over `bright_size` voxels exceeds `bright_threshold`, 4g the same of 4f with
+    `full_threshold`, or the paper's 0.15 where that is below `FULL_SHARE` of τ. The
     filters see zeros outside the lung. Growing takes `growth_iterations` steps from 4e inside 4g and never
     crosses a gap in 4g. Filters run in chunks of slices: besides the results there are two masks of the
     lungs' box, and what growing needs.
@@ -129,6 +135,9 @@ def postprocess_slices(
     seed, room = core[box], zeros_like(lung_mask[box])
     level = PAPER_THRESHOLD_HU if config.threshold_hu is None else config.threshold_hu
     tau = ls.threshold(level)
+    full_threshold = config.full_threshold
+    if full_threshold is None:
+        full_threshold = min(PAPER_FULL_THRESHOLD, FULL_SHARE * tau)
     bottom, top = box[0].start, min(box[0].stop, lung_mask.shape[0])
     for first in range(bottom, top, chunk):
         last = min(first + chunk, top)
@@ -139,7 +148,7 @@ def postprocess_slices(
             read(wide.start, wide.stop)[:, box[1], box[2]], lung_mask[part], healthy[part], tau
         )
         inner, at = slice(first - wide.start, last - wide.start), slice(first - bottom, last - bottom)
-        dense = _smooth(_exact(full), config.full_size, config.full_threshold)[inner] & lung_mask[part][inner]
+        dense = _smooth(_exact(full), config.full_size, full_threshold)[inner] & lung_mask[part][inner]
         room[at] = dense
         seed[at] = _smooth(bright, config.bright_size, config.bright_threshold)[inner] & dense
     if config.growth_iterations:

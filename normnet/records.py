@@ -120,12 +120,21 @@ def _is_record(record: Any) -> bool:
     )
 
 
-def model_record(file: Path, probability: float, threshold_hu: float) -> Record:
-    """Tell a model: its name, the SHA-256 of its weights, the threshold it votes with, and its T in HU."""
+def model_record(file: Path, **usage: object) -> Record:
+    """Tell a model: its name, the SHA-256 of its weights, and how it is used.
+
+    Parameters
+    ----------
+    file : Path
+        Its weights.
+    **usage
+        ``probability``, the threshold it votes with; ``calibrated``, whether that is from synthetic pairs;
+        ``threshold_hu``, its T; ``inflation_hu``, the density it expects of healthy lung, or None.
+    """
     name = file.resolve().parent.name if file.name == WEIGHTS else file.stem
     with file.open("rb") as stream:
         digest = hashlib.file_digest(stream, "sha256").hexdigest()
-    return {"name": name, "sha256": digest, "probability": probability, "threshold_hu": threshold_hu}
+    return {"name": name, "sha256": digest, **usage}
 
 
 def as_record(config: PredictConfig) -> Record:

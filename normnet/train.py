@@ -34,7 +34,7 @@ from normnet.prepare.store import write_atomically
 from normnet.runlog import METRICS, RunLog
 from normnet.trainer import Trainer
 from normnet.validate import validate
-from normnet.volumes import Volume, choose_place, keep, phantom_volumes, split, store_volumes
+from normnet.volumes import Volume, choose_place, inflated, keep, phantom_volumes, split, store_volumes
 
 __all__ = ["BEST", "CONFIG", "METRICS", "STATE", "TrainResult", "main", "parse", "train"]
 
@@ -215,6 +215,8 @@ def _save_model(config: TrainConfig, trainer: Trainer, name: str) -> None:
         config.model,
         trainer.progress.calibration,
         threshold_hu=config.threshold_hu,
+        inflation_hu=config.inflation_hu,
+        probability=config.probability,
     )
 
 
@@ -257,6 +259,8 @@ def _volumes(config: TrainConfig, device: torch.device, world: World) -> tuple[l
         volumes = phantom_volumes(count, config.seed, config.phantom_shape, config.phantom_spacing)
     else:
         volumes = store_volumes(config.data)
+    if config.inflation_hu is not None:
+        volumes = [inflated(volume, config.inflation_hu) for volume in volumes]
     training, validation = split(volumes, config.held_out, config.slab)
     pairs = pair_device(device)
     if pairs.type != device.type and device.type == "cuda":
@@ -284,6 +288,7 @@ def _streams(
         "crop": config.crop,
         "multiple": config.model.multiple,
         "thick": ThickSlices(config.thick_slices, config.thick_mm),
+        "augment": config.augment,
         "device": pair_device(device),
     }
     stream = PairStream(
@@ -291,7 +296,6 @@ def _streams(
         synthesizer,
         batch_size=config.batch_size,
         mirror=config.mirror,
-        augment=config.augment,
         rank=world.rank,
         processes=world.size,
         **common,

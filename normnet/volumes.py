@@ -13,6 +13,7 @@ import torch
 
 import lesionsynth as ls
 from normnet.device import free_memory
+from normnet.inflation import inflate, inflation_factor
 from normnet.prepare.store import Case, Store
 
 PHANTOM_SEED = 1000
@@ -110,6 +111,50 @@ class StoreVolume:
     def slab(self, z0: int, z1: int) -> tuple[Array, Array]:
         """Read slices z0 <= z < z1."""
         return self.case.slab(z0, z1)
+
+
+@dataclass(frozen=True, eq=False)
+class InflatedVolume:
+    """A volume whose lungs are scaled to another inflation as they are read."""
+
+    volume: Volume
+    factor: float
+    """See `normnet.inflation.inflate`."""
+
+    @property
+    def name(self) -> str:
+        """That of the volume."""
+        return self.volume.name
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(Z, Y, X)."""
+        return self.volume.shape
+
+    @property
+    def spacing(self) -> tuple[float, float, float]:
+        """Voxel size (z, y, x) in mm."""
+        return self.volume.spacing
+
+    @property
+    def segments(self) -> list[tuple[int, int]]:
+        """Runs of usable slices (first, after last)."""
+        return self.volume.segments
+
+    @property
+    def mask_counts(self) -> npt.NDArray[np.int64]:
+        """Lung voxels of every slice."""
+        return self.volume.mask_counts
+
+    def slab(self, z0: int, z1: int) -> tuple[Array, Array]:
+        """Read slices z0 <= z < z1."""
+        hu, mask = self.volume.slab(z0, z1)
+        return inflate(hu, mask, self.factor), mask
+
+
+def inflated(volume: Volume, inflation_hu: float) -> Volume:
+    """Return a volume whose healthy lung is brought to `inflation_hu`."""
+    return InflatedVolume(volume, inflation_factor(*volume.slab(0, volume.shape[0]), inflation_hu))
 
 
 def phantom_volumes(

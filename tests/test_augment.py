@@ -20,7 +20,7 @@ from normnet.config import AugmentConfig, TrainConfig, from_json, to_json  # noq
 from normnet.data import PairStream, _cut  # noqa: E402
 from normnet.volumes import phantom_volumes  # noqa: E402
 
-ALL = AugmentConfig(rotate=15.0, zoom=0.2, deflation=0.3, blur=1.0, noise=20.0, offset=30.0)
+ALL = AugmentConfig(rotate=15.0, zoom=0.2, deflation=0.3, blur=1.0, noise=20.0, offset=30.0, gain=0.05)
 OFF = AugmentConfig()
 
 
@@ -132,6 +132,12 @@ def test_noise_has_its_deviation_and_is_correlated_in_plane():
     assert abs(along_z) < 0.03
 
 
+def test_gain_is_contrast_to_air():
+    hu, mask = slab()
+    expected = (hu + 1000.0) * 1.04 - 1000
+    assert np.abs(only(gain=0.04).change(hu, mask) - expected).max() <= 0.51  # whole HU
+
+
 def test_offset_and_range():
     hu, mask = slab()
     np.testing.assert_array_equal(only(offset=-12.0).change(hu, mask), np.maximum(hu - 12, AIR))
@@ -147,13 +153,14 @@ def test_amounts_are_within_bounds_and_use_them():
         ("blur", 0, 1.0),
         ("noise", 0, 20.0),
         ("offset", -30.0, 30.0),
+        ("gain", -0.05, 0.05),
     ):
         values = np.array([getattr(v, name) for v in drawn])
         assert low <= values.min() < low + 0.05 * (high - low)  # missed with probability 0.95**400 = 1e-9
         assert high - 0.05 * (high - low) < values.max() <= high
     # each amount on its own
-    pairs = np.corrcoef([[v.angle, v.zoom, v.deflation, v.dependent, v.offset] for v in drawn], rowvar=False)
-    assert np.abs(pairs - np.eye(5)).max() < 0.2  # four standard errors
+    amounts = [[v.angle, v.zoom, v.deflation, v.dependent, v.offset, v.gain] for v in drawn]
+    assert np.abs(np.corrcoef(amounts, rowvar=False) - np.eye(6)).max() < 0.2  # four standard errors
 
 
 def test_same_on_arrays_and_tensors_and_inputs_stay():

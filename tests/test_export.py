@@ -27,6 +27,7 @@ def runs(tmp_path):
             CONFIG,
             calibration,
             threshold_hu=-650.0,
+            probability=0.6,
         )
     return tmp_path / "runs"
 
@@ -42,6 +43,7 @@ def test_answers_and_headers_stay(runs, tmp_path):
         assert torch.allclose(before(x).sigmoid(), after(x).sigmoid(), atol=2e-3)
         assert (after.config, after.calibration) == (before.config, before.calibration)
         assert after.threshold_hu == before.threshold_hu == -650.0
+        assert (after.inflation_hu, after.probability) == (None, 0.6)
         assert file.stat().st_size < 0.6 * (runs / f"seed{seed}/model.safetensors").stat().st_size
 
 
@@ -66,8 +68,14 @@ def test_an_earlier_larger_export_does_not_vote(runs, tmp_path):
 
 def test_models_of_different_tissue_do_not_vote_together(runs, tmp_path, capsys):
     save_model(tmp_path / "other.safetensors", build_unet(CONFIG), CONFIG, threshold_hu=-500.0)
-    with pytest.raises(ValueError, match=r"runs must have one threshold_hu, .* got -650, -500"):
+    with pytest.raises(ValueError, match=r"runs must have one threshold_hu, .* got -500.0, -650.0"):
         export([runs, tmp_path / "other.safetensors"], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    save_model(
+        tmp_path / "flat.safetensors", build_unet(CONFIG), CONFIG, threshold_hu=-650.0, inflation_hu=-860.0
+    )
+    with pytest.raises(ValueError, match=r"runs must have one inflation_hu, .* got -860.0, None"):
+        export([runs, tmp_path / "flat.safetensors"], tmp_path / "out")
     assert not (tmp_path / "out").exists()
     (tmp_path / "file").touch()
     assert main([str(runs), "--output", str(tmp_path / "file")]) == 2

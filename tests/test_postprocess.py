@@ -42,7 +42,10 @@ def oracle(image, mask, healthy, config):
     f = np.where(left, image, 0).astype(float)
     smooth_d = ndimage.uniform_filter(d, config.bright_size, mode="reflect")
     smooth_f = ndimage.uniform_filter(f, config.full_size, mode="reflect")
-    g = (smooth_f > config.full_threshold) & mask
+    full_threshold = config.full_threshold
+    if full_threshold is None:  # the paper's, but for low T
+        full_threshold = min(0.15, 0.75 * (((config.threshold_hu or -500) + 800) / 900))
+    g = (smooth_f > full_threshold) & mask
     e = (smooth_d > config.bright_threshold) & g
     structure = ndimage.generate_binary_structure(3, {6: 1, 18: 2, 26: 3}[config.connectivity])
     final = e
@@ -51,9 +54,7 @@ def oracle(image, mask, healthy, config):
         if (grown == final).all():
             break
         final = grown
-    margin = min(
-        np.abs(smooth_d - config.bright_threshold).min(), np.abs(smooth_f - config.full_threshold).min()
-    )
+    margin = min(np.abs(smooth_d - config.bright_threshold).min(), np.abs(smooth_f - full_threshold).min())
     return final, e, margin
 
 
@@ -113,6 +114,16 @@ def test_chunks_change_no_voxel_on_the_threshold_itself():
     for chunk in (5, 12, 1000):
         core = postprocess_slices(lambda a, b: image[a:b], mask, healthy, config, chunk=chunk).core
         assert core[16:-4, 4:-4, 4:-4].all()
+
+
+@pytest.mark.parametrize(("level", "threshold"), [(-300.0, 0.15), (None, 0.15), (-700.0, 0.75 / 9)])
+def test_the_full_threshold_is_the_paper_s_unless_tau_is_low(level, threshold):
+    image, mask, healthy = patient(3)
+    usual = postprocess(image, mask, healthy, PostprocessConfig(threshold_hu=level))
+    same = PostprocessConfig(threshold_hu=level, full_threshold=threshold)
+    np.testing.assert_array_equal(usual.final, postprocess(image, mask, healthy, same).final)
+    other = PostprocessConfig(threshold_hu=level, full_threshold=0.12)
+    assert (usual.final != postprocess(image, mask, healthy, other).final).any()
 
 
 def test_tensors_are_numpy_s_twins():

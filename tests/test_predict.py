@@ -400,8 +400,11 @@ def test_a_record_says_what_was_done(tmp_path, undecided):
         "name": "a",
         "sha256": hashlib.sha256(weights).hexdigest(),
         "probability": 0.95,
+        "calibrated": False,
         "threshold_hu": -500.0,
+        "inflation_hu": None,
     }
+    assert record["inflation"] == 1.0
     assert record["models"] == [one, {**one, "name": "b"}]
     assert record["version"] == ls.__version__
     assert record["seconds"] > 0

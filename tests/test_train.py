@@ -425,8 +425,10 @@ def test_presets_round_trip_as_json(name):
 def test_the_paper_s_values_are_the_defaults():
     config, predict, post = TrainConfig(), PredictConfig(), PostprocessConfig()
     assert (config.iterations, config.batch_size, config.learning_rate, config.slab) == (3500, 8, 3e-4, 32)
-    assert (predict.probability, config.threshold_hu, post.threshold_hu) == (0.95, -500.0, None)
-    assert (post.bright_size, post.full_size, post.bright_threshold, post.full_threshold) == (9, 7, 0.2, 0.15)
+    assert (config.probability, config.threshold_hu, config.inflation_hu) == (0.95, -500.0, None)
+    # what models are trained with; tests/test_postprocess.py has the 0.15 of the full threshold
+    assert (predict.probability, post.threshold_hu, post.full_threshold) == (None, None, None)
+    assert (post.bright_size, post.full_size, post.bright_threshold) == (9, 7, 0.2)
 
 
 @pytest.mark.parametrize(
@@ -443,6 +445,9 @@ def test_the_paper_s_values_are_the_defaults():
         ({"thick_mm": (8.0, 3.0)}, r"thick_mm must be two lengths > 0, the smaller first, got \(8.0, 3.0\)"),
         ({"cache": "tape"}, "cache must be one of auto, device, memory, disk, got tape"),
         ({"threshold_hu": 200.0}, "threshold_hu must be between -800 and 100 HU, got 200.0"),
+        ({"inflation_hu": -600.0}, r"inflation_hu must be None or in \[-950, -700\] HU, got -600.0"),
+        ({"probability": 1.0}, r"probability must be in \(0, 1\) or 'calibrated', got 1.0"),
+        ({"probability": "calibrated", "held_out": 0}, "held_out must be >= 1 to calibrate .* got 0"),
         ({"seed": -1}, r"seed must be in \[0, 2\*\*32\), got -1"),
     ],
 )

@@ -17,10 +17,11 @@ import lesionsynth as ls
 from normnet.ablate.patients import Patient, Volumes
 from normnet.ablate.runs import Trained
 from normnet.config import PredictConfig, to_json
+from normnet.inflation import inflate, inflation_factor
 from normnet.metrics import CaseScores, evaluate_case
 from normnet.model import load_model
 from normnet.postprocess import postprocess
-from normnet.predict import predict_volume
+from normnet.predict import inflation_of, predict_volume
 from normnet.prepare.store import write_atomically
 from normnet.strict_json import without_nan
 
@@ -135,7 +136,8 @@ def _score_patient(
     volumes: Volumes, models: Sequence[torch.nn.Module], config: PredictConfig, device: str
 ) -> dict[str, Any]:
     """Every network sees the patient once: a vote needs only what each model calls healthy."""
-    image = ls.window_hu(volumes.hu) * volumes.lung_mask
+    factor = inflation_factor(volumes.hu, volumes.lung_mask, inflation_of(models))
+    image = ls.window_hu(inflate(volumes.hu, volumes.lung_mask, factor)) * volumes.lung_mask
     healthy: list[npt.NDArray[np.bool_]] = []
     mean = np.zeros(image.shape, np.float32)
     single, votes = [], []

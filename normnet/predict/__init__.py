@@ -6,7 +6,13 @@
 from normnet.predict.args import PredictArgs, read_config
 from normnet.predict.case import CasePrediction, predict_case
 from normnet.predict.command import PredictSummary, main, predict
-from normnet.predict.volume import Prediction, bright_threshold, healthy_threshold, predict_volume
+from normnet.predict.volume import (
+    Prediction,
+    bright_threshold,
+    healthy_threshold,
+    inflation_of,
+    predict_volume,
+)
 from normnet.sliding import probabilities as slab_probabilities
 
 __all__ = [
@@ -16,6 +22,7 @@ __all__ = [
     "Prediction",
     "bright_threshold",
     "healthy_threshold",
+    "inflation_of",
     "main",
     "predict",
     "predict_case",

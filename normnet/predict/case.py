@@ -36,6 +36,8 @@ class CasePrediction:
     where the probability was not asked for."""
     volumes: dict[str, float | None]
     """Lungs and lesions in ml and percent, see `normnet.records.volumes_of`."""
+    inflation: float
+    """What HU in the lungs were multiplied with, see `normnet.inflation`."""
     ct: CTVolume
     """The CT; ``ct.write_like(lesions, "lesions.nii.gz")`` writes a map."""
 
@@ -94,7 +96,7 @@ def predict_case(
     masks = {"lesions": found.lesions, "core": found.lesions_without_growing}
     if keep_probability:
         masks["healthy"] = found.healthy
-    chances = found.probability
+    chances, inflation = found.probability, found.inflation
     # each map of the working grid is let go once it lies on the CT's: both together would be the peak
     del found
     on_ct: dict[str, Mask] = {}
@@ -107,5 +109,12 @@ def predict_case(
         probability = native(chances)
         probability[~lung] = 0
     return CasePrediction(
-        on_ct["lesions"], on_ct["core"], lung, probability, on_ct.get("healthy"), volumes, loaded.volume
+        on_ct["lesions"],
+        on_ct["core"],
+        lung,
+        probability,
+        on_ct.get("healthy"),
+        volumes,
+        inflation,
+        loaded.volume,
     )

@@ -24,7 +24,7 @@ from normnet.model import bundled_models, find_models, load_model
 from normnet.pairing import split_name
 from normnet.predict.args import PredictArgs, parse
 from normnet.predict.case import CasePrediction, predict_case
-from normnet.predict.volume import bright_threshold, healthy_threshold
+from normnet.predict.volume import bright_threshold, healthy_threshold, inflation_of, threshold_setting
 from normnet.prepare.masks import check_lungs, find_mask
 from normnet.reasons import reason
 from normnet.records import Record, as_record, model_record
@@ -74,7 +74,7 @@ def predict(args: PredictArgs, *, progress_bar: bool = False) -> PredictSummary:
     choose_device(args.device)
     files = find_models(args.models) if args.models else bundled_models()
     models = [load_model(file) for file in files]
-    bright_threshold(models, args.settings)  # before any case fails of it
+    bright_threshold(models, args.settings), inflation_of(models)  # before any case fails of them
     records = [_record(file, model, args.settings) for file, model in zip(files, models, strict=True)]
     jobs, failures = _plan(args, sources, records)
     folder = Folder(args.output)
@@ -110,7 +110,13 @@ class _Job:
 
 def _record(file: Path, model: torch.nn.Module, config: PredictConfig) -> Record:
     try:
-        return model_record(file, healthy_threshold(model, config), bright_threshold([model], config))
+        return model_record(
+            file,
+            probability=healthy_threshold(model, config),
+            calibrated=threshold_setting(model, config) == "calibrated",
+            threshold_hu=bright_threshold([model], config),
+            inflation_hu=inflation_of([model]),
+        )
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from error
 
@@ -194,6 +200,7 @@ def _run(args: PredictArgs, job: _Job, models: Sequence[torch.nn.Module], folder
         **job.record,
         "grid": {"shape": list(found.lung.shape), "spacing": [float(s) for s in found.ct.spacing]},
         "volumes": found.volumes,
+        "inflation": found.inflation,
         "seconds": round(time.perf_counter() - start, 2),
         "version": ls.__version__,
     }

@@ -11,8 +11,9 @@ import numpy.typing as npt
 import torch
 
 import lesionsynth as ls
-from normnet.config import PAPER_THRESHOLD_HU, PredictConfig
+from normnet.config import PAPER_PROBABILITY, PAPER_THRESHOLD_HU, PredictConfig, Probability
 from normnet.device import choose_device
+from normnet.inflation import inflate, inflation_factor
 from normnet.postprocess import Mask, postprocess_slices
 from normnet.sliding import slide
 
@@ -29,6 +30,8 @@ class Prediction:
     """Bright lung voxels that the majority of the models calls healthy."""
     probability: npt.NDArray[np.float32] | None
     """Mean healthy probability of the models; 0 outside the lung. None where it was not asked for."""
+    inflation: float
+    """What HU in the lungs were multiplied with (`normnet.inflation`); 1 where the models ask for nothing."""
 
 
 def checked_volume(hu: Any, lung_mask: Any) -> tuple[npt.NDArray[Any], Mask]:
@@ -96,12 +99,13 @@ def predict_volume(
     levels = torch.tensor([healthy_threshold(model, config) for model in models], device=where)
     level = bright_threshold(models, config)
     settings, tau = replace(config.postprocess, threshold_hu=level), np.float32(ls.threshold(level))
+    factor = inflation_factor(volume, mask, inflation_of(models))
     healthy = np.zeros(mask.shape, dtype=np.bool_)
     mean = np.zeros(mask.shape, dtype=np.float32) if keep_probability else None
     plane = _lung_box(mask)
 
     def read(first: int, last: int) -> npt.NDArray[np.float32]:
-        image: npt.NDArray[np.float32] = ls.window_hu(volume[first:last])
+        image: npt.NDArray[np.float32] = ls.window_hu(inflate(volume[first:last], mask[first:last], factor))
         image *= mask[first:last]
         return image
 
@@ -117,7 +121,7 @@ def predict_volume(
         if mean is not None:
             mean[part] = np.where(mask[part], chances.mean(dim=0).cpu().numpy(), 0)
     lesions = postprocess_slices(read, mask, healthy, settings)
-    return Prediction(lesions.final, lesions.core, healthy, mean)
+    return Prediction(lesions.final, lesions.core, healthy, mean, factor)
 
 
 def bright_threshold(models: Sequence[torch.nn.Module], config: PredictConfig) -> float:
@@ -139,6 +143,28 @@ def bright_threshold(models: Sequence[torch.nn.Module], config: PredictConfig) -
     return levels.pop()
 
 
+def inflation_of(models: Sequence[torch.nn.Module]) -> float | None:
+    """Return the density in HU that the models expect healthy lung to have; None where they expect nothing.
+
+    Raises
+    ------
+    ValueError
+        They expect different ones.
+    """
+    levels: set[Any] = {getattr(model, "inflation_hu", None) for model in models}
+    if len(levels) > 1:
+        raise ValueError(f"models must have one inflation_hu, got {', '.join(sorted(map(str, levels)))}")
+    level: float | None = levels.pop()
+    return level
+
+
+def threshold_setting(model: torch.nn.Module, config: PredictConfig) -> Probability:
+    """Return how `model` votes: as `config` says, else as its training settled."""
+    own: Any = getattr(model, "probability", PAPER_PROBABILITY)
+    chosen: Probability = own if config.probability is None else config.probability
+    return chosen
+
+
 def healthy_threshold(model: torch.nn.Module, config: PredictConfig) -> float:
     """Return the probability above which a voxel is healthy for `model`.
 
@@ -147,8 +173,9 @@ def healthy_threshold(model: torch.nn.Module, config: PredictConfig) -> float:
     ValueError
         It shall be calibrated, and the model is not.
     """
-    if not isinstance(config.probability, str):
-        return config.probability
+    wanted = threshold_setting(model, config)
+    if not isinstance(wanted, str):
+        return wanted
     calibration: Any = getattr(model, "calibration", None)
     if not calibration:
         raise ValueError("probability: this model carries no calibration (trained without held-out volumes)")

@@ -1,0 +1,141 @@
+"""Choose post-processing without a patient: ``python docs/postprocess_sweep.py [--data STORE] [MODELS...]``.
+
+One setting at a time moves away from the defaults, and the Dice of final lesion maps is printed for
+
+- phantom pneumonia (`normnet.demo.patients`), beside what is marked in a healthy phantom;
+- with ``--data``, synthetic lesions in the held-out volume of a store: whole slabs, half of them at thick
+  slices, varied as in training. A lesion is its whole shape here, its faint parts too.
+
+Each model votes at its own threshold unless ``--probability`` gives one. MODELS are run folders or weights;
+those that ship with the package where omitted.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+import lesionsynth as ls
+from normnet.config import PostprocessConfig, PredictConfig, few
+from normnet.data import VALIDATION_INDEX, PairStream, ThickSlices
+from normnet.demo import DemoConfig, patients
+from normnet.inflation import inflate, inflation_factor
+from normnet.model import bundled_models, find_models, load_model
+from normnet.postprocess import postprocess
+from normnet.predict import bright_threshold, healthy_threshold, inflation_of, slab_probabilities
+from normnet.volumes import inflated, split, store_volumes
+
+SWEEPS: dict[str, tuple[Any, ...]] = {
+    "bright_threshold": (0.1, 0.2, 0.3, 0.4, 0.5),
+    "bright_size": (5, 7, 9, 11, 13),
+    "full_threshold": (0.02, 0.03, 0.04, 0.05, 0.06, 0.08, 0.1, 0.15),
+    "full_size": (3, 5, 7, 9, 11),
+    "growth_iterations": (0, 1, 2, 4, 8, 16, -1),
+}
+PAIRS = 12
+"""Synthetic pairs."""
+
+
+class Case(NamedTuple):
+    """A volume with known lesions, and what the models say about it."""
+
+    image: Any
+    lungs: Any
+    truth: Any
+    chances: list[Any]
+    ml: float
+
+
+def phantoms(models: list[Any]) -> Iterator[Case]:
+    """Phantom patients, the healthy one last."""
+    for _, chest, truth in patients(DemoConfig()):
+        factor = inflation_factor(chest.hu, chest.lung_mask, inflation_of(models))
+        image = ls.window_hu(inflate(chest.hu, chest.lung_mask, factor)) * chest.lung_mask
+        ml = float(np.prod(chest.spacing)) / 1000
+        yield Case(image, chest.lung_mask, truth, _chances(image, models), ml)
+
+
+def pairs(store: Path, models: list[Any]) -> Iterator[Case]:
+    """Synthetic lesions in what training held out."""
+    config = few()
+    volumes = store_volumes(store)
+    if (level := inflation_of(models)) is not None:
+        volumes = [inflated(volume, level) for volume in volumes]
+    held = split(volumes, config.held_out, config.slab)[1]
+    lesions = replace(ls.presets.get(config.lesions), hu_threshold=bright_threshold(models, PredictConfig()))
+    stream = PairStream(
+        held,
+        ls.LesionSynthesizer(lesions, seed=1),
+        batch_size=1,
+        slab=config.slab,
+        crop=None,
+        multiple=config.model.multiple,
+        thick=ThickSlices(config.thick_slices, config.thick_mm),
+        augment=config.augment,
+        first_index=VALIDATION_INDEX,
+    )
+    for step in range(PAIRS):
+        slabs = stream.slabs(step)
+        batch = stream.pairs(slabs)
+        profile = slabs.profiles[0]
+        lungs = np.asarray(slabs.mask)[0]
+        lungs = lungs if profile is None else lungs[profile[1]]
+        image = batch.image[0, 0].numpy()
+        yield Case(image, lungs, batch.lesions[0, 0].numpy() & lungs, _chances(image, models), 0.64e-3)
+
+
+def score(cases: list[Case], levels: list[float], tau: float, settings: PostprocessConfig) -> list[float]:
+    """Dice of each case; ml where there is no lesion."""
+    found = []
+    for case in cases:
+        votes = sum(
+            (p > np.float32(level)).astype(np.int8) for p, level in zip(case.chances, levels, strict=True)
+        )
+        healthy = (2 * votes > len(levels)) & case.lungs & (case.image >= np.float32(tau))
+        lesions = postprocess(case.image, case.lungs, healthy, settings).final
+        both = 2 * int((lesions & case.truth).sum()) / max(int(lesions.sum() + case.truth.sum()), 1)
+        found.append(both if case.truth.any() else float(lesions.sum()) * case.ml)
+    return found
+
+
+def main() -> None:
+    """Print a table per setting."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("models", nargs="*", type=Path)
+    parser.add_argument("--data", type=Path)
+    parser.add_argument("--probability", type=float)
+    args = parser.parse_args()
+    models: list[Any] = [
+        load_model(f) for f in (find_models(args.models) if args.models else bundled_models())
+    ]
+    usual = PredictConfig(probability=args.probability)
+    level = bright_threshold(models, usual)
+    base, tau = PostprocessConfig(threshold_hu=level), ls.threshold(level)
+    levels = [healthy_threshold(model, usual) for model in models]
+    ill = list(phantoms(models))
+    synthetic = list(pairs(args.data, models)) if args.data else []
+    print(f"T {level:g} HU, thresholds {levels}; defaults {base}\n")
+    for name, values in SWEEPS.items():
+        print(f"| {name} | phantom pneumonia | healthy phantom (ml) | synthetic lesions |\n|---|---|---|---|")
+        for value in values:
+            settings = replace(base, **{name: value})
+            *sick, well = score(ill, levels, tau, settings)
+            pooled = score(synthetic, levels, tau, settings)
+            shown = [f"{np.mean(sick):.3f}", f"{well:.2f}", f"{np.mean(pooled):.3f}" if pooled else "–"]
+            print(f"| {value} | {' | '.join(shown)} |", flush=True)
+        print()
+
+
+def _chances(image: Any, models: list[Any]) -> list[Any]:
+    device = torch.device("cpu")
+    return [slab_probabilities(image, model, PredictConfig(), device) for model in models]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,89 @@
+"""Bring lungs to one inflation: scale HU so that healthy lung has the density that a network was trained at.
+
+A lesion is denser than the lung around it, and how dense that is depends on the breath: in full inspiration
+healthy lung lies near -900 HU and ground glass may stay below -700, after breathing out healthy lung itself
+reaches that. One threshold T in HU (PAPER.md III-A) then misses the lesions of the one and marks the lungs of
+the other. Less air scales HU towards 0, water, so a factor takes one state to the other: ``hu * factor``,
+which leaves what holds no air. The paper does nothing of the kind.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from lesionsynth import ops
+
+Array = Any
+"""A NumPy array or a torch tensor."""
+
+HEALTHY = (-950, -700)
+"""Range in HU where the peak of healthy lung is looked for: deep inspiration or emphysema to expiration."""
+SMOOTH = 15.0
+"""Standard deviation in HU of the filter on the histogram: far below the width of its peak, about 50."""
+LOWEST = -1024
+"""HU of air where there is no patient; nothing is scaled below it."""
+
+
+def healthy_density(hu: npt.NDArray[Any], lung_mask: npt.NDArray[np.bool_]) -> float:
+    """Density of a patient's healthy lung: where the histogram of the lungs peaks.
+
+    Parameters
+    ----------
+    hu : (z, y, x) array
+        Hounsfield units.
+    lung_mask : (z, y, x) bool array
+        Lungs, lesions included.
+
+    Returns
+    -------
+    float
+        In HU, within `HEALTHY`. Lesions move a mean or a median; the peak stays as long as it is the highest.
+    """
+    low, high = HEALTHY
+    edge = round(4 * SMOOTH)
+    values = np.zeros(high - low + 1 + 2 * edge)
+    for slab, lungs in zip(hu, lung_mask, strict=True):  # by slices: no copy of a long scan's lungs
+        bins = np.rint(slab[lungs]).astype(np.int64) - (low - edge)
+        values += np.bincount(bins[(bins >= 0) & (bins < len(values))], minlength=len(values))
+    peak = ops.gaussian_filter(values.astype(np.float32)[None, None], (0.0, 0.0, SMOOTH), threads=1)
+    return float(low + int(np.asarray(peak)[0, 0, edge : len(values) - edge].argmax()))
+
+
+def inflation_factor(
+    hu: npt.NDArray[Any], lung_mask: npt.NDArray[np.bool_], inflation_hu: float | None
+) -> float:
+    """Return the factor that takes a patient's healthy lung to `inflation_hu`; 1 where that is None."""
+    return 1.0 if inflation_hu is None else inflation_hu / healthy_density(hu, lung_mask)
+
+
+def inflate(hu: Array, lung_mask: Array, factor: float) -> Array:
+    """Scale the lungs' HU below 0.
+
+    Parameters
+    ----------
+    hu : (z, y, x) int16 or float32 array or tensor
+        Hounsfield units. Not modified.
+    lung_mask : (z, y, x) bool array or tensor
+        Lungs; other tissue is left.
+    factor : float
+        From `inflation_factor`; 1 gives `hu` itself.
+
+    Returns
+    -------
+    (z, y, x) array or tensor
+        Of the dtype of `hu`, rounded to whole HU where that is of integers, not below `LOWEST`.
+    """
+    if factor == 1:
+        return hu
+    library: Any = torch if isinstance(hu, torch.Tensor) else np
+    whole = not (hu.dtype.is_floating_point if library is torch else np.issubdtype(hu.dtype, np.floating))
+    values = hu.to(torch.float32) if library is torch else hu.astype(np.float32)
+    scaled = values * float(np.float32(factor))
+    if whole:
+        scaled = library.round(scaled)
+    chosen = library.where(lung_mask & (values < 0), scaled.clip(min=float(LOWEST)), values)
+    return chosen.to(hu.dtype) if library is torch else chosen.astype(hu.dtype)
