@@ -1,4 +1,4 @@
-"""Choose post-processing without a patient: ``python docs/postprocess_sweep.py [--data STORE] [MODELS...]``.
+"""Choose threshold and post-processing without a patient: ``python docs/postprocess_sweep.py [--data STORE] [MODELS...]``.
 
 One setting at a time moves away from the defaults, and the Dice of final lesion maps is printed for
 
@@ -6,7 +6,8 @@ One setting at a time moves away from the defaults, and the Dice of final lesion
 - with ``--data``, synthetic lesions in the held-out volume of a store: whole slabs, half of them at thick
   slices, varied as in training. A lesion is its whole shape here, its faint parts too.
 
-Each model votes at its own threshold unless ``--probability`` gives one. MODELS are run folders or weights;
+Each model votes at its own threshold unless ``--probability`` gives one, which is also the first setting that
+moves. MODELS are run folders or weights;
 those that ship with the package where omitted.
 """
 
@@ -32,6 +33,7 @@ from normnet.predict import bright_threshold, healthy_threshold, inflation_of, s
 from normnet.volumes import inflated, split, store_volumes
 
 SWEEPS: dict[str, tuple[Any, ...]] = {
+    "probability": (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95),
     "bright_threshold": (0.1, 0.2, 0.3, 0.4, 0.5),
     "bright_size": (5, 7, 9, 11, 13),
     "full_threshold": (0.02, 0.03, 0.04, 0.05, 0.06, 0.08, 0.1, 0.15),
@@ -124,9 +126,10 @@ def main() -> None:
     for name, values in SWEEPS.items():
         print(f"| {name} | phantom pneumonia | healthy phantom (ml) | synthetic lesions |\n|---|---|---|---|")
         for value in values:
-            settings = replace(base, **{name: value})
-            *sick, well = score(ill, levels, tau, settings)
-            pooled = score(synthetic, levels, tau, settings)
+            vote = [value] * len(models) if name == "probability" else levels
+            settings = base if name == "probability" else replace(base, **{name: value})
+            *sick, well = score(ill, vote, tau, settings)
+            pooled = score(synthetic, vote, tau, settings)
             shown = [f"{np.mean(sick):.3f}", f"{well:.2f}", f"{np.mean(pooled):.3f}" if pooled else "–"]
             print(f"| {value} | {' | '.join(shown)} |", flush=True)
         print()

@@ -1,4 +1,4 @@
-"""Vary the healthy anatomy that lesions are put into: pose, size, inflation, kernel, noise, calibration.
+"""Vary the healthy anatomy that lesions are put into: pose, size, mask, inflation, kernel, noise, HU.
 
 The paper has 453 healthy volumes and no such step. A few volumes show few ways to breathe in, to lie and to
 reconstruct; what a network has never seen healthy it calls a lesion. All of it happens to raw HU before there
@@ -40,7 +40,7 @@ class Variation:
     """
 
     def __init__(self, config: AugmentConfig, seed: int, index: int) -> None:
-        u = ls.ops.philox_uniform((1, 1, 8), seed, stream=AUGMENT_STREAM, sample=index).ravel().astype(float)
+        u = ls.ops.philox_uniform((1, 1, 9), seed, stream=AUGMENT_STREAM, sample=index).ravel().astype(float)
         signed = 2 * u - 1
         self.angle = math.radians(config.rotate) * float(signed[0])
         self.zoom = (1 + config.zoom) ** float(signed[1])
@@ -50,6 +50,7 @@ class Variation:
         self.noise = config.noise * float(u[5])
         self.offset = config.offset * float(signed[6])
         self.gain = config.gain * float(signed[7])
+        self.border = int((2 * config.border + 1) * u[8]) - config.border
         self._seed, self._index = seed, index
 
     @property
@@ -98,6 +99,28 @@ class Variation:
         moved = _sample(values.float() - AIR, grid, "bilinear") + AIR
         kept = _sample(lungs.float(), grid, "nearest") > 0.5
         return _as(hu, moved.round().to(torch.int16)), _as(mask, kept)
+
+    def edge(self, mask: Array) -> Array:
+        """Shrink or grow the lungs in plane, by squares.
+
+        Parameters
+        ----------
+        mask : (z, y, x) bool array or tensor
+            Lungs. Not modified.
+
+        Returns
+        -------
+        (z, y, x) bool array or tensor
+            `mask` itself where nothing would be left of it.
+        """
+        if not self.border:
+            return mask
+        size = 2 * abs(self.border) + 1
+        lungs = torch.as_tensor(mask)
+        part = (lungs if self.border > 0 else ~lungs).float()[:, None]
+        reached = functional.max_pool2d(part, size, stride=1, padding=size // 2)[:, 0] > 0
+        found = reached if self.border > 0 else ~reached
+        return _as(mask, found) if found.any() else mask
 
     def change(self, hu: Array, mask: Array) -> Array:
         """Vary inflation, kernel, noise and calibration.

@@ -87,12 +87,15 @@ class AugmentConfig:
     """Standard deviation in HU of added noise."""
     offset: float = 0.0
     """HU added or subtracted everywhere: calibration."""
+    border: int = 0
+    """Lung masks shrunk or grown in plane by up to so many voxels: lungs segmented in another way have more
+    or less of the chest wall, the diaphragm and the hilum at their edge."""
     gain: float = 0.0
     """Contrast to air, hu + 1000, times up to 1 + this or down to 1 - this: pictures that were windowed."""
 
     def __post_init__(self) -> None:
         """Check ranges."""
-        for name in ("rotate", "zoom", "blur", "noise", "offset"):
+        for name in ("rotate", "zoom", "blur", "noise", "offset", "border"):
             value = getattr(self, name)
             _check(f"augment.{name}", value, 0 <= value < math.inf, ">= 0")
         for name in ("deflation", "gain"):

@@ -211,6 +211,7 @@ class PairStream:
         if list(mask.shape[1:]) != sizes or variation:
             window = self._window(mask, sizes, float(u[1]))
             hu, mask = _cut(hu, mask, window, variation)
+            mask = variation.edge(mask) if variation else mask
             voxels = int(mask.sum())
         if variation:
             hu = variation.change(hu, mask)

@@ -20,7 +20,9 @@ from normnet.config import AugmentConfig, TrainConfig, from_json, to_json  # noq
 from normnet.data import PairStream, _cut  # noqa: E402
 from normnet.volumes import phantom_volumes  # noqa: E402
 
-ALL = AugmentConfig(rotate=15.0, zoom=0.2, deflation=0.3, blur=1.0, noise=20.0, offset=30.0, gain=0.05)
+ALL = AugmentConfig(
+    rotate=15.0, zoom=0.2, deflation=0.3, blur=1.0, noise=20.0, offset=30.0, border=2, gain=0.05
+)
 OFF = AugmentConfig()
 
 
@@ -132,6 +134,24 @@ def test_noise_has_its_deviation_and_is_correlated_in_plane():
     assert abs(along_z) < 0.03
 
 
+@pytest.mark.parametrize("border", [-3, -1, 1, 2])
+def test_the_edge_moves_in_plane(border):
+    mask = slab()[1]
+    square = np.ones((1, 2 * abs(border) + 1, 2 * abs(border) + 1), bool)
+    change = ndimage.binary_dilation if border > 0 else ndimage.binary_erosion
+    expected = change(mask, square) if border > 0 else change(mask, square, border_value=1)
+    np.testing.assert_array_equal(only(border=border).edge(mask), expected)
+    np.testing.assert_array_equal(only(border=border).edge(torch.from_numpy(mask)).numpy(), expected)
+    assert (expected.sum() > mask.sum()) == (border > 0)
+
+
+def test_a_lung_too_thin_to_shrink_stays():
+    mask = np.zeros((2, 12, 12), bool)
+    mask[:, 4:6, 3:9] = True
+    assert only(border=-2).edge(mask) is mask
+    assert only(border=0).edge(mask) is mask
+
+
 def test_gain_is_contrast_to_air():
     hu, mask = slab()
     expected = (hu + 1000.0) * 1.04 - 1000
@@ -158,6 +178,7 @@ def test_amounts_are_within_bounds_and_use_them():
         values = np.array([getattr(v, name) for v in drawn])
         assert low <= values.min() < low + 0.05 * (high - low)  # missed with probability 0.95**400 = 1e-9
         assert high - 0.05 * (high - low) < values.max() <= high
+    assert {v.border for v in drawn} == {-2, -1, 0, 1, 2}
     # each amount on its own
     amounts = [[v.angle, v.zoom, v.deflation, v.dependent, v.offset, v.gain] for v in drawn]
     assert np.abs(np.corrcoef(amounts, rowvar=False) - np.eye(6)).max() < 0.2  # four standard errors

@@ -9,9 +9,10 @@ pytest.importorskip("monai")
 
 import torch
 
-from normnet.config import ModelConfig
+from normnet.config import ModelConfig, PredictConfig
 from normnet.export import export, main
 from normnet.model import build_unet, find_models, load_model, save_model
+from normnet.predict import healthy_threshold
 
 CONFIG = ModelConfig(channels=(8, 16), strides=(2,))
 
@@ -57,6 +58,23 @@ def test_what_does_not_fit(tmp_path, capsys):
     assert not (tmp_path / "out").exists()
     assert main([str(tmp_path / "nothing"), "--output", str(tmp_path / "out")]) == 2
     assert "models must be weights files or run folders" in capsys.readouterr().err
+
+
+def test_weights_are_told_how_to_vote(runs, tmp_path, capsys):
+    assert main([str(runs), "--output", str(tmp_path / "out"), "--probability", "0.35"]) == 0
+    models = [load_model(file) for file in find_models([tmp_path / "out"])]
+    assert [model.probability for model in models] == [0.35, 0.35]
+    assert [healthy_threshold(model, PredictConfig()) for model in models] == [0.35, 0.35]
+    export([runs / "seed1"], tmp_path / "own", "calibrated")
+    assert healthy_threshold(load_model(tmp_path / "own/model-0.safetensors"), PredictConfig()) == 0.25
+    # the first run has no calibration
+    assert main([str(runs), "--output", str(tmp_path / "no"), "--probability", "calibrated"]) == 2
+    assert (
+        "seed0/model.safetensors: probability: this model carries no calibration" in capsys.readouterr().err
+    )
+    with pytest.raises(ValueError, match=r"probability must be in \(0, 1\) or 'calibrated', got 1.5"):
+        export([runs], tmp_path / "no", 1.5)
+    assert not (tmp_path / "no").exists()
 
 
 def test_an_earlier_larger_export_does_not_vote(runs, tmp_path):
