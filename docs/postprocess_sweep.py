@@ -1,4 +1,4 @@
-"""Choose threshold and post-processing without a patient: ``python docs/postprocess_sweep.py [--data STORE] [MODELS...]``.
+"""Choose threshold and post-processing without a patient: ``python docs/postprocess_sweep.py [MODELS]``.
 
 One setting at a time moves away from the defaults, and the Dice of final lesion maps is printed for
 
