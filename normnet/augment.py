@@ -45,7 +45,7 @@ class Variation:
         self.angle = math.radians(config.rotate) * float(signed[0])
         self.zoom = (1 + config.zoom) ** float(signed[1])
         self.deflation = config.deflation * float(u[2])
-        self.dependent = config.deflation * float(u[3])
+        self.dependent = config.dependent * float(u[3])
         self.blur = config.blur * float(u[4])
         self.noise = config.noise * float(u[5])
         self.offset = config.offset * float(signed[6])

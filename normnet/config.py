@@ -79,8 +79,10 @@ class AugmentConfig:
     zoom: float = 0.0
     """Scale in plane by up to 1 + this, and down to its inverse."""
     deflation: float = 0.0
-    """Share of the lungs' air taken away everywhere, and as much again towards the back: scans after
-    breathing out, and dependent lung."""
+    """Share of the lungs' air taken away everywhere: scans after breathing out."""
+    dependent: float = 0.0
+    """Share of the lungs' air taken away at the back, and less towards the front: dependent lung, where
+    blood gathers and air does not."""
     blur: float = 0.0
     """Standard deviation in voxels of an in-plane Gaussian: softer reconstruction kernels."""
     noise: float = 0.0
@@ -98,7 +100,7 @@ class AugmentConfig:
         for name in ("rotate", "zoom", "blur", "noise", "offset", "border"):
             value = getattr(self, name)
             _check(f"augment.{name}", value, 0 <= value < math.inf, ">= 0")
-        for name in ("deflation", "gain"):
+        for name in ("deflation", "dependent", "gain"):
             value = getattr(self, name)
             _check(f"augment.{name}", value, 0 <= value <= 0.5, "in [0, 0.5]")
 
@@ -325,7 +327,14 @@ def few() -> TrainConfig:
         probability="calibrated",
         thick_slices=0.5,
         augment=AugmentConfig(
-            rotate=10.0, zoom=0.15, deflation=0.12, blur=0.6, noise=10.0, offset=20.0, gain=0.03
+            rotate=10.0,
+            zoom=0.15,
+            deflation=0.12,
+            dependent=0.12,
+            blur=0.6,
+            noise=10.0,
+            offset=20.0,
+            gain=0.03,
         ),
         validate_every=500,
         validation_pairs=32,

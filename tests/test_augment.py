@@ -21,7 +21,15 @@ from normnet.data import PairStream, _cut  # noqa: E402
 from normnet.volumes import phantom_volumes  # noqa: E402
 
 ALL = AugmentConfig(
-    rotate=15.0, zoom=0.2, deflation=0.3, blur=1.0, noise=20.0, offset=30.0, border=2, gain=0.05
+    rotate=15.0,
+    zoom=0.2,
+    deflation=0.3,
+    dependent=0.25,
+    blur=1.0,
+    noise=20.0,
+    offset=30.0,
+    border=2,
+    gain=0.05,
 )
 OFF = AugmentConfig()
 
@@ -169,7 +177,7 @@ def test_amounts_are_within_bounds_and_use_them():
         ("angle", -math.radians(15), math.radians(15)),
         ("zoom", 1 / 1.2, 1.2),
         ("deflation", 0, 0.3),
-        ("dependent", 0, 0.3),
+        ("dependent", 0, 0.25),
         ("blur", 0, 1.0),
         ("noise", 0, 20.0),
         ("offset", -30.0, 30.0),
