@@ -334,6 +334,7 @@ def few() -> TrainConfig:
             blur=0.6,
             noise=10.0,
             offset=20.0,
+            border=2,
             gain=0.03,
         ),
         validate_every=500,
