@@ -28,8 +28,10 @@ LOWEST = -1024
 """HU of air where there is no patient; nothing is scaled below it."""
 
 
-def healthy_density(hu: npt.NDArray[Any], lung_mask: npt.NDArray[np.bool_]) -> float:
+def healthy_density(hu: npt.NDArray[Any], lung_mask: npt.NDArray[np.bool_]) -> float | None:
     """Density of a patient's healthy lung: where the histogram of the lungs peaks.
+
+    Disease makes lung denser, so of several peaks it is the first that has half of the highest one's height.
 
     Parameters
     ----------
@@ -40,8 +42,9 @@ def healthy_density(hu: npt.NDArray[Any], lung_mask: npt.NDArray[np.bool_]) -> f
 
     Returns
     -------
-    float
-        In HU, within `HEALTHY`. Lesions move a mean or a median; the peak stays as long as it is the highest.
+    float or None
+        In HU, within `HEALTHY`. Lesions move a mean or a median; the peak stays. None where there is no peak
+        in that range: hardly any healthy lung, or no lung.
     """
     low, high = HEALTHY
     edge = round(4 * SMOOTH)
@@ -49,15 +52,28 @@ def healthy_density(hu: npt.NDArray[Any], lung_mask: npt.NDArray[np.bool_]) -> f
     for slab, lungs in zip(hu, lung_mask, strict=True):  # by slices: no copy of a long scan's lungs
         bins = np.rint(slab[lungs]).astype(np.int64) - (low - edge)
         values += np.bincount(bins[(bins >= 0) & (bins < len(values))], minlength=len(values))
-    peak = ops.gaussian_filter(values.astype(np.float32)[None, None], (0.0, 0.0, SMOOTH), threads=1)
-    return float(low + int(np.asarray(peak)[0, 0, edge : len(values) - edge].argmax()))
+    smooth = np.asarray(
+        ops.gaussian_filter(values.astype(np.float32)[None, None], (0.0, 0.0, SMOOTH), threads=1)
+    )[0, 0]
+    inner = np.arange(edge, len(values) - edge)
+    peaks = inner[(smooth[inner] > smooth[inner - 1]) & (smooth[inner] >= smooth[inner + 1])]
+    if not peaks.size:
+        return None
+    first = peaks[smooth[peaks] >= 0.5 * smooth[peaks].max()][0]
+    return float(low - edge + int(first))
 
 
 def inflation_factor(
     hu: npt.NDArray[Any], lung_mask: npt.NDArray[np.bool_], inflation_hu: float | None
 ) -> float:
-    """Return the factor that takes a patient's healthy lung to `inflation_hu`; 1 where that is None."""
-    return 1.0 if inflation_hu is None else inflation_hu / healthy_density(hu, lung_mask)
+    """Return the factor that takes a patient's healthy lung to `inflation_hu`.
+
+    1 where that is None, or where there is no healthy lung to tell: nothing is scaled then.
+    """
+    if inflation_hu is None:
+        return 1.0
+    density = healthy_density(hu, lung_mask)
+    return 1.0 if density is None else inflation_hu / density
 
 
 def inflate(hu: Array, lung_mask: Array, factor: float) -> Array:
