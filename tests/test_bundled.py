@@ -27,6 +27,8 @@ def test_five_small_models_of_the_preset():
     for model in models:
         assert model.config == few().model
         assert model.threshold_hu == few().threshold_hu
+        assert model.inflation_hu == few().inflation_hu
+        assert model.probability == 0.7  # as docs/model-card.md says
         assert 0 < model.calibration["probability"] < 1
         assert model.calibration["dice"] > 0.8
     first = [next(m.parameters()) for m in models]
