@@ -95,8 +95,10 @@ class VoxelCounts:
 
     def _judged(self) -> str:
         """Say what was counted by probability."""
-        levels = sorted(level for level in self.judged if level is not None)
-        parts = [f"lung voxels of at least {level:g} HU" for level in levels]
+        levels = sorted({round(level) for level in self.judged if level is not None})
+        spans = f"{levels[0]} to {levels[-1]} HU, by case," if len(levels) > 2 else ""
+        each = [spans] if spans else [f"{level} HU" for level in levels]
+        parts = [f"lung voxels of at least {level}" for level in each]
         return " or ".join([*parts, *(["all lung voxels"] if None in self.judged else [])])
 
 

@@ -32,21 +32,28 @@ class Origin:
     label : str
         ``fixed at 0.95``, ``calibrated on synthetic pairs: 0.62; T -700 HU``, or `UNKNOWN`.
     threshold_hu : float or None
-        T: the method judges lung voxels at or above it, as NormNet does. None for the whole lung.
+        T on the CT's own scale: the method judges lung voxels at or above it, as NormNet does. None for the
+        whole lung.
+    inflation : float
+        What HU in the lungs were multiplied with before they were judged; see `normnet.inflation`.
     """
 
     label: str = UNKNOWN
     threshold_hu: float | None = PAPER_THRESHOLD_HU
+    inflation: float = 1.0
 
     @property
     def tissue(self) -> str:
         """What a label says about T: nothing where it is the paper's, or where there is none."""
-        return _tissue([] if self.threshold_hu is None else [self.threshold_hu])
+        return _tissue([] if self.threshold_hu is None else [round(self.threshold_hu * self.inflation, 3)])
 
     @property
     def judged(self) -> str:
         """The voxels that the method judges, in words."""
-        return "lung" if self.threshold_hu is None else f"lung from {round(self.threshold_hu)} HU"
+        if self.threshold_hu is None:
+            return "lung"
+        scaled = "" if self.inflation == 1 else ", at one inflation"
+        return f"lung from {round(self.threshold_hu * self.inflation)} HU{scaled}"
 
 
 def read_origin(prediction: Path) -> Origin:
@@ -117,8 +124,8 @@ def _normnet(record: dict[str, Any]) -> Origin:
         marked = (f"{p} calibrated" if c else f"{p} fixed" for p, c in zip(levels, calibrated, strict=True))
         label = f"thresholds {', '.join(marked)}"
     # what any of the models judges may become a lesion; T is of lungs brought to their inflation
-    level = min(judged) / float(record.get("inflation", 1.0))
-    return Origin(f"{label}{_tissue(judged)}", max(level, HU_RANGE[0]))
+    factor = float(record.get("inflation", 1.0))
+    return Origin(f"{label}{_tissue(judged)}", max(min(judged) / factor, HU_RANGE[0]), factor)
 
 
 def _baseline(entry: Any) -> Origin:

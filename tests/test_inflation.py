@@ -163,6 +163,8 @@ def test_the_record_tells_the_factor_and_what_was_judged(tmp_path):
     origin = read_origin(tmp_path / "out/p_lesions.nii.gz")
     assert origin.threshold_hu == pytest.approx(-700 / record["inflation"])
     assert origin.label == "fixed at 0.4; T -700 HU"
+    assert origin.judged == "lung from -700 HU, at one inflation"
+    assert origin.tissue == "; T -700 HU"
     undecided(tmp_path / "n.safetensors", None)
     assert predict.main([*call, str(tmp_path / "n.safetensors"), "--output", str(tmp_path / "two")]) == 2
     assert not (tmp_path / "two").exists()
