@@ -71,9 +71,9 @@ def test_the_rival_draws_the_same_blobs() -> None:
         assert_array_equal(labels > 0, pair.labels > 0)
         assert_array_equal(image[labels == 0], slab.image[labels == 0])
         assert (image >= slab.image).all()
-        assert image[labels > 0].mean() == pytest.approx(
-            pair.image[labels > 0].mean(), rel=0.5
-        )  # other noise
+        # other noise, and the parameters of another blob of the plan: a lesion's mean is below its mu0, at
+        # most 0.8, and 60 renderings lay between 0.25 and 0.53
+        assert slab.image[labels > 0].mean() + 0.1 < image[labels > 0].mean() < 0.8
 
 
 @pytest.mark.slow
