@@ -7,8 +7,7 @@ One setting at a time moves away from the defaults, and the Dice of final lesion
   slices, varied as in training. A lesion is its whole shape here, its faint parts too.
 
 Each model votes at its own threshold unless ``--probability`` gives one, which is also the first setting that
-moves. MODELS are run folders or weights;
-those that ship with the package where omitted.
+moves. MODELS are run folders or weights; those that ship with the package where omitted.
 """
 
 from __future__ import annotations
@@ -23,10 +22,12 @@ import numpy as np
 import torch
 
 import lesionsynth as ls
+from normnet.ablate.scoring import majority
 from normnet.config import PostprocessConfig, PredictConfig, few
 from normnet.data import VALIDATION_INDEX, PairStream, ThickSlices
 from normnet.demo import DemoConfig, patients
-from normnet.inflation import inflate, inflation_factor
+from normnet.inflation import inflation_factor, windowed_lungs
+from normnet.metrics import overlap_scores
 from normnet.model import bundled_models, find_models, load_model
 from normnet.postprocess import postprocess
 from normnet.predict import bright_threshold, healthy_threshold, inflation_of, slab_probabilities
@@ -51,16 +52,15 @@ class Case(NamedTuple):
     lungs: Any
     truth: Any
     chances: list[Any]
-    ml: float
+    spacing: tuple[float, float, float]
 
 
 def phantoms(models: list[Any]) -> Iterator[Case]:
     """Phantom patients, the healthy one last."""
     for _, chest, truth in patients(DemoConfig()):
         factor = inflation_factor(chest.hu, chest.lung_mask, inflation_of(models))
-        image = ls.window_hu(inflate(chest.hu, chest.lung_mask, factor)) * chest.lung_mask
-        ml = float(np.prod(chest.spacing)) / 1000
-        yield Case(image, chest.lung_mask, truth, _chances(image, models), ml)
+        image = windowed_lungs(chest.hu, chest.lung_mask, factor)
+        yield Case(image, chest.lung_mask, truth, _chances(image, models), chest.spacing)
 
 
 def pairs(store: Path, models: list[Any]) -> Iterator[Case]:
@@ -89,20 +89,20 @@ def pairs(store: Path, models: list[Any]) -> Iterator[Case]:
         lungs = np.asarray(slabs.mask)[0]
         lungs = lungs if profile is None else lungs[profile[1]]
         image = batch.image[0, 0].numpy()
-        yield Case(image, lungs, batch.lesions[0, 0].numpy() & lungs, _chances(image, models), 0.64e-3)
+        yield Case(
+            image, lungs, batch.lesions[0, 0].numpy() & lungs, _chances(image, models), held[0].spacing
+        )
 
 
 def score(cases: list[Case], levels: list[float], tau: float, settings: PostprocessConfig) -> list[float]:
     """Dice of each case; ml where there is no lesion."""
     found = []
     for case in cases:
-        votes = sum(
-            (p > np.float32(level)).astype(np.int8) for p, level in zip(case.chances, levels, strict=True)
-        )
-        healthy = (2 * votes > len(levels)) & case.lungs & (case.image >= np.float32(tau))
+        vote = majority([p > np.float32(level) for p, level in zip(case.chances, levels, strict=True)])
+        healthy = vote & case.lungs & (case.image >= np.float32(tau))
         lesions = postprocess(case.image, case.lungs, healthy, settings).final
-        both = 2 * int((lesions & case.truth).sum()) / max(int(lesions.sum() + case.truth.sum()), 1)
-        found.append(both if case.truth.any() else float(lesions.sum()) * case.ml)
+        scores = overlap_scores(lesions, case.truth, case.spacing)
+        found.append(scores["dsc"] if case.truth.any() else scores["false_positive_ml"])
     return found
 
 

@@ -25,6 +25,8 @@ Probability = float | Literal["calibrated"]
 
 PAPER_THRESHOLD_HU = -500.0
 """T (PAPER.md III-A, Table VI)."""
+HEALTHY_HU = (-950.0, -700.0)
+"""Where healthy lung may lie: deep inspiration or emphysema to expiration (`normnet.inflation`)."""
 PAPER_PROBABILITY = 0.95
 """A voxel is healthy for a model where its probability exceeds this (PAPER.md IV-B.3)."""
 PAPER_FULL_THRESHOLD = 0.15
@@ -204,7 +206,9 @@ class TrainConfig:
         _check("threshold_hu", self.threshold_hu, -800 < self.threshold_hu < 100, "between -800 and 100 HU")
         _check("thick_slices", self.thick_slices, 0 <= self.thick_slices <= 1, "in [0, 1]")
         level = self.inflation_hu
-        _check("inflation_hu", level, level is None or -950 <= level <= -700, "None or in [-950, -700] HU")
+        low, high = HEALTHY_HU
+        rule = f"None or in [{low:g}, {high:g}] HU"
+        _check("inflation_hu", level, level is None or low <= level <= high, rule)
         _check_probability(self.probability)
         held = self.probability != "calibrated" or self.held_out >= 1
         _check("held_out", self.held_out, held, ">= 1 to calibrate the probability on")

@@ -96,9 +96,9 @@ class VoxelCounts:
     def _judged(self) -> str:
         """Say what was counted by probability."""
         levels = sorted({round(level) for level in self.judged if level is not None})
-        spans = f"{levels[0]} to {levels[-1]} HU, by case," if len(levels) > 2 else ""
-        each = [spans] if spans else [f"{level} HU" for level in levels]
-        parts = [f"lung voxels of at least {level}" for level in each]
+        parts = [f"lung voxels of at least {level} HU" for level in levels]
+        if len(levels) > 2:
+            parts = [f"lung voxels of at least {levels[0]} to {levels[-1]} HU, by case,"]
         return " or ".join([*parts, *(["all lung voxels"] if None in self.judged else [])])
 
 

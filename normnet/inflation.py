@@ -15,17 +15,15 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from lesionsynth import ops
+import lesionsynth as ls
+from lesionsynth.io import AIR_HU
+from normnet.config import HEALTHY_HU
 
 Array = Any
 """A NumPy array or a torch tensor."""
 
-HEALTHY = (-950, -700)
-"""Range in HU where the peak of healthy lung is looked for: deep inspiration or emphysema to expiration."""
 SMOOTH = 15.0
 """Standard deviation in HU of the filter on the histogram: far below the width of its peak, about 50."""
-LOWEST = -1024
-"""HU of air where there is no patient; nothing is scaled below it."""
 
 
 def healthy_density(hu: npt.NDArray[Any], lung_mask: npt.NDArray[np.bool_]) -> float | None:
@@ -43,17 +41,17 @@ def healthy_density(hu: npt.NDArray[Any], lung_mask: npt.NDArray[np.bool_]) -> f
     Returns
     -------
     float or None
-        In HU, within `HEALTHY`. Lesions move a mean or a median; the peak stays. None where there is no peak
-        in that range: hardly any healthy lung, or no lung.
+        In HU, within `HEALTHY_HU`. Lesions move a mean or a median; the peak stays. None where there is no
+        peak in that range: hardly any healthy lung, or no lung.
     """
-    low, high = HEALTHY
+    low, high = (int(level) for level in HEALTHY_HU)
     edge = round(4 * SMOOTH)
     values = np.zeros(high - low + 1 + 2 * edge)
     for slab, lungs in zip(hu, lung_mask, strict=True):  # by slices: no copy of a long scan's lungs
         bins = np.rint(slab[lungs]).astype(np.int64) - (low - edge)
         values += np.bincount(bins[(bins >= 0) & (bins < len(values))], minlength=len(values))
     smooth = np.asarray(
-        ops.gaussian_filter(values.astype(np.float32)[None, None], (0.0, 0.0, SMOOTH), threads=1)
+        ls.ops.gaussian_filter(values.astype(np.float32)[None, None], (0.0, 0.0, SMOOTH), threads=1)
     )[0, 0]
     inner = np.arange(edge, len(values) - edge)
     peaks = inner[(smooth[inner] > smooth[inner - 1]) & (smooth[inner] >= smooth[inner + 1])]
@@ -82,7 +80,7 @@ def inflate(hu: Array, lung_mask: Array, factor: float) -> Array:
     Parameters
     ----------
     hu : (z, y, x) int16 or float32 array or tensor
-        Hounsfield units. Not modified.
+        Hounsfield units, not below `AIR_HU`, as `lesionsynth.io` reads them. Not modified.
     lung_mask : (z, y, x) bool array or tensor
         Lungs; other tissue is left.
     factor : float
@@ -91,7 +89,7 @@ def inflate(hu: Array, lung_mask: Array, factor: float) -> Array:
     Returns
     -------
     (z, y, x) array or tensor
-        Of the dtype of `hu`, rounded to whole HU where that is of integers, not below `LOWEST`.
+        Of the dtype of `hu`, rounded to whole HU where that is of integers, not below `AIR_HU`.
     """
     if factor == 1:
         return hu
@@ -101,5 +99,14 @@ def inflate(hu: Array, lung_mask: Array, factor: float) -> Array:
     scaled = values * float(np.float32(factor))
     if whole:
         scaled = library.round(scaled)
-    chosen = library.where(lung_mask & (values < 0), scaled.clip(min=float(LOWEST)), values)
+    chosen = library.where(lung_mask & (values < 0), scaled.clip(min=float(AIR_HU)), values)
     return chosen.to(hu.dtype) if library is torch else chosen.astype(hu.dtype)
+
+
+def windowed_lungs(
+    hu: npt.NDArray[Any], lung_mask: npt.NDArray[np.bool_], factor: float
+) -> npt.NDArray[np.float32]:
+    """Return what a network sees: the lungs, scaled as by `inflate` and windowed to [0, 1], 0 around them."""
+    image: npt.NDArray[np.float32] = ls.window_hu(inflate(hu, lung_mask, factor))
+    image *= lung_mask
+    return image

@@ -13,15 +13,14 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-import lesionsynth as ls
 from normnet.ablate.patients import Patient, Volumes
 from normnet.ablate.runs import Trained
 from normnet.config import PredictConfig, to_json
-from normnet.inflation import inflate, inflation_factor
+from normnet.inflation import windowed_lungs
 from normnet.metrics import CaseScores, evaluate_case
 from normnet.model import load_model
 from normnet.postprocess import postprocess
-from normnet.predict import inflation_of, predict_volume
+from normnet.predict import predict_volume
 from normnet.prepare.store import write_atomically
 from normnet.strict_json import without_nan
 
@@ -136,16 +135,15 @@ def _score_patient(
     volumes: Volumes, models: Sequence[torch.nn.Module], config: PredictConfig, device: str
 ) -> dict[str, Any]:
     """Every network sees the patient once: a vote needs only what each model calls healthy."""
-    factor = inflation_factor(volumes.hu, volumes.lung_mask, inflation_of(models))
-    image = ls.window_hu(inflate(volumes.hu, volumes.lung_mask, factor)) * volumes.lung_mask
     healthy: list[npt.NDArray[np.bool_]] = []
-    mean = np.zeros(image.shape, np.float32)
+    mean: Array = np.zeros(volumes.hu.shape, np.float32)
     single, votes = [], []
     for model in models:
         found = predict_volume(volumes.hu, volumes.lung_mask, [model], config, device=device)
         healthy.append(found.healthy)
         mean += found.probability
         single.append(_score(volumes, found.lesions, found.healthy, found.probability))
+    image = windowed_lungs(volumes.hu, volumes.lung_mask, found.inflation)
     votes.append(single[0])
     for count in range(2, len(models) + 1):
         called = majority(healthy[:count])

@@ -74,7 +74,8 @@ def predict(args: PredictArgs, *, progress_bar: bool = False) -> PredictSummary:
     choose_device(args.device)
     files = find_models(args.models) if args.models else bundled_models()
     models = [load_model(file) for file in files]
-    bright_threshold(models, args.settings), inflation_of(models)  # before any case fails of them
+    bright_threshold(models, args.settings)  # before any case fails of it
+    inflation_of(models)
     records = [_record(file, model, args.settings) for file, model in zip(files, models, strict=True)]
     jobs, failures = _plan(args, sources, records)
     folder = Folder(args.output)

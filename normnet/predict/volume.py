@@ -13,7 +13,7 @@ import torch
 import lesionsynth as ls
 from normnet.config import PAPER_PROBABILITY, PAPER_THRESHOLD_HU, PredictConfig, Probability
 from normnet.device import choose_device
-from normnet.inflation import inflate, inflation_factor
+from normnet.inflation import inflation_factor, windowed_lungs
 from normnet.postprocess import Mask, postprocess_slices
 from normnet.sliding import slide
 
@@ -105,9 +105,7 @@ def predict_volume(
     plane = _lung_box(mask)
 
     def read(first: int, last: int) -> npt.NDArray[np.float32]:
-        image: npt.NDArray[np.float32] = ls.window_hu(inflate(volume[first:last], mask[first:last], factor))
-        image *= mask[first:last]
-        return image
+        return windowed_lungs(volume[first:last], mask[first:last], factor)
 
     def read_lungs(first: int, last: int) -> npt.NDArray[np.float32]:
         return read(first, last)[:, *plane]
