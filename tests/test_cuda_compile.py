@@ -10,6 +10,7 @@ import pytest
 from benchmarks import kernels, nvrtc
 from lesionsynth.cuda import _source, compiling
 from lesionsynth.cuda.records import BATCH, BLOB, ITEM, STATE
+from lesionsynth.cuda.render import BLOCKS_OF_COPY
 
 pytest.importorskip("cupy_backends.cuda.libs.nvrtc", reason="NVRTC comes with CuPy, which is not installed")
 
@@ -39,6 +40,27 @@ def test_compiles_within_its_limits(program, image, architecture) -> None:
         assert usage.registers <= MOST_REGISTERS, usage
         assert usage.shared <= MOST_SHARED, usage
         assert usage.resident(architecture) >= (1 if architecture == 75 else 2), usage
+    if program == "generator":
+        _check_neighbours({usage.kernel: usage for usage in found}, image)
+
+
+def _check_neighbours(found, image) -> None:
+    """What runs beside the copy finds room there: `render.BLOCKS_OF_COPY` of it and a block of any other."""
+    copy, inject = found["copy_pair"], found["inject"]
+    assert copy.stack == copy.shared == 0, copy
+    assert copy.registers <= (80 if image == "float64" else 64), copy
+    assert inject.registers <= 64, inject
+    assert inject.stack == inject.shared == 0, inject
+    assert found["read_mask"].registers <= 64, found["read_mask"]
+    if image != "float64":
+        for usage in found.values():
+            taken = BLOCKS_OF_COPY * taken_registers(copy) + taken_registers(usage)
+            assert taken <= nvrtc.REGISTERS, usage
+
+
+def taken_registers(usage) -> int:
+    """Of a multiprocessor by a block: warps take them in units of 256."""
+    return -(-usage.registers * 32 // 256) * 256 * (_source.THREADS // 32)
 
 
 def test_no_file_includes_another() -> None:

@@ -83,4 +83,4 @@ def read(name: str) -> str:
 
 def kernels_of(text: str) -> list[str]:
     """Return the names of the kernels in a text."""
-    return re.findall(r"^KERNEL(?:_OF\(\d+\))? (\w+)\(", text, re.MULTILINE)
+    return re.findall(r"^KERNEL(?:_OF\(\w+\))? (\w+)\(", text, re.MULTILINE)

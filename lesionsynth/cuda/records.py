@@ -123,7 +123,7 @@ BATCH = np.dtype(
         ("crowded", np.int32),  # lesions that found no room for their field
         ("hu_low", np.float32),
         ("hu_high", np.float32),
-        ("tickets", np.uint32, 4),
+        ("ticket", np.uint32),  # of the last block of join_blobs
     ],
     align=True,
 )

@@ -142,9 +142,9 @@ class Renderer:
 
     def _launch_all(self, table: np.uint64, kind: str, items: int, blobs: bool) -> None:
         tiles, rows = (self.device.processors * n for n in (BLOCKS_OF_TILES, BLOCKS_OF_ROWS))
+        self.launch(kind, "read_mask", -(-rows // items) * items, table)
         with self.device.beside():
             self.launch(kind, "copy_pair", self.device.processors * BLOCKS_OF_COPY, table)
-        self.launch(kind, "read_mask", -(-rows // items) * items, table)
         if blobs:
             self.launch(kind, "draw_blobs", tiles, table)
             self.launch(kind, "join_blobs", rows, table)
@@ -155,6 +155,7 @@ class Renderer:
         self.device.join()
         if blobs:
             self.launch(kind, "inject", tiles, table)
+            self.launch(kind, "inject_crowded", 1, table)
 
     def _settle(self, slot: Slot) -> None:
         """Tell what the last batch of a slot found wrong, should nobody have asked."""

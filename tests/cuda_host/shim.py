@@ -19,7 +19,7 @@ from typing import Any
 HERE = Path(__file__).parent
 ORDERS = ("forward", "reverse", "random", "warps")
 NAMES = re.compile(
-    r'^(?:KERNEL|KERNEL_OF\(\d+\)|extern "C" __global__ void(?: __launch_bounds__\([^)]*\))?) (\w+)\(',
+    r'^(?:KERNEL|KERNEL_OF\(\w+\)|extern "C" __global__ void(?: __launch_bounds__\([^)]*\))?) (\w+)\(',
     re.MULTILINE,
 )
 FLAGS = (

@@ -180,6 +180,8 @@ struct LineMemory {
     float taps[ROWS / 2];
 };
 
+constexpr int AT_ONCE = 4;  // loads of a thread under way while a tile is filled
+
 // Columns of a volume: a lane is a column, and the lines run along another axis.
 struct Columns {
     const float* base;  // voxel 0 of this lane's line
@@ -187,8 +189,14 @@ struct Columns {
     bool on;
 
     __device__ void fill(float* tile, int begin, int end) const {
-        for (int i = begin + warp_of_thread(); i < end; i += WARPS)
-            tile[i * PITCH + lane_of_thread()] = on ? base[i * step] : 0.0f;
+        for (int i = begin + warp_of_thread(); i < end; i += AT_ONCE * WARPS) {
+            float v[AT_ONCE];
+#pragma unroll
+            for (int k = 0; k < AT_ONCE; ++k) v[k] = on && i + k * WARPS < end ? base[(i + k * WARPS) * step] : 0.0f;
+#pragma unroll
+            for (int k = 0; k < AT_ONCE; ++k)
+                if (i + k * WARPS < end) tile[(i + k * WARPS) * PITCH + lane_of_thread()] = v[k];
+        }
     }
     __device__ float at(int, int i) const { return on ? base[i * step] : 0.0f; }
 };

@@ -66,5 +66,5 @@ KERNEL_OF(4) join_blobs(Batch* table) {
             for (int k = 0; k < count; ++k) join_blob(batch, at.x, near[k], z);
         }
     }
-    if (is_last_block(&table->tickets[0], gridDim.x, &last)) schedule(batch, layout);
+    if (is_last_block(&table->ticket, gridDim.x, &last)) schedule(batch, layout);
 }

@@ -154,7 +154,7 @@ KERNEL grow_step(const u32* region, const u32* room, u32* grown, const volatile 
         grown[t] = here | (free & reached);
         any |= (free & reached) != 0;
     }
-    if (any) *changed = 1;  // all write the same
+    if (any) *(volatile u32*)changed = 1;  // all write the same
 }
 
 // The same, a thread a voxel: for tests.
@@ -173,7 +173,7 @@ KERNEL grow_step_plain(const u8* region, const u8* room, u8* grown, u32* changed
             reached = inside && near && region[i + ((i64)dz * height + dy) * width + dx] != 0;
         }
         grown[i] = reached;
-        if (reached && !here) *changed = 1;
+        if (reached && !here) *(volatile u32*)changed = 1;
     }
 }
 
@@ -294,9 +294,17 @@ struct RowsIn {
     int width, rows;
 
     __device__ void fill(float* tile, int begin, int end) const {
-        for (int r = warp_of_thread(); r < LINES; r += WARPS)
-            for (int i = begin + lane_of_thread(); i < end; i += WARP)
-                tile[i * PITCH + r] = r < rows ? base[(i64)r * width + i] : 0.0f;
+        static_assert(LINES == AT_ONCE * WARPS, "a warp's rows of a tile");
+        for (int i = begin + lane_of_thread(); i < end; i += WARP) {
+            float v[AT_ONCE];
+#pragma unroll
+            for (int k = 0; k < AT_ONCE; ++k) {
+                int r = warp_of_thread() + k * WARPS;
+                v[k] = r < rows ? base[(i64)r * width + i] : 0.0f;
+            }
+#pragma unroll
+            for (int k = 0; k < AT_ONCE; ++k) tile[i * PITCH + warp_of_thread() + k * WARPS] = v[k];
+        }
     }
     __device__ float at(int line, int i) const { return line < rows ? base[(i64)line * width + i] : 0.0f; }
 };

@@ -89,7 +89,7 @@ __device__ i64 copy_quads(const Batch& batch, int item, i64 voxels, i64 first, i
         Quad<Pixel> in[AHEAD];
 #pragma unroll
         for (int k = 0; k < AHEAD; ++k)
-            if (q0 + k * step < quads) in[k] = ((const Quad<Pixel>*)image)[q0 + k * step];
+            if (q0 + k * step < quads) in[k] = load_once((const Quad<Pixel>*)image + q0 + k * step);
 #pragma unroll
         for (int k = 0; k < AHEAD; ++k) {
             if (q0 + k * step >= quads) break;
@@ -97,15 +97,16 @@ __device__ i64 copy_quads(const Batch& batch, int item, i64 voxels, i64 first, i
             u32 bright = 0;
 #pragma unroll
             for (int c = 0; c < 4; ++c) bright |= copy_voxel(batch, in[k].v[c], tau, &now.v[c], strange) << (8 * c);
-            ((Quad<Result>*)out)[q0 + k * step] = now;
-            ((u32*)target)[q0 + k * step] = bright;
+            store_once((Quad<Result>*)out + q0 + k * step, now);
+            __stcs((u32*)target + q0 + k * step, bright);
         }
     }
     return voxels / 4 * 4;
 }
 
-// The pair as if there were no lesion.
-KERNEL_OF(3) copy_pair(const Batch* table) {
+// The pair as if there were no lesion.  Four blocks are 64 registers: `noise_along_x` fits beside two of them.
+constexpr int COPY_BLOCKS = IMAGE == 4 ? 3 : 4;  // float64 would spill
+KERNEL_OF(COPY_BLOCKS) copy_pair(const Batch* table) {
     const Batch& batch = *table;
     i64 voxels = (i64)batch.depth * batch.height * batch.width;
     i64 thread = (i64)blockIdx.x * THREADS + threadIdx.x, threads = (i64)gridDim.x * THREADS;
@@ -162,7 +163,15 @@ __device__ void inject_tile(const Batch& batch, const Lesion& l, i64 number) {
     }
 }
 
-// Lesions whose field found no room, one after another in one block and the plain way: rare, see docs/generator.md.
+KERNEL inject(const Batch* table) {
+    const Batch& batch = *table;
+    i64 tiles = tiles_in(batch, INJECTION);
+    for (i64 t = blockIdx.x; t < tiles; t += gridDim.x) {
+        Tile tile = tile_of(batch, INJECTION, t);
+        inject_tile(batch, lesion_of(batch, tile.root), tile.number);
+    }
+}
+
 template <int STAGE>
 __device__ void one_by_one(const Batch& batch, const Lesion& l, TextureMemory& memory) {
     i64 tiles = tiles_of(batch, l, STAGE);
@@ -171,8 +180,11 @@ __device__ void one_by_one(const Batch& batch, const Lesion& l, TextureMemory& m
     __syncthreads();
 }
 
-__device__ __noinline__ void inject_crowded(const Batch& batch, TextureMemory& memory) {
-    for (int b = 0; b < batch.n_blobs; ++b) {
+// Lesions whose field found no room, one after another in one block and the plain way: rare, see docs/gpu.md.
+KERNEL inject_crowded(const Batch* table) {
+    __shared__ TextureMemory memory;
+    const Batch& batch = *table;
+    for (int b = 0; b < batch.n_blobs && batch.crowded; ++b) {
         if (!is_lesion(batch, b) || state_of(batch, b).field >= 0) continue;
         Lesion l = lesion_of(batch, b);
         l.field = 0;
@@ -187,19 +199,7 @@ __device__ __noinline__ void inject_crowded(const Batch& batch, TextureMemory& m
     }
 }
 
-KERNEL inject(Batch* table) {
-    __shared__ TextureMemory memory;
-    __shared__ int last;
-    const Batch& batch = *table;
-    i64 tiles = tiles_in(batch, INJECTION);
-    for (i64 t = blockIdx.x; t < tiles; t += gridDim.x) {
-        Tile tile = tile_of(batch, INJECTION, t);
-        inject_tile(batch, lesion_of(batch, tile.root), tile.number);
-    }
-    if (batch.crowded && is_last_block(&table->tickets[1], gridDim.x, &last)) inject_crowded(batch, memory);
-}
-
-// The labels of all items: 0 is there already.
+// The labels of all items: 0 is there already.  Blobs of one lesion write the same into the voxels they share.
 KERNEL paint_labels(const Batch* table, int* labels) {
     const Batch& batch = *table;
     for (int task = blockIdx.x; task < batch.n_tasks; task += gridDim.x) {
@@ -211,7 +211,7 @@ KERNEL paint_labels(const Batch* table, int* labels) {
         for (int t = warp_of_thread(); t < s.size[1] * s.words; t += WARPS) {
             int y = s.start[1] + t / s.words, w = s.word + t % s.words;
             if (box_word(batch, at.x, z, y, w) >> lane_of_thread() & 1)
-                labels[((first + z) * batch.height + y) * batch.width + 32 * w + lane_of_thread()] = label;
+                ((volatile int*)labels)[((first + z) * batch.height + y) * batch.width + 32 * w + lane_of_thread()] = label;
         }
     }
 }

@@ -26,6 +26,32 @@ struct alignas(sizeof(T) < 4 ? 4 * sizeof(T) : 16) Quad {
     T v[4];
 };
 
+// Quads that pass by once: caches let go of them first.  By type, since a cast would put them into local memory.
+__device__ __forceinline__ Quad<float> load_once(const Quad<float>* at) {
+    float4 q = __ldcs((const float4*)at);
+    return {{q.x, q.y, q.z, q.w}};
+}
+__device__ __forceinline__ Quad<double> load_once(const Quad<double>* at) {
+    double2 low = __ldcs((const double2*)at), high = __ldcs((const double2*)at + 1);
+    return {{low.x, low.y, high.x, high.y}};
+}
+template <class T>
+__device__ __forceinline__ Quad<T> load_once(const Quad<T>* at) {
+    static_assert(sizeof(T) == 2, "float16, bfloat16 and int16");
+    uint2 q = __ldcs((const uint2*)at);
+    return {{(T)q.x, (T)(q.x >> 16), (T)q.y, (T)(q.y >> 16)}};
+}
+__device__ __forceinline__ void store_once(Quad<float>* at, const Quad<float>& q) {
+    __stcs((float4*)at, make_float4(q.v[0], q.v[1], q.v[2], q.v[3]));
+}
+__device__ __forceinline__ void store_once(Quad<double>* at, const Quad<double>& q) {
+    __stcs((double2*)at, make_double2(q.v[0], q.v[1]));
+    __stcs((double2*)at + 1, make_double2(q.v[2], q.v[3]));
+}
+__device__ __forceinline__ void store_once(Quad<u16>* at, const Quad<u16>& q) {
+    __stcs((uint2*)at, make_uint2(q.v[0] | (u32)q.v[1] << 16, q.v[2] | (u32)q.v[3] << 16));
+}
+
 // float16 by its bits, to nearest, ties to even; without cuda_fp16.h.
 #ifdef HOST_SHIM
 __device__ __forceinline__ float half_to_float(u16 bits) { return (float)__builtin_bit_cast(_Float16, bits); }
@@ -58,6 +84,20 @@ __device__ __forceinline__ u32 warp_or(u32 word) {
 __device__ __forceinline__ u32 warp_sum(u32 n) {
     for (int d = WARP / 2; d; d /= 2) n += __shfl_xor_sync(ALL_LANES, n, d);
     return n;
+}
+
+// The largest k < n with first(k) <= value, a whole warp; first(0) <= value, and first(k) does not decrease.
+template <class First>
+__device__ __forceinline__ int last_at_most(const First& first, int n, i64 value) {
+    int low = 0;
+    while (n > 1) {
+        int step = (n + WARP - 1) / WARP, k = lane_of_thread() * step;
+        u32 passed = __ballot_sync(ALL_LANES, k < n && first(low + k) <= value);
+        int lane = 31 - __clz(passed);  // they form a prefix
+        low += lane * step;
+        n = imin(step, n - lane * step);
+    }
+    return low;
 }
 
 // Float keys whose unsigned order is the order of the floats: minima by integer atomics know no order.

@@ -261,20 +261,6 @@ __device__ void draw_slice(const Batch& batch, const Slice& s, int z, Workspace&
     }
 }
 
-// The largest k < n with first[k] <= value, a whole warp; first[0] <= value.  `first(k)` does not decrease.
-template <class First>
-__device__ __forceinline__ int last_at_most(const First& first, int n, i64 value) {
-    int low = 0;
-    while (n > 1) {
-        int step = (n + WARP - 1) / WARP, k = lane_of_thread() * step;
-        u32 passed = __ballot_sync(ALL_LANES, k < n && first(low + k) <= value);
-        int lane = 31 - __clz(passed);  // they form a prefix
-        low += lane * step;
-        n = imin(step, n - lane * step);
-    }
-    return low;
-}
-
 // Blob and slice of a task; the slice may lie beyond the box.
 __device__ __forceinline__ int2 task_of(const Batch& batch, int task) {
     const Blob* blobs = (const Blob*)batch.blobs;
