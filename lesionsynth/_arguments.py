@@ -127,6 +127,12 @@ def check_buffer(
         raise ValueError(f"{name} must be C-contiguous, got an array with other strides")
 
 
+def check_shape(name: str, shape: tuple[int, ...], wanted: tuple[int, ...]) -> None:
+    """Raise unless a buffer has the shape that was asked for."""
+    if shape != wanted:
+        raise ValueError(f"{name} must have the shape asked for, {wanted}, got {shape}")
+
+
 def _binary(mask: npt.NDArray[Any]) -> npt.NDArray[np.bool_]:
     if mask.dtype == np.bool_:
         return mask

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from lesionsynth._arguments import check_buffer, check_shape
 from lesionsynth._dlpack import DLPACK_CUDA, Restore, accept, device_kind, library_of
 from lesionsynth.cpu import filters, philox
 from lesionsynth.cpu._memory import output
@@ -38,6 +39,7 @@ def philox_uniform(
     offset: Sequence[int] = (0, 0, 0),
     threads: int | None = None,
     device: str | int = "cpu",
+    out: Any = None,
 ) -> Any:
     """Draw uniform noise in [0, 1) that depends on the voxel's coordinate alone (Philox4x32-10).
 
@@ -55,17 +57,20 @@ def philox_uniform(
     threads : int, optional
         CPU threads; all cores, or ``NUMBA_NUM_THREADS``, where omitted.
     device : str or int
-        "cpu"; or "cuda", "cuda:1" or 1 for an array on a GPU.
+        "cpu"; or "cuda", "cuda:1" or 1 for an array on a GPU, drawn on CuPy's current stream.
+    out : (z, y, x) float32 array, optional
+        C-contiguous, to be filled where it is, on the stream of its library: of torch, say.
 
     Returns
     -------
     (z, y, x) float32 array
-        Multiples of 2**-24; NumPy, or CuPy on a GPU.
+        Multiples of 2**-24; `out`, or NumPy, or CuPy on a GPU.
 
     Raises
     ------
     TypeError, ValueError
-        An argument is no integer or out of its range.
+        An argument is no integer or out of its range; `out` has another shape or type; `device` and `out` are
+        both given.
 
     Examples
     --------
@@ -89,10 +94,24 @@ def philox_uniform(
         if first + n > limit:
             raise ValueError(f"offset + shape must be <= {limit} along {axis}, got {first} + {n}")
     check_threads(threads)
+    words = seed, stream, sample, component
+    if out is None:
+        if device != "cpu":
+            return _on_cuda().philox_uniform(device, size, words, start)
+        field = output(size, np.float32)
+        philox.fill_uniform(field, *words, start, threads)
+        return field
     if device != "cpu":
-        return _on_cuda().philox_uniform(device, size, (seed, stream, sample, component), start)
-    out = output(size, np.float32)
-    philox.fill_uniform(out, seed, stream, sample, component, start, threads)
+        raise ValueError(f"device must be left out where out is given, got {device!r}")
+    if device_kind(out) == DLPACK_CUDA:
+        _on_cuda().fill_uniform(out, size, words, start)
+        return out
+    field, _ = accept(out, "out")
+    check_shape("out", field.shape, size)
+    check_buffer("out", field.shape, field.dtype.name, field.flags.c_contiguous, size, "float32")
+    if not field.flags.writeable:
+        raise ValueError("out must be writeable, got a read-only array")
+    philox.fill_uniform(field, *words, start, threads)
     return out
 
 

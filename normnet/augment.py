@@ -166,16 +166,9 @@ class Variation:
 
     def _grain(self, like: torch.Tensor) -> torch.Tensor:
         """Noise of variance 1, correlated in plane."""
-        device: Any = "cpu" if like.device.type == "cpu" else like.device.index
-        white = torch.as_tensor(
-            ls.ops.philox_uniform(
-                tuple(like.shape),
-                self._seed,
-                stream=NOISE_STREAM,
-                sample=self._index,
-                threads=1,
-                device=device,
-            )
+        white = torch.empty(like.shape, dtype=torch.float32, device=like.device)
+        ls.ops.philox_uniform(
+            tuple(like.shape), self._seed, stream=NOISE_STREAM, sample=self._index, threads=1, out=white
         )
         taps = np.exp(-0.5 * (np.arange(-3, 4) / GRAIN) ** 2)
         power = float((taps**2).sum() / taps.sum() ** 2)  # what a filter along one axis leaves of a variance

@@ -167,7 +167,9 @@ class PairStream:
         parts = [self._healthy(index) for index in indices]
         hu, mask = (_stack([p[k] for p in parts]) for k in (0, 1))
         if self.device.type == "cuda" and not isinstance(hu, torch.Tensor):
-            hu, mask = (torch.from_numpy(a).pin_memory() for a in (hu, mask))
+            # a new thread begins on device 0, whichever trains: pinning would set that up in every process
+            with torch.cuda.device(self.device):
+                hu, mask = (torch.from_numpy(a).pin_memory() for a in (hu, mask))
         fractions, profiles = [p[2] for p in parts], [p[3] for p in parts]
         return Slabs(hu, mask, indices, fractions, profiles, time.perf_counter() - start)
 

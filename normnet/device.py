@@ -13,13 +13,16 @@ import torch
 def choose_device(name: str) -> torch.device:
     """Return the device called `name`; "auto" takes CUDA where there is some.
 
+    A CUDA device comes with its number, which ``torch.cuda.set_device`` wants: torch's current one where
+    `name` has none.
+
     Raises
     ------
     ValueError
         `name` is no device, or CUDA is asked for where there is none.
     """
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
     except RuntimeError as error:
@@ -28,10 +31,13 @@ def choose_device(name: str) -> torch.device:
         raise ValueError(f"device must be auto, cpu, cuda or cuda:N, got {name!r}")
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device must be available, got {name!r}, and torch sees no CUDA; use --device cpu")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        count = torch.cuda.device_count()
+    if device.type != "cuda":
+        return device
+    number = torch.cuda.current_device() if device.index is None else device.index
+    count = torch.cuda.device_count()
+    if number >= count:
         raise ValueError(f"device must be available, got {name!r}, and torch sees {count} of CUDA")
-    return device
+    return torch.device("cuda", number)
 
 
 def use_bf16(precision: str, device: torch.device) -> bool:

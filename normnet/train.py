@@ -92,7 +92,7 @@ def train(config: TrainConfig, *, progress_bar: bool = False) -> TrainResult:
     with join(config.device) as world:
         device = choose_device(config.device)
         if world.size > 1 and device.type == "cuda":
-            device = torch.device("cuda", world.local_rank)
+            device = choose_device(f"cuda:{world.local_rank}")
         if device.type == "cuda":
             torch.cuda.set_device(device)
         share = world.size * config.accumulate

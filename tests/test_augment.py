@@ -129,6 +129,19 @@ def test_blur_is_scipys_in_plane():
     assert np.abs(only(blur=0.9).change(hu, mask) - expected).max() <= 0.51  # whole HU
 
 
+def test_noise_is_drawn_where_torch_works(monkeypatch):
+    """Into a tensor, so on torch's stream: CuPy's current one may be another."""
+    asked = []
+    draw = ls.ops.philox_uniform
+    monkeypatch.setattr(ls.ops, "philox_uniform", lambda *a, **k: (asked.append(k), draw(*a, **k))[1])
+    variation = Variation(AugmentConfig(noise=30.0), 1, 2)
+    asked.clear()
+    variation.change(np.zeros((2, 8, 8), np.int16), np.ones((2, 8, 8), bool))
+    (one,) = asked
+    assert "device" not in one
+    assert isinstance(one["out"], torch.Tensor)
+
+
 def test_noise_has_its_deviation_and_is_correlated_in_plane():
     flat = np.full((8, 96, 96), -800, np.int16)
     noise = only(noise=25.0).change(flat, np.ones(flat.shape, bool)) + 800.0

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import struct
 
 import numpy as np
 import pytest
@@ -161,44 +163,137 @@ def tiny(tmp_path, monkeypatch):
     return tmp_path / "cache"
 
 
+def files(folder) -> list:
+    return sorted(path for path in folder.iterdir() if path.is_file())
+
+
+def headers_end(code: bytes) -> int:
+    """Where the last header or section of a 64-bit ELF file ends, by the standard."""
+    assert code[:6] == b"\x7fELF\x02\x01"
+    names = "<16sHHIQQQIHHHHHH"
+    *_, program_at, section_at, _, _, program_size, programs, section_size, sections, _ = struct.unpack_from(
+        names, code
+    )
+    ends = [program_at + program_size * programs, section_at + section_size * sections]
+    for k in range(sections):
+        fields = struct.unpack_from("<IIQQQQ", code, section_at + section_size * k)
+        kind, offset, size = fields[1], fields[4], fields[5]
+        ends.append(0 if kind == 8 else offset + size)  # SHT_NOBITS takes no room
+    return max(ends)
+
+
 def test_compiled_once_and_found_again(tiny, monkeypatch) -> None:
     first = compiling.compiled("ops", "float32", 90)
-    assert first.parent == tiny
-    assert first.read_bytes()[:4] == b"\x7fELF"
+    assert first[:4] == b"\x7fELF"
+    (file,) = files(tiny)
+    assert file.read_bytes() == first
+    assert file.stat().st_mode & 0o777 == 0o600
+    assert tiny.stat().st_mode & 0o777 == 0o700
     monkeypatch.setattr(compiling, "compile_program", lambda *_: pytest.fail("compiled again"))
     assert compiling.compiled("ops", "float32", 90) == first
-    assert [path.name for path in tiny.iterdir()] == [first.name]
 
 
-def test_another_source_architecture_or_type_is_another_file(tiny, monkeypatch) -> None:
-    files = {
-        compiling.compiled("ops", "float32", 90),
-        compiling.compiled("ops", "float16", 90),
-        compiling.compiled("ops", "float32", 80),
-    }
+@pytest.mark.parametrize("architecture", nvrtc.ARCHITECTURES)
+def test_the_headers_of_machine_code_fit_its_length(architecture, tiny) -> None:
+    """CuPy takes the last byte off; drivers refuse such a file."""
+    code = compiling.compiled("ops", "float32", architecture)
+    assert len(code) == headers_end(code)
+    assert files(tiny)[0].stat().st_size == len(code)
+
+
+def test_whole_generators() -> None:
+    code, _ = compiling.compile_program(_source.source("generator"), "sm_90")
+    assert len(code) == headers_end(code)
+    assert compiling.whole(code) == code, "a CuPy that leaves the byte where it is"
+    assert compiling.whole(code[:-1]) == code
+    with pytest.raises(RuntimeError, match=r"machine code of \d+ bytes where its headers tell of"):
+        compiling.whole(code[:-2])
+    with pytest.raises(RuntimeError, match="no machine code"):
+        compiling.whole(b"// PTX")
+
+
+def test_another_source_architecture_type_or_format_is_another_file(tiny, monkeypatch) -> None:
+    for image, architecture in (("float32", 90), ("float16", 90), ("float32", 80)):
+        compiling.compiled("ops", image, architecture)
+    assert len(files(tiny)) == 3
     monkeypatch.setattr(compiling, "OPTIONS", (*compiling.OPTIONS, "--fmad=true"))
-    files.add(compiling.compiled("ops", "float32", 90))
-    assert len(files) == 4
+    compiling.compiled("ops", "float32", 90)
+    assert len(files(tiny)) == 4
+    monkeypatch.setattr(compiling, "FORMAT", "another")
+    compiling.compiled("ops", "float32", 90)
+    assert len(files(tiny)) == 5
 
 
 def test_devices_that_nvrtc_does_not_know(tiny) -> None:
     """A newer one gets intermediate code, which its driver compiles; an older one a word of advice."""
-    newest = compiling.compiled("ops", "float32", 999)
-    assert newest.suffix == ".ptx"
-    assert b".target sm_" in newest.read_bytes()
+    assert b".target sm_" in compiling.compiled("ops", "float32", 999)
+    assert [file.suffix for file in files(tiny)] == [".ptx"]
     with pytest.raises(RuntimeError, match=r"compute capability 5\.0.*lesionsynth\[cuda12\]"):
         compiling.compiled("ops", "float32", 50)
 
 
+def test_a_damaged_file_is_compiled_anew(tiny) -> None:
+    """Cut short by a full disk, or empty."""
+    first = compiling.compiled("ops", "float32", 90)
+    (file,) = files(tiny)
+    for damaged in (first[:-100], b"", b"not machine code"):
+        file.write_bytes(damaged)
+        assert compiling.compiled("ops", "float32", 90) == first
+        assert file.read_bytes() == first
+
+
+# --- whose code it is ---
+
+
+def spoiled(tiny) -> bytes:
+    """Compile, and put another's code into the file: sound machine code of another kernel."""
+    right = compiling.compiled("ops", "float32", 90)
+    compiling._tell.cache_clear()
+    (file,) = files(tiny)
+    wrong, _ = compiling.compile_program('extern "C" __global__ void evil() {}', "sm_90")
+    file.write_bytes(wrong)
+    return right
+
+
+@pytest.mark.skipif(not hasattr(os, "getuid"), reason="owners and modes are POSIX's")
+@pytest.mark.parametrize("mode", [0o777, 0o1777, 0o770, 0o702])
+def test_a_folder_that_others_may_write_is_not_used(mode, tiny) -> None:
+    right = spoiled(tiny)
+    tiny.chmod(mode)
+    with pytest.warns(
+        RuntimeWarning, match=r"compiled in every process: .*others may write to it; chmod go-w"
+    ):
+        assert compiling.compiled("ops", "float32", 90) == right
+    assert compiling.compiled("ops", "float32", 90) == right, "told once: a second warning would be an error"
+    assert len(files(tiny)) == 1
+
+
+@pytest.mark.skipif(not hasattr(os, "getuid"), reason="owners and modes are POSIX's")
+def test_a_folder_or_file_of_another_user_is_not_used(tiny, monkeypatch) -> None:
+    right = spoiled(tiny)
+    (file,) = files(tiny)
+    another = os.getuid() + 1
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "getuid", lambda: another)
+        with pytest.warns(RuntimeWarning, match=rf"belongs to user \d+, not to {another}"):
+            assert compiling.compiled("ops", "float32", 90) == right
+    file.chmod(0o666)
+    assert compiling.compiled("ops", "float32", 90) == right
+    assert file.read_bytes() == right, "replaced: the folder is the user's"
+    assert file.stat().st_mode & 0o777 == 0o600
+
+
 def test_a_cache_that_cannot_be_written(tiny, monkeypatch, tmp_path) -> None:
+    compiling._tell.cache_clear()
     (tmp_path / "file").write_text("in the way")
     monkeypatch.setenv("LESIONSYNTH_CACHE_DIR", str(tmp_path / "file" / "cache"))
-    assert compiling.compiled("ops", "float32", 90).read_bytes()[:4] == b"\x7fELF"
+    with pytest.warns(RuntimeWarning, match=r"(?s)file.cache is not used.*LESIONSYNTH_CACHE_DIR"):
+        assert compiling.compiled("ops", "float32", 90)[:4] == b"\x7fELF"
 
 
 def test_denormals_and_products_are_kept(tiny) -> None:
     """No flushing to zero, no contraction: the CPU does neither."""
-    text = compiling.compiled("ops", "float32", 999).read_text(encoding="utf-8")
+    text = compiling.compiled("ops", "float32", 999).decode()
     assert "mul.rn.f32" in text
     assert "add.rn.f32" in text
     assert ".ftz" not in text

@@ -160,3 +160,24 @@ def test_words_out_of_range_are_named(name, value, error):
 def test_bad_boxes_are_named(arguments, error, message):
     with pytest.raises(error, match=message):
         ops.philox_uniform(seed=0, **arguments)
+
+
+def test_a_field_in_the_callers_array() -> None:
+    torch = pytest.importorskip("torch")
+    want = ops.philox_uniform((3, 4, 5), 9, sample=2)
+    for out in (np.empty((3, 4, 5), np.float32), torch.empty(3, 4, 5)):
+        assert ops.philox_uniform((3, 4, 5), 9, sample=2, out=out) is out
+        np.testing.assert_array_equal(np.asarray(out), want)
+    read_only = np.empty((3, 4, 5), np.float32)
+    read_only.setflags(write=False)
+    for out, error, message in (
+        (np.empty((3, 4, 6), np.float32), ValueError, r"out must have the shape asked for, \(3, 4, 5\), got"),
+        (np.empty((3, 4, 5)), TypeError, "out must be float32, got float64"),
+        (np.empty((3, 4, 10), np.float32)[..., ::2], ValueError, "out must be C-contiguous"),
+        (read_only, ValueError, "out must be writeable"),
+        ([0.0], TypeError, "out must be a NumPy array or a DLPack array"),
+    ):
+        with pytest.raises(error, match=message):
+            ops.philox_uniform((3, 4, 5), 9, out=out)
+    with pytest.raises(ValueError, match="device must be left out where out is given, got 'cuda'"):
+        ops.philox_uniform((3, 4, 5), 9, device="cuda", out=np.empty((3, 4, 5), np.float32))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import errno
 import os
@@ -398,6 +399,76 @@ def test_a_run_is_not_overwritten(tmp_path):
 def test_cuda_where_there_is_none():
     with pytest.raises(ValueError, match="device must be available, got 'cuda'"):
         device.choose_device("cuda")
+
+
+class Reached(Exception):
+    """Training went as far as the test wants."""
+
+
+@pytest.fixture
+def two_gpus(monkeypatch):
+    """A torch that sees two CUDA devices, the second of them current, and minds a missing number."""
+
+    def set_device(chosen) -> None:
+        raise Reached(torch.cuda._utils._get_device_index(chosen))
+
+    for name, answer in (("is_available", True), ("device_count", 2), ("current_device", 1)):
+        monkeypatch.setattr(torch.cuda, name, lambda answer=answer: answer)
+    monkeypatch.setattr(torch.cuda, "set_device", set_device)
+
+
+def test_a_cuda_device_has_a_number(two_gpus):
+    assert device.choose_device("auto") == device.choose_device("cuda") == torch.device("cuda", 1)
+    assert device.choose_device("cuda:0") == torch.device("cuda", 0)
+    assert device.choose_device("cpu") == torch.device("cpu")
+    with pytest.raises(ValueError, match="device must be available, got 'cuda:2', and torch sees 2 of CUDA"):
+        device.choose_device("cuda:2")
+
+
+@pytest.mark.parametrize(("name", "number"), [("auto", 1), ("cuda", 1), ("cuda:0", 0)])
+def test_training_on_cuda_begins(two_gpus, tmp_path, name, number):
+    """`torch.cuda.set_device` refuses a device without a number: every training exited with 2."""
+    with pytest.raises(Reached) as reached:
+        train.train(replace(TINY, output=tmp_path / "run", device=name))
+    assert reached.value.args == (number,)
+
+
+def test_a_process_of_several_trains_on_its_own_gpu(two_gpus, tmp_path, monkeypatch):
+    config = replace(TINY, output=tmp_path / "run", device="cuda")
+    for rank in (0, 1, 2):
+        world = train.World(rank=rank, size=2, local_rank=rank, local_size=2)
+        monkeypatch.setattr(train, "join", lambda name, world=world: contextlib.nullcontext(world))
+        with pytest.raises((Reached, ValueError)) as reached:
+            train.train(config)
+        assert rank == 2 or reached.value.args == (rank,)
+    assert "got 'cuda:2', and torch sees 2 of CUDA" in str(reached.value)
+
+
+def test_slabs_are_pinned_for_the_device_that_trains(monkeypatch):
+    """A background thread begins on device 0, and pinning sets the current device up."""
+    current = [0]
+
+    class Current:
+        def __init__(self, chosen) -> None:
+            self.chosen = chosen
+
+        def __enter__(self) -> None:
+            current.append(self.chosen.index)
+
+        def __exit__(self, *_) -> None:
+            current.pop()
+
+    pinned_on = []
+    monkeypatch.setattr(torch.cuda, "device", Current)
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: (pinned_on.append(current[-1]), tensor)[1])
+    synthesizer = ls.LesionSynthesizer(ls.presets.covid_lung(), seed=0, threads=1)
+    stream = data.PairStream(
+        [Segments()], synthesizer, batch_size=2, slab=8, crop=24, multiple=8, device=torch.device("cuda", 3)
+    )
+    with contextlib.closing(data.Prefetcher(stream.slabs, range(2))) as ready:
+        assert len(list(ready)) == 2
+    assert pinned_on == [3] * 4
+    assert current == [0]
 
 
 def test_torch_s_settings_come_back(tmp_path):

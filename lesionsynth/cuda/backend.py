@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cache
@@ -86,6 +87,7 @@ class CudaBackend:
     def __init__(self, *, plain: bool = False, graphs: bool = True) -> None:
         self.plain, self.graphs = plain, graphs
         self.renderers: dict[int, Renderer] = {}
+        self._lock = threading.Lock()
 
     def accept(self, image: Any, lung_mask: Any, out: Any) -> CudaInputs:
         """Check the arguments of a rendering."""
@@ -93,7 +95,7 @@ class CudaBackend:
         from lesionsynth.cuda import arrays
 
         check_same_library(image, lung_mask)
-        healthy, mask = arrays.accept(image, "image"), arrays.accept(lung_mask, "lung_mask")
+        healthy, mask = arrays.accept(image, "image", bfloat16=True), arrays.accept(lung_mask, "lung_mask")
         check_pair(healthy.shape, healthy.kind, mask.shape, ranks=(3, 4), dtypes=DTYPES)
         if mask.device != healthy.device:
             raise ValueError(
@@ -104,7 +106,7 @@ class CudaBackend:
         if out is None:
             return inputs
         buffers = pair_of(out)
-        views = arrays.accept(buffers[0], "out image"), arrays.accept(buffers[1], "out target")
+        views = arrays.accept(buffers[0], "out image", bfloat16=True), arrays.accept(buffers[1], "out target")
         for name, view, kind in zip(("out image", "out target"), views, inputs.kinds, strict=True):
             check_buffer(name, view.shape, view.kind, bool(view.view.flags.c_contiguous), healthy.shape, kind)
             for other in (healthy, mask):
@@ -117,35 +119,25 @@ class CudaBackend:
         Raises
         ------
         MemoryError
-            The device has too little memory for the results or the workspace.
+            The device has too little memory for the results or the workspace: `arrays.remedied`.
         ValueError
             A blob's centre lies outside the volume; or an earlier batch was wrong.
         """
-        import cupy
-
         from lesionsynth.cuda.arrays import empty, stream_of
         from lesionsynth.cuda.render import Job
 
         check_centers(recipes, inputs.shape[-3:])
         with stream_of(inputs.given):
             renderer = self.renderer(inputs.image.device)
-            try:
-                made = (
-                    [empty(inputs.image, inputs.shape, kind) for kind in inputs.kinds]
-                    if inputs.out is None
-                    else []
-                )
-                results = inputs.out or (made[0][0], made[1][0])
-                views = inputs.views or (made[0][1], made[1][1])
-                arrays = inputs.image, inputs.mask, *views
-                lesions = renderer.render(recipes, Job(*(array.volume() for array in arrays)), hu_range)
-            except cupy.cuda.memory.OutOfMemoryError as error:
-                held = sum(renderer.workspace.report().values())
-                raise MemoryError(
-                    f"a batch of shape {inputs.shape} needs more memory than cuda:{inputs.image.device} has "
-                    f"free (the workspace holds {held / 2**20:.0f} MiB): render fewer items at once, or call "
-                    f"lesionsynth.release_memory() first: {error}"
-                ) from error
+            made = (
+                [empty(inputs.image, inputs.shape, kind) for kind in inputs.kinds]
+                if inputs.out is None
+                else []
+            )
+            results = inputs.out or (made[0][0], made[1][0])
+            views = inputs.views or (made[0][1], made[1][1])
+            arrays = inputs.image, inputs.mask, *views
+            lesions = renderer.render(recipes, Job(*(array.volume() for array in arrays)), hu_range)
         return CudaRendering(*results, inputs.image, lesions)
 
     def release(self) -> None:
@@ -164,9 +156,10 @@ class CudaBackend:
         from lesionsynth.cuda.render import Renderer
 
         check_usable()
-        if number not in self.renderers:
-            self.renderers[number] = Renderer(CupyDevice(number, graphs=self.graphs), plain=self.plain)
-        return self.renderers[number]
+        with self._lock:
+            if number not in self.renderers:
+                self.renderers[number] = Renderer(CupyDevice(number, graphs=self.graphs), plain=self.plain)
+            return self.renderers[number]
 
 
 @cache
@@ -207,7 +200,7 @@ def byte_mask(mask: DeviceArray) -> DeviceArray:
 
     if mask.view.itemsize == 1:
         return mask
-    if mask.view.dtype.kind not in "iuf" or mask.kind == "bfloat16":
+    if mask.view.dtype.kind not in "iuf":
         raise TypeError(f"lung_mask must be bool or numbers 0 and 1, got {mask.kind}")
     ones, others = mask.view == 1, (mask.view != 1) & (mask.view != 0)
     return DeviceArray(ones.view("uint8") + 2 * others.view("uint8"), "uint8", mask.library)

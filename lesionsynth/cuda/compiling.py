@@ -1,17 +1,23 @@
 """From source to machine code: NVRTC with our options, once for each type and architecture, kept on disk.
 
 CuPy's own compilation appends ``-ftz=true``, which flushes float32 denormals to zero and would let a GPU's
-bits differ from the CPU's. So the code is compiled here and CuPy loads it from a file. That needs no GPU.
+bits differ from the CPU's. So the code is compiled here, and CuPy loads it. Compiling needs no GPU.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
+import struct
 import tempfile
+import warnings
+from functools import cache
 from pathlib import Path
 
 from lesionsynth.cuda._source import OPTIONS, source
+
+FORMAT = "2"
+"""Of cached files, a part of their names. Those of the first lack their last byte."""
 
 
 def nvrtc_version() -> str:
@@ -73,11 +79,41 @@ def compile_program(text: str, architecture: str, *options: str) -> tuple[bytes,
             nvrtc.compileProgram(program, (*OPTIONS, f"--gpu-architecture={architecture}", *options))
         except nvrtc.NVRTCError as error:
             raise RuntimeError(nvrtc.getProgramLog(program)) from error
-        code = nvrtc.getCUBIN(program) if architecture.startswith("sm_") else nvrtc.getPTX(program)
-        raw = code if isinstance(code, bytes) else code.encode()
-        return raw, nvrtc.getProgramLog(program)
+        log = nvrtc.getProgramLog(program)
+        if architecture.startswith("sm_"):
+            return whole(nvrtc.getCUBIN(program)), log
+        code = nvrtc.getPTX(program)
+        return code if isinstance(code, bytes) else code.encode(), log
     finally:
         nvrtc.destroyProgram(program)
+
+
+def whole(code: bytes) -> bytes:
+    """Put back the last byte of machine code, which CuPy's ``getCUBIN`` takes off as if it ended a string.
+
+    An ELF file ends with a table of headers, and an entry of a table with a small number of eight bytes, the
+    highest last: the byte is 0.
+
+    Raises
+    ------
+    RuntimeError
+        More is missing.
+    """
+    end = elf_end(code)
+    if len(code) == end - 1:
+        code += b"\0"
+    if len(code) < end:
+        raise RuntimeError(f"NVRTC gave machine code of {len(code)} bytes where its headers tell of {end}")
+    return code
+
+
+def elf_end(code: bytes) -> int:
+    """Return where the tables of headers of a 64-bit ELF file end: the later of its two."""
+    if code[:5] != b"\x7fELF\x02" or len(code) < 64:
+        raise RuntimeError(f"NVRTC gave no machine code but {code[:16]!r}")
+    segments, sections = struct.unpack_from("<QQ", code, 32)
+    segment_size, segment_count, section_size, section_count = struct.unpack_from("<4H", code, 54)
+    return int(max(segments + segment_size * segment_count, sections + section_size * section_count))
 
 
 def cache_folder() -> Path:
@@ -89,8 +125,8 @@ def cache_folder() -> Path:
     return (Path(base) if base else Path.home() / ".cache") / "lesionsynth"
 
 
-def compiled(program: str, image: str, capability: int) -> Path:
-    """Return the file of a compiled program, compiling it where no earlier process has.
+def compiled(program: str, image: str, capability: int) -> bytes:
+    """Return the code of a program, compiling it where no earlier process has.
 
     Parameters
     ----------
@@ -99,30 +135,89 @@ def compiled(program: str, image: str, capability: int) -> Path:
     capability : int
         Of the device, as in 90.
 
+    Warns
+    -----
+    RuntimeWarning
+        Once a process: the cache is not used, since others than the user could have written it, or since it
+        cannot be written.
+
     Notes
     -----
     A file's name is the hash of all that it depends on. It is written beside its place and moved there, so
-    several processes may do this at once. Where the folder cannot be written, a temporary one serves.
+    several processes may do this at once. Machine code runs as the user, so it is loaded only from a file and
+    a folder that belong to the user and that nobody else may write.
     """
     architecture = supported(capability)
     text = source(program, image)
-    key = "\0".join([text, architecture, nvrtc_version(), *OPTIONS])
+    key = "\0".join([FORMAT, text, architecture, nvrtc_version(), *OPTIONS])
     suffix = "cubin" if architecture.startswith("sm_") else "ptx"
     name = f"{program}-{image}-{architecture}-{hashlib.sha256(key.encode()).hexdigest()[:24]}.{suffix}"
-    folder = cache_folder()
-    if (folder / name).exists():
-        return folder / name
-    code, _ = compile_program(text, architecture)
+    path, refused, code = cache_folder() / name, None, None
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        return _write(folder / name, code)
-    except OSError:
-        return _write(Path(tempfile.mkdtemp(prefix="lesionsynth-")) / name, code)
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        refused = distrust(path.parent.stat())
+        code = None if refused else _read(path)
+    except OSError as error:
+        refused = str(error)
+    if code is None:
+        code, _ = compile_program(text, architecture)
+        if not refused:
+            refused = _write(path, code)
+    if refused:
+        _tell(path.parent, refused)
+    return code
 
 
-def _write(path: Path, code: bytes) -> Path:
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.stem)
-    with os.fdopen(handle, "wb") as file:
-        file.write(code)
-    os.replace(name, path)
-    return path
+def distrust(status: os.stat_result) -> str | None:
+    """Say why somebody else could have written a file or folder; None where nobody could.
+
+    Owners are not told apart on Windows, where a user's folders are the user's.
+    """
+    if not hasattr(os, "getuid"):
+        return None
+    if status.st_uid != os.getuid():
+        return f"it belongs to user {status.st_uid}, not to {os.getuid()}"
+    if status.st_mode & 0o022:
+        return "others may write to it; chmod go-w"
+    return None
+
+
+def _read(path: Path) -> bytes | None:
+    """Read a file that the user alone can have written; None where there is none, or a damaged one."""
+    try:
+        with path.open("rb") as file:
+            code = None if distrust(os.fstat(file.fileno())) else file.read()
+    except FileNotFoundError:
+        return None
+    if code and path.suffix == ".cubin":
+        try:
+            return whole(code)
+        except RuntimeError:
+            return None
+    return code or None
+
+
+def _write(path: Path, code: bytes) -> str | None:
+    """Put a file into its place; returns why that failed."""
+    try:
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.stem)
+        try:
+            with os.fdopen(handle, "wb") as file:
+                file.write(code)
+            os.replace(name, path)
+        except OSError:
+            os.unlink(name)
+            raise
+    except OSError as error:
+        return str(error)
+    return None
+
+
+@cache
+def _tell(folder: Path, why: str) -> None:
+    warnings.warn(
+        f"the CUDA kernels are compiled in every process: {folder} is not used to keep them, since {why}. "
+        "LESIONSYNTH_CACHE_DIR names another folder",
+        RuntimeWarning,
+        stacklevel=2,
+    )

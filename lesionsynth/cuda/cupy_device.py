@@ -22,6 +22,8 @@ from lesionsynth.cuda.compiling import compiled
 
 MOST_GRAPHS = 16
 """Captured batches that are kept: one for each image type and batch size in use."""
+CARVEOUT = 100
+"""Percent of a multiprocessor's first-level cache that kernels ask for as shared memory."""
 
 _forked = False
 
@@ -165,6 +167,10 @@ class CupyDevice:
         function = self._kernels.get((program, image, kernel))
         if function is None:
             function = _module(self.number, program, image).get_function(kernel)
+            # All of the first-level cache: a multiprocessor that had to divide it anew for the next kernel
+            # could not run the two side by side.
+            attribute = cupy.cuda.driver.CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT
+            cupy.cuda.driver.funcSetAttribute(function.ptr, attribute, CARVEOUT)
             self._kernels[program, image, kernel] = function
         function((grid,), (THREADS,), arguments)
 
@@ -194,8 +200,10 @@ def _module(device: int, program: str, image: str) -> Any:
     key = device, program, image
     if key not in _modules:
         capability = int(cupy.cuda.Device(device).compute_capability)
+        module = cupy.cuda.Module()
         try:
-            _modules[key] = cupy.RawModule(path=str(compiled(program, image, capability)))
+            module.load(compiled(program, image, capability))
+            _modules[key] = module
         except (ImportError, OSError) as error:
             raise RuntimeError(
                 "the CUDA kernels could not be compiled: NVRTC must be installed for the CUDA version of "

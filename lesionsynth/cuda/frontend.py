@@ -10,11 +10,11 @@ from typing import Any
 
 import cupy
 
-from lesionsynth._arguments import check_pair, check_same_library
+from lesionsynth._arguments import check_buffer, check_pair, check_same_library, check_shape
 from lesionsynth.config import Range
 from lesionsynth.cuda import components, ops
 from lesionsynth.cuda._device import Device
-from lesionsynth.cuda.arrays import DeviceArray, accept, empty, stream_of
+from lesionsynth.cuda.arrays import DeviceArray, accept, empty, remedied, stream_of
 from lesionsynth.cuda.backend import backend, byte_mask, check_cupy
 from lesionsynth.cuda.volume import Shape
 
@@ -23,10 +23,19 @@ def philox_uniform(device: str | int, shape: Shape, words: Sequence[int], offset
     """Draw noise on a device, into a CuPy array."""
     check_cupy(f"device {device!r} is a CUDA device")
     number = _number(device)
-    with cupy.cuda.Device(number):
+    with cupy.cuda.Device(number), remedied(number, shape):
         out = cupy.empty(shape, dtype=cupy.float32)
         ops.fill_uniform(_device(number), shape, words, offset, out.data.ptr)
     return out
+
+
+def fill_uniform(out: Any, shape: Shape, words: Sequence[int], offset: Sequence[int]) -> None:
+    """Draw noise into an array, on the stream of its library."""
+    given = accept(out, "out")
+    check_shape("out", given.shape, shape)
+    check_buffer("out", given.shape, given.kind, bool(given.view.flags.c_contiguous), shape, "float32")
+    with stream_of(out):
+        ops.fill_uniform(_device(given.device), shape, words, offset, given.view.data.ptr)
 
 
 def window_hu(hu: Any, hu_range: Range) -> Any:
@@ -79,7 +88,7 @@ def label(input: Any, connectivity: int) -> tuple[Any, int]:  # noqa: A002
 
 def grow(input: Any, mask: Any, iterations: int, connectivity: int) -> Any:  # noqa: A002
     """See `lesionsynth.ops.grow`."""
-    room = _volume("mask", mask)
+    _, room = _volume("input", input), _volume("mask", mask)
 
     def spread(device: Device, volume: DeviceArray, shape: Shape, out: int) -> None:
         if room.shape != shape:
@@ -137,7 +146,7 @@ def _volume(name: str, value: Any) -> DeviceArray:
     volume = accept(value, name)
     if len(volume.shape) != 3 or 0 in volume.shape:
         raise ValueError(f"{name} must be (z, y, x) with at least one voxel, got shape {volume.shape}")
-    if volume.kind == "bfloat16" or volume.view.dtype.kind not in "biuf":
+    if volume.view.dtype.kind not in "biuf":
         raise TypeError(f"{name} must be bool, integer or float, got {volume.kind}")
     return volume
 

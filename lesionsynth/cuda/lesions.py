@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from lesionsynth.cuda._device import Buffer
-from lesionsynth.cuda.records import BATCH, STATE
+from lesionsynth.cuda._device import Buffer, Mark
+from lesionsynth.cuda.records import STATE
 from lesionsynth.cuda.table import Table
-from lesionsynth.cuda.workspace import STATUS_BYTES, Slot
+from lesionsynth.cuda.workspace import Slot
 from lesionsynth.plan import Component
 
 if TYPE_CHECKING:
@@ -48,6 +48,8 @@ class Lesions:
         Sample indices of the items.
     shape : (3,) ints
         Volume (z, y, x) of an item.
+    kind : str
+        Type of the image, whose kernels are loaded.
     side : int
         Which of the workspace's tables and bits are theirs.
     slot : Slot
@@ -60,14 +62,16 @@ class Lesions:
         table: Table,
         samples: Sequence[int],
         shape: tuple[int, int, int],
+        kind: str,
         side: int,
         slot: Slot,
     ) -> None:
         self._renderer, self._table, self._shape = renderer, table, shape
-        self._samples = tuple(samples)
+        self._samples, self._kind = tuple(samples), kind
         space = renderer.workspace
         self._buffers: tuple[Buffer, Buffer] = space.buffers[f"table {side}"], space.buffers[f"bits {side}"]
         self._slot: Slot | None = slot
+        self._moved: Mark | None = None  # behind the copies of `move_out`
         self._found: tuple[str, ...] = ()
         slot.user, slot.samples = weakref.ref(self), self._samples
 
@@ -93,6 +97,7 @@ class Lesions:
         self.check()
         first, parents, taps = self._table.offsets[2:5]
         with self._renderer.lock:
+            self._follow_move()
             down = self._renderer.device.download(self._buffers[0].pointer + first, taps - first)
         n = len(self._table.blobs)
         states = down[: n * STATE.itemsize].view(STATE)
@@ -108,10 +113,11 @@ class Lesions:
         with renderer.lock:
             if renderer.workspace.mark is not None:
                 device.follow(renderer.workspace.mark)
-            renderer.launch("float32", "clear_words", grid, np.uint64(labels), np.int64(items * voxels))
+            self._follow_move()
+            renderer.launch(self._kind, "clear_words", grid, np.uint64(labels), np.int64(items * voxels))
             if self._table.tasks:
                 table = np.uint64(self._buffers[0].pointer)
-                renderer.launch("float32", "paint_labels", grid, table, np.uint64(labels))
+                renderer.launch(self._kind, "paint_labels", grid, table, np.uint64(labels))
             renderer.workspace.mark = device.mark()
             renderer.workspace.keep(renderer.workspace.mark, *self._buffers)
 
@@ -121,28 +127,18 @@ class Lesions:
 
     def move_out(self) -> None:
         """Copy what painting and telling need; the workspace is another batch's from now on."""
-        device = self._renderer.device
-        own = tuple(device.allocate(buffer.nbytes) for buffer in self._buffers)
-        sizes = self._table.size, self._table.room.bits
-        for copy, buffer, nbytes in zip(own, self._buffers, sizes, strict=True):
-            device.copy(copy.pointer, buffer.pointer, nbytes)
-        self._buffers = own[0], own[1]
-        self._point(own[0].pointer, own[1].pointer)
+        device, (table, bits) = self._renderer.device, self._buffers
+        own = device.allocate(self._table.size), device.allocate(max(self._table.room.bits, 1))
+        device.copy(own[0].pointer, table.pointer, self._table.size)
+        device.copy(own[1].pointer, bits.pointer, self._table.room.bits)
+        moved = np.uint64(own[0].pointer), np.int64(own[0].pointer - table.pointer), np.uint64(own[1].pointer)
+        self._renderer.launch(self._kind, "move_table", 1, *moved)
+        self._buffers, self._moved = own, device.mark()
 
-    def _point(self, table: int, bits: int) -> None:
-        """Correct the addresses in the copied header."""
-        header = np.zeros((), dtype=BATCH)
-        self._table.point(header, table)
-        header["bits"] = bits
-        names = ("items", "blobs", "states", "parents", "taps", "bits")
-        start = BATCH.fields["items"][1]  # type: ignore[index]
-        assert all(BATCH.fields[name][1] == start + 8 * k for k, name in enumerate(names))  # type: ignore[index]
-        space = self._renderer.workspace
-        slot = space.slot(8 * len(names))
-        raw = np.array([header[name] for name in names], dtype=np.uint64).view(np.uint8)
-        slot.pinned.array[STATUS_BYTES : STATUS_BYTES + raw.size] = raw
-        self._renderer.device.upload(table + start, slot.pinned.pointer + STATUS_BYTES, raw.size)
-        slot.mark = self._renderer.device.mark()
+    def _follow_move(self) -> None:
+        """Let the caller's stream go on only after the copies of `move_out`, perhaps on another stream."""
+        if self._moved is not None:
+            self._renderer.device.follow(self._moved)
 
 
 def _components(

@@ -1,4 +1,4 @@
-"""Render a batch: one table up, eleven launches beside a copy, nothing down. Read `_launch_all` downwards.
+"""Render a batch: one table up, twelve launches around a copy, nothing down. Read `_launch_all` downwards.
 
 What one kernel leaves for the next is described in `lesionsynth.cuda.records`; which module of
 `lesionsynth.cpu` each is the twin of, at the head of its file in ``kernels/``.
@@ -106,16 +106,17 @@ class Renderer:
                 self.device.follow(space.mark)
             side, self._side = self._side, 1 - self._side
             self._move_out(side)
-            slot = space.slot(table.size)
+            slot = space.slot()
             self._settle(slot)
             space.widen(slot, table.size)
             header = self._header(table, job, hu_range, side, slot)
-            table.write(slot.pinned.array[STATUS_BYTES:], header)
-            base = space.buffers[f"table {side}"].pointer
-            self.device.upload(base, slot.pinned.pointer + STATUS_BYTES, table.size)
-            self._launch_batch(base, job.image.kind, len(recipes), table.tasks > 0)
+            table.write(slot.array[STATUS_BYTES:], header)
+            base, kind = space.buffers[f"table {side}"].pointer, job.image.kind
+            self.device.upload(base, slot.pointer + STATUS_BYTES, table.size)
+            self._launch_batch(base, kind, len(recipes), table.tasks > 0)
             space.mark = slot.mark = self.device.mark()
-            lesions = Lesions(self, table, [recipe.index for recipe in recipes], job.shape, side, slot)
+            samples = [recipe.index for recipe in recipes]
+            lesions = Lesions(self, table, samples, job.shape, kind, side, slot)
             self._held[side] = weakref.ref(lesions)
         return lesions
 
@@ -130,6 +131,8 @@ class Renderer:
                 self.workspace.mark.wait()
             for side in (0, 1):
                 self._move_out(side)
+            self.device.mark().wait()  # the copies read what is given back
+            self.workspace.kept.clear()
             self.workspace.buffers.clear()
 
     def _launch_batch(self, table: int, kind: str, items: int, blobs: bool) -> None:
@@ -170,9 +173,9 @@ class Renderer:
     def _move_out(self, side: int) -> None:
         held = self._held[side]
         lesions = None if held is None else held()
-        self._held[side] = None
         if lesions is not None:
             lesions.move_out()
+        self._held[side] = None  # not before: a pair that found no memory to move to is asked again next time
 
     def _header(self, table: Table, job: Job, hu_range: Range, side: int, slot: Slot) -> npt.NDArray[Any]:
         """Reserve what the batch needs, and fill in where everything is."""
@@ -182,7 +185,7 @@ class Renderer:
         header = np.zeros((), dtype=BATCH)
         for name in ("image", "mask", "out", "target"):
             header[name] = getattr(job, name).pointer
-        header["status"] = slot.pinned.pointer
+        header["status"] = slot.pointer
         table.point(header, self.workspace.reserve(f"table {side}", table.size).pointer)
         header["bits"] = self.workspace.reserve(f"bits {side}", table.room.bits).pointer
         for name, nbytes in (

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from lesionsynth.cuda._device import Buffer, Device, Mark, Pinned
+from lesionsynth.cuda._device import Buffer, Bytes, Device, Mark
 from lesionsynth.cuda.records import STATUS
 
 MOST_SLOTS = 16
@@ -23,7 +23,8 @@ GENEROUS = 2**25
 class Slot:
     """Page-locked memory of one batch under way: what the device found wrong, then what goes up."""
 
-    pinned: Pinned
+    pointer: int
+    array: Bytes
     mark: Mark | None = None
     """Behind its last use."""
     user: weakref.ref[Any] | None = None
@@ -33,7 +34,7 @@ class Slot:
 
     def findings(self) -> tuple[str, ...]:
         """Names of what the device found wrong, told once."""
-        status = self.pinned.array[: 4 * len(STATUS)].view(np.uint32)
+        status = self.array[: 4 * len(STATUS)].view(np.uint32)
         found = tuple(name for name, word in zip(STATUS, status.tolist(), strict=True) if word)
         status[:] = 0
         return found
@@ -46,40 +47,55 @@ class Workspace:
     device: Device
     buffers: dict[str, Buffer] = field(default_factory=dict)
     slots: list[Slot] = field(default_factory=list)
+    """The one that was used longest ago comes first."""
     mark: Mark | None = None
     """Behind the last rendering."""
     kept: list[tuple[Mark, tuple[Buffer, ...]]] = field(default_factory=list)
     """See `keep`."""
+    _parts: list[tuple[int, Bytes]] = field(default_factory=list)
+    """Page-locked memory that no slot has yet, all of one size."""
 
     def reserve(self, purpose: str, nbytes: int) -> Buffer:
         """Return a buffer of at least `nbytes`, the one from last time where it is large enough."""
         held = self.buffers.get(purpose)
         if held is None or held.nbytes < nbytes:
-            if held is not None and self.mark is not None:
-                self.mark.wait()  # the old buffer may go to another stream once it is let go
+            if held is not None:  # what was launched up to here, on whichever stream, may still use it
+                self.keep(self.device.mark(), held)
             # Half as much again, so that slightly larger batches do not move it.
             spare = nbytes // 2 if held is not None or nbytes < GENEROUS else 0
             held = self.buffers[purpose] = self.device.allocate(max(nbytes + spare, 256))
         return held
 
-    def slot(self, nbytes: int) -> Slot:
-        """Return page-locked memory that no batch under way uses; a new one has room for `nbytes`."""
-        slot = next((s for s in self.slots if s.mark is None or s.mark.done()), None)
-        if slot is None and len(self.slots) == MOST_SLOTS:
+    def slot(self) -> Slot:
+        """Return a slot that no batch under way uses; `widen` gives it room."""
+        if not self.slots:
+            self.slots = [Slot(0, np.zeros(STATUS_BYTES, dtype=np.uint8)) for _ in range(MOST_SLOTS)]
+        # Those that were used come first, so that what was found wrong is told soon.
+        slot = next((s for s in self.slots if s.mark is not None and s.mark.done()), None)
+        slot = slot or next((s for s in self.slots if s.mark is None), None)
+        if slot is None:
             slot = self.slots[0]
             assert slot.mark is not None
             slot.mark.wait()  # the host is sixteen batches ahead
-        if slot is None:
-            slot = Slot(self.device.pinned(STATUS_BYTES + nbytes * 3 // 2))
-        else:
-            self.slots.remove(slot)
+        self.slots.remove(slot)
         self.slots.append(slot)
         return slot
 
     def widen(self, slot: Slot, nbytes: int) -> None:
-        """Make room for `nbytes` behind the status of a slot."""
-        if slot.pinned.array.size < STATUS_BYTES + nbytes:
-            slot.pinned = self.device.pinned(STATUS_BYTES + nbytes * 3 // 2)
+        """Make room for `nbytes` behind the status of a slot, whose findings were told.
+
+        Page-locked memory takes long to get, and may stop the device: it is taken at once for all slots. A
+        slot moves there when it is next used.
+        """
+        nbytes = -(-(STATUS_BYTES + nbytes) // STATUS_BYTES) * STATUS_BYTES
+        if slot.array.size >= nbytes:
+            return
+        if not self._parts or self._parts[0][1].size < nbytes:
+            room = -(-nbytes * 3 // 2 // STATUS_BYTES) * STATUS_BYTES
+            pinned = self.device.pinned(MOST_SLOTS * room)
+            starts = range(0, MOST_SLOTS * room, room)
+            self._parts = [(pinned.pointer + at, pinned.array[at : at + room]) for at in starts]
+        slot.pointer, slot.array = self._parts.pop()
 
     def keep(self, mark: Mark, *buffers: Buffer) -> None:
         """Hold buffers until the device has passed a mark: a stream other than theirs may use them last."""

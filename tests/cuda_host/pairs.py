@@ -39,15 +39,23 @@ def volume(array: np.ndarray, kind: str | None = None) -> Volume:
     return Volume(array.ctypes.data, array.shape, strides, kind or array.dtype.name)
 
 
-def render(
+def begin(
     renderer: Renderer, plans: Sequence[Any], images: np.ndarray, masks: np.ndarray, kind: str | None = None
 ) -> HostPair:
-    """Render plans on (b, z, y, x) arrays; `kind` names what NumPy lacks, by its bits."""
+    """Launch plans on (b, z, y, x) arrays; `kind` names what NumPy lacks, by its bits."""
     kind = kind or images.dtype.name
     dtype = np.float32 if kind == "int16" else images.dtype
     out, target = np.full(images.shape, 77, dtype=dtype), np.full(images.shape, 77, dtype=np.uint8)
     recipes = [plan if isinstance(plan, Recipe) else Recipe.of(plan) for plan in plans]
     job = Job(volume(images, kind), volume(masks.view(np.uint8)), volume(out), volume(target))
-    lesions = renderer.render(recipes, job, HU_RANGE)
-    assert set(np.unique(target)) <= {0, 1}
-    return HostPair(out, target.astype(bool), lesions)
+    return HostPair(out, target, renderer.render(recipes, job, HU_RANGE))
+
+
+def render(
+    renderer: Renderer, plans: Sequence[Any], images: np.ndarray, masks: np.ndarray, kind: str | None = None
+) -> HostPair:
+    """`begin`, on a device that is done when a call returns."""
+    pair = begin(renderer, plans, images, masks, kind)
+    assert set(np.unique(pair.target)) <= {0, 1}
+    pair.target = pair.target.astype(bool)
+    return pair

@@ -16,6 +16,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from lesionsynth.cuda.compiling import distrust
+
 HERE = Path(__file__).parent
 ORDERS = ("forward", "reverse", "random", "warps")
 NAMES = re.compile(
@@ -182,6 +184,9 @@ def _compiled(code: str, flags: list[str]) -> Path:
         Path(tempfile.gettempdir()) / f"lesionsynth-cuda-host-{os.getuid() if hasattr(os, 'getuid') else 0}"
     )
     folder.mkdir(mode=0o700, exist_ok=True)
+    refused = distrust(folder.stat())
+    if refused:
+        raise ShimError(f"{folder} is not used to keep programs, since {refused}")
     library = folder / f"{key}.so"
     if not library.exists():
         handle, name = tempfile.mkstemp(suffix=".so", dir=folder)
