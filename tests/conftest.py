@@ -13,6 +13,8 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, settings
 
+from tests import gpu
+
 settings.register_profile(
     "default", derandomize=True, deadline=None, max_examples=20, suppress_health_check=[HealthCheck.too_slow]
 )
@@ -20,6 +22,26 @@ settings.register_profile(
     "ci", derandomize=True, deadline=None, max_examples=40, suppress_health_check=[HealthCheck.too_slow]
 )
 settings.load_profile("ci" if os.environ.get("CI") else "default")
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    gpu.skip_unless_there(item)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]):
+    report = yield
+    gpu.fail_if_skipped(report, gpu.wanted(item))
+    return report
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report(collector: pytest.Collector):
+    """A whole module that is skipped: those for a GPU are named after it."""
+    report = yield
+    gpu.fail_if_skipped(report, int(collector.name.endswith("_gpu.py")))
+    return report
+
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 

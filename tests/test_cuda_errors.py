@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
 import sys
 from collections import OrderedDict
 
@@ -9,6 +11,8 @@ import numpy as np
 import pytest
 
 import lesionsynth as ls
+from tests.conftest import REPOSITORY
+from tests.gpu import devices
 from tests.plans import small_config
 from tests.test_hostile import SHAPE, OnCuda
 
@@ -115,6 +119,23 @@ def test_bad_device_names() -> None:
         with pytest.raises(ValueError, match="device must be 'cpu', 'cuda', 'cuda:N' or N"):
             frontend._number(name)
     assert cupy
+
+
+@pytest.mark.skipif(devices() > 0, reason="there is a GPU")
+@pytest.mark.parametrize(
+    "test", ["tests/test_gpu.py::test_backend_is_one", "tests/test_sliding.py", "tests/test_train_gpu.py"]
+)
+def test_a_gpu_that_is_expected_is_not_skipped(test) -> None:
+    """REQUIRE_GPU=1: no test for a GPU passes by not running, nor one that finds its library blind."""
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", test]
+    codes = []
+    for require in ("", "1"):
+        environment = os.environ | {"REQUIRE_GPU": require, "PYTEST_ADDOPTS": ""}
+        done = subprocess.run(command, env=environment, cwd=REPOSITORY, capture_output=True, text=True)
+        codes.append(done.returncode)
+    assert codes == [0, 1]
+    assert "REQUIRE_GPU=1, and this did not run: " in done.stdout
+    assert "passed" not in done.stdout
 
 
 def test_graphs_are_captured_the_second_time_and_bounded(monkeypatch) -> None:

@@ -10,6 +10,8 @@ import json
 import multiprocessing
 import subprocess
 import sys
+import threading
+import time
 
 import numpy as np
 import pytest
@@ -19,19 +21,10 @@ from scipy import ndimage
 import lesionsynth as ls
 from tests import golden
 from tests.conftest import draw_lungs
+from tests.gpu import devices, keep_busy
 from tests.plans import blob, plan, renderer, small_config
 
-
-def devices() -> int:
-    try:
-        import cupy
-
-        return int(cupy.cuda.runtime.getDeviceCount())
-    except Exception:  # no CuPy, no driver, no device: whatever it is, there is no GPU
-        return 0
-
-
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(devices() == 0, reason="no CUDA device")]
+pytestmark = pytest.mark.gpu
 
 if devices():
     import cupy
@@ -213,9 +206,8 @@ def test_the_callers_stream_is_followed(lungs) -> None:
     assert_array_equal(doubled.cpu().numpy(), expected.image * 2)
 
 
+@pytest.mark.gpu(2)
 def test_several_devices(lungs) -> None:
-    if devices() < 2:
-        pytest.skip("one CUDA device")
     expected = synthesizer()(*lungs, index=3)
     for number in (1, 0, 1):
         with cupy.cuda.Device(number):
@@ -227,6 +219,223 @@ def test_several_devices(lungs) -> None:
         other = cupy.asarray(lungs[1])
     with pytest.raises(ValueError, match="lung_mask must be on the device of image, cuda:1, got cuda:0"):
         synthesizer()(image, other, index=0)
+
+
+# --- streams and threads; on the host, with every order, in test_cuda_streams.py ---
+
+
+def on_device(lungs, n: int = 1):
+    return (cupy.asarray(np.stack([a] * n)) for a in lungs)
+
+
+@pytest.mark.parametrize("ask", ["plan", "labels"])
+def test_asked_on_another_stream_after_the_workspace_moved_on(ask, lungs) -> None:
+    """Its table is copied on the stream of a later batch, which is busy, when another stream asks."""
+    image, mask = (cupy.asarray(a) for a in lungs)
+    synth, one, other = synthesizer(CudaBackend()), *(cupy.cuda.Stream(non_blocking=True) for _ in range(2))
+    cupy.cuda.Device().synchronize()
+    for round_ in range(5):
+        with one:
+            first = synth(image, mask, index=round_)
+        with other:
+            keep_busy(0.02)
+            rest = [synth(image, mask, index=10 + k) for k in range(3)]
+        with one:
+            found = getattr(first, ask)
+        expected = synthesizer()(*lungs, index=round_)
+        if ask == "plan":
+            assert found == expected.plan
+        else:
+            assert_array_equal(cupy.asnumpy(found), expected.labels)
+        cupy.cuda.Device().synchronize()
+        for k, pair in enumerate(rest):
+            agree(pair, synthesizer()(*lungs, index=10 + k))
+
+
+def test_two_host_threads_on_two_streams(lungs) -> None:
+    cuda, failures = CudaBackend(), []
+    image, mask = (cupy.asarray(a) for a in lungs)
+    cupy.cuda.Device().synchronize()
+
+    def work(first: int) -> None:
+        try:
+            synth = synthesizer(cuda)
+            with cupy.cuda.Stream(non_blocking=True) as stream:
+                pairs = [synth(image, mask, index=first + k) for k in range(20)]
+                stream.synchronize()
+                for k, pair in enumerate(pairs):
+                    agree(pair, synthesizer()(*lungs, index=first + k))
+        except BaseException as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=work, args=(100 * k,)) for k in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert failures == []
+
+
+def test_the_host_runs_ahead_of_the_device(lungs, monkeypatch) -> None:
+    """More batches than slots behind a busy stream; page-locked memory is not taken again."""
+    image, mask = (cupy.asarray(a) for a in lungs)
+    synth = synthesizer(CudaBackend())
+    synth(image, mask, index=0)
+    taken = []
+    take = cupy.cuda.alloc_pinned_memory
+    monkeypatch.setattr(cupy.cuda, "alloc_pinned_memory", lambda n: (taken.append(n), take(n))[1])
+    keep_busy(0.05)
+    pairs = [synth(image, mask, index=k) for k in range(40)]
+    assert taken == []
+    for k, pair in enumerate(pairs):
+        agree(pair, synthesizer()(*lungs, index=k))
+
+
+def test_more_kinds_of_batch_than_graphs_are_kept(lungs) -> None:
+    """Graphs are dropped and captured again while batches are under way."""
+    from lesionsynth.cuda.cupy_device import MOST_GRAPHS
+
+    synth = synthesizer(cuda := CudaBackend())
+    sizes = [n for n in range(1, 12) for _ in range(6)] * 2
+    pairs = []
+    for size in sizes:
+        for kind in ("float32", "float16"):
+            image, mask = (a for a in on_device(lungs, size))
+            pairs.append((size, kind, synth(image.astype(kind), mask, index=list(range(size)))))
+    assert len(cuda.renderers[0].device._graphs) == MOST_GRAPHS
+    wanted = {
+        kind: synthesizer()(
+            np.stack([lungs[0].astype(kind)] * 11), np.stack([lungs[1]] * 11), index=list(range(11))
+        )
+        for kind in ("float32", "float16")
+    }
+    for size, kind, pair in pairs:
+        assert_array_equal(cupy.asnumpy(pair.image), wanted[kind].image[:size])
+        assert_array_equal(cupy.asnumpy(pair.target), wanted[kind].target[:size])
+
+
+def test_a_workspace_grows_under_batches_that_are_under_way(lungs) -> None:
+    synth = synthesizer(CudaBackend())
+    streams = [cupy.cuda.Stream(non_blocking=True) for _ in range(2)]
+    cupy.cuda.Device().synchronize()
+    pairs = []
+    for k, size in enumerate((1, 3, 8, 20, 40)):
+        with streams[k % 2]:
+            keep_busy(0.01)
+            image, mask = on_device(lungs, size)
+            pairs.append((size, synth(image, mask, index=list(range(size)))))
+            cupy.empty(2**22, cupy.float32).fill(7)  # whoever gets the freed memory
+    cupy.cuda.Device().synchronize()
+    for size, pair in pairs:
+        images, masks = (np.stack([a] * size) for a in lungs)
+        agree(pair, synthesizer()(images, masks, index=list(range(size))))
+
+
+def test_a_kernel_of_somebody_else_that_hogs_the_device(lungs) -> None:
+    """No block of ours waits for another that has no room."""
+    image, mask = (cupy.asarray(a) for a in lungs)
+    synth = synthesizer(CudaBackend())
+    with cupy.cuda.Stream(non_blocking=True):
+        keep_busy(0.3, blocks=100 * cupy.cuda.Device().attributes["MultiProcessorCount"])
+    with cupy.cuda.Stream(non_blocking=True) as stream:
+        pairs = [synth(image, mask, index=k) for k in range(8)]
+        stream.synchronize()
+    for k, pair in enumerate(pairs):
+        agree(pair, synthesizer()(*lungs, index=k))
+
+
+def test_torch_s_default_stream_waits_for_no_other(lungs) -> None:
+    torch = torch_cuda()
+    image, mask = (torch.from_numpy(a).cuda() for a in lungs)
+    synth = synthesizer(CudaBackend())
+    synth(image, mask, index=0).plan  # noqa: B018
+    torch.cuda.synchronize()
+    side, passed = torch.cuda.Stream(), torch.cuda.Event()
+    with torch.cuda.stream(side):
+        torch.cuda._sleep(2 * 10**9)  # cycles: about a second
+        pair = synth(image, mask, index=1)
+        ls.ops.gaussian_filter(image, 2.0)
+        ls.ops.philox_uniform(tuple(image.shape), 0, out=torch.empty_like(image))
+    passed.record()
+    begun = time.monotonic()
+    while not passed.query() and time.monotonic() - begun < 5:
+        time.sleep(0.001)
+    assert not side.query(), "the default stream waited for the side stream"
+    side.synchronize()
+    assert_array_equal(pair.image.cpu().numpy(), synthesizer()(*lungs, index=1).image)
+
+
+def test_a_capture_of_torch_is_refused_and_stays_whole(lungs) -> None:
+    torch = torch_cuda()
+    image, mask = (torch.from_numpy(a).cuda() for a in lungs)
+    synth = synthesizer()
+    synth(image, mask, index=0).plan  # noqa: B018
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        doubled = image * 2
+        for call in (
+            lambda: synth(image, mask, index=0),
+            lambda: ls.window_hu(image),
+            lambda: ls.ops.gaussian_filter(image, 1.0),
+            lambda: ls.remove_erroneous_edges(image, mask),
+        ):
+            with pytest.raises(RuntimeError, match="must not be capturing"):
+                call()
+        more = doubled + 1
+    graph.replay()
+    torch.cuda.synchronize()
+    assert torch.equal(more, image * 2 + 1)
+
+
+def test_torch_without_memory(lungs) -> None:
+    """torch's allocator refuses the results; the remedy names it."""
+    torch = torch_cuda()
+    image, mask = (torch.from_numpy(a).cuda() for a in lungs)
+    synth = synthesizer()
+    synth(image, mask, index=0).plan  # noqa: B018
+    torch.cuda.empty_cache()
+    try:
+        torch.cuda.set_per_process_memory_fraction(1e-6)
+        images, masks = image.expand(64, *image.shape), mask.expand(64, *mask.shape)
+        with pytest.raises(MemoryError, match=r"work on shape \(64, 12, 40, 44\).*torch\.cuda\.empty_cache"):
+            synth(images, masks, index=list(range(64)))
+        with pytest.raises(MemoryError, match=r"torch\.cuda\.empty_cache"):
+            ls.ops.gaussian_filter(torch.as_strided(image, (900, 900, 900), (0, 0, 0)), 1.0)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    pair = synth(image, mask, index=0)
+    assert_array_equal(pair.image.cpu().numpy(), synthesizer()(*lungs, index=0).image)
+
+
+# --- machine code ---
+
+
+def test_drivers_load_the_file_of_the_cache(tmp_path, monkeypatch) -> None:
+    """As a file: in memory a byte too few goes unnoticed, since Python puts a nought behind."""
+    from lesionsynth.cuda import compiling
+
+    monkeypatch.setenv("LESIONSYNTH_CACHE_DIR", str(tmp_path / "cache"))
+    compiling.compiled("ops", "float32", int(cupy.cuda.Device().compute_capability))
+    (file,) = (tmp_path / "cache").iterdir()
+    module = cupy.cuda.Module()
+    module.load_file(str(file))
+    assert module.get_function("pack_mask").ptr
+
+
+def test_kernels_ask_for_all_shared_memory(lungs) -> None:
+    cuda = CudaBackend()
+    synthesizer(cuda)(*(cupy.asarray(a) for a in lungs), index=0)
+    functions = cuda.renderers[0].device._kernels
+    assert len(functions) == 13
+    attribute = cupy.cuda.driver.CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT
+    assert {cupy.cuda.driver.funcGetAttribute(attribute, f.ptr) for f in functions.values()} == {100}
+
+
+def test_bfloat16_is_not_hounsfield_units() -> None:
+    torch = torch_cuda()
+    with pytest.raises(ValueError, match=r"hu must have a dtype NumPy knows, got torch\.bfloat16"):
+        ls.window_hu(torch.zeros(2, 3, 4, dtype=torch.bfloat16, device="cuda"))
 
 
 # --- steady state ---
@@ -335,7 +544,7 @@ def test_too_little_memory(lungs) -> None:
     pool.free_all_blocks()
     pool.set_limit(size=pool.used_bytes() + 2**20)
     try:
-        with pytest.raises(MemoryError, match=r"batch of shape \(12, 40, 44\).*release_memory"):
+        with pytest.raises(MemoryError, match=r"work on shape \(12, 40, 44\).*release_memory"):
             synth(image, mask, index=0)
     finally:
         pool.set_limit(size=0)

@@ -16,10 +16,7 @@ import lesionsynth as ls
 from normnet import data, train, volumes
 from tests.test_train import TINY, Segments
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU"),
-]
+pytestmark = pytest.mark.gpu
 CUDA = torch.device("cuda")
 SETTINGS = {"batch_size": 4, "slab": 8, "crop": 24, "multiple": 8, "mirror": True}
 
