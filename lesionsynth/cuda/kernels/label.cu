@@ -228,7 +228,8 @@ KERNEL label_paint(const u32* bits, int* table, i64 rows, int width) {
         i64 row = divide(t, words, &w), first = row * width + WARP * w;
         if (word >> lane & 1u) number = number_of(table, first + run_start(word, lane));
         __syncwarp();
-        if (WARP * w + lane < width) table[first + lane] = number;
+        // Others may read the number of a root that is painted: it stays, but for the sign.
+        if (WARP * w + lane < width) ((volatile int*)table)[first + lane] = number;
     }
 }
 

@@ -55,7 +55,7 @@ __device__ void gather_lesions(const Batch& batch) {
     for (int b = threadIdx.x; b < batch.n_blobs; b += THREADS) {
         const volatile State& s = state_of(batch, b);
         int root = root_of(parents, b);
-        parents[b] = root;
+        ((volatile int*)parents)[b] = root;  // others may walk over it: it was their way to the same root
         if (s.high[0] < 0) continue;
         for (int i = 0; i < 3; ++i) {
             atomicMin(&state_of(batch, root).lesion_low[i], s.low[i]);
