@@ -3,11 +3,14 @@ PYTHON ?= python3
 VENV ?= .venv
 DEMO ?=
 PYTEST ?= -n auto --maxprocesses 4
+GPU ?=
+GPU_PYTHON ?= 3.12
+GPU_WHEELS ?= .whl
 
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test test-slow lint types imports docs check
+.PHONY: demo test test-slow lint types imports docs check gpu gpu-wheels
 
 demo: $(INSTALLED)  ## train, predict and evaluate on the built-in phantom; ends with a report
 	$(BIN)/python -m normnet.demo $(DEMO)
@@ -30,6 +33,14 @@ imports: $(INSTALLED)
 
 docs: $(INSTALLED)  ## docs/_build/html/index.html; a warning is an error
 	$(BIN)/python -m sphinx -W --keep-going -q -b html docs docs/_build/html
+
+gpu: $(INSTALLED)  ## everything there is to see on a GPU; GPU='--part smoke' chooses, GPU=--help says more
+	$(BIN)/python -m benchmarks.session $(GPU)
+
+gpu-wheels:  ## for python -m benchmarks.session --wheels, on a machine with CUDA and torch but no network
+	$(PYTHON) -m pip download --quiet --no-deps --only-binary=:all: --python-version $(GPU_PYTHON) \
+	  --implementation cp --platform manylinux_2_28_x86_64 --platform manylinux2014_x86_64 \
+	  -c constraints.txt -d $(GPU_WHEELS) monai tyro docstring_parser typeguard
 
 check: lint types imports docs test test-slow
 

@@ -217,11 +217,45 @@ def cpu_model() -> str:
 
 def write(results: dict[str, Any], folder: Path) -> Path:
     """Write ``cpu--<cpu>.json`` and return its path."""
-    slug = re.sub(r"[^a-z0-9]+", "-", results["machine"]["cpu"].lower()).strip("-")
-    path = folder / f"cpu--{slug}.json"
-    folder.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(results, indent=1, allow_nan=False) + "\n")
-    return path
+    return write_json(results, folder / f"cpu--{slug(results['machine']['cpu'])}.json")
+
+
+def write_json(record: Any, path: Path) -> Path:
+    """Write a file as a whole, so that a killed run leaves the last one; returns its path."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(path.name + ".part")
+    beside.write_text(json.dumps(record, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    return beside.replace(path)
+
+
+def slug(text: str) -> str:
+    """Return a name for a file: small letters, digits and single hyphens."""
+    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
+
+
+def goal(
+    name: str, value: float | None, limit: float, unit: str = "", *, aim: float | None = None
+) -> dict[str, Any]:
+    """Return the entry of something to reach: at most `limit`, and `aim` beyond it; None was not measured."""
+    met = None if value is None else bool(value <= limit)
+    return {"name": name, "value": value, "limit": limit, "unit": unit, "aim": aim, "met": met}
+
+
+def goal_line(entry: Mapping[str, Any]) -> str:
+    """Say in a line whether a goal was met."""
+    if entry["value"] is None:
+        return f"{entry['name']}: not measured (goal {entry['limit']:g} {entry['unit']}".rstrip() + ")"
+    aim = "" if entry["aim"] is None else f", aim {entry['aim']:g}"
+    said = "met" if entry["met"] else "MISSED"
+    return f"{entry['name']}: {entry['value']:.4g} {entry['unit']}".rstrip() + (
+        f" (goal {entry['limit']:g}{aim}: {said})"
+    )
+
+
+def median_s(entry: Mapping[str, Any]) -> float | None:
+    """Return the median of `statistics`; None where the entry says why there is none."""
+    value: float | None = entry.get("median_s")
+    return value
 
 
 def _version(distribution: str) -> str:
