@@ -18,6 +18,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tarfile
 import tempfile
 import time
 from collections.abc import Sequence
@@ -53,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 2
         place = Place(options.output or OUTPUT, options.output)
         chosen = [part for part in parts(place, options.scale) if part.name in options.part]
-        return run(chosen, place, environment)
+        return run(chosen, place, environment, options.archive)
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -71,6 +72,10 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--output", type=Path,
         help="where everything goes; else logs and records to runs/gpu, results to benchmarks/results",
+    )  # fmt: skip
+    parser.add_argument(
+        "--archive", type=Path, metavar="FILE",
+        help="a .tar.gz of the output folder, renewed after every part: one file to bring home",
     )  # fmt: skip
     parser.add_argument("--scale", type=float, default=1.0, help="times every limit (1)")
     parser.add_argument(
@@ -128,8 +133,10 @@ def no_gpu(environment: dict[str, str]) -> str:
     return "".join(last).removeprefix("RuntimeError: ") or f"{NEED}: the search ended with {done.returncode}"
 
 
-def run(chosen: Sequence[Part], place: Place, environment: dict[str, str]) -> int:
-    """Run parts one after another; records and summary are written after each."""
+def run(
+    chosen: Sequence[Part], place: Place, environment: dict[str, str], archive: Path | None = None
+) -> int:
+    """Run parts one after another; records, summary and archive are written after each."""
     place.folder.mkdir(parents=True, exist_ok=True)
     records: list[dict[str, Any]] = []
     for part in chosen:
@@ -137,9 +144,22 @@ def run(chosen: Sequence[Part], place: Place, environment: dict[str, str]) -> in
         records.append(run_part(part, place, environment))
         write_json(records[-1], place.folder / f"{part.name}.json")
         write_json(summed(records, [part.name for part in chosen]), place.folder / "summary.json")
+        if archive:
+            pack(place.folder, archive)
     print(table(records))
     print(f"Wrote {place.folder / 'summary.json'}")
     return 0 if all(record["status"] == PASSED for record in records) else 1
+
+
+def pack(folder: Path, archive: Path) -> None:
+    """Put a folder into a .tar.gz, which is replaced as a whole."""
+    archive.parent.mkdir(parents=True, exist_ok=True)
+    beside = archive.with_name(f".{archive.name}")
+    with tarfile.open(beside, "w:gz") as tar:
+        for path in sorted(folder.iterdir()):
+            if path.resolve() not in (beside.resolve(), archive.resolve()):
+                tar.add(path, arcname=f"{folder.name}/{path.name}")
+    os.replace(beside, archive)
 
 
 def run_part(part: Part, place: Place, environment: dict[str, str]) -> dict[str, Any]:

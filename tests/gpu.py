@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from benchmarks.device_time import SPIN
+
 
 @cache
 def devices() -> int:
@@ -48,28 +50,8 @@ def fail_if_skipped(report: Any, wanted: int) -> None:
         report.outcome, report.longrepr = "failed", f"REQUIRE_GPU=1, and this did not run: {reason}"
 
 
-SPIN = r"""
-extern "C" __global__ void spin(long long nanoseconds) {
-    long long begun, now;
-    asm volatile("mov.u64 %0, %globaltimer;" : "=l"(begun));
-    do asm volatile("mov.u64 %0, %globaltimer;" : "=l"(now));
-    while (now - begun < nanoseconds);
-}
-"""
-
-
-@cache
-def _spin() -> Any:
-    import cupy
-
-    from lesionsynth.cuda.compiling import compile_program, supported
-
-    code, _ = compile_program(SPIN, supported(int(cupy.cuda.Device().compute_capability)))
-    module = cupy.cuda.Module()
-    module.load(code)
-    return module.get_function("spin")
-
-
 def keep_busy(seconds: float, blocks: int = 1) -> None:
     """Occupy CuPy's current stream, and as many blocks of a thousand threads."""
-    _spin()((blocks,), (1024,), (np.int64(seconds * 1e9),))
+    import cupy
+
+    cupy.RawKernel(SPIN, "spin")((blocks,), (1024,), (np.int64(seconds * 1e9),))

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import tarfile
 import time
 import zipfile
 from pathlib import Path
@@ -75,7 +76,7 @@ def chosen(monkeypatch):
     """Run nothing, and tell which parts would have been."""
     seen: list[Part] = []
     monkeypatch.setattr(session, "no_gpu", lambda environment: "")
-    monkeypatch.setattr(session, "run", lambda chosen, place, environment: (seen.extend(chosen), 0)[1])
+    monkeypatch.setattr(session, "run", lambda chosen, *rest: (seen.extend(chosen), 0)[1])
     return seen
 
 
@@ -291,6 +292,19 @@ def test_files_of_an_earlier_session_are_not_read(tmp_path) -> None:
         ["no step passed", "it did not begin"],
         ["no result was written"],
     ]
+
+
+def test_one_file_has_what_is_there_after_every_part(tmp_path) -> None:
+    """So that a session that is cut off leaves it too; an archive within the folder does not hold itself."""
+    place, archive = Place(tmp_path / "out", None), tmp_path / "out" / "all.tar.gz"
+    look = f"import tarfile; print(sorted(tarfile.open({str(archive)!r}).getnames()))"
+    chosen = [part("one", *PYTHON, "print('hello')"), part("two", *PYTHON, look)]
+    assert session.run(chosen, place, session.environment_of(None), archive) == 0
+    first = ["out/one.json", "out/one.log", "out/summary.json"]
+    assert str(first) in (tmp_path / "out" / "two.log").read_text()
+    with tarfile.open(archive) as tar:
+        assert tar.getnames() == sorted([*first, "out/two.json", "out/two.log"])
+        assert b"hello" in tar.extractfile("out/one.log").read()
 
 
 def test_findings_that_cannot_be_read_are_a_failure(tmp_path) -> None:
