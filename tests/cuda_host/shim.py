@@ -51,7 +51,7 @@ def compiler() -> str | None:
 def sanitizer_environment() -> dict[str, str] | None:
     """Environment of a process that may use programs with ``sanitize=True``; None where that is missing."""
     # The second because the first replaces functions of it.
-    names = [_library_path(name) for name in ("libasan.so", "libstdc++.so")]
+    names = [library_path(name) for name in ("libasan.so", "libstdc++.so")]
     if not all(os.path.isabs(name) for name in names):
         return None
     options = {
@@ -62,7 +62,7 @@ def sanitizer_environment() -> dict[str, str] | None:
     return {**os.environ, **options}
 
 
-def _library_path(name: str) -> str:
+def library_path(name: str) -> str:
     """Absolute path of a library of the compiler; the name itself where it has none."""
     command = [compiler() or "g++", f"-print-file-name={name}"]
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
@@ -94,9 +94,9 @@ class HostProgram:
         self.kernels = NAMES.findall(text)
         exports = "\n".join(f"SHIM_EXPORT({name})" for name in self.kernels)
         code = f'#include "gpushim.h"\n#line 1 "program.cu"\n{text}\n{exports}\n'
-        flags = [*FLAGS, *_instructions(), f"-I{HERE}", *(SANITIZER if sanitize else ())]
+        flags = [*FLAGS, *instructions(), f"-I{HERE}", *(SANITIZER if sanitize else ())]
         flags += ["-DSHIM_UCONTEXT"] if portable else []
-        self._library = ctypes.CDLL(str(_compiled(code, flags)))
+        self._library = ctypes.CDLL(str(compiled(code, flags)))
         self._sizes = {name: self._parameter_sizes(name) for name in self.kernels}
 
     def launch(
@@ -164,7 +164,7 @@ class HostProgram:
 
 
 @cache
-def _instructions() -> tuple[str, ...]:
+def instructions() -> tuple[str, ...]:
     """Fused multiply-add and float16 in hardware where it is there: else each is a call."""
     try:
         text = Path("/proc/cpuinfo").read_text()
@@ -174,7 +174,7 @@ def _instructions() -> tuple[str, ...]:
     return tuple(f"-m{name}" for name in ("fma", "f16c") if name in flags)
 
 
-def _compiled(code: str, flags: list[str]) -> Path:
+def compiled(code: str, flags: list[str]) -> Path:
     """Return the shared library of a text, from the folder of earlier ones where it is there."""
     gxx = compiler()
     assert gxx is not None

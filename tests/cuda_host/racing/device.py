@@ -68,7 +68,7 @@ class RacingProgram(HostProgram):
         self.kernels = kernels_of(text)
         exports = "\n".join(f"SHIM_EXPORT({name})" for name in self.kernels)
         code = f'{_header()}#line 1 "program.cu"\n{text}\n{exports}\n'
-        self._library = ctypes.CDLL(str(shim._compiled(code, [*_flags(), *WATCHED])))
+        self._library = ctypes.CDLL(str(shim.compiled(code, [*_flags(), *WATCHED])))
         self._sizes = {name: self._parameter_sizes(name) for name in self.kernels}
 
     def launch(
@@ -160,13 +160,13 @@ def _program(program: str, image: str, plant: str | None) -> RacingProgram:
 def _load_runtime() -> None:
     """Load what runs the blocks, where every program finds it."""
     code = f'{_header()}#line 1 "runtime.cpp"\n{(HERE / "runtime.cpp").read_text(encoding="utf-8")}'
-    ctypes.CDLL(str(shim._compiled(code, _flags())), mode=ctypes.RTLD_GLOBAL)
+    ctypes.CDLL(str(shim.compiled(code, _flags())), mode=ctypes.RTLD_GLOBAL)
 
 
 def _header() -> str:
-    """Text of racing.h: `shim._compiled` looks for changes in a program's text."""
+    """Text of racing.h: `shim.compiled` looks for changes in a program's text."""
     return f'#line 1 "racing.h"\n{(HERE / "racing.h").read_text(encoding="utf-8")}'
 
 
 def _flags() -> list[str]:
-    return [*FLAGS, *shim._instructions(), f"-I{shim.HERE}"]
+    return [*FLAGS, *shim.instructions(), f"-I{shim.HERE}"]

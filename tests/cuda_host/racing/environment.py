@@ -8,7 +8,7 @@ import shutil
 import subprocess
 from functools import cache
 
-from tests.cuda_host.shim import _library_path, compiler
+from tests.cuda_host.shim import compiler, library_path
 
 UNSHUFFLED = ("setarch", "-R")
 """Starts a process without randomised addresses, which lie where ThreadSanitizer keeps its own."""
@@ -53,4 +53,4 @@ def is_watched() -> bool:
 
 def _libraries() -> list[str]:
     # The second because the first replaces functions of it.
-    return [_library_path(name) for name in ("libtsan.so", "libstdc++.so")]
+    return [library_path(name) for name in ("libtsan.so", "libstdc++.so")]
