@@ -227,6 +227,18 @@ def test_extreme_shapes(seed) -> None:
     agree(host(), [one], np.zeros((1, *shape), np.float32), np.ones((1, *shape), bool))
 
 
+@pytest.mark.parametrize("shape", [(2, 4500, 3), (1, 257, 40), (3, 3000, 33)])
+def test_centres_in_masks_of_many_rows(shape) -> None:
+    """More rows than a block has threads: their share is found, then the row, then the voxel."""
+    rng = np.random.default_rng(shape[1])
+    for voxels in (1, 40, 2000):
+        mask = np.zeros(shape, bool)
+        mask.reshape(-1)[rng.choice(mask.size, voxels, replace=False)] = True
+        positions = [0.0, 1.0 - 2.0**-53, *rng.random(30).tolist()]
+        blobs = [blob(k, semi_axes=(0.5,) * 3, center=None, position=p) for k, p in enumerate(positions)]
+        agree(host(), [plan(*blobs, shape=shape)], np.zeros((1, *shape), np.float32), mask[None])
+
+
 def test_lattices_too_large_for_a_tile(lungs) -> None:
     """The displacement of many nodes is summed voxel by voxel, to the same bits."""
     image, mask = lungs

@@ -221,7 +221,8 @@ def test_labels_under_way_when_their_pair_goes(batches, samples) -> None:
         one.check_pair()
 
 
-def test_a_pair_moved_out_for_a_batch_that_was_refused(samples) -> None:
+@pytest.mark.parametrize("then", ["asked", "release"])
+def test_a_pair_moved_out_for_a_batch_that_was_refused(then, samples) -> None:
     """The batch ends with the error of an earlier one, and leaves no mark behind the copies."""
     gpu = late()
     with gpu.device.on("a"):
@@ -234,6 +235,8 @@ def test_a_pair_moved_out_for_a_batch_that_was_refused(samples) -> None:
     with gpu.device.on("b"), pytest.raises(ValueError, match="in an earlier call"):
         samples.begin(gpu, [3])
     with gpu.device.on("a"):
+        if then == "release":
+            gpu.release()
         pairs[0].check_labels()
         pairs[0].check_plan()
 

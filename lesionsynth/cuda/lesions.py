@@ -97,7 +97,8 @@ class Lesions:
         self.check()
         first, parents, taps = self._table.offsets[2:5]
         with self._renderer.lock:
-            self._follow_move()
+            if self._moved is not None:
+                self._renderer.device.follow(self._moved)
             down = self._renderer.device.download(self._buffers[0].pointer + first, taps - first)
         n = len(self._table.blobs)
         states = down[: n * STATE.itemsize].view(STATE)
@@ -113,7 +114,6 @@ class Lesions:
         with renderer.lock:
             if renderer.workspace.mark is not None:
                 device.follow(renderer.workspace.mark)
-            self._follow_move()
             renderer.launch(self._kind, "clear_words", grid, np.uint64(labels), np.int64(items * voxels))
             if self._table.tasks:
                 table = np.uint64(self._buffers[0].pointer)
@@ -133,12 +133,9 @@ class Lesions:
         device.copy(own[1].pointer, bits.pointer, self._table.room.bits)
         moved = np.uint64(own[0].pointer), np.int64(own[0].pointer - table.pointer), np.uint64(own[1].pointer)
         self._renderer.launch(self._kind, "move_table", 1, *moved)
-        self._buffers, self._moved = own, device.mark()
-
-    def _follow_move(self) -> None:
-        """Let the caller's stream go on only after the copies of `move_out`, perhaps on another stream."""
-        if self._moved is not None:
-            self._renderer.device.follow(self._moved)
+        self._buffers = own
+        # Of the workspace too: the batch that wants the place may still be refused, and leave no mark itself.
+        self._moved = self._renderer.workspace.mark = device.mark()
 
 
 def _components(

@@ -128,10 +128,11 @@ class Renderer:
         """Give all memory back; pairs whose labels may still be wanted take theirs along."""
         with self.lock:
             if self.workspace.mark is not None:
-                self.workspace.mark.wait()
+                self.device.follow(self.workspace.mark)
             for side in (0, 1):
                 self._move_out(side)
-            self.device.mark().wait()  # the copies read what is given back
+            if self.workspace.mark is not None:
+                self.workspace.mark.wait()  # the copies, too, read what is given back
             self.workspace.kept.clear()
             self.workspace.buffers.clear()
 

@@ -19,7 +19,7 @@ GENEROUS = 2**25
 """Bytes from which a first request is taken at its word."""
 
 
-@dataclass
+@dataclass(eq=False)
 class Slot:
     """Page-locked memory of one batch under way: what the device found wrong, then what goes up."""
 
@@ -49,7 +49,7 @@ class Workspace:
     slots: list[Slot] = field(default_factory=list)
     """The one that was used longest ago comes first."""
     mark: Mark | None = None
-    """Behind the last rendering."""
+    """Behind all that uses the buffers: rendering, painting, moving out."""
     kept: list[tuple[Mark, tuple[Buffer, ...]]] = field(default_factory=list)
     """See `keep`."""
     _parts: list[tuple[int, Bytes]] = field(default_factory=list)
