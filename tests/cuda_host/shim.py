@@ -137,6 +137,22 @@ class HostProgram:
         ShimError
             See gpushim.h; it names the kernel.
         """
+        pointers, blocks, function, _values = self.prepared(f"{kernel}__launch", kernel, grid, arguments)
+        function.argtypes = [
+            *(ctypes.c_void_p, ctypes.c_uint, ctypes.c_void_p, ctypes.c_int),
+            *(ctypes.c_uint64, ctypes.c_uint, ctypes.c_int, ctypes.c_double),
+        ]
+        with _lock:
+            error = function(
+                blocks, block, pointers, len(arguments), seed, yield_percent, ORDERS.index(order), limit_s
+            )
+        if error:
+            raise ShimError(f"{kernel}: {error.decode()}")
+
+    def prepared(
+        self, entry: str, kernel: str, grid: int | tuple[int, ...], arguments: Sequence[Any]
+    ) -> tuple[Any, Any, Any, Any]:
+        """Return addresses of the arguments, the grid, an entry of the library, and what must stay till then."""
         sizes = [argument.nbytes for argument in arguments]
         if sizes != self._sizes[kernel]:
             raise ShimError(f"{kernel}: parameters have {self._sizes[kernel]} bytes, arguments {sizes}")
@@ -144,18 +160,9 @@ class HostProgram:
         pointers = (ctypes.c_void_p * max(1, len(values)))(*[ctypes.addressof(v) for v in values])
         extent = (grid,) if isinstance(grid, int) else grid
         blocks = (ctypes.c_uint * 3)(*extent, *(1,) * (3 - len(extent)))
-        function = self._library[f"{kernel}__launch"]
+        function = self._library[entry]
         function.restype = ctypes.c_char_p
-        function.argtypes = [
-            *(ctypes.c_void_p, ctypes.c_uint, ctypes.c_void_p, ctypes.c_int),
-            *(ctypes.c_uint64, ctypes.c_uint, ctypes.c_int, ctypes.c_double),
-        ]
-        with _lock:
-            error = function(
-                blocks, block, pointers, len(values), seed, yield_percent, ORDERS.index(order), limit_s
-            )
-        if error:
-            raise ShimError(f"{kernel}: {error.decode()}")
+        return pointers, blocks, function, values
 
     def _parameter_sizes(self, kernel: str) -> list[int]:
         sizes = (ctypes.c_int * max(1, count := self._library[f"{kernel}__count"]()))()

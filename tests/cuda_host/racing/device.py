@@ -100,15 +100,7 @@ class RacingProgram(HostProgram):
         ShimError
             A deadlock or the like; it names the kernel.
         """
-        sizes = [argument.nbytes for argument in arguments]
-        if sizes != self._sizes[kernel]:
-            raise ShimError(f"{kernel}: parameters have {self._sizes[kernel]} bytes, arguments {sizes}")
-        values = [ctypes.create_string_buffer(argument.tobytes()) for argument in arguments]
-        pointers = (ctypes.c_void_p * max(1, len(values)))(*[ctypes.addressof(v) for v in values])
-        extent = (grid,) if isinstance(grid, int) else grid
-        blocks = (ctypes.c_uint * 3)(*extent, *(1,) * (3 - len(extent)))
-        function = self._library[f"{kernel}__race"]
-        function.restype = ctypes.c_char_p
+        pointers, blocks, function, _values = self.prepared(f"{kernel}__race", kernel, grid, arguments)
         function.argtypes = [
             *(ctypes.c_void_p, ctypes.c_uint, ctypes.c_void_p),
             *(ctypes.c_uint64, ctypes.c_uint, ctypes.c_uint),
