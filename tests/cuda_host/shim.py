@@ -152,7 +152,7 @@ class HostProgram:
     def prepared(
         self, entry: str, kernel: str, grid: int | tuple[int, ...], arguments: Sequence[Any]
     ) -> tuple[Any, Any, Any, Any]:
-        """Return addresses of the arguments, the grid, an entry of the library, and what must stay till then."""
+        """Return addresses of arguments, the grid, an entry of the library, and what must stay till then."""
         sizes = [argument.nbytes for argument in arguments]
         if sizes != self._sizes[kernel]:
             raise ShimError(f"{kernel}: parameters have {self._sizes[kernel]} bytes, arguments {sizes}")
