@@ -242,6 +242,7 @@ def test_asked_on_another_stream_after_the_workspace_moved_on(ask, lungs) -> Non
             rest = [synth(image, mask, index=10 + k) for k in range(3)]
         with one:
             found = getattr(first, ask)
+        one.synchronize()
         expected = synthesizer()(*lungs, index=round_)
         if ask == "plan":
             assert found == expected.plan
@@ -338,6 +339,7 @@ def test_a_kernel_of_somebody_else_that_hogs_the_device(lungs) -> None:
     """No block of ours waits for another that has no room."""
     image, mask = (cupy.asarray(a) for a in lungs)
     synth = synthesizer(CudaBackend())
+    cupy.cuda.Device().synchronize()
     with cupy.cuda.Stream(non_blocking=True):
         keep_busy(0.3, blocks=4 * cupy.cuda.Device().attributes["MultiProcessorCount"])
     with cupy.cuda.Stream(non_blocking=True) as stream:
