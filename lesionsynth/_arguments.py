@@ -96,14 +96,22 @@ def accept_out(
     for name, buffer, kind in zip(
         ("out image", "out target"), pair_of(out), (dtype, np.dtype(bool)), strict=True
     ):
-        array, _ = accept(buffer, name)
-        check_buffer(name, array.shape, array.dtype.name, array.flags.c_contiguous, image.shape, kind.name)
-        if not array.flags.writeable:
-            raise ValueError(f"{name} must be writeable, got a read-only array")
+        array = accept_buffer(buffer, name, image.shape, kind.name)
         if np.may_share_memory(array, image) or np.may_share_memory(array, mask):
             raise ValueError(f"{name} must not share memory with image or lung_mask, which are never written")
         buffers.append(array)
     return buffers[0], buffers[1]
+
+
+def accept_buffer(
+    buffer: Any, name: str, shape: tuple[int, ...], kind: str, whose: str = "of image"
+) -> npt.NDArray[Any]:
+    """Take a buffer in CPU memory for a result, or say what is wrong with it; see `check_buffer`."""
+    array, _ = accept(buffer, name)
+    check_buffer(name, array.shape, array.dtype.name, array.flags.c_contiguous, shape, kind, whose)
+    if not array.flags.writeable:
+        raise ValueError(f"{name} must be writeable, got a read-only array")
+    return array
 
 
 def pair_of(out: Any) -> tuple[Any, Any]:
@@ -116,21 +124,21 @@ def pair_of(out: Any) -> tuple[Any, Any]:
 
 
 def check_buffer(
-    name: str, shape: tuple[int, ...], dtype: str, contiguous: bool, wanted: tuple[int, ...], kind: str
+    name: str,
+    shape: tuple[int, ...],
+    dtype: str,
+    contiguous: bool,
+    wanted: tuple[int, ...],
+    kind: str,
+    whose: str = "of image",
 ) -> None:
-    """Raise unless a buffer can take a result."""
+    """Raise unless a buffer can take a result; `whose` shape is wanted, for the message."""
     if shape != wanted:
-        raise ValueError(f"{name} must have the shape of image, {wanted}, got {shape}")
+        raise ValueError(f"{name} must have the shape {whose}, {wanted}, got {shape}")
     if dtype != kind:
         raise TypeError(f"{name} must be {kind}, got {dtype}")
     if not contiguous:
         raise ValueError(f"{name} must be C-contiguous, got an array with other strides")
-
-
-def check_shape(name: str, shape: tuple[int, ...], wanted: tuple[int, ...]) -> None:
-    """Raise unless a buffer has the shape that was asked for."""
-    if shape != wanted:
-        raise ValueError(f"{name} must have the shape asked for, {wanted}, got {shape}")
 
 
 def _binary(mask: npt.NDArray[Any]) -> npt.NDArray[np.bool_]:

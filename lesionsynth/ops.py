@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from lesionsynth._arguments import check_buffer, check_shape
+from lesionsynth._arguments import accept_buffer
 from lesionsynth._dlpack import DLPACK_CUDA, Restore, accept, device_kind, library_of
 from lesionsynth.cpu import filters, philox
 from lesionsynth.cpu._memory import output
@@ -106,12 +106,7 @@ def philox_uniform(
     if device_kind(out) == DLPACK_CUDA:
         _on_cuda().fill_uniform(out, size, words, start)
         return out
-    field, _ = accept(out, "out")
-    check_shape("out", field.shape, size)
-    check_buffer("out", field.shape, field.dtype.name, field.flags.c_contiguous, size, "float32")
-    if not field.flags.writeable:
-        raise ValueError("out must be writeable, got a read-only array")
-    philox.fill_uniform(field, *words, start, threads)
+    philox.fill_uniform(accept_buffer(out, "out", size, "float32", "asked for"), *words, start, threads)
     return out
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -46,6 +47,14 @@ def blob(component: int = 0, **changes: Any) -> ls.Blob:
 def voxel(component: int, center: tuple[int, int, int], **changes: Any) -> ls.Blob:
     """Return a blob of the one voxel `center`."""
     return blob(component, semi_axes=(0.5, 0.5, 0.5), center=center, **changes)
+
+
+def sheets() -> list[ls.Blob]:
+    """Return three tilted sheets across all slices, one above the other: their boxes fill the volume each."""
+    tilted = (math.cos(0.15), 0.0, math.sin(0.15), 0.0)
+    return [
+        blob(k, semi_axes=(0.8, 40.0, 40.0), rotation=tilted, center=(2 + 4 * k, 20, 22)) for k in range(3)
+    ]
 
 
 def plan(*blobs: ls.Blob, **changes: Any) -> ls.LesionPlan:

@@ -21,7 +21,7 @@ from tests.conftest import draw_lungs
 from tests.cuda_host.device import HostDevice
 from tests.cuda_host.pairs import render
 from tests.cuda_host.shim import compiler
-from tests.plans import blob, plan, renderer, small_config, voxel
+from tests.plans import blob, plan, renderer, sheets, small_config, voxel
 
 pytestmark = pytest.mark.skipif(compiler() is None, reason="the shim needs g++, which is not installed")
 
@@ -158,16 +158,7 @@ def test_lesions_that_find_no_room(lungs, monkeypatch) -> None:
     image, mask = lungs
     monkeypatch.setattr("lesionsynth.cuda.render.LEAST_FIELD", 0)
     gpu = host()
-    tilted = (
-        float(np.cos(0.15)),
-        0.0,
-        float(np.sin(0.15)),
-        0.0,
-    )  # sheets across all slices, one above the other
-    sheets = [
-        blob(k, semi_axes=(0.8, 40.0, 40.0), rotation=tilted, center=(2 + 4 * k, 20, 22)) for k in range(3)
-    ]
-    for one in (plan(*sheets), plan(*sheets[:2], index=5)):
+    for one in (plan(*sheets()), plan(*sheets()[:2], index=5)):
         agree(gpu, [one], image[None], np.ones_like(mask)[None])
     tables = [gpu.workspace.buffers[f"table {side}"].array for side in (0, 1)]
     from lesionsynth.cuda.records import BATCH

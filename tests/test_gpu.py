@@ -22,7 +22,7 @@ import lesionsynth as ls
 from tests import golden
 from tests.conftest import draw_lungs
 from tests.gpu import devices, keep_busy
-from tests.plans import blob, plan, renderer, small_config
+from tests.plans import plan, renderer, sheets, small_config
 
 pytestmark = pytest.mark.gpu
 
@@ -107,15 +107,11 @@ def test_repeatable_bit_for_bit(lungs) -> None:
 
 def test_crowded_lesions(lungs, monkeypatch) -> None:
     monkeypatch.setattr("lesionsynth.cuda.render.LEAST_FIELD", 0)
-    tilted = (float(np.cos(0.15)), 0.0, float(np.sin(0.15)), 0.0)
-    sheets = [
-        blob(k, semi_axes=(0.8, 40.0, 40.0), rotation=tilted, center=(2 + 4 * k, 20, 22)) for k in range(3)
-    ]
     image, mask = lungs[0], np.ones_like(lungs[1])
     synth = synthesizer(CudaBackend())
     agree(
-        synth.render(plan(*sheets), cupy.asarray(image), cupy.asarray(mask)),
-        renderer().render(plan(*sheets), image, mask),
+        synth.render(plan(*sheets()), cupy.asarray(image), cupy.asarray(mask)),
+        renderer().render(plan(*sheets()), image, mask),
     )
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import cupy
 
-from lesionsynth._arguments import check_buffer, check_pair, check_same_library, check_shape
+from lesionsynth._arguments import check_buffer, check_pair, check_same_library
 from lesionsynth.config import Range
 from lesionsynth.cuda import components, ops
 from lesionsynth.cuda._device import Device
@@ -32,8 +32,8 @@ def philox_uniform(device: str | int, shape: Shape, words: Sequence[int], offset
 def fill_uniform(out: Any, shape: Shape, words: Sequence[int], offset: Sequence[int]) -> None:
     """Draw noise into an array, on the stream of its library."""
     given = accept(out, "out")
-    check_shape("out", given.shape, shape)
-    check_buffer("out", given.shape, given.kind, bool(given.view.flags.c_contiguous), shape, "float32")
+    found = given.shape, given.kind, bool(given.view.flags.c_contiguous)
+    check_buffer("out", *found, shape, "float32", "asked for")
     with stream_of(out):
         ops.fill_uniform(_device(given.device), shape, words, offset, given.view.data.ptr)
 
@@ -88,6 +88,7 @@ def label(input: Any, connectivity: int) -> tuple[Any, int]:  # noqa: A002
 
 def grow(input: Any, mask: Any, iterations: int, connectivity: int) -> Any:  # noqa: A002
     """See `lesionsynth.ops.grow`."""
+    # the input's faults are told first, as on the CPU
     _, room = _volume("input", input), _volume("mask", mask)
 
     def spread(device: Device, volume: DeviceArray, shape: Shape, out: int) -> None:

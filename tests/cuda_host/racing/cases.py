@@ -14,7 +14,7 @@ from lesionsynth.cuda import components, render
 from lesionsynth.cuda.records import BATCH
 from tests.conftest import draw_lungs
 from tests.cuda_host.racing.device import RacingDevice
-from tests.plans import blob, plan
+from tests.plans import plan, sheets
 from tests.test_cuda_render import agree, drawn
 
 CONNECTIVITIES = {6: 1, 18: 2, 26: 3}
@@ -38,15 +38,11 @@ def pairs(round_: int, plant: str | None) -> None:
 
 
 def crowded(round_: int, plant: str | None) -> None:
-    """Render three sheets across all slices, one above the other, with room for the field of one."""
+    """Render three sheets with room for the field of one."""
     image, mask = draw_lungs()
-    tilted = (float(np.cos(0.15)), 0.0, float(np.sin(0.15)), 0.0)
-    sheets = [
-        blob(k, semi_axes=(0.8, 40.0, 40.0), rotation=tilted, center=(2 + 4 * k, 20, 22)) for k in range(3)
-    ]
     renderer = render.Renderer(RacingDevice(yield_percent=5, seed=round_ + 1, plant=plant))
     with patch.object(render, "LEAST_FIELD", 0):
-        agree(renderer, [plan(*sheets)], image[None], np.ones_like(mask)[None])
+        agree(renderer, [plan(*sheets())], image[None], np.ones_like(mask)[None])
     table = renderer.workspace.buffers["table 0"].array[: BATCH.itemsize].view(BATCH)
     assert table["crowded"] == [2]
 
