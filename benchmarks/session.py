@@ -5,7 +5,7 @@ ends its part alone. Each leaves <part>.log and <part>.json; summary.json and a 
 passed, what failed, and how fast it was. Exit status 0: every part passed; 1: one failed, or needs a program
 that is not installed; 2: there is no GPU.
 
-Each half fits five minutes:
+Each half fits six minutes, on a machine that has compiled nothing yet:
   --part versions --part smoke --part tests --part sanitizers
   --part versions --part benchmarks --part training --part profile
 """

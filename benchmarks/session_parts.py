@@ -71,15 +71,15 @@ def parts(place: Place, scale: float = 1.0) -> list[Part]:
     results = ("--output", str(place.results)) if place.results else ()
     junit = f"--junitxml={place.found('tests', 'xml')}"
     sanitizers = tuple(
-        Command(tool, (*COMPUTE_SANITIZER, tool, *PYTEST, "-m", "gpu", "--maxfail=2", "-k", which, TESTS), 26)
+        Command(tool, (*COMPUTE_SANITIZER, tool, *PYTEST, "-m", "gpu", "--maxfail=2", "-k", which, TESTS), 24)
         for tool, which in SANITIZED
     )
     found = [
         Part("versions", (module("versions", 10, *leaves(place, "versions")),), findings.read_versions),
-        Part("smoke", (module("smoke", 72, *leaves(place, "smoke")),), findings.read_smoke),
+        Part("smoke", (module("smoke", 110, *leaves(place, "smoke")),), findings.read_smoke),
         Part(
             "tests",
-            (Command("pytest", (*PYTEST, "-m", "gpu and not slow", junit, *gpu_tests()), 104),),
+            (Command("pytest", (*PYTEST, "-m", "gpu and not slow", junit, *gpu_tests()), 130),),
             findings.read_tests,
         ),
         Part("sanitizers", sanitizers, findings.read_sanitizers, needs="compute-sanitizer"),

@@ -60,11 +60,14 @@ __device__ inline double wrapped_tap(const double* taps, int radius, int n, int 
     return sum;
 }
 
-// Fill entry (i, j) of the folded matrix.
+// Fill entry (i, j) of the folded matrix; i may lie beyond the half, up to a multiple of four.
 __device__ inline void fold_entry(const double* taps, int radius, int n, int i, int j, float* matrix) {
     int half = (n + 1) / 2;
-    double here = wrapped_tap(taps, radius, n, i - j) + wrapped_tap(taps, radius, n, i + j + 1);
-    double there = wrapped_tap(taps, radius, n, i + j + 1 - n) + wrapped_tap(taps, radius, n, i - j + n);
+    double here = 0.0, there = 0.0;
+    if (i < half) {
+        here = wrapped_tap(taps, radius, n, i - j) + wrapped_tap(taps, radius, n, i + j + 1);
+        there = wrapped_tap(taps, radius, n, i + j + 1 - n) + wrapped_tap(taps, radius, n, i - j + n);
+    }
     float* at = matrix + ((i64)(i / PAIRS) * half + j) * 2 * PAIRS + i % PAIRS;
     at[0] = (float)(0.5 * (here + there));
     at[PAIRS] = (float)(0.5 * (here - there));

@@ -318,7 +318,8 @@ KERNEL fold_matrices(const Batch* table) {
         Weights w = weights_of(batch, l, which, axis);
         int n = l.size[axis], half = (n + 1) / 2;
         if (!is_matrix(n, w.radius)) continue;
-        for (i64 t = threadIdx.x; t < (i64)half * half; t += THREADS)
+        // Rows are read in fours: those beyond the half are zero, and nobody puts their outputs.
+        for (i64 t = threadIdx.x; t < (i64)round_up(half, PAIRS) * half; t += THREADS)
             fold_entry(w.taps, w.radius, n, (int)(t / half), (int)(t % half), (float*)w.matrix);
     }
 }
