@@ -14,6 +14,7 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 from tests import gpu
+from tests.hostile import tally
 
 settings.register_profile(
     "default", derandomize=True, deadline=None, max_examples=20, suppress_health_check=[HealthCheck.too_slow]
@@ -41,6 +42,23 @@ def pytest_make_collect_report(collector: pytest.Collector):
     report = yield
     gpu.fail_if_skipped(report, int(collector.name.endswith("_gpu.py")))
     return report
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if hasattr(session.config, "workeroutput"):  # a worker of pytest-xdist
+        session.config.workeroutput["hostile"] = tally.counts()
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node) -> None:
+    tally.add(getattr(node, "workeroutput", {}).get("hostile", {"tried": {}, "lost": {}}))
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    if tally.tried:
+        terminalreporter.section("hostile inputs and injected faults")
+        for line in tally.table():
+            terminalreporter.write_line(line)
 
 
 REPOSITORY = Path(__file__).resolve().parent.parent
