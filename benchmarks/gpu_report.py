@@ -122,13 +122,15 @@ def _show_others(found: dict[str, Any]) -> None:
 
 
 def draw(results: dict[str, Any], path: Path) -> Path:
-    """Draw kernels against their floors, and all contestants."""
+    """Draw kernels against their floors, and all contestants where they were timed."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    figure, (left, right) = plt.subplots(1, 2, figsize=(13, 5), layout="constrained")
+    times = results.get("others", {"times": {}})["times"]
+    figure, axes = plt.subplots(1, 2 if times else 1, figsize=(13, 5), layout="constrained", squeeze=False)
+    left = axes[0, 0]
     stages = {} if "error" in results["stages"] else results["stages"]
     kernels = list(stages)[::-1]
     least = results["counted"]["floors_s"]
@@ -136,10 +138,10 @@ def draw(results: dict[str, Any], path: Path) -> Path:
     left.barh(kernels, [least.get(k, 0) * 1e6 for k in kernels], color="#e0a030", height=0.3, label="floor")
     left.set(xlabel="us", title=f"Kernels of a batch of {BATCH}")
     left.legend()
-    times = results["others"]["times"]
-    names = list(times)[::-1]
-    right.barh(names, [times[k]["median_s"] * 1e3 for k in names], color="#b0b0b0")
-    right.set(xscale="log", xlabel="ms", title="One pair")
+    if times:
+        names = list(times)[::-1]
+        axes[0, 1].barh(names, [times[k]["median_s"] * 1e3 for k in names], color="#b0b0b0")
+        axes[0, 1].set(xscale="log", xlabel="ms", title="One pair")
     figure.suptitle(results["gpu"])
     picture = path.with_suffix(".png")
     figure.savefig(picture, dpi=130)

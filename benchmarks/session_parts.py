@@ -83,7 +83,7 @@ def parts(place: Place, scale: float = 1.0) -> list[Part]:
             findings.read_tests,
         ),
         Part("sanitizers", sanitizers, findings.read_sanitizers, needs="compute-sanitizer"),
-        Part("benchmarks", (module("gpu", 150, *results),), findings.read_benchmarks),
+        Part("benchmarks", (module("gpu", 220, *results),), findings.read_benchmarks),
         Part("training", (module("training", 70, *results),), findings.read_training),
         Part(
             "profile",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import sys
 import time
@@ -111,12 +112,25 @@ def test_rivals_render_every_plan_untimed_and_those_that_cannot_are_left_out() -
         if number == 2:
             raise ImportError("cuBLAS is not installed")
 
-    ready, left_out = rivals.prepared({rivals.OURS: seen.append, "CuPy": broken}, 4)
+    ready, plans, left_out = rivals.prepared({rivals.OURS: seen.append, "CuPy": broken}, 4, 60.0)
     assert seen == [0, 1, 2, 3]
+    assert plans == 4
     assert ready == {rivals.OURS: seen.append}
     assert left_out == {"CuPy": "ImportError: cuBLAS is not installed"}
     with pytest.raises(ImportError):
-        rivals.prepared({rivals.OURS: broken}, 4)
+        rivals.prepared({rivals.OURS: broken}, 4, 60.0)
+
+
+def test_all_rivals_get_the_plans_that_the_slowest_has_ready(monkeypatch) -> None:
+    seconds = itertools.count(step=10.0)  # a glance at the clock: 10 s
+    monkeypatch.setattr(rivals.time, "perf_counter", lambda: next(seconds))
+    seen: dict[str, list[int]] = {rivals.OURS: [], "slow": [], "last": []}
+    contestants = {name: numbers.append for name, numbers in seen.items()}
+    _, plans, _ = rivals.prepared(contestants, 4, 25.0)
+    assert plans == 3
+    assert seen == {rivals.OURS: [0, 1, 2], "slow": [0, 1, 2], "last": [0, 1, 2]}
+    _, plans, _ = rivals.prepared(contestants, 4, 1.0)
+    assert plans == 1
 
 
 # --- gates ---

@@ -74,10 +74,16 @@ struct NoiseRows {
         for (int quad = ((x0 + begin) >> 2) + warp_of_thread(); quad <= last; quad += WARPS) {
             Words w = words(quad);
             Quad<float> a = {};  // columns are aligned as the volume is, so a quad is sixteen aligned bytes
-            if (SALT && on) a = *(const Quad<float>*)(a2 + 4 * quad - x0);
+            int first = 4 * quad - x0;
+            if (SALT && on && first >= begin && first + 4 <= end) a = *(const Quad<float>*)(a2 + first);
+            else if (SALT && on) {  // beyond the box nobody has written
+#pragma unroll
+                for (int c = 0; c < 4; ++c)
+                    if (first + c >= begin && first + c < end) a.v[c] = a2[first + c];
+            }
 #pragma unroll
             for (int c = 0; c < 4; ++c) {
-                int i = 4 * quad + c - x0;
+                int i = first + c;
                 if (i >= begin && i < end) tile[i * PITCH + lane_of_thread()] = on ? value(w.w[c], a.v[c]) : 0.0f;
             }
         }
