@@ -21,7 +21,7 @@ import numpy as np
 from lesionsynth import ops
 from lesionsynth.cpu import filters, lines
 ops.gaussian_filter(np.ones((2, 3, 4), np.float32), 2.0)
-stats = [kernel.stats for kernel in (filters._smooth_planes, lines.kernel_of)]
+stats = [kernel.stats for kernel in (filters._smooth_planes, lines._fill_kernels)]
 counts = [[sum(c.values()) for c in (s.cache_hits, s.cache_misses)] for s in stats]
 print(json.dumps([sum(c) for c in zip(*counts)]))
 """

@@ -89,7 +89,7 @@ def test_a_volume_in_pieces_is_the_volume_whole(healthy, monkeypatch):
 
 def is_free(address):
     """Whether the next result may lie there."""
-    return any(b.ctypes.data <= address < b.ctypes.data + b.size for b in _memory._blocks)
+    return any(0 <= address - b.block.ctypes.data < b.block.size for b in _memory._blocks)
 
 
 def test_freed_results_are_used_again_and_held_ones_are_not(healthy):

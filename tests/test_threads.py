@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import sys
 import threading
 from types import SimpleNamespace
@@ -22,6 +23,7 @@ from lesionsynth.cpu._threads import (
     wait_for,
     work_together,
 )  # fmt: skip
+from tests.hostile.tally import trial
 
 CONFIG = ls.LesionConfig(small=ls.BlobClass(count=(6.0, 6.0), radius=(3.0, 6.0)), medium=None, large=None)
 
@@ -66,9 +68,111 @@ def test_threads_must_be_positive():
         ls.LesionSynthesizer(CONFIG, threads=0)
 
 
-def test_environment_names_the_default(monkeypatch):
-    monkeypatch.setenv("NUMBA_NUM_THREADS", "3")
-    assert default_threads() == 3
+@pytest.fixture
+def environment(monkeypatch):
+    """An environment and a process without a word on threads."""
+    for name in VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(_threads, "_is_dataloader_worker", lambda: False)
+    return monkeypatch
+
+
+VARIABLES = "NUMBA_NUM_THREADS", "OMP_NUM_THREADS"
+CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
+@pytest.mark.parametrize("worker", [False, True])
+@pytest.mark.parametrize(
+    ("numba_says", "alone"), [(None, None), ("", None), (" ", None), ("3", 3), (" 5 ", 5)]
+)
+@pytest.mark.parametrize(
+    ("openmp_says", "then"), [(None, None), ("", None), ("7", 7), ("4,2", 4), (" 4 , 2,1", 4), ("1", 1)]
+)
+def test_environment_names_the_default(numba_says, alone, openmp_says, then, worker, environment):
+    """NUMBA_NUM_THREADS before all; one in a DataLoader's worker; then OMP_NUM_THREADS; then the cores."""
+    for name, value in zip(VARIABLES, (numba_says, openmp_says), strict=True):
+        if value is not None:
+            environment.setenv(name, value)
+    environment.setattr(_threads, "_is_dataloader_worker", lambda: worker)
+    with trial("threads"):
+        assert default_threads() == (alone or (1 if worker else then or CORES))
+
+
+NO_COUNTS = [
+    "0",
+    "-1",
+    "two",
+    "1.5",
+    "1e2",
+    "nan",
+    "4;2",
+    "0x2",
+    "4 2",
+    "None",
+    "1/2",
+    "²",
+    "٣x",
+    "-",
+    "9" * 400 + "x",
+]
+
+
+@pytest.mark.parametrize("name", VARIABLES)
+@pytest.mark.parametrize("value", [*NO_COUNTS, "4,", ",4", ",", "4,0", "4,x", "4,-2"])
+def test_no_count_of_threads_is_told(name, value, environment):
+    environment.setenv(name, value)
+    with trial("threads"), pytest.raises(ValueError, match=f"^{name} must be an integer >= 1, got "):
+        default_threads()
+
+
+def test_only_a_list_of_openmp_has_a_first(environment):
+    environment.setenv("NUMBA_NUM_THREADS", "4,2")
+    with (
+        trial("threads"),
+        pytest.raises(ValueError, match="integer >= 1, got '4,2'"),
+    ):
+        default_threads()
+
+
+def test_a_variable_that_says_nothing_is_told_by_the_call(environment):
+    environment.setenv("OMP_NUM_THREADS", "many")
+    image, mask = (np.tile(array, (1, 4, 4)) for array in healthy_pair())
+    synth = ls.LesionSynthesizer(CONFIG, seed=2)
+    with (
+        trial("threads"),
+        pytest.raises(ValueError, match=r"OMP_NUM_THREADS must be .* got 'many'"),
+    ):
+        synth(image, mask, index=0)
+    with trial("threads"):
+        assert (
+            ls.LesionSynthesizer(CONFIG, seed=2, threads=1)(image, mask, index=0).image.shape == image.shape
+        )
+
+
+@pytest.mark.parametrize("threads", [10**4, 10**9])
+def test_more_threads_than_anybody_has(threads, environment):
+    """A call uses at most `MOST_THREADS`; those that the system refuses are not missed."""
+    before = threading.active_count()
+    with trial("threads"):
+        seen = np.zeros(10**4, dtype=int)
+
+        def body(lo: int, hi: int) -> None:
+            seen[lo:hi] += 1
+
+        parallel_for(len(seen), body, threads)
+        assert (seen == 1).all()
+        assert threading.active_count() - before <= _threads.MOST_THREADS
+
+
+def test_a_system_that_refuses_threads(monkeypatch):
+    def refuse(thread):
+        raise RuntimeError("can't start new thread")
+
+    expected = pair_bytes(1)
+    monkeypatch.setattr(_threads, "_pools", {})
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    with trial("threads"):
+        assert pair_bytes(3) == expected
 
 
 def test_result_does_not_depend_on_the_count():
@@ -82,6 +186,20 @@ def test_workers_give_the_same_pair(method):
     context = multiprocessing.get_context(method)
     with context.Pool(1) as pool:
         assert pool.apply_async(pair_bytes, (2,)).get(timeout=120) == expected
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+def test_a_fork_while_helpers_work():
+    """The child has none of them, and starts its own."""
+    expected, held = pair_bytes(2), threading.Event()
+    finish = in_background(held.wait, 2)
+    try:
+        with trial("threads"), multiprocessing.get_context("fork").Pool(1) as pool:
+            assert pool.apply_async(pair_bytes, (2,)).get(timeout=120) == expected
+    finally:
+        held.set()
+        finish()
 
 
 @numba.njit(nogil=True)
@@ -160,17 +278,17 @@ def test_callers_on_several_threads_do_not_meet():
     assert len(got) == 4
 
 
-def test_a_dataloader_worker_takes_its_share(monkeypatch):
-    monkeypatch.delenv("NUMBA_NUM_THREADS", raising=False)
-    cores = default_threads()
-    loader = SimpleNamespace(get_worker_info=lambda: SimpleNamespace(num_workers=cores))
+def test_a_dataloader_worker_takes_one(monkeypatch):
+    for name in VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    loader = SimpleNamespace(get_worker_info=lambda: SimpleNamespace(num_workers=1))
     monkeypatch.setitem(sys.modules, "torch.utils.data", loader)
-    assert default_threads() == 1
-    loader.get_worker_info = lambda: SimpleNamespace(num_workers=10 * cores)
-    assert default_threads() == 1
-    loader.get_worker_info = lambda: None
-    assert default_threads() == cores
-    assert _threads._dataloader_workers() == 1
+    with trial("threads"):
+        assert default_threads() == 1
+        loader.get_worker_info = lambda: None
+        assert default_threads() == CORES
+        monkeypatch.delitem(sys.modules, "torch.utils.data")
+        assert default_threads() == CORES
 
 
 class Pairs:
@@ -186,10 +304,13 @@ class Pairs:
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 @pytest.mark.parametrize("context", ["fork", "spawn"])
-def test_dataloader_workers(context):
+def test_dataloader_workers(context, monkeypatch):
+    for name in VARIABLES:
+        monkeypatch.delenv(name, raising=False)
     data = pytest.importorskip("torch.utils.data")
     expected = pair_bytes(2)
     loader = data.DataLoader(Pairs(), batch_size=None, num_workers=2, multiprocessing_context=context)
     for found, threads in loader:
-        assert bytes(found) == expected
-        assert threads == max(1, _threads.default_threads() // 2)
+        with trial("threads"):
+            assert bytes(found) == expected
+            assert threads == 1

@@ -1,30 +1,33 @@
-"""How kernels are compiled, and kept.
-
-Everything is compiled at its first call and kept on disk, so a process compiles what none before it has.
-Numba compares the time and size of a kernel's own file and does not look into what the kernel calls: after a
-``git pull`` that changes another file it would run old code. Here a change of any file of this folder counts.
-"""
+"""How kernels are compiled; `lesionsynth._cache` tells how they are kept."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
+from functools import wraps
 from typing import Any
 
 import numba
 
-_FILES = sorted(Path(__file__).parent.glob("*.py"))
-SOURCES = tuple((file.name, file.stat().st_mtime, file.stat().st_size) for file in _FILES)
-"""Name, time and size of every file that a kernel may be made of."""
+from lesionsynth._cache import compiled
 
 
 def kernel(function: Callable[..., Any]) -> Any:
-    """Compile a function that Python calls; it runs without the GIL."""
-    compiled = numba.njit(nogil=True, cache=True)(function)
-    cache = getattr(compiled._cache, "_cache_file", None)
-    if cache is not None and hasattr(cache, "_source_stamp"):  # names of Numba's own; a test watches them
-        cache._source_stamp = SOURCES
-    return compiled
+    """Compile a function that Python calls; it runs without the GIL.
+
+    Its vectors and atomics are instructions of the processor, which Python cannot run: a call raises
+    RuntimeError where ``NUMBA_DISABLE_JIT`` keeps Numba from compiling.
+    """
+    if not numba.config.DISABLE_JIT:
+        return compiled(function)
+
+    @wraps(function)
+    def refuse(*_: Any, **__: Any) -> Any:
+        raise RuntimeError(
+            "lesionsynth's CPU kernels must be compiled by Numba and cannot run as Python: unset "
+            f"NUMBA_DISABLE_JIT, which is {numba.config.DISABLE_JIT}, before lesionsynth is imported"
+        )
+
+    return refuse
 
 
 inner: Any = numba.njit(no_cpython_wrapper=True, no_cfunc_wrapper=True)

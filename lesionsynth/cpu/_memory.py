@@ -3,15 +3,19 @@
 A page costs about a microsecond to get and 4 kB of zeros to write. Outputs come from blocks of earlier
 outputs that nobody holds any more; scratch arrays stay with the calling thread. What is kept is bounded:
 `MOST_BLOCKS` outputs, and `MOST_SCRATCH` bytes for each purpose; `release` gives all of it back.
+
+A block is free again when the last view of its array goes, and not before: so what a call that was torn off
+left to a traceback, or a handler of a signal finds in use, is nobody else's. No Python runs then, no lock is
+taken, and every step leaves all as it must be: a handler may raise at any point.
 """
 
 from __future__ import annotations
 
 import ctypes
 import math
-import os
 import threading
 import weakref
+from collections import deque
 from typing import Any
 
 import numpy as np
@@ -27,8 +31,16 @@ caller."""
 ALIGNMENT = 64
 """Bytes of a cache line, and of the widest vector."""
 
-_blocks: list[npt.NDArray[np.uint8]] = []
-_lock = threading.Lock()
+
+class _Lease(weakref.ref[Any]):
+    """Watches who holds a block."""
+
+    __slots__ = ("block",)
+    block: npt.NDArray[np.uint8]
+
+
+_blocks: deque[_Lease] = deque(maxlen=MOST_BLOCKS)
+"""Free ones; the latest comes last, and the earliest makes way."""
 _local = threading.local()
 
 
@@ -38,28 +50,43 @@ def output(shape: tuple[int, ...], dtype: Any) -> npt.NDArray[Any]:
     size = math.prod(shape) * kind.itemsize
     if size < LEAST_BLOCK:
         return np.empty(shape, dtype=kind)
-    block = _take(size)
-    # Every view of the array holds this object, and it dies with the last. A view of `block` would not do:
-    # NumPy shortens chains of arrays, and views would hold `block` itself.
-    lease = (ctypes.c_char * size).from_buffer(_aligned(block))
-    weakref.finalize(lease, _give_back, block).atexit = False
-    return np.frombuffer(lease, dtype=kind).reshape(shape)
+    return _leased(_take(size), size, _blocks).view(kind).reshape(shape)
 
 
 def scratch(purpose: str, size: int, dtype: Any) -> npt.NDArray[Any]:
-    """Return an uninitialised (size,) array, the caller's until its thread asks for `purpose` again.
+    """Return an uninitialised (size,) array, the caller's as long as a view of it is held.
 
-    It is aligned to `ALIGNMENT`: a vector that lies across two cache lines takes twice as long to load.
+    The memory is that of the last array for `purpose` on this thread, where nobody holds it any more. It is
+    aligned to `ALIGNMENT`: a vector that lies across two cache lines takes twice as long to load.
     """
     kind = np.dtype(dtype)
-    needed = size * kind.itemsize + ALIGNMENT
+    nbytes = size * kind.itemsize
+    needed = nbytes + ALIGNMENT
     if needed > MOST_SCRATCH:
-        return _aligned(np.empty(needed, dtype=np.uint8))[: size * kind.itemsize].view(kind)
-    kept: dict[str, npt.NDArray[np.uint8]] = _local.__dict__
-    held = kept.get(purpose)
-    if held is None or held.size < needed:
-        held = kept[purpose] = np.empty(min(needed * 5 // 4, MOST_SCRATCH), dtype=np.uint8)
-    return _aligned(held)[: size * kind.itemsize].view(kind)
+        return _aligned(np.empty(needed, dtype=np.uint8))[:nbytes].view(kind)
+    kept: dict[str, deque[_Lease]] = _local.__dict__
+    free = kept.get(purpose)
+    if free is None:
+        free = kept[purpose] = deque(maxlen=1)
+    try:
+        block = free.pop().block
+    except IndexError:  # the first time; or somebody holds it
+        block = np.empty(0, dtype=np.uint8)
+    if block.size < needed:
+        block = np.empty(min(needed * 5 // 4, MOST_SCRATCH), dtype=np.uint8)
+    return _leased(block, nbytes, free).view(kind)
+
+
+def _leased(block: npt.NDArray[np.uint8], size: int, free: deque[_Lease]) -> npt.NDArray[np.uint8]:
+    """Return `size` bytes of a block, which is in `free` again when nobody holds a view of them."""
+    # Every view of the array holds this object, and it dies with the last. A view of `block` would not do:
+    # NumPy shortens chains of arrays, and views would hold `block` itself.
+    kind: Any = ctypes.c_char * block.size  # a type for each size of blocks, which are few
+    holder = kind.from_buffer(block)
+    lease = _Lease(holder, free.append)
+    lease.block = block
+    holder.lease = lease  # a reference that has gone watches nothing
+    return _aligned(np.frombuffer(holder, dtype=np.uint8))[:size]
 
 
 def _aligned(block: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
@@ -73,36 +100,19 @@ def release() -> None:
     the thread that used them: at most three results of the sizes used last, and 64 MiB for each purpose. This
     returns the free ones, and the scratch arrays of the calling thread, to the system.
     """
-    with _lock:
-        _blocks.clear()
+    _blocks.clear()
     _local.__dict__.clear()
 
 
 def _take(size: int) -> npt.NDArray[np.uint8]:
     """Return a block of at least `size` bytes and a cache line, and of at most half as much again."""
     needed = size + ALIGNMENT
-    with _lock:
-        for k, block in enumerate(_blocks):
-            if needed <= block.size <= needed + needed // 2:
-                return _blocks.pop(k)
-    return np.empty(needed, dtype=np.uint8)
-
-
-def _give_back(block: npt.NDArray[np.uint8]) -> None:
-    # May run at any point of any thread, one that holds the lock too: then the block goes to the system.
-    if _lock.acquire(blocking=False):
+    for k in range(1, MOST_BLOCKS + 1):
         try:
-            _blocks.insert(0, block)
-            del _blocks[MOST_BLOCKS:]
-        finally:
-            _lock.release()
-
-
-def _forget_lock() -> None:
-    """Another thread may have held the lock when this process was forked."""
-    global _lock
-    _lock = threading.Lock()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_forget_lock)
+            lease = _blocks[-k]
+            if needed <= lease.block.size <= needed + needed // 2:
+                _blocks.remove(lease)
+                return lease.block
+        except (IndexError, ValueError):  # there are fewer, or another thread came first
+            continue
+    return np.empty(needed, dtype=np.uint8)

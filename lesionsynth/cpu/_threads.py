@@ -1,24 +1,35 @@
 """Spread serial, GIL-free Numba kernels over threads.
 
 Numba's own ``parallel=True`` is avoided on purpose: its OpenMP layer kills a forked ``DataLoader`` worker,
-and it compiles several times longer. A pool belongs to one process: a fork gets its own on first use. The
-calling thread works too, so a pool has one thread less; a helper that has not begun when the work is done is
-not waited for, and a busy pool delays nobody.
+and it compiles several times longer. Threads belong to one process: a fork starts its own on first use. The
+calling thread works too; a helper that has not begun when the work is done is not waited for, and a busy one
+delays nobody.
+
+No function here returns or raises while a helper is at its work, whatever raises and wherever: Ctrl-C, or any
+handler of a signal. Python runs those after a call, at the start of a function and at the end of a loop's
+turn, so Python code that waits can always be torn away from it. Compiled code cannot. Each helper has a
+ticket, which whoever comes first takes; `settle` is one call of compiled code at the head of a ``finally``,
+takes those that are left, and waits for the helpers that have theirs. All that a handler can do is to raise
+after it.
 """
 
 from __future__ import annotations
 
 import os
 import sys
+import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from itertools import pairwise
+from queue import SimpleQueue
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 from numba import types
 
-from lesionsynth.cpu._jit import inner
+from lesionsynth._cache import torn_off
+from lesionsynth.cpu._jit import inner, kernel
 from lesionsynth.cpu.simd import fetch, fetch_add
 
 give_way: Any = types.ExternalFunction("SwitchToThread" if os.name == "nt" else "sched_yield", types.int32())
@@ -27,25 +38,48 @@ give_way: Any = types.ExternalFunction("SwitchToThread" if os.name == "nt" else 
 WORTHWHILE = 2**16
 """Voxels: below, waking a thread takes longer than its share of the work (measured: about 40,000)."""
 
-_pools: dict[tuple[int, int], ThreadPoolExecutor] = {}
+MOST_THREADS = 256
+"""Threads that a call uses at most, whatever number is asked for."""
 
 
 def default_threads() -> int:
     """Threads where a call names none.
 
-    ``NUMBA_NUM_THREADS``, else the cores this process may use; a torch ``DataLoader`` worker takes its share
-    of them, at least one.
+    ``NUMBA_NUM_THREADS`` where it is set; else one in a worker of a torch ``DataLoader``, beside which others
+    work; else ``OMP_NUM_THREADS``, of a list such as ``4,2`` the first; else the cores that this process may
+    use. An empty variable is not set.
+
+    Raises
+    ------
+    ValueError
+        A variable that counts holds anything but integers >= 1.
     """
-    stated = os.environ.get("NUMBA_NUM_THREADS")
-    if stated:
-        return max(1, int(stated))
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, cores // _dataloader_workers())
+    stated = _stated("NUMBA_NUM_THREADS")
+    if stated is None:
+        stated = 1 if _is_dataloader_worker() else _stated("OMP_NUM_THREADS", several=True)
+    if stated is not None:
+        return stated
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _stated(name: str, *, several: bool = False) -> int | None:
+    """Return the number of threads that a variable states, the first of several; None where it is not set."""
+    text = os.environ.get(name, "").strip()
+    if not text:
+        return None
+    try:
+        numbers = [int(entry) for entry in (text.split(",") if several else [text])]
+    except ValueError:
+        numbers = [0]
+    if min(numbers) < 1:
+        raise ValueError(f"{name} must be an integer >= 1, got {text!r}: correct or unset it")
+    return numbers[0]
 
 
 def check_threads(threads: Any) -> None:
     """Raise ValueError unless `threads` is None or an integer >= 1."""
-    if threads is not None and (isinstance(threads, bool) or not isinstance(threads, int) or threads < 1):
+    integer = isinstance(threads, int | np.integer) and not isinstance(threads, bool)
+    if threads is not None and not (integer and threads >= 1):
         raise ValueError(f"threads must be an integer >= 1, got {threads!r}")
 
 
@@ -77,15 +111,20 @@ def parallel_for(n_items: int, body: Callable[[int, int], object], threads: int 
         if n_items > 0:
             body(0, n_items)
         return
-    parts = list(pairwise(n_items * i // count for i in range(count + 1)))
-    waiting = [_pool(count).submit(body, lo, hi) for lo, hi in parts[1:]]
+    own, *others = (partial(body, *part) for part in pairwise(n_items * i // count for i in range(count + 1)))
+    tickets = tickets_for(len(others))
+    tasks = [_Task(tickets, k, other) for k, other in enumerate(others)]
     try:
-        body(*parts[0])
+        _hand_over(tasks)
+        own()
+        for k, other in enumerate(others):
+            if claim(tickets, k, True):  # nobody was free so far
+                other()
+        _wait(tasks)
     finally:
-        for future in waiting:
-            future.exception()  # arrays must outlive their kernels, even where one of them fails
-    for future in waiting:
-        future.result()
+        settle(tickets)
+    _dismiss(tasks)
+    _raise_first(tasks)
 
 
 def work_together(
@@ -94,7 +133,7 @@ def work_together(
     """Call ``kernel(progress, *arguments)`` on several threads, which share its tasks out themselves.
 
     To wake a thread takes longer than many a round of tasks, so a kernel goes through all its rounds in one
-    call. Nobody waits for a thread: one that wakes late joins the round that is under way, or finds nothing
+    call. No round waits for a thread: one that wakes late joins the round that is under way, or finds nothing
     left to do.
 
     Parameters
@@ -120,10 +159,18 @@ def work_together(
         return
     progress = np.zeros((len(totals), 3), dtype=np.int64)
     progress[:, TOTAL] = totals
-    helpers = [_pool(count).submit(kernel, progress, *arguments) for _ in range(count - 1)]
-    kernel(progress, *arguments)
-    for helper in helpers:
-        helper.cancel()
+    if count == 1:
+        kernel(progress, *arguments)
+        return
+    tickets = tickets_for(count - 1)
+    tasks = [_Task(tickets, k, partial(kernel, progress, *arguments)) for k in range(count - 1)]
+    try:
+        _hand_over(tasks)
+        kernel(progress, *arguments)
+        _wait(tasks)
+    finally:
+        settle(tickets)
+    _dismiss(tasks)  # one that found no memory has taken no task
 
 
 NEXT, DONE, TOTAL = 0, 1, 2
@@ -163,7 +210,9 @@ def wait_for(progress: Any, p: int) -> None:
         give_way()
 
 
-def in_background(body: Callable[[], object], threads: int | None = None) -> Callable[[], None]:
+def in_background(
+    body: Callable[[], object], threads: int | None = None, tickets: Tickets | None = None
+) -> Callable[[], None]:
     """Start ``body()`` beside what the caller does next, where there is a thread to spare.
 
     Parameters
@@ -172,6 +221,9 @@ def in_background(body: Callable[[], object], threads: int | None = None) -> Cal
         It must release the GIL to gain anything.
     threads : int, optional
         See `parallel_for`. With one thread the work is done at once.
+    tickets : (1, 2) int64 array, optional
+        Of `tickets_for`. A caller that must not leave before the work is done makes it first, calls this
+        inside a ``try``, and begins its ``finally`` with ``settle(tickets)``.
 
     Returns
     -------
@@ -182,34 +234,181 @@ def in_background(body: Callable[[], object], threads: int | None = None) -> Cal
     if count == 1:
         body()
         return lambda: None
-    future = _pool(count).submit(body)
+    tickets = tickets_for(1) if tickets is None else tickets
+    tasks = [_Task(tickets, 0, body)]
+    try:
+        _hand_over(tasks)
+    except BaseException:
+        settle(tickets)
+        raise
 
     def finish() -> None:
-        if future.cancel():  # nobody was free so far
-            body()
-        else:
-            future.result()
+        try:
+            if claim(tickets, 0, True):  # nobody was free so far
+                body()
+            _wait(tasks)
+        finally:
+            settle(tickets)
+        _dismiss(tasks)
+        _raise_first(tasks)
 
     return finish
+
+
+Tickets = npt.NDArray[np.int64]
+TAKEN, OVER = 0, 1
+"""Columns of tickets: how often one was asked for, and whether what it was for is done."""
+MOMENT = 100
+"""Turns for others before a caller sleeps, which takes longer than most helpers need to end."""
+
+
+def tickets_for(helpers: int) -> Tickets:
+    """Return a ticket for each helper."""
+    return np.zeros((helpers, 2), dtype=np.int64)
+
+
+@kernel
+def claim(tickets: Any, k: int, over: bool) -> bool:
+    """Take ticket k where nobody has it; `over` says that nobody is to wait for the taker."""
+    mine = fetch_add(tickets, 2 * k + TAKEN) == 0
+    if mine and over:
+        fetch_add(tickets, 2 * k + OVER)
+    return bool(mine)
+
+
+@kernel
+def soon(tickets: Any) -> bool:
+    """Take the tickets that are left; whether all that was begun is over within a moment."""
+    turns = MOMENT
+    for k in range(tickets.shape[0]):
+        if fetch_add(tickets, 2 * k + TAKEN) == 0:
+            fetch_add(tickets, 2 * k + OVER)
+        while fetch(tickets, 2 * k + OVER) == 0:
+            if turns == 0:
+                return False
+            turns -= 1
+            give_way()
+    return True
+
+
+@kernel
+def settle(tickets: Any) -> None:
+    """Take the tickets that are left, so that no helper begins, and wait for the helpers that have begun.
+
+    Compiled before anything is handed over, it runs no Python, so no handler of a signal comes in between.
+    """
+    for k in range(tickets.shape[0]):
+        if fetch_add(tickets, 2 * k + TAKEN) == 0:
+            fetch_add(tickets, 2 * k + OVER)
+        while fetch(tickets, 2 * k + OVER) == 0:
+            give_way()
+
+
+class _Task:
+    """Work for a helper, which holds all that it needs while it is at it."""
+
+    __slots__ = ("body", "error", "number", "over", "tickets")
+
+    def __init__(self, tickets: Tickets, number: int, body: Callable[[], object]) -> None:
+        self.tickets, self.number = tickets, number
+        self.body: Callable[[], object] | None = body
+        self.error: BaseException | None = None
+        self.over = threading.Lock()
+        self.over.acquire()
+
+    def run(self) -> None:
+        """Do it, unless the caller has taken the ticket."""
+        if not claim(self.tickets, self.number, False):
+            return
+        try:
+            if self.body is not None:
+                self.body()
+        except BaseException as error:
+            self.error = error
+        finally:
+            self.body = None  # first: what the work used is free for the caller's next call
+            self.tickets[self.number, OVER] = 1  # the GIL orders this behind the work
+            self.over.release()
+
+
+class _Pool:
+    """The helpers of this process. They are daemons: none is at work when the interpreter ends."""
+
+    def __init__(self) -> None:
+        self.tasks: SimpleQueue[_Task] = SimpleQueue()
+        self.threads = 0
+        self.lock = threading.Lock()
+        ready = tickets_for(1)
+        claim(ready, 0, True)  # compiles, as the next lines
+        soon(ready)
+        settle(ready)
+
+    def submit(self, task: _Task) -> None:
+        """Leave a task to whoever is free first."""
+        self.tasks.put(task)
+
+    def grow(self, threads: int) -> None:
+        """Start as many threads as there are not yet; go without those that the system refuses."""
+        with self.lock:
+            while self.threads < threads:
+                try:
+                    threading.Thread(target=self._serve, name="lesionsynth", daemon=True).start()
+                except RuntimeError as error:
+                    if torn := torn_off(error):
+                        raise torn from None
+                    return  # the caller does their work
+                self.threads += 1  # not before: one too many does no harm, one too few would for good
+
+    def _serve(self) -> None:
+        while True:
+            self.tasks.get().run()
+
+
+_pools: dict[int, _Pool] = {}
+
+
+def _pool(count: int) -> _Pool:
+    """Return the pool of this process, with helpers for so many threads."""
+    pool = _pools.get(os.getpid()) or _pools.setdefault(os.getpid(), _Pool())
+    if pool.threads < count - 1:
+        pool.grow(count - 1)
+    return pool
+
+
+def _hand_over(tasks: Sequence[_Task]) -> None:
+    """Give tasks to helpers; the caller settles their tickets, whatever happens here."""
+    for task in tasks:
+        _pool(len(tasks) + 1).submit(task)
+
+
+def _wait(tasks: Sequence[_Task]) -> None:
+    """Wait for the helpers that have begun, asleep if it takes long; unlike `settle` it may be torn off."""
+    if not soon(tasks[0].tickets):
+        for task in tasks:
+            if not task.tickets[task.number, OVER]:
+                task.over.acquire()
+
+
+def _dismiss(tasks: Sequence[_Task]) -> None:
+    """Let go of what tasks hold that lie about until a helper wakes."""
+    for task in tasks:
+        task.body = None
+
+
+def _raise_first(tasks: Sequence[_Task]) -> None:
+    for task in tasks:
+        if task.error is not None:
+            raise task.error
 
 
 def _count(threads: int | None) -> int:
     count = default_threads() if threads is None else threads
     if count < 1:
         raise ValueError(f"threads must be >= 1, got {threads}")
-    return count
+    return min(count, MOST_THREADS)
 
 
-def _pool(count: int) -> ThreadPoolExecutor:
-    key = (os.getpid(), count)
-    pool = _pools.get(key)
-    if pool is None:
-        pool = _pools[key] = ThreadPoolExecutor(count - 1, thread_name_prefix="lesionsynth")
-    return pool
-
-
-def _dataloader_workers() -> int:
-    """Workers of the torch ``DataLoader`` this process belongs to, 1 elsewhere; never imports torch."""
+def _is_dataloader_worker() -> bool:
+    """Whether this process is a worker of a torch ``DataLoader``; never imports torch."""
     data = sys.modules.get("torch.utils.data")
-    worker = data.get_worker_info() if data is not None else None
-    return 1 if worker is None else int(worker.num_workers)
+    return data is not None and data.get_worker_info() is not None

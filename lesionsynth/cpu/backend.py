@@ -12,10 +12,10 @@ import numpy.typing as npt
 
 from lesionsynth._arguments import accept_out, accept_pair
 from lesionsynth._dlpack import Restore
-from lesionsynth._recipe import Recipe
+from lesionsynth._recipe import Recipe, without_lesions
 from lesionsynth.config import Range
 from lesionsynth.cpu._memory import output
-from lesionsynth.cpu._threads import check_threads, team_for
+from lesionsynth.cpu._threads import Tickets, check_threads, settle, team_for, tickets_for
 from lesionsynth.cpu.bits import BitMask, pack
 from lesionsynth.cpu.inject import base_pair, inject
 from lesionsynth.cpu.merge import Lesions, merge
@@ -64,15 +64,22 @@ class CpuStages:
         """Return uninitialised memory for a result."""
         return output(shape, dtype)
 
-    def copy(self, image: Array, tau: float, hu_range: Range, out: Array, target: Mask) -> Callable[[], None]:
+    def copy(
+        self, image: Array, tau: float, hu_range: Range, out: Array, target: Mask, tickets: Tickets
+    ) -> Callable[[], None]:
         """Begin to write the pair without lesions, H to `out`, H >= tau to `target`; the answer ends it."""
-        return base_pair(image, tau, hu_range, out, target, team_for(out.size, self.threads))
+        return base_pair(image, tau, hu_range, out, target, team_for(out.size, self.threads), tickets)
 
-    def place(self, plan: LesionPlan, lung_mask: Mask) -> tuple[BitMask, npt.NDArray[np.int64]]:
-        """Find the centre voxel of each blob, and read the mask."""
+    def place(
+        self, plan: LesionPlan, lung_mask: Mask, allow_empty: bool = False
+    ) -> tuple[LesionPlan, tuple[BitMask, npt.NDArray[np.int64]]]:
+        """Find the centre voxel of each blob, and read the mask; the plan of an empty one loses its blobs."""
         counts = np.empty(lung_mask.shape[0] * lung_mask.shape[1], dtype=np.int64)
         mask = pack(lung_mask, 1, counts)  # the other threads copy the image meanwhile
-        return mask, place(plan, mask, counts)
+        centers = place(plan, mask, counts, allow_empty=allow_empty)
+        if counts.any():
+            return plan, (mask, centers)
+        return without_lesions(plan), (mask, centers[:0])
 
     def draw(self, plan: LesionPlan, placed: tuple[BitMask, npt.NDArray[np.int64]]) -> Shapes:
         """Evaluate the blobs' voxels."""
@@ -112,10 +119,10 @@ class CpuRendering:
     restore: Restore
     stages: CpuStages
     lesions: tuple[Lesions, ...]
-    found: tuple[tuple[Component, ...], ...]
+    found: tuple[tuple[Component, ...] | None, ...]
 
-    def components(self) -> tuple[tuple[Component, ...], ...]:
-        """Tell the lesions of each item."""
+    def components(self) -> tuple[tuple[Component, ...] | None, ...]:
+        """Tell the lesions of each item; None where there was no lung."""
         return self.found
 
     def labels(self) -> Any:
@@ -148,12 +155,14 @@ class CpuBackend:
             a, target = accept_out(out, healthy, dtype, mask)
         return CpuInputs(healthy, mask, a, target, restore)
 
-    def render(self, recipes: Sequence[Recipe], inputs: CpuInputs, hu_range: Range) -> CpuRendering:
+    def render(
+        self, recipes: Sequence[Recipe], inputs: CpuInputs, hu_range: Range, *, allow_empty: bool = False
+    ) -> CpuRendering:
         """Render one recipe an item."""
         arrays = [inputs.image, inputs.mask, inputs.out, inputs.target]
         items = [x if x.ndim == 4 else x[None] for x in arrays]
         rendered = [
-            self._render_one(recipe.plan, hu_range, *item)
+            self._render_one(recipe.plan, hu_range, *item, allow_empty=allow_empty)
             for recipe, *item in zip(recipes, *items, strict=True)
         ]
         lesions, found = zip(*rendered, strict=True)
@@ -162,14 +171,19 @@ class CpuBackend:
         return CpuRendering(image, target, inputs.shape, restore, self.stages, lesions, found)
 
     def _render_one(
-        self, plan: LesionPlan, hu_range: Range, image: Array, mask: Mask, out: Array, target: Mask
-    ) -> tuple[Lesions, tuple[Component, ...]]:
+        self, plan: LesionPlan, hu_range: Range, image: Array, mask: Mask, out: Array, target: Mask,
+        *, allow_empty: bool,
+    ) -> tuple[Lesions, tuple[Component, ...] | None]:  # fmt: skip
         """Write one pair to `out` and `target`: read this downwards."""
-        stages = self.stages
-        finish_copy = stages.copy(image, plan.tau, hu_range, out, target)
+        stages, tickets = self.stages, tickets_for(1)
         try:
-            placed = stages.place(plan, mask)
-            lesions = stages.merge(plan, placed, stages.draw(plan, placed))
+            finish_copy = stages.copy(image, plan.tau, hu_range, out, target, tickets)
+            try:
+                found, placed = stages.place(plan, mask, allow_empty)
+                lesions = stages.merge(found, placed, stages.draw(found, placed))
+            finally:
+                finish_copy()
         finally:
-            finish_copy()
-        return lesions, stages.fill(plan, lesions, out, target)
+            settle(tickets)  # whatever was raised, nobody writes the pair any more
+        components = stages.fill(found, lesions, out, target)
+        return lesions, components if found is plan else None

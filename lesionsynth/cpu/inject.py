@@ -15,7 +15,7 @@ import numpy.typing as npt
 from numba.extending import overload
 
 from lesionsynth.cpu._jit import kernel
-from lesionsynth.cpu._threads import done, in_background, take, wait_for, work_together
+from lesionsynth.cpu._threads import Tickets, done, in_background, take, wait_for, work_together
 from lesionsynth.cpu.merge import Lesions
 from lesionsynth.cpu.rows import row_of
 from lesionsynth.cpu.simd import (
@@ -46,6 +46,7 @@ def base_pair(
     out: npt.NDArray[Any],
     target: npt.NDArray[np.bool_],
     threads: int | None = None,
+    tickets: Tickets | None = None,
 ) -> Callable[[], None]:
     """Copy H and compute the target as if there were no lesion, refusing voxels outside [0, 1] on the way.
 
@@ -66,13 +67,15 @@ def base_pair(
         Receives H >= tau. C-contiguous.
     threads : int, optional
         See `parallel_for`.
+    tickets : (1, 2) int64 array, optional
+        See `in_background`.
 
     Returns
     -------
     callable
         Waits for the copy, and raises ValueError where a voxel is NaN, infinite or outside [0, 1].
     """
-    where = (image.ctypes.data, *image.strides)
+    where = (image.ctypes.data, *image.strides)  # `work` holds the image
     shape = image.shape
     if image[0].flags.c_contiguous:  # a slice is one long row
         shape = (len(image), 1, image[0].size)
@@ -101,7 +104,11 @@ def base_pair(
         def rows(lo: int, hi: int) -> None:
             _copy_rows(*where, height, sample, flat, flat_target, level, 1.0, -0.0, sane, lo, hi)
 
-    finish_copy = in_background(lambda: rows(0, depth * height), threads)
+    def work() -> npt.NDArray[Any]:
+        rows(0, depth * height)
+        return image
+
+    finish_copy = in_background(work, threads, tickets)
 
     def finish() -> None:
         finish_copy()
@@ -151,13 +158,13 @@ def _explain(image: npt.NDArray[Any]) -> None:
     if not finite.all():
         where = tuple(int(i) for i in np.argwhere(~finite)[0])
         raise ValueError(f"image must be finite, got {image[where]} at voxel {where}")
-    low, high = float(image.min()), float(image.max())
+    low, high = image.min(), image.max()  # printed in their own type, with all digits that it tells apart
     hint = (
         "; Hounsfield units are taken as int16, or through lesionsynth.window_hu"
         if low < -1.5 or high > 1.5
         else ""
     )
-    raise ValueError(f"image must be in [0, 1], got values from {low:g} to {high:g}{hint}")
+    raise ValueError(f"image must be in [0, 1], got values from {low} to {high}{hint}")
 
 
 @kernel

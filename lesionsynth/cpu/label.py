@@ -45,7 +45,8 @@ class Runs:
 
 def check_connectivity(connectivity: Any) -> None:
     """Raise ValueError unless `connectivity` is 6, 18 or 26."""
-    if isinstance(connectivity, bool) or connectivity not in REACH:
+    integer = isinstance(connectivity, int | np.integer) and not isinstance(connectivity, bool)
+    if not integer or connectivity not in REACH:
         raise ValueError(f"connectivity must be 6, 18 or 26, got {connectivity!r}")
 
 

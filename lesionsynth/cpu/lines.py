@@ -34,13 +34,6 @@ PAIRS = 4
 """The same for the matrix: outputs i and n - 1 - i of four i."""
 
 
-@inner
-def gaussian_radius(sigma: float, truncate: float) -> int:
-    """Radius r of `gaussian_taps`."""
-    return int(truncate * sigma + 0.5)
-
-
-@kernel
 def gaussian_taps(sigma: float, truncate: float = 4.0) -> npt.NDArray[np.float64]:
     """Weights w_0 ... w_r of a Gaussian, r = int(truncate * sigma + 0.5), normalised over -r ... r.
 
@@ -55,30 +48,23 @@ def gaussian_taps(sigma: float, truncate: float = 4.0) -> npt.NDArray[np.float64
     -------
     (r + 1,) float64 array
     """
-    radius = gaussian_radius(sigma, truncate)
-    weights = np.empty(radius + 1)
-    weights[0] = total = 1.0
-    for k in range(1, radius + 1):
-        weights[k] = math.exp(-0.5 * (k / sigma) ** 2)
-        total += 2.0 * weights[k]
-    for k in range(radius + 1):
-        weights[k] /= total
-    return weights
+    return taps_of(np.array([sigma], dtype=np.float64), truncate)[0]
 
 
-@kernel
-def taps_of(sigmas: Any) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.int64]]:
+# No kernel returns an array to Python. Numba makes one with the help of Python code, in which a handler of a
+# signal may run, and turns what that raises into SystemError.
+
+
+def taps_of(
+    sigmas: npt.NDArray[np.float64], truncate: float = 4.0
+) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.int64]]:
     """Taps of several Gaussians in one array; those of sigma k are ``taps[ends[k] : ends[k + 1]]``."""
-    ends = np.zeros(sigmas.size + 1, dtype=np.int64)
-    for k in range(sigmas.size):
-        ends[k + 1] = ends[k] + gaussian_radius(sigmas[k], 4.0) + 1
+    ends = _ends(_radii(sigmas, truncate) + 1)
     taps = np.empty(ends[-1])
-    for k in range(sigmas.size):
-        taps[ends[k] : ends[k + 1]] = gaussian_taps(sigmas[k], 4.0)
+    _fill_taps(taps, ends, sigmas)
     return taps, ends
 
 
-@kernel
 def kernel_of(n: int, sigma: float, truncate: float = 4.0) -> npt.NDArray[np.float32]:
     """Weights for lines of `n` voxels: taps w_0 ... w_r where 2 r + 1 <= n, else the folded matrix.
 
@@ -96,12 +82,55 @@ def kernel_of(n: int, sigma: float, truncate: float = 4.0) -> npt.NDArray[np.flo
         with E_ij at ``[i // 4, j, i % 4]`` and O_ij at ``[i // 4, j, 4 + i % 4]``. The matrix is never as
         short as taps would be, which is how `smooth` knows it.
     """
-    taps = gaussian_taps(sigma, truncate)
-    out = np.empty(_size_of(n, taps.size - 1), dtype=np.float32)
+    return kernels_of(np.array([n], dtype=np.int64), np.array([sigma], dtype=np.float64), truncate)[0]
+
+
+def kernels_of(
+    lengths: npt.NDArray[np.int64], sigmas: npt.NDArray[np.float64], truncate: float = 4.0
+) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]:
+    """Weights of several lines in one array; those of line k are ``weights[ends[k] : ends[k + 1]]``."""
+    taps, ends_of_taps = taps_of(sigmas, truncate)
+    reach, half = np.diff(ends_of_taps), (lengths + 1) // 2
+    ends = _ends(np.where(2 * reach - 1 <= lengths, reach, -(-half // PAIRS) * half * 2 * PAIRS))
+    weights = np.empty(ends[-1], dtype=np.float32)
+    _fill_kernels(weights, ends, lengths, taps, ends_of_taps)
+    return weights, ends
+
+
+def _radii(sigmas: npt.NDArray[np.float64], truncate: float) -> npt.NDArray[np.int64]:
+    """Radius r of `gaussian_taps`."""
+    return (truncate * sigmas + 0.5).astype(np.int64)
+
+
+def _ends(sizes: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """Where each of several parts begins, and the last ends."""
+    return np.concatenate([[0], np.cumsum(sizes)])
+
+
+@kernel
+def _fill_taps(taps: Any, ends: Any, sigmas: Any) -> None:
+    for g in range(sigmas.size):
+        weights = taps[ends[g] : ends[g + 1]]
+        weights[0] = total = 1.0
+        for k in range(1, weights.size):
+            weights[k] = math.exp(-0.5 * (k / sigmas[g]) ** 2)
+            total += 2.0 * weights[k]
+        for k in range(weights.size):
+            weights[k] /= total
+
+
+@kernel
+def _fill_kernels(weights: Any, ends: Any, lengths: Any, taps: Any, ends_of_taps: Any) -> None:
+    for k in range(lengths.size):
+        _fill_kernel(weights[ends[k] : ends[k + 1]], lengths[k], taps[ends_of_taps[k] : ends_of_taps[k + 1]])
+
+
+@inner
+def _fill_kernel(out: Any, n: int, taps: Any) -> None:
     if 2 * taps.size - 1 <= n:
         for k in range(taps.size):
             out[k] = taps[k]
-        return out
+        return
     # Reflecting edges make a line periodic with period 2n and symmetric about its ends.
     period = np.zeros(2 * n)
     period[0] = taps[0]
@@ -116,28 +145,6 @@ def kernel_of(n: int, sigma: float, truncate: float = 4.0) -> npt.NDArray[np.flo
             there = period[(i + j + 1 - n) % (2 * n)] + period[(i - j + n) % (2 * n)]  # for n - 1 - j
             at = (i // PAIRS * half + j) * 2 * PAIRS + i % PAIRS
             out[at], out[at + PAIRS] = 0.5 * (here + there), 0.5 * (here - there)
-    return out
-
-
-@inner
-def _size_of(n: int, radius: int) -> int:
-    """Weights for lines of `n` voxels."""
-    half = (n + 1) // 2
-    return radius + 1 if 2 * radius + 1 <= n else (half + PAIRS - 1) // PAIRS * half * 2 * PAIRS
-
-
-@kernel
-def kernels_of(lengths: Any, sigmas: Any) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]:
-    """Weights of several lines in one array; those of line k are ``weights[ends[k] : ends[k + 1]]``."""
-    ends = np.zeros(lengths.size + 1, dtype=np.int64)
-    for k in range(lengths.size):
-        ends[k + 1] = ends[k] + _size_of(lengths[k], gaussian_radius(sigmas[k], 4.0))
-    weights = np.empty(ends[-1], dtype=np.float32)
-    for k in range(lengths.size):
-        one = kernel_of(lengths[k], sigmas[k], 4.0)
-        for i in range(one.size):
-            weights[ends[k] + i] = one[i]
-    return weights, ends
 
 
 @inner

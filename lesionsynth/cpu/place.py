@@ -17,7 +17,9 @@ from lesionsynth.cpu.simd import ones
 from lesionsynth.plan import LesionPlan
 
 
-def place(plan: LesionPlan, mask: BitMask, counts: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+def place(
+    plan: LesionPlan, mask: BitMask, counts: npt.NDArray[np.int64], *, allow_empty: bool = False
+) -> npt.NDArray[np.int64]:
     """Return the centre voxel of every blob of a plan.
 
     Parameters
@@ -28,6 +30,8 @@ def place(plan: LesionPlan, mask: BitMask, counts: npt.NDArray[np.int64]) -> npt
         Lung mask M.
     counts : (z y,) int64 array
         Its voxels in each row.
+    allow_empty : bool
+        Whether the mask may be empty; blobs without a `center` then have (0, 0, 0).
 
     Returns
     -------
@@ -41,7 +45,7 @@ def place(plan: LesionPlan, mask: BitMask, counts: npt.NDArray[np.int64]) -> npt
     """
     ends = np.cumsum(counts)
     total = int(ends[-1])
-    if total == 0:
+    if total == 0 and not allow_empty:
         raise ValueError("lung_mask must contain at least one voxel, got an empty mask")
     centers = np.zeros((len(plan.blobs), 3), dtype=np.int64)
     ranks = np.full(len(plan.blobs), -1, dtype=np.int64)

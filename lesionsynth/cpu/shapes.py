@@ -111,7 +111,7 @@ def draw_shapes(
     Returns
     -------
     Shapes
-        Boxes are clipped to the volume and may be empty. The bits are scratch: they last until the next call.
+        Boxes are clipped to the volume and may be empty.
 
     Raises
     ------

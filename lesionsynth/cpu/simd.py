@@ -407,12 +407,25 @@ def _outside_unit(typingctx: Any, value: Any) -> Any:
 
 
 def _half_of(typingctx: Any, value: Any) -> Any:
-    """Bits of a float32 rounded to float16, to nearest, ties to even."""
+    """Bits of a float32 in [0, 1] rounded to float16, to nearest, ties to even.
+
+    In integers: LLVM's own rounding calls a function that Numba lacks where a processor has no instruction.
+    """
     if value != types.float32:
         return None
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return builder.bitcast(builder.fptrunc(args[0], ir.HalfType()), ir.IntType(16))
+        number = args[0]
+        bits = builder.bitcast(number, WORD)
+        odd = builder.and_(builder.lshr(bits, ir.Constant(WORD, 13)), ir.Constant(WORD, 1))
+        # of another bias, and rounded together with `odd`
+        rebased = builder.add(bits, ir.Constant(WORD, ((15 - 127) << 23) + 0xFFF))
+        normal = builder.lshr(builder.add(rebased, odd), ir.Constant(WORD, 13))
+        # the last bit of a half below its normal numbers is that of a float32 of 0.5 and more
+        shifted = builder.bitcast(builder.fadd(number, ir.Constant(FLOAT, 0.5)), WORD)
+        small = builder.sub(shifted, ir.Constant(WORD, 0x3F000000))
+        is_small = builder.fcmp_ordered("<", number, ir.Constant(FLOAT, 2.0**-14))
+        return builder.trunc(builder.select(is_small, small, normal), ir.IntType(16))
 
     return types.int16(value), codegen
 

@@ -77,7 +77,7 @@ class Textures:
     fields: npt.NDArray[Any]
     """`FIELD` records."""
     values: Float32
-    """b2, box after box, rows padded to whole vectors; scratch, which lasts until the next lesions."""
+    """b2, box after box, rows padded to whole vectors; the next lesions overwrite it."""
     components: tuple[Component, ...]
     """The lesions as recorded in the rendered plan."""
 
@@ -101,10 +101,9 @@ def synthesize_textures(plan: LesionPlan, lesions: Lesions, threads: int | None 
     """
     everything, weights = _fields(plan, lesions)
     words, runs = [np.uint32(w) for w in (plan.seed, plan.index)], lesions.runs
-    for fields in _groups(everything, math.prod(runs.shape)):
-        size = int((fields["size"][:, 0] * fields["size"][:, 1] * fields["pitch"]).sum())
-        slack = LANES * int(fields["pitch"].max())  # `gather_rows` reads up to 15 rows on
-        values = scratch("texture.values", size + slack, np.float32)
+    groups = list(_groups(everything, math.prod(runs.shape)))
+    values = scratch("texture.values", max(map(_room, groups), default=0), np.float32)
+    for fields in groups:
         slices = np.concatenate([[0], np.cumsum(fields["size"][:, 0])])
         columns = np.concatenate([[0], np.cumsum(fields["size"][:, 1])])
         extremes = np.empty((columns[-1], 2), dtype=np.float32)
@@ -151,6 +150,12 @@ def _groups(fields: npt.NDArray[Any], most: int) -> Iterator[npt.NDArray[Any]]:
         at += volume
     if first < len(fields):
         yield fields[first:]
+
+
+def _room(fields: npt.NDArray[Any]) -> int:
+    """Floats that a group takes."""
+    size = int((fields["size"][:, 0] * fields["size"][:, 1] * fields["pitch"]).sum())
+    return size + LANES * int(fields["pitch"].max())  # `gather_rows` reads up to 15 rows on
 
 
 def _brightness(

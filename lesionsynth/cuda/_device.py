@@ -78,6 +78,9 @@ class Device(Protocol):
     def follow(self, mark: Mark) -> None:
         """Let the caller's stream go on only after a mark, perhaps of another stream; does not wait."""
 
+    def finish(self) -> None:
+        """Hold the host until the device has done all that was launched, on whichever stream."""
+
     def beside(self) -> AbstractContextManager[None]:
         """Launch within beside what the caller's stream does from here on, until `join`."""
 

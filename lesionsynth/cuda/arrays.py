@@ -16,7 +16,7 @@ from typing import Any
 import cupy
 import numpy as np
 
-from lesionsynth._dlpack import DLPACK_CUDA, device_kind, library_of
+from lesionsynth._dlpack import DLPACK_CUDA, check_dense, device_kind, library_of
 from lesionsynth.cuda.render import Volume
 
 BFLOAT16 = "int16"
@@ -71,6 +71,7 @@ def accept(x: Any, name: str, *, bfloat16: bool = False) -> DeviceArray:
     ValueError
         `x` requires a gradient, is a lazy negation, or is of bfloat16 where that is not taken.
     """
+    check_dense(x, name)
     if not hasattr(x, "__dlpack__"):
         raise TypeError(f"{name} must be an array on a CUDA device, as the image is, got {type(x).__name__}")
     if device_kind(x) != DLPACK_CUDA:

@@ -56,8 +56,8 @@ class CudaRendering:
     like: DeviceArray
     lesions: Lesions = field(repr=False)
 
-    def components(self) -> tuple[tuple[Component, ...], ...]:
-        """Wait, and tell the lesions of each item."""
+    def components(self) -> tuple[tuple[Component, ...] | None, ...]:
+        """Wait, and tell the lesions of each item; None where there was no lung."""
         from lesionsynth.cuda.arrays import stream_of
 
         with stream_of(self.image):
@@ -111,9 +111,12 @@ class CudaBackend:
             check_buffer(name, view.shape, view.kind, bool(view.view.flags.c_contiguous), healthy.shape, kind)
             for other in (healthy, mask):
                 _check_apart(name, view, other)
+        _check_apart("out image", views[0], views[1], "out target")
         return CudaInputs(image, healthy, inputs.mask, buffers, views)
 
-    def render(self, recipes: Sequence[Recipe], inputs: CudaInputs, hu_range: Range) -> CudaRendering:
+    def render(
+        self, recipes: Sequence[Recipe], inputs: CudaInputs, hu_range: Range, *, allow_empty: bool = False
+    ) -> CudaRendering:
         """Launch one recipe an item; nothing is waited for.
 
         Raises
@@ -137,7 +140,8 @@ class CudaBackend:
             results = inputs.out or (made[0][0], made[1][0])
             views = inputs.views or (made[0][1], made[1][1])
             arrays = inputs.image, inputs.mask, *views
-            lesions = renderer.render(recipes, Job(*(array.volume() for array in arrays)), hu_range)
+            job = Job(*(array.volume() for array in arrays))
+            lesions = renderer.render(recipes, job, hu_range, allow_empty=allow_empty)
         return CudaRendering(*results, inputs.image, lesions)
 
     def release(self) -> None:
@@ -206,7 +210,12 @@ def byte_mask(mask: DeviceArray) -> DeviceArray:
     return DeviceArray(ones.view("uint8") + 2 * others.view("uint8"), "uint8", mask.library)
 
 
-def _check_apart(name: str, buffer: DeviceArray, other: DeviceArray) -> None:
+def _check_apart(
+    name: str,
+    buffer: DeviceArray,
+    other: DeviceArray,
+    what: str = "image or lung_mask, which are never written",
+) -> None:
     """Raise where two arrays may share memory."""
     spans = []
     for view in (buffer.view, other.view):
@@ -215,4 +224,4 @@ def _check_apart(name: str, buffer: DeviceArray, other: DeviceArray) -> None:
         spans.append((view.data.ptr + back, view.data.ptr + reach + view.itemsize))
     (a0, a1), (b0, b1) = spans
     if a0 < b1 and b0 < a1:
-        raise ValueError(f"{name} must not share memory with image or lung_mask, which are never written")
+        raise ValueError(f"{name} must not share memory with {what}")

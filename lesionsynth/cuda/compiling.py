@@ -7,13 +7,9 @@ bits differ from the CPU's. So the code is compiled here, and CuPy loads it. Com
 from __future__ import annotations
 
 import hashlib
-import os
 import struct
-import tempfile
-import warnings
-from functools import cache
-from pathlib import Path
 
+from lesionsynth._cache import cache_folder, find, keep
 from lesionsynth.cuda._source import OPTIONS, source
 
 FORMAT = "2"
@@ -116,15 +112,6 @@ def elf_end(code: bytes) -> int:
     return int(max(segments + segment_size * segment_count, sections + section_size * section_count))
 
 
-def cache_folder() -> Path:
-    """Folder of compiled programs: ``LESIONSYNTH_CACHE_DIR``, or ``lesionsynth`` in the user's cache."""
-    named = os.environ.get("LESIONSYNTH_CACHE_DIR")
-    if named:
-        return Path(named)
-    base = os.environ.get("XDG_CACHE_HOME") or os.environ.get("LOCALAPPDATA")
-    return (Path(base) if base else Path.home() / ".cache") / "lesionsynth"
-
-
 def compiled(program: str, image: str, capability: int) -> bytes:
     """Return the code of a program, compiling it where no earlier process has.
 
@@ -135,89 +122,27 @@ def compiled(program: str, image: str, capability: int) -> bytes:
     capability : int
         Of the device, as in 90.
 
-    Warns
-    -----
-    RuntimeWarning
-        Once a process: the cache is not used, since others than the user could have written it, or since it
-        cannot be written.
-
     Notes
     -----
-    A file's name is the hash of all that it depends on. It is written beside its place and moved there, so
-    several processes may do this at once. Machine code runs as the user, so it is loaded only from a file and
-    a folder that belong to the user and that nobody else may write.
+    It is kept by the rules of `lesionsynth._cache`.
     """
     architecture = supported(capability)
     text = source(program, image)
     key = "\0".join([FORMAT, text, architecture, nvrtc_version(), *OPTIONS])
     suffix = "cubin" if architecture.startswith("sm_") else "ptx"
     name = f"{program}-{image}-{architecture}-{hashlib.sha256(key.encode()).hexdigest()[:24]}.{suffix}"
-    path, refused, code = cache_folder() / name, None, None
-    try:
-        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        refused = distrust(path.parent.stat())
-        code = None if refused else _read(path)
-    except OSError as error:
-        refused = str(error)
+    code = _sound(find(cache_folder, name, "CUDA"), suffix)
     if code is None:
         code, _ = compile_program(text, architecture)
-        if not refused:
-            refused = _write(path, code)
-    if refused:
-        _tell(path.parent, refused)
+        keep(cache_folder, name, code, "CUDA")
     return code
 
 
-def distrust(status: os.stat_result) -> str | None:
-    """Say why somebody else could have written a file or folder; None where nobody could.
-
-    Owners are not told apart on Windows, where a user's folders are the user's.
-    """
-    if not hasattr(os, "getuid"):
-        return None
-    if status.st_uid != os.getuid():
-        return f"it belongs to user {status.st_uid}, not to {os.getuid()}"
-    if status.st_mode & 0o022:
-        return "others may write to it; chmod go-w"
-    return None
-
-
-def _read(path: Path) -> bytes | None:
-    """Read a file that the user alone can have written; None where there is none, or a damaged one."""
-    try:
-        with path.open("rb") as file:
-            code = None if distrust(os.fstat(file.fileno())) else file.read()
-    except FileNotFoundError:
-        return None
-    if code and path.suffix == ".cubin":
+def _sound(code: bytes | None, suffix: str) -> bytes | None:
+    """Return a file's code; None where it is damaged."""
+    if code and suffix == "cubin":
         try:
             return whole(code)
         except RuntimeError:
             return None
-    return code or None
-
-
-def _write(path: Path, code: bytes) -> str | None:
-    """Put a file into its place; returns why that failed."""
-    try:
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.stem)
-        try:
-            with os.fdopen(handle, "wb") as file:
-                file.write(code)
-            os.replace(name, path)
-        except OSError:
-            os.unlink(name)
-            raise
-    except OSError as error:
-        return str(error)
-    return None
-
-
-@cache
-def _tell(folder: Path, why: str) -> None:
-    warnings.warn(
-        f"the CUDA kernels are compiled in every process: {folder} is not used to keep them, since {why}. "
-        "LESIONSYNTH_CACHE_DIR names another folder",
-        RuntimeWarning,
-        stacklevel=2,
-    )
+    return code if code and code.rstrip(b"\0\n ").endswith(b"}") else None  # PTX ends with a function

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -132,6 +132,10 @@ class CupyDevice:
         """Let the caller's stream go on only after a mark."""
         cupy.cuda.get_current_stream().wait_event(mark.event)
 
+    def finish(self) -> None:
+        """Hold the host until the device has done all that was launched, on whichever stream."""
+        cupy.cuda.Device(self.number).synchronize()
+
     @contextmanager
     def beside(self) -> Iterator[None]:
         """Launch beside what the caller's stream does from here on."""
@@ -176,12 +180,14 @@ class CupyDevice:
 
     def _captured(self, launches: Callable[[], None]) -> Any:
         with self._capture as stream:
-            stream.begin_capture()
             try:
+                stream.begin_capture()
                 launches()
-            finally:
-                graph = stream.end_capture()
-        return graph
+            except BaseException:  # torn off, say; what was captured is of no use, and may not be whole
+                with suppress(cupy.cuda.runtime.CUDARuntimeError):
+                    stream.end_capture()
+                raise
+            return stream.end_capture()
 
     @staticmethod
     def _copy(target: int, source: int, nbytes: int, kind: int) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lesionsynth.cuda._device import Buffer, Mark
-from lesionsynth.cuda.records import STATE
+from lesionsynth.cuda.records import ITEM, STATE
 from lesionsynth.cuda.table import Table
 from lesionsynth.cuda.workspace import Slot
 from lesionsynth.plan import Component
@@ -72,22 +72,26 @@ class Lesions:
         self._buffers: tuple[Buffer, Buffer] = space.buffers[f"table {side}"], space.buffers[f"bits {side}"]
         self._slot: Slot | None = slot
         self._moved: Mark | None = None  # behind the copies of `move_out`
+        self._own = False  # whether the buffers are
         self._found: tuple[str, ...] = ()
         slot.user, slot.samples = weakref.ref(self), self._samples
 
     def check(self) -> None:
         """Wait for the device, and raise what it found wrong with the batch."""
         with self._renderer.lock:
-            slot, self._slot = self._slot, None
+            self._renderer.begin()
+            slot = self._slot
             if slot is not None:
                 assert slot.mark is not None
                 slot.mark.wait()
-                self._found, slot.user = slot.findings(), None
+                self.leave_slot(slot.findings())  # not before: whose wait is torn off is asked again
+                slot.forget()
+            self._renderer.torn = False
         if self._found:
             raise ValueError(explain(self._found, self._samples))
 
-    def components(self) -> tuple[tuple[Component, ...], ...]:
-        """Wait for the device, and tell the lesions of each item.
+    def components(self) -> tuple[tuple[Component, ...] | None, ...]:
+        """Wait for the device, and tell the lesions of each item; None where there was no lung.
 
         Raises
         ------
@@ -95,15 +99,21 @@ class Lesions:
             A mask was empty or not binary, or a voxel of an image was NaN, infinite or outside [0, 1].
         """
         self.check()
-        first, parents, taps = self._table.offsets[2:5]
+        first, _, states_at, parents, taps = self._table.offsets[:5]
         with self._renderer.lock:
+            self._renderer.begin()
             if self._moved is not None:
                 self._renderer.device.follow(self._moved)
             down = self._renderer.device.download(self._buffers[0].pointer + first, taps - first)
+            self._renderer.torn = False
         n = len(self._table.blobs)
-        states = down[: n * STATE.itemsize].view(STATE)
+        items = down[: self._table.items.nbytes].view(ITEM)
+        states = down[states_at - first :][: n * STATE.itemsize].view(STATE)
         roots = down[parents - first :][: 4 * n].view(np.int32)
-        return tuple(_components(self._table, k, states, roots) for k in range(len(self._table.items)))
+        return tuple(
+            _components(self._table, k, states, roots) if voxels else None
+            for k, voxels in enumerate(items["lung_voxels"].tolist())
+        )
 
     def paint(self, labels: int) -> None:
         """Write the labels of all items, int32, to device memory, in the order of the caller's stream."""
@@ -112,6 +122,7 @@ class Lesions:
         voxels, items = int(np.prod(self._shape, dtype=np.int64)), len(self._table.items)
         grid = device.processors * 8
         with renderer.lock:
+            renderer.begin()
             if renderer.workspace.mark is not None:
                 device.follow(renderer.workspace.mark)
             renderer.launch(self._kind, "clear_words", grid, np.uint64(labels), np.int64(items * voxels))
@@ -120,6 +131,7 @@ class Lesions:
                 renderer.launch(self._kind, "paint_labels", grid, table, np.uint64(labels))
             renderer.workspace.mark = device.mark()
             renderer.workspace.keep(renderer.workspace.mark, *self._buffers)
+            renderer.torn = False
 
     def leave_slot(self, found: tuple[str, ...]) -> None:
         """Remember what the device found wrong; the slot is another batch's from now on."""
@@ -127,13 +139,15 @@ class Lesions:
 
     def move_out(self) -> None:
         """Copy what painting and telling need; the workspace is another batch's from now on."""
+        if self._own:  # a call was torn off behind this
+            return
         device, (table, bits) = self._renderer.device, self._buffers
         own = device.allocate(self._table.size), device.allocate(max(self._table.room.bits, 1))
         device.copy(own[0].pointer, table.pointer, self._table.size)
         device.copy(own[1].pointer, bits.pointer, self._table.room.bits)
         moved = np.uint64(own[0].pointer), np.int64(own[0].pointer - table.pointer), np.uint64(own[1].pointer)
         self._renderer.launch(self._kind, "move_table", 1, *moved)
-        self._buffers = own
+        self._buffers, self._own = own, True
         # Of the workspace too: the batch that wants the place may still be refused, and leave no mark itself.
         self._moved = self._renderer.workspace.mark = device.mark()
 

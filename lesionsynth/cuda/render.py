@@ -88,11 +88,16 @@ class Renderer:
         self.plain = plain
         self.workspace = Workspace(device)
         self.lock = threading.Lock()
+        self.torn = False  # whether a call was, between `begin` and the end of its block
         self._side = 0  # tables and bits alternate: the last pair's are still there while the next is made
         self._held: list[weakref.ref[Lesions] | None] = [None, None]
 
-    def render(self, recipes: Sequence[Recipe], job: Job, hu_range: Range) -> Lesions:
+    def render(
+        self, recipes: Sequence[Recipe], job: Job, hu_range: Range, *, allow_empty: bool = False
+    ) -> Lesions:
         """Launch a batch on the caller's stream; nothing is waited for.
+
+        An item without lung is wrong, unless `allow_empty`: it then gets no lesion.
 
         Raises
         ------
@@ -101,6 +106,7 @@ class Renderer:
         """
         table = build(recipes, job.shape, [rounded(recipe.tau, job.image.kind) for recipe in recipes])
         with self.lock:
+            self.begin()
             space = self.workspace
             if space.mark is not None:
                 self.device.follow(space.mark)
@@ -108,6 +114,7 @@ class Renderer:
             self._move_out(side)
             slot = space.slot()
             self._settle(slot)
+            slot.allow_empty = allow_empty
             space.widen(slot, table.size)
             header = self._header(table, job, hu_range, side, slot)
             table.write(slot.array[STATUS_BYTES:], header)
@@ -118,7 +125,21 @@ class Renderer:
             samples = [recipe.index for recipe in recipes]
             lesions = Lesions(self, table, samples, job.shape, kind, side, slot)
             self._held[side] = weakref.ref(lesions)
+            self.torn = False
         return lesions
+
+    def begin(self) -> None:
+        """Begin to use the device and the workspace, with the lock held; who ends clears `torn`.
+
+        A block that was left by an exception, Ctrl-C or another, may have launched what no mark stands
+        behind, so the next one first lets the device finish.
+        """
+        if self.torn:
+            self.device.finish()
+            for slot in self.workspace.slots:
+                if slot.user is None:  # of a batch that nobody got
+                    slot.forget()
+        self.torn = True
 
     def launch(self, kind: str, kernel: str, grid: int, *arguments: Any) -> None:
         """Launch a kernel of the generator."""
@@ -127,6 +148,7 @@ class Renderer:
     def release(self) -> None:
         """Give all memory back; pairs whose labels may still be wanted take theirs along."""
         with self.lock:
+            self.begin()
             if self.workspace.mark is not None:
                 self.device.follow(self.workspace.mark)
             for side in (0, 1):
@@ -135,6 +157,7 @@ class Renderer:
                 self.workspace.mark.wait()  # the copies, too, read what is given back
             self.workspace.kept.clear()
             self.workspace.buffers.clear()
+            self.torn = False
 
     def _launch_batch(self, table: int, kind: str, items: int, blobs: bool) -> None:
         """Launch it all, as a graph once the same has been launched before.
@@ -165,9 +188,9 @@ class Renderer:
         """Tell what the last batch of a slot found wrong, should nobody have asked."""
         found = slot.findings()
         user = None if slot.user is None else slot.user()
-        slot.user = None
         if user is not None:
             user.leave_slot(found)
+        slot.forget()
         if found:
             raise ValueError(f"{explain(found, slot.samples)}, in an earlier call")
 

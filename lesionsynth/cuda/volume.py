@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -106,8 +107,16 @@ def _address(value: Any) -> np.uint64:
     return np.uint64(value if isinstance(value, int) else value.pointer)
 
 
-_under_way: deque[tuple[Mark, Pinned]] = deque()
-"""Page-locked memory that a device may still be copying from."""
+@dataclass(eq=False)
+class _Upload:
+    """Page-locked memory that a device may still be copying from."""
+
+    pinned: Pinned
+    mark: Mark | None = None
+    """Behind the copy; None, for good, where the call was torn off before it could say."""
+
+
+_under_way: deque[_Upload] = deque()
 
 
 def upload(device: Device, arrays: Sequence[npt.NDArray[Any]]) -> tuple[Buffer, list[np.uint64]]:
@@ -118,16 +127,15 @@ def upload(device: Device, arrays: Sequence[npt.NDArray[Any]]) -> tuple[Buffer, 
     for first, array in zip(ends, arrays, strict=False):
         pinned.array[first : first + array.nbytes] = array.view(np.uint8).reshape(-1)
     buffer = device.allocate(int(ends[-1]))
+    under_way = _Upload(pinned)
+    _under_way.append(under_way)
     device.upload(buffer.pointer, pinned.pointer, int(ends[-1]))
-    _under_way.append((device.mark(), pinned))
+    under_way.mark = device.mark()
     return buffer, [np.uint64(buffer.pointer + int(first)) for first in ends[:-1]]
 
 
 def _forget_done() -> None:
-    for _ in range(len(_under_way)):
-        try:
-            mark, pinned = _under_way.popleft()
-        except IndexError:  # another thread came first
-            return
-        if not mark.done():
-            _under_way.append((mark, pinned))
+    for upload in list(_under_way):
+        if upload.mark is not None and upload.mark.done():
+            with suppress(ValueError):  # another thread came first
+                _under_way.remove(upload)

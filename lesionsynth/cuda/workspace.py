@@ -31,13 +31,19 @@ class Slot:
     """The `Lesions` of that batch."""
     samples: tuple[int, ...] = ()
     """Its sample indices."""
+    allow_empty: bool = False
+    """Whether an item without lung is no error."""
 
     def findings(self) -> tuple[str, ...]:
-        """Names of what the device found wrong, told once."""
+        """Names of what the device found wrong, until `forget`."""
         status = self.array[: 4 * len(STATUS)].view(np.uint32)
         found = tuple(name for name, word in zip(STATUS, status.tolist(), strict=True) if word)
-        status[:] = 0
-        return found
+        return tuple(name for name in found if not (self.allow_empty and name == "empty_mask"))
+
+    def forget(self) -> None:
+        """Forget what the device found wrong, and for whom: it was told."""
+        self.user = None
+        self.array[: 4 * len(STATUS)] = 0
 
 
 @dataclass
@@ -77,8 +83,7 @@ class Workspace:
             slot = self.slots[0]
             assert slot.mark is not None
             slot.mark.wait()  # the host is sixteen batches ahead
-        self.slots.remove(slot)
-        self.slots.append(slot)
+        self.slots[:] = [*(s for s in self.slots if s is not slot), slot]  # at once: a call may be torn off
         return slot
 
     def widen(self, slot: Slot, nbytes: int) -> None:

@@ -11,9 +11,10 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
-import numba
 import numpy as np
 import numpy.typing as npt
+
+from lesionsynth._cache import compiled
 
 Floats = npt.NDArray[np.float64]
 Volume = npt.NDArray[np.float32]
@@ -35,13 +36,13 @@ class Tree(NamedTuple):
     """Nodes in an order in which parents precede children."""
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled
 def _apart(points: Floats, i: int, j: int) -> float:
     x, y, z = points[i, 0] - points[j, 0], points[i, 1] - points[j, 1], points[i, 2] - points[j, 2]
     return math.sqrt(x * x + y * y + z * z)
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled
 def _span(
     points: Floats, lobes: npt.NDArray[np.int8], free: float, balance: float, detour: float
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
@@ -145,7 +146,7 @@ def tubes(tree: Tree, keep: npt.NDArray[np.bool_] | None = None) -> Floats:
     return np.concatenate([tree.points[start], tree.points[nodes], r0[:, None], r1[:, None]], axis=1)
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled
 def draw_tubes(out: Volume, segments: Floats, origin: Floats, step: Floats, blur: float) -> None:
     """Draw capsules into a coverage volume, keeping the larger value where they overlap.
 

@@ -82,6 +82,9 @@ class HostDevice:
     def mark(self) -> HostMark:
         return HostMark(self)
 
+    def finish(self) -> None:
+        pass
+
     def follow(self, mark: Any) -> None:
         pass
 

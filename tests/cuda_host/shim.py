@@ -16,7 +16,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from lesionsynth.cuda.compiling import distrust
+from lesionsynth._cache import distrust
 
 HERE = Path(__file__).parent
 ORDERS = ("forward", "reverse", "random", "warps")
