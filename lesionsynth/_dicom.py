@@ -8,16 +8,22 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from lesionsynth._elements import Damage, Elements, check_slice, read_elements
+from lesionsynth._headers import FARTHEST_MM, MAX_VOXELS, SPACING_MM
+from lesionsynth.strict import name_of
+
 _ORIENTATION, _POSITION, _PIXEL_SPACING = "0020|0037", "0020|0032", "0028|0030"
 _MODALITY, _FRAMES, _SAMPLES, _TILT, _SERIES = "0008|0060", "0028|0008", "0028|0002", "0018|1120", "0020|000e"
 _IMAGE_TYPE, _DESCRIPTION = "0008|0008", "0008|103e"
+_ROWS, _COLUMNS = "0028|0010", "0028|0011"
+_SCALE = ("0028|0100", "0028|0101", "0028|0103", "0028|1052", "0028|1053")
 _SAME_DIRECTION = 1e-3  # headers carry six decimals or so; a degree of tilt is 1.7e-2
 _SPACING_TOLERANCE = (
     0.02  # of the slice distance: rounding of positions to 0.01 mm passes, a missing slice never
@@ -36,11 +42,17 @@ class Series:
         mm between neighbouring slices.
     direction : tuple of 9 floats
         ITK direction matrix, row-major.
+    voxel_bytes : int
+        Memory that its voxels take at most.
+    real : bool
+        Slices are scaled differently: only real numbers hold all.
     """
 
     files: tuple[str, ...]
     slice_distance: float
     direction: tuple[float, ...]
+    voxel_bytes: int = 0
+    real: bool = False
 
 
 @dataclass(frozen=True)
@@ -86,15 +98,13 @@ class SeriesInfo:
         return f"{self.uid} ({', '.join(parts)}{'; ' + self.problem if self.problem else ''})"
 
 
-def find_series(path: Path, sitk: Any, series: str | None = None) -> Series:
+def find_series(path: Path, series: str | None = None) -> Series:
     """Choose the series that `path` means and check that it is a regular, untilted CT volume.
 
     Parameters
     ----------
     path : Path
         A folder, or one DICOM file (the series it belongs to).
-    sitk : module
-        SimpleITK.
     series : str, optional
         SeriesInstanceUID. Omitted: the one that `largest_series` chooses; a warning names it where there are
         several.
@@ -103,36 +113,39 @@ def find_series(path: Path, sitk: Any, series: str | None = None) -> Series:
     ------
     ValueError
         No DICOM, no series of this UID, not CT, a localizer, multi-frame, colour, fewer than two slices,
-        differing orientation, missing or repeated slices, irregular spacing, gantry tilt.
+        differing orientation, missing or repeated slices, irregular spacing, gantry tilt; a file that is
+        damaged and belongs to the series, or may belong to it.
     """
     folder = path if path.is_dir() else path.parent
-    names = _files_by_series(folder, sitk)
-    if path.is_dir() and not names:
-        raise ValueError(f"{path}: a folder must hold the files of a DICOM series, found none")
+    found = _files_by_series(folder)
+    if path.is_dir() and not found:
+        raise ValueError(f"{name_of(path)}: a folder must hold the files of a DICOM series, found none")
     if not path.is_dir():
-        own = _header(path, sitk).get(_SERIES, "")
-        if own not in names:
-            raise ValueError(f"{path}: not a readable DICOM slice of a series")
+        own = next((uid for uid, group in found.items() if str(path) in group.names and uid), None)
+        if own is None:
+            told = next(
+                (text for group in found.values() for name, text in group.damaged if name == str(path)), ""
+            )
+            raise ValueError(f"{name_of(path)}: {told or 'not a readable DICOM slice of a series'}")
         if series is not None and series != own:
-            raise ValueError(f"{path}: series must be that of the file, {own}, got {series}")
+            raise ValueError(f"{name_of(path)}: series must be that of the file, {own}, got {series}")
         series = own
-    if series is None and len(names) == 1:
-        (series,) = names
+    if series is None and len(found) == 1:
+        (series,) = found
     elif series is None:
-        infos = [_info(folder, uid, files, sitk) for uid, files in names.items()]
+        infos = [_info(folder, uid, group) for uid, group in found.items()]
         series = largest_series(infos).uid
         there = "; ".join(str(info) for info in _largest_first(infos))
-        warnings.warn(f"{path}: several DICOM series: {there}; reading {series}", stacklevel=5)
-    elif series not in names:
-        raise ValueError(f"{path}: series must be one of {', '.join(sorted(names))}, got {series}")
-    return _check_series(path, names[series], sitk)
+        warnings.warn(f"{name_of(path)}: several DICOM series: {there}; reading {series}", stacklevel=5)
+    elif series not in found:
+        names = ", ".join(sorted(found))
+        raise ValueError(f"{name_of(path)}: series must be one of {names}, got {series}")
+    return _check_series(path, found[series])
 
 
-def list_series(folder: Path, sitk: Any) -> list[SeriesInfo]:
+def list_series(folder: Path) -> list[SeriesInfo]:
     """List the series of a folder, the one of most files first, between equals by UID."""
-    return _largest_first(
-        [_info(folder, uid, files, sitk) for uid, files in _files_by_series(folder, sitk).items()]
-    )
+    return _largest_first([_info(folder, uid, group) for uid, group in _files_by_series(folder).items()])
 
 
 def largest_series(infos: Sequence[SeriesInfo]) -> SeriesInfo:
@@ -169,116 +182,162 @@ def _largest_first(infos: Sequence[SeriesInfo]) -> list[SeriesInfo]:
     return sorted(infos, key=lambda info: (-info.slices, info.uid))
 
 
-def _files_by_series(folder: Path, sitk: Any) -> dict[str, list[str]]:
-    reader = sitk.ImageSeriesReader
+@dataclass
+class _Group:
+    """Files of one series."""
+
+    slices: list[tuple[str, Elements]] = field(default_factory=list)
+    damaged: list[tuple[str, str]] = field(default_factory=list)
+    """Name, and what is wrong."""
+
+    @property
+    def names(self) -> list[str]:
+        return [name for name, _ in (*self.slices, *self.damaged)]
+
+
+def _files_by_series(folder: Path) -> dict[str, _Group]:
+    """Walk through every file of a folder. One that is damaged before it tells its series may be of any."""
+    groups: dict[str, _Group] = {}
+    homeless: list[tuple[str, str]] = []
     # macOS leaves a ._NAME beside every file that it copies
-    names = {
-        uid: [name for name in reader.GetGDCMSeriesFileNames(str(folder), uid) if Path(name).name[0] != "."]
-        for uid in reader.GetGDCMSeriesIDs(str(folder))
-    }
-    return {uid: files for uid, files in names.items() if files}
+    names = sorted(entry.name for entry in os.scandir(folder) if entry.name[0] != "." and entry.is_file())
+    for name in names:
+        if name.upper() == "DICOMDIR":
+            continue
+        file = folder / name
+        try:
+            elements = read_elements(file)
+        except Damage as damage:
+            if damage.series:
+                groups.setdefault(damage.series, _Group()).damaged.append((str(file), str(damage)))
+            else:
+                homeless.append((str(file), f"{damage}; it may be a slice of any series in the folder"))
+        except (OSError, ValueError) as error:
+            homeless.append((str(file), getattr(error, "strerror", None) or str(error)))
+        else:
+            # without a series: what lists the files of a disk
+            if elements is not None and (uid := elements.values.get(_SERIES, "")):
+                groups.setdefault(uid, _Group()).slices.append((str(file), elements))
+    if homeless and not groups:
+        groups[""] = _Group()
+    for group in groups.values():
+        group.damaged.extend(homeless)
+    return groups
 
 
-def _info(folder: Path, uid: str, files: list[str], sitk: Any) -> SeriesInfo:
-    head: dict[str, str] = {}
+def _info(folder: Path, uid: str, group: _Group) -> SeriesInfo:
     problem = ""
     try:
-        head = _header(Path(files[0]), sitk)
-        _check_series(folder, files, sitk)
+        _check_series(folder, group)
     except ValueError as error:
-        problem = str(error).removeprefix(f"{folder}: ").removeprefix(f"{folder}{os.sep}")
-    # old headers are in Latin-1, which arrives as lone surrogates
-    description = head.get(_DESCRIPTION, "").encode("utf-8", "replace").decode()
+        problem = str(error).removeprefix(f"{name_of(folder)}: ").removeprefix(f"{name_of(folder)}{os.sep}")
+    head = group.slices[0][1].values if group.slices else {}
     return SeriesInfo(
         uid,
-        description,
+        head.get(_DESCRIPTION, ""),
         head.get(_MODALITY, ""),
-        len(files),
+        len(group.slices),
         _is_localizer(head),
         problem,
-        tuple(files),
+        tuple(name for name, _ in group.slices) or tuple(group.names),
     )
 
 
-def _is_localizer(header: dict[str, str]) -> bool:
+def _is_localizer(header: Mapping[str, str]) -> bool:
     return "LOCALIZER" in header.get(_IMAGE_TYPE, "").upper().split("\\")
 
 
-def _check_series(path: Path, files: list[str], sitk: Any) -> Series:
-    headers = [(name, _header(Path(name), sitk)) for name in files]
-    for name, header in headers:
-        _check_slice(name, header)
-    return _order(path, headers)
+def _check_series(path: Path, group: _Group) -> Series:
+    for name, elements in group.slices:
+        _check_slice(name, elements.values)
+    if group.damaged:
+        name, rule = group.damaged[0]
+        more = f"; {len(group.damaged) - 1} more such files" if len(group.damaged) > 1 else ""
+        raise ValueError(f"{name_of(name)}: {rule}{more}")
+    total = 0
+    for name, elements in group.slices:
+        try:
+            if elements.encapsulated:
+                elements = read_elements(Path(name), frame=True) or elements
+            total += check_slice(elements)
+        except Damage as damage:
+            raise ValueError(f"{name_of(name)}: {damage}") from None
+    if total > 8 * MAX_VOXELS:
+        raise ValueError(f"{name_of(path)}: a volume must have at most {MAX_VOXELS} voxels, got {total // 8}")
+    found = _order(path, [(name, elements.values) for name, elements in group.slices])
+    scales = {tuple(e.values.get(tag, "") for tag in _SCALE) for _, e in group.slices}
+    return replace(found, voxel_bytes=total, real=len(scales) > 1)
 
 
-def _header(path: Path, sitk: Any) -> dict[str, str]:
-    reader = sitk.ImageFileReader()
-    reader.SetFileName(str(path))
-    reader.SetImageIO("GDCMImageIO")
+def _numbers(header: Mapping[str, str], tag: str, count: int) -> np.ndarray[Any, np.dtype[np.float64]] | None:
     try:
-        reader.ReadImageInformation()
-    except RuntimeError as error:
-        raise ValueError(f"{path}: not a readable DICOM file ({_last_line(error)})") from error
-    return {key: reader.GetMetaData(key).strip() for key in reader.GetMetaDataKeys()}
-
-
-def _last_line(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[-1] if lines else type(error).__name__
-
-
-def _numbers(header: dict[str, str], tag: str, count: int) -> np.ndarray[Any, np.dtype[np.float64]] | None:
-    try:
-        values = np.array([float(part) for part in header.get(tag, "").split("\\")])
+        values = np.array([float(part.replace("_", "?")) for part in header.get(tag, "").split("\\")])
     except ValueError:
         return None
-    return values if values.size == count and bool(np.isfinite(values).all()) else None
+    return values if values.size == count and bool((np.abs(values) <= FARTHEST_MM).all()) else None
 
 
-def _check_slice(name: str, header: dict[str, str]) -> None:
+def _check_slice(name: str, header: Mapping[str, str]) -> None:
     modality = header.get(_MODALITY, "")
     if modality != "CT":
-        raise ValueError(f"{name}: the DICOM modality must be CT, got {modality or 'none'}")
+        raise ValueError(f"{name_of(name)}: the DICOM modality must be CT, got {modality or 'none'}")
     if _is_localizer(header):
-        raise ValueError(f"{name}: a CT volume must be of axial slices, got a localizer (scout image)")
-    if int(header.get(_FRAMES, "1") or 1) > 1:
-        raise ValueError(f"{name}: multi-frame DICOM is not read; convert it to NIfTI first")
+        raise ValueError(
+            f"{name_of(name)}: a CT volume must be of axial slices, got a localizer (scout image)"
+        )
+    if header.get(_FRAMES, "1") not in ("", "1"):
+        raise ValueError(f"{name_of(name)}: multi-frame DICOM is not read; convert it to NIfTI first")
     if header.get(_SAMPLES, "1") not in ("", "1"):
-        raise ValueError(f"{name}: a CT slice has one sample per pixel, got {header[_SAMPLES]}")
+        raise ValueError(f"{name_of(name)}: a CT slice has one sample per pixel, got {header[_SAMPLES]}")
 
 
-def _order(path: Path, headers: list[tuple[str, dict[str, str]]]) -> Series:
+def _order(path: Path, headers: list[tuple[str, Mapping[str, str]]]) -> Series:
     if len(headers) < 2:
-        raise ValueError(f"{path}: a CT volume needs at least two slices, the series has {len(headers)}")
+        raise ValueError(
+            f"{name_of(path)}: a CT volume needs at least two slices, the series has {len(headers)}"
+        )
     placed = []
     for name, header in headers:
         orientation, position = _numbers(header, _ORIENTATION, 6), _numbers(header, _POSITION, 3)
         if orientation is None or position is None:
-            raise ValueError(f"{name}: ImagePositionPatient and ImageOrientationPatient must be present")
-        placed.append((name, orientation, position, header.get(_PIXEL_SPACING, "")))
-    orientation, pixel = placed[0][1], placed[0][3]
-    for name, other, _, other_pixel in placed:
-        if np.abs(other - orientation).max() > _SAME_DIRECTION or other_pixel != pixel:
             raise ValueError(
-                f"{name}: all slices must share one orientation and pixel spacing; this one differs"
+                f"{name_of(name)}: ImagePositionPatient and ImageOrientationPatient must be present, "
+                f"as numbers up to {FARTHEST_MM:g}"
+            )
+        spacing = _numbers(header, _PIXEL_SPACING, 2)
+        if spacing is None or spacing.min() < SPACING_MM[0] or spacing.max() > SPACING_MM[1]:
+            low, high = SPACING_MM
+            got = header.get(_PIXEL_SPACING, "")[:80] or "none"
+            raise ValueError(
+                f"{name_of(name)}: PixelSpacing must be two numbers from {low:g} to {high:g} mm, got {got}"
+            )
+        placed.append((name, orientation, position, (*spacing, header[_ROWS], header[_COLUMNS])))
+    orientation, pixels = placed[0][1], placed[0][3]
+    for name, other, _, other_pixels in placed:
+        if np.abs(other - orientation).max() > _SAME_DIRECTION or other_pixels != pixels:
+            raise ValueError(
+                f"{name_of(name)}: all slices must share one orientation, size and pixel spacing; "
+                "this one differs"
             )
     row, column = orientation[:3], orientation[3:]
     normal = np.cross(row, column)
-    if abs(np.linalg.norm(normal) - 1) > 1e-2:  # cosines with three decimals stay below this
+    lengths = [float(np.linalg.norm(axis)) for axis in (row, column, normal)]
+    if max(abs(length - 1) for length in lengths) > 1e-2:  # cosines with three decimals stay below this
         raise ValueError(
-            f"{path}: ImageOrientationPatient must be two orthogonal unit vectors, got {orientation}"
+            f"{name_of(path)}: ImageOrientationPatient must be two orthogonal unit vectors, got {orientation}"
         )
     placed.sort(key=lambda item: float(item[2] @ normal))
     positions = np.array([item[2] for item in placed])
     distance = _regular_distance(path, positions @ normal)
     drift = positions[-1] - positions[0]
     sideways = drift - (drift @ normal) * normal
-    tilt = float(headers[0][1].get(_TILT) or 0)
+    tilt = _numbers(headers[0][1], _TILT, 1)
     # a real tilt of one degree moves the last slice sideways by 1.7 % of the length
     if np.linalg.norm(sideways) > 0.01 * abs(drift @ normal):
         raise ValueError(
-            f"{path}: gantry tilt (slices shift sideways by {np.linalg.norm(sideways):.1f} mm, header "
-            f"tilt {tilt:g} degrees) is not supported; resample the series to upright slices first"
+            f"{name_of(path)}: gantry tilt (slices shift sideways by {np.linalg.norm(sideways):.1f} mm, "
+            f"header tilt {0 if tilt is None else tilt[0]:g} degrees) is not supported; resample the series "
+            "to upright slices first"
         )
     direction = np.stack([row, column, normal], axis=1)
     return Series(tuple(item[0] for item in placed), distance, tuple(float(v) for v in direction.ravel()))
@@ -289,7 +348,9 @@ def _regular_distance(path: Path, along: np.ndarray[Any, np.dtype[np.float64]]) 
     distance = float(np.median(steps))
     if float(steps.min()) <= 1e-3:  # mm
         at = int(np.argmin(steps))
-        raise ValueError(f"{path}: two slices lie at the same position ({along[at]:.2f} mm along the normal)")
+        raise ValueError(
+            f"{name_of(path)}: two slices lie at the same position ({along[at]:.2f} mm along the normal)"
+        )
     # against the smallest step: with most slices missing in turn, the median would be the hole
     base = float(steps.min())
     wrong = np.flatnonzero(np.abs(steps - base) > max(_SPACING_TOLERANCE * base, 0.011))
@@ -298,6 +359,7 @@ def _regular_distance(path: Path, along: np.ndarray[Any, np.dtype[np.float64]]) 
         ratio = steps[at] / base
         kind = "missing slices" if abs(ratio - round(ratio)) < 0.1 else "irregular slice spacing"
         raise ValueError(
-            f"{path}: {kind}: {steps[at]:.2f} mm between slices {at} and {at + 1}, {base:.2f} mm elsewhere"
+            f"{name_of(path)}: {kind}: {steps[at]:.2f} mm between slices {at} and {at + 1}, {base:.2f} mm "
+            "elsewhere"
         )
     return distance

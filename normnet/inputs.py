@@ -7,6 +7,7 @@ import re
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -136,8 +137,11 @@ def dicom_folders(inputs: Inputs) -> list[tuple[Path, list[SeriesInfo]]]:
         if not root.is_dir() and root.suffix.lower() != ".dcm":
             continue
         for folder in _folders(root) if root.is_dir() else [root.parent]:
-            if folder not in folders and (infos := list_series(folder)):
-                folders[folder] = infos
+            if folder in folders:
+                continue
+            with suppress(PermissionError):
+                if infos := list_series(folder):
+                    folders[folder] = infos
     return list(folders.items())
 
 
@@ -159,7 +163,12 @@ def _below(root: Path, series: str, listed: _Listed) -> Iterator[_Found]:
         yield from _of_file(root, series, listed)
         return
     for folder in _folders(root):
-        for file in sorted(folder.iterdir()):
+        try:
+            files = sorted(folder.iterdir())
+        except OSError:
+            yield _Found(root, folder, None)  # read_ct says that it cannot be read
+            continue
+        for file in files:
             if _is_volume(file):
                 yield _Found(root, file, None)
         yield from _of_series(root, folder, _series_in(folder, listed), series)
@@ -175,22 +184,14 @@ def _of_file(path: Path, series: str, listed: _Listed) -> Iterator[_Found]:
     if path.suffix.lower() != ".dcm":
         yield _Found(path.parent, path, None)
         return
-    own = _series_uid(path)
-    infos = [info for info in _series_in(path.parent, listed) if info.uid == own]
+    if not path.is_file():
+        yield _Found(path.parent, path, None)  # a pipe, say: read_ct says so
+        return
+    infos = [info for info in _series_in(path.parent, listed) if info.uid and str(path) in info.files]
     if infos:
         yield from _of_series(path.parent, path.parent, infos, series)
     else:
         yield _Found(path.parent, path, None)  # read_ct says what is wrong with it
-
-
-def _series_uid(path: Path) -> str | None:
-    import pydicom
-
-    try:
-        uid = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=["SeriesInstanceUID"])
-    except (pydicom.errors.InvalidDicomError, OSError):
-        return None
-    return str(uid.get("SeriesInstanceUID", "")) or None
 
 
 def _of_series(root: Path, folder: Path, infos: list[SeriesInfo], series: str) -> Iterator[_Found]:
@@ -230,7 +231,9 @@ def _folders(root: Path) -> Iterator[Path]:
         if real in seen:
             continue
         seen.add(real)
-        inside = sorted(p for p in folder.iterdir() if p.is_dir() and p.name[0] != ".")
+        inside: list[Path] = []
+        with suppress(OSError):  # a folder that may not be read has none
+            inside = sorted(p for p in folder.iterdir() if p.is_dir() and p.name[0] != ".")
         subsets = [p for p in inside if re.fullmatch(r"subset\d+", p.name)]
         inside = subsets or [p for p in inside if p.name.lower() not in _MASK_FOLDERS]
         yield folder

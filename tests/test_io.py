@@ -238,7 +238,7 @@ def test_colour_flat_and_foreign_files_are_refused(tmp_path: Path) -> None:
     sitk.WriteImage(sitk.GetImageFromArray(colour[0], isVector=True), str(tmp_path / "photo.png"))
     refuse(tmp_path / "photo.png", "not a known CT format")
     (tmp_path / "photo.png").rename(tmp_path / "photo.nii")
-    refuse(tmp_path / "photo.nii", "one value per voxel")
+    refuse(tmp_path / "photo.nii", "not a NIfTI file")
     (tmp_path / "text.nii").write_text("not an image")
     refuse(tmp_path / "text.nii", "unreadable")
     sitk.WriteImage(
@@ -256,7 +256,7 @@ def test_truncated_files_are_refused(tmp_path: Path, kept: float, suffix: str) -
     sitk.WriteImage(sitk.GetImageFromArray(volume(shape=(20, 30, 40))), str(path))
     whole = path.read_bytes()
     path.write_bytes(whole[: int(kept * len(whole))])
-    refuse(path, {".nii.gz": "gzip", ".nii": "truncated: "}.get(suffix, "unreadable"))
+    refuse(path, "gzip" if suffix == ".nii.gz" else "truncated: ")
 
 
 @pytest.mark.parametrize("big_endian", [False, True])
@@ -422,7 +422,7 @@ def test_dicom_files_cut_short_are_refused(tmp_path: Path) -> None:
     write_series(tmp_path / "s", volume(shape=(4, 60, 70)))
     path = tmp_path / "s" / "002.dcm"
     path.write_bytes(path.read_bytes()[:-4000])
-    with pytest.raises(ValueError, match="s: "):
+    with pytest.raises(ValueError, match=r"002\.dcm: truncated: .* announces 8400 bytes, 4400 are left"):
         io.read_ct(tmp_path / "s")
 
 
