@@ -13,6 +13,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from lesionsynth import commands as _commands  # noqa: F401  first: it sees to interrupts while others load
 from lesionsynth import presets
 from lesionsynth._backend import release_memory
 from lesionsynth.config import BlobClass, LesionConfig, Texture, Warp

@@ -47,8 +47,7 @@ def accept_pair(
     healthy, restore = accept(image, "image")
     mask, _ = accept(lung_mask, "lung_mask")
     check_same_library(image, lung_mask)
-    kind = healthy.dtype.name if healthy.dtype.isnative else str(healthy.dtype)
-    check_pair(healthy.shape, kind, mask.shape, ranks, dtypes)
+    check_pair(healthy.shape, _kind_of(healthy), mask.shape, ranks, dtypes)
     return healthy, _binary(mask), restore
 
 
@@ -100,6 +99,8 @@ def accept_out(
         if np.may_share_memory(array, image) or np.may_share_memory(array, mask):
             raise ValueError(f"{name} must not share memory with image or lung_mask, which are never written")
         buffers.append(array)
+    if np.may_share_memory(buffers[0], buffers[1]):
+        raise ValueError("out image must not share memory with out target")
     return buffers[0], buffers[1]
 
 
@@ -108,10 +109,15 @@ def accept_buffer(
 ) -> npt.NDArray[Any]:
     """Take a buffer in CPU memory for a result, or say what is wrong with it; see `check_buffer`."""
     array, _ = accept(buffer, name)
-    check_buffer(name, array.shape, array.dtype.name, array.flags.c_contiguous, shape, kind, whose)
+    check_buffer(name, array.shape, _kind_of(array), array.flags.c_contiguous, shape, kind, whose)
     if not array.flags.writeable:
         raise ValueError(f"{name} must be writeable, got a read-only array")
     return array
+
+
+def _kind_of(array: npt.NDArray[Any]) -> str:
+    """Name of a dtype, with its byte order where that is the other one."""
+    return array.dtype.name if array.dtype.isnative else str(array.dtype)
 
 
 def pair_of(out: Any) -> tuple[Any, Any]:

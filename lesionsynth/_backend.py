@@ -33,8 +33,8 @@ class Rendering(Protocol):
     def target(self) -> Any:
         """GT."""
 
-    def components(self) -> tuple[tuple[Component, ...], ...]:
-        """Tell the lesions of each item."""
+    def components(self) -> tuple[tuple[Component, ...] | None, ...]:
+        """Tell the lesions of each item; None where there was no lung."""
 
     def labels(self) -> Any:
         """Paint the lesions."""
@@ -46,8 +46,10 @@ class Backend(Protocol):
     def accept(self, image: Any, lung_mask: Any, out: Any) -> Any:
         """Check the arguments of a rendering; returns `Inputs`."""
 
-    def render(self, recipes: Sequence[Recipe], inputs: Any, hu_range: Range) -> Rendering:
-        """Render one recipe an item."""
+    def render(
+        self, recipes: Sequence[Recipe], inputs: Any, hu_range: Range, *, allow_empty: bool = False
+    ) -> Rendering:
+        """Render one recipe an item; an item without lung is an error, or gets no lesion."""
 
 
 class Backends:

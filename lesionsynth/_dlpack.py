@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from typing import Any
+from functools import wraps
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -39,10 +40,11 @@ def accept(x: Any, name: str) -> tuple[Array, Restore]:
     Raises
     ------
     TypeError
-        `x` is not an array.
+        `x` is not an array, or one of those that `check_dense` refuses.
     ValueError
         `x` is on another device, requires a gradient, or has a dtype NumPy lacks.
     """
+    check_dense(x, name)
     if isinstance(x, np.ndarray):
         return x, _identity
     if not hasattr(x, "__dlpack__"):
@@ -69,12 +71,96 @@ def accept(x: Any, name: str) -> tuple[Array, Restore]:
     return view, _identity if from_dlpack is None else from_dlpack
 
 
+def check_dense(x: Any, name: str) -> None:
+    """Refuse arrays whose memory does not hold their values: masked, sparse, nested, lazy, or being traced.
+
+    Raises
+    ------
+    TypeError
+        `x` is such an array; the message names its kind.
+    ValueError
+        It is a lazy negation or conjugate.
+    """
+    if type(x) is np.ndarray:
+        return
+    if isinstance(x, np.ma.MaskedArray):
+        raise TypeError(f"{name} must be a plain array, got a masked array: pass {name}.filled(...)")
+    module = type(x).__module__
+    if ".sparse" in module:
+        raise TypeError(f"{name} must be a dense array, got {type(x).__name__}: pass {name}.toarray()")
+    torch = sys.modules.get("torch")
+    if torch is None:
+        return
+    if module.startswith("torch.fx"):
+        raise TypeError(_TRACED.format(name=name, kind="a Proxy of torch.fx"))
+    if not isinstance(x, torch.Tensor):
+        return
+    if x.layout != torch.strided or x.is_nested:
+        kind = "nested" if x.is_nested else f"layout {x.layout}"
+        raise TypeError(f"{name} must be a dense tensor, got {kind}")
+    if x.is_conj() or x.is_neg():
+        lazy = "negation: pass {}.resolve_neg()" if x.is_neg() else "conjugate: pass the real part of {}"
+        raise ValueError(f"{name} must hold its values, got a lazy {lazy.format(name)}")
+    tracer = _tracer(torch, x)
+    if tracer:
+        raise TypeError(_TRACED.format(name=name, kind=tracer))
+
+
+_TRACED = (
+    "{name} must be a tensor that holds its values, got {kind}: synthesis cannot be traced, exported or "
+    "mapped. Call it outside, or below torch.compile, which leaves it alone"
+)
+
+
+def _tracer(torch: Any, x: Any) -> str | None:
+    """Name who only pretends that a tensor has values; names are torch's own, and a test watches them."""
+    if torch.jit.is_tracing():
+        return "one that torch.jit.trace records"
+    if torch._is_functional_tensor(x) or torch._C._functorch.is_functorch_wrapped_tensor(x):
+        return "one of torch.func"
+    modes = [type(x).__name__]
+    if torch._C._len_torch_dispatch_stack():
+        stack = torch.utils._python_dispatch._get_current_dispatch_mode_stack()
+        modes += [type(mode).__name__ for mode in stack]
+    return next((f"one under {kind}" for kind in modes if kind in _PRETENDING), None)
+
+
+_PRETENDING = (
+    "FakeTensor", "FunctionalTensor", "FakeTensorMode", "FunctionalTensorMode", "ProxyTorchDispatchMode",
+)  # fmt: skip
+
+Call = TypeVar("Call", bound=Callable[..., Any])
+
+
+def untraced(function: Call) -> Call:
+    """Mark a function as one that ``torch.compile`` calls as it is, between two graphs.
+
+    torch is not imported: where its compiler is not loaded, nothing is being compiled.
+    """
+    disabled: list[Any] = []
+
+    @wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if "torch._dynamo" not in sys.modules:
+            return function(*args, **kwargs)
+        if not disabled:
+            disabled.append(sys.modules["torch"].compiler.disable(function, reason=_UNTRACED))
+        return disabled[0](*args, **kwargs)
+
+    marks: Any = call
+    marks._torchdynamo_disable, marks._torchdynamo_disable_msg = True, _UNTRACED  # as torch marks them
+    return marks  # type: ignore[no-any-return]
+
+
+_UNTRACED = "lesionsynth's kernels are no operations of torch, so fullgraph=True cannot hold them"
+
+
 def device_kind(x: Any) -> int | None:
     """Return the DLPack device type of an array; None where it has none, or will not tell."""
     try:
         return int(x.__dlpack_device__()[0])
-    except (AttributeError, BufferError, TypeError, ValueError):
-        return None
+    except (AttributeError, AssertionError, BufferError, RuntimeError, TypeError, ValueError):
+        return None  # `accept` says why
 
 
 def library_of(x: Any) -> str:

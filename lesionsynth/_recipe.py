@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from lesionsynth.plan import Blob, Component, LesionPlan, Triple
+from lesionsynth.plan import Blob, Component, LesionPlan, Triple, check_work
 
 DRAWN = np.dtype(
     [
@@ -81,9 +81,21 @@ class Recipe:
             blobs=tuple(_blob(row) for row in self.blobs.tolist()),
         )
 
-    def rendered(self, components: tuple[Component, ...]) -> LesionPlan:
-        """Return the plan with what it became."""
+    def check_work(self, shape: tuple[int, int, int]) -> None:
+        """Check that it can be rendered in a volume (z, y, x); see `LesionPlan.check_work`."""
+        columns = [self.blobs[n] for n in ("warp_amplitude", "warp_correlation", "sigma_a", "sigma_b")]
+        check_work(np.column_stack([self.blobs["semi_axes"], *columns]), self.scale, shape)
+
+    def rendered(self, components: tuple[Component, ...] | None) -> LesionPlan:
+        """Return the plan with what it became; None says that there was no lung."""
+        if components is None:
+            return without_lesions(self.plan)
         return replace(self.plan, components=components)
+
+
+def without_lesions(plan: LesionPlan) -> LesionPlan:
+    """Return the plan of an item without lung: no blob, no lesion."""
+    return replace(plan, blobs=(), components=())
 
 
 def _blob(row: tuple[Any, ...]) -> Blob:

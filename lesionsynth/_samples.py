@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
-import tempfile
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,8 +14,12 @@ import numpy as np
 import numpy.typing as npt
 
 import lesionsynth
+from lesionsynth import files
 from lesionsynth._cases import Case, checksum
-from lesionsynth.plan import LesionPlan
+from lesionsynth.commands import optional
+from lesionsynth.config import MOST_HU, LesionConfig, check_spacing
+from lesionsynth.plan import LesionPlan, check_word
+from lesionsynth.strict import build, name_of, read_json, read_text, shown
 from lesionsynth.synthesizer import LesionPair
 
 if TYPE_CHECKING:
@@ -22,6 +27,55 @@ if TYPE_CHECKING:
 
 FORMAT = "lesionsynth.record"
 VERSION = 1
+FILES = ("pair.npz", "image.nii.gz", "target.nii.gz", "labels.nii.gz", "plan.json", "record.json")
+"""What a sample may hold; its record, the proof that it is one, goes last."""
+
+CHECKED = ("hu", "lung_mask", "image", "target", "labels")
+"""What a record has checksums of."""
+MOST_PLAN = 2**25
+"""Longest plan in bytes; one of 1024 blobs, rendered, takes a thirtieth of it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Source:
+    """What a record says of the CT."""
+
+    phantom_seed: int | None = None
+    input: str | None = None
+    mask: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.phantom_seed is not None:
+            check_word("source.phantom_seed", self.phantom_seed)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Record:
+    """Fields of a ``record.json``."""
+
+    format: str
+    version: int
+    lesionsynth: str
+    source: _Source
+    slab: tuple[int, int]
+    spacing: tuple[float, float, float]
+    checksums: dict[str, str]
+    preset: str = ""
+    lengths: str = ""
+    hu_range: tuple[float, float] = LesionConfig.hu_range
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.slab[0] < self.slab[1] < 2**31:
+            raise ValueError(f"slab must be two slices, 0 <= first < last, got {self.slab}")
+        check_spacing(self.spacing)
+        low, high = self.hu_range
+        if not -MOST_HU <= low < high <= MOST_HU:
+            raise ValueError(f"hu_range must be (low, high) within {MOST_HU:g} HU, got {self.hu_range}")
+        for name, value in self.checksums.items():
+            if name not in CHECKED or not re.fullmatch("[0-9a-f]{8}", value):
+                raise ValueError(
+                    f"checksums.{shown(name)} must be the CRC-32 of {', '.join(CHECKED)}, got {shown(value)}"
+                )
 
 
 def write_sample(
@@ -40,17 +94,19 @@ def write_sample(
     settings : dict
         What `replay` needs besides the plan; goes into ``record.json``.
     overwrite : bool
-        Replace an existing folder.
+        Replace an earlier sample.
 
     Raises
     ------
-    FileExistsError
-        The folder exists and `overwrite` is off.
+    FileExistsError, ValueError
+        As `check_output`.
     """
-    if folder.exists() and not overwrite:
-        raise FileExistsError(f"{folder} exists; use --overwrite to replace it")
+    folder = Path(os.path.abspath(folder))
+    check_output(folder, overwrite=overwrite)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    files.sweep(folder.parent, folder.name, FILES)
+    work, old = files.temporary(folder), files.temporary(folder)
+    work.mkdir()
     try:
         arrays = {"image": pair.image, "target": pair.target, "labels": pair.labels}
         if file_format == "npz":
@@ -71,25 +127,68 @@ def write_sample(
             "checksums": checksums(case, pair),
         }
         (work / "record.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-        work.chmod(0o777 & ~_umask())
-        if folder.exists():
-            shutil.rmtree(folder)
-        os.replace(work, folder)
+        if os.path.lexists(folder):
+            check_output(folder, overwrite=overwrite)  # again: something may have come meanwhile
+            os.replace(folder, old)
+        try:
+            os.rename(work, folder)
+        except BaseException:
+            if old.exists():
+                os.rename(old, folder)
+            raise
+        if old.exists():
+            files.remove_folder(old, FILES)
     except BaseException:
-        shutil.rmtree(work, ignore_errors=True)
+        if work.exists():
+            files.remove_folder(work, FILES)
         raise
+
+
+def check_output(folder: Path, *, overwrite: bool, inputs: Iterable[str | Path | None] = ()) -> None:
+    """Refuse a folder that is there, unless it is a sample that may be replaced.
+
+    Parameters
+    ----------
+    folder : Path
+        Where a sample shall go.
+    overwrite : bool
+        An earlier sample may be replaced: a folder with its record, and nothing but the files of one.
+    inputs : iterable of path or None
+        What is read; none of it may lie in a folder that is replaced.
+
+    Raises
+    ------
+    FileExistsError
+        The folder exists and `overwrite` is off.
+    ValueError
+        It is no sample, holds other files, or holds an input.
+    """
+    folder = Path(os.path.abspath(folder))
+    if not os.path.lexists(folder):
+        return
+    if not overwrite:
+        raise FileExistsError(f"{folder} exists; use --overwrite to replace it")
+    if folder.is_symlink() or not folder.is_dir():
+        raise ValueError(f"--overwrite replaces samples only, and {folder} is no folder")
+    try:
+        read_record(folder / "record.json")
+    except (ValueError, OSError) as error:
+        raise ValueError(f"--overwrite replaces samples only, and {folder} is none: {error}") from error
+    if other := files.others(folder, FILES):
+        raise ValueError(
+            f"--overwrite replaces samples only, and {folder} also holds {other[0]}: move that away"
+        )
+    for path in inputs:
+        if path is not None and folder.resolve() in Path(path).resolve().parents:
+            raise ValueError(f"--output must not hold an input, got {folder} with {path}")
+    if Path.cwd().is_relative_to(folder.resolve()):
+        raise ValueError(f"--output must not be the working folder, got {folder}")
 
 
 def checksums(case: Case, pair: LesionPair) -> dict[str, str]:
     """Of what went in and what came out."""
-    arrays = {
-        "hu": case.hu,
-        "lung_mask": case.lung_mask,
-        "image": pair.image,
-        "target": pair.target,
-        "labels": pair.labels,
-    }
-    return {name: checksum(array) for name, array in arrays.items()}
+    arrays = case.hu, case.lung_mask, pair.image, pair.target, pair.labels
+    return {name: checksum(array) for name, array in zip(CHECKED, arrays, strict=True)}
 
 
 def read_record(path: Path) -> dict[str, Any]:
@@ -100,12 +199,13 @@ def read_record(path: Path) -> dict[str, Any]:
     ValueError
         It is not one of ours.
     """
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: not JSON: {error}") from error
+    record = read_json(path)
     if not isinstance(record, dict) or record.get("format") != FORMAT or record.get("version") != VERSION:
-        raise ValueError(f"{path}: must be a record of format {FORMAT!r}, version {VERSION}")
+        raise ValueError(f"{name_of(path)}: must be a record of format {FORMAT!r}, version {VERSION}")
+    try:
+        build(_Record, record)
+    except ValueError as error:
+        raise ValueError(f"{name_of(path)}: {error}") from error
     return record
 
 
@@ -117,21 +217,18 @@ def read_plan(path: Path) -> LesionPlan:
     ValueError
         It is not a plan; the message starts with the file's name.
     """
+    text = read_text(path, MOST_PLAN)
     try:
-        return LesionPlan.from_json(path.read_text(encoding="utf-8"))
-    except (ValueError, TypeError) as error:  # a field of a wrong kind is bad input here
-        raise ValueError(f"{path}: {error}") from error
+        return LesionPlan.from_json(text)
+    except ValueError as error:
+        raise ValueError(f"{name_of(path)}: {error}") from error
 
 
 def _write_nifti(path: Path, array: npt.NDArray[Any], case: Case) -> None:
     """Write a slab in LPS order where it lies in the file's space."""
-    try:
-        import SimpleITK as sitk
-    except ImportError as error:
-        raise ImportError(
-            "--format nifti needs SimpleITK: pip install 'lesionsynth[io]', or use --format npz"
-        ) from error
-
+    sitk: Any = optional(
+        "SimpleITK", "--format nifti needs SimpleITK: pip install 'lesionsynth[io]', or use --format npz"
+    )
     stored = array.astype(np.uint8) if array.dtype == np.bool_ else array
     image = sitk.GetImageFromArray(stored)
     image.SetSpacing(case.spacing[::-1])
@@ -152,9 +249,3 @@ def _lps_frame(grid: Grid, first: npt.NDArray[Any]) -> tuple[list[float], list[f
         columns[:, 2 - place] = -cosines[:, along] if flip else cosines[:, along]
     origin = np.array(grid.origin) + cosines @ (index * np.array(grid.spacing))
     return origin.tolist(), columns.ravel().tolist()
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

@@ -1,6 +1,7 @@
 """Command line: ``python -m lesionsynth preview | synth | replay | info``.
 
-Exit codes: 0 done; 1 a replay that differs from its record; 2 bad input, one line on stderr.
+Exit codes: 0 done; 1 a replay that differs from its record, or a lack of memory; 2 bad input; 130
+interrupted. What is not 0 comes with one line on stderr.
 """
 
 from __future__ import annotations
@@ -21,16 +22,19 @@ import numpy.typing as npt
 
 import lesionsynth
 from lesionsynth import presets
+from lesionsynth._cache import kernel_folder
 from lesionsynth._cases import Case, load_case
-from lesionsynth._samples import checksums, read_plan, read_record, write_sample
+from lesionsynth._samples import check_output, checksums, read_plan, read_record, write_sample
+from lesionsynth.commands import run
 from lesionsynth.config import LesionConfig
 from lesionsynth.cpu._threads import default_threads
+from lesionsynth.preview import check_output as check_picture
 from lesionsynth.preview import save_preview
 from lesionsynth.synthesizer import LesionPair, LesionSynthesizer
 from lesionsynth.window import window_hu
 
 DIFFERS = 1
-BAD_INPUT = 2
+COMMANDS = ("preview", "synth", "replay", "info")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -46,14 +50,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     int
         Exit code.
     """
-    arguments = build_parser().parse_args(argv)
-    try:
+    given = list(sys.argv[1:] if argv is None else argv)
+    command = next((f" {word}" for word in given if word in COMMANDS), "")
+
+    def body() -> int:
+        arguments = build_parser().parse_args(given)
         code: int = arguments.run(arguments)
-    except (ValueError, OSError, ImportError) as error:
-        message = " ".join(str(error).split()) or type(error).__name__
-        print(f"lesionsynth {arguments.command}: error: {message}", file=sys.stderr)
-        return BAD_INPUT
-    return code
+        return code
+
+    return run(f"lesionsynth{command}: error", body)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -171,6 +176,7 @@ def _add_format(parser: argparse.ArgumentParser) -> None:
 
 
 def _preview(arguments: argparse.Namespace) -> int:
+    check_picture(arguments.output)
     synth, case = _synthesizer(arguments), _case(arguments)
     healthy = _healthy(case, synth.config.hu_range)
     pair = _sample(synth, case, healthy, arguments.index, arguments.lung_fraction)
@@ -204,8 +210,11 @@ def _synth(arguments: argparse.Namespace) -> int:
         "lengths": arguments.lengths,
         "hu_range": list(synth.config.hu_range),
     }
-    for index in range(arguments.index, arguments.index + arguments.count):
-        folder = arguments.output / f"{case.name}_{index:06d}"
+    last = arguments.index + arguments.count
+    folders = {n: arguments.output / f"{case.name}_{n:06d}" for n in range(arguments.index, last)}
+    for folder in folders.values():  # before any is written
+        check_output(folder, overwrite=arguments.overwrite, inputs=(arguments.input, arguments.mask))
+    for index, folder in folders.items():
         pair = _sample(synth, case, healthy, index, arguments.lung_fraction)
         write_sample(
             folder, case, pair, file_format=arguments.format, settings=settings, overwrite=arguments.overwrite
@@ -215,6 +224,9 @@ def _synth(arguments: argparse.Namespace) -> int:
 
 
 def _replay(arguments: argparse.Namespace) -> int:
+    if arguments.output is not None:
+        inputs = (arguments.plan, arguments.input, arguments.mask)
+        check_output(arguments.output, overwrite=arguments.overwrite, inputs=inputs)
     plan = read_plan(arguments.plan)
     beside = arguments.plan.parent / "record.json"
     record = read_record(beside) if beside.exists() else {}
@@ -287,14 +299,12 @@ def _sample(
 
 
 def _info(arguments: argparse.Namespace) -> int:
-    import numba
-
     print(f"lesionsynth  {lesionsynth.__version__} in {Path(lesionsynth.__file__).parent}")
     print(f"python       {platform.python_version()} on {platform.system()} {platform.machine()}")
     for name in ("numpy", "scipy", "numba", "SimpleITK", "matplotlib", "cupy"):
         print(f"{name:<12} {_version(name)}")
     print(f"cpu          Numba kernels, {default_threads()} threads of {os.cpu_count()} cores")
-    print(f"kernel cache {numba.config.CACHE_DIR or '__pycache__ of each module (NUMBA_CACHE_DIR moves it)'}")
+    print(f"kernel cache {_kernel_cache()}")
     print(f"cuda         {_cuda()}")
     print(f"presets      {', '.join(presets.BY_NAME)}")
     return 0
@@ -311,6 +321,14 @@ def _version(name: str) -> str:
     return "not installed" + (
         " (pip install 'lesionsynth[io]')" if name in ("SimpleITK", "matplotlib") else ""
     )
+
+
+def _kernel_cache() -> str:
+    """Say where compiled kernels are kept."""
+    try:
+        return f"{kernel_folder()} (LESIONSYNTH_CACHE_DIR moves it)"
+    except OSError as error:
+        return f"none, every process compiles: {error} (LESIONSYNTH_CACHE_DIR names a folder)"
 
 
 def _cuda() -> str:

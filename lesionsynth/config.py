@@ -10,11 +10,26 @@ import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from lesionsynth.strict import hints_of, plain_number, settle, shown
+
 Range = tuple[float, float]
 """Bounds of a uniform distribution."""
 
 CONNECTIVITIES = (6, 18, 26)
 """Voxel neighbourhoods: faces, faces and edges, faces and edges and corners."""
+
+MOST_BLOBS = 1024
+"""Ellipsoids of a sample; the paper has 21 at most."""
+LEAST_LENGTH, MOST_LENGTH = 1e-9, 1e4
+"""Bounds of every radius and sigma, in voxels or mm."""
+LEAST_SPACING, MOST_SPACING = 1e-3, 1e3
+"""Bounds of a voxel's size in mm."""
+MOST_AMPLITUDE, MOST_CORRELATION = 1e4, 1e4
+"""Largest warp, in units of a blob's radius."""
+LEAST_THRESHOLD = 1e-6
+"""Least τ and mean_threshold: intensities are divided by them, in float32."""
+MOST_HU = 1e5
+"""Largest bound of a window, to either side."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,14 +52,15 @@ class BlobClass:
 
     def __post_init__(self) -> None:
         """Check ranges."""
-        _check_range("radius", self.radius, above=0.0)
+        _settle(self)
+        _check_range("radius", self.radius, above=0.0, least=LEAST_LENGTH, most=MOST_LENGTH)
         if (self.count is None) == (self.probability is None):
             raise ValueError(
                 f"exactly one of count and probability must be given, got count={self.count}, "
                 f"probability={self.probability}"
             )
         if self.count is not None:
-            _check_range("count", self.count, least=0.0)
+            _check_range("count", self.count, least=0.0, most=MOST_BLOBS)
         if self.probability is not None and not 0.0 <= self.probability <= 1.0:
             raise ValueError(f"probability must be in [0, 1], got {self.probability}")
 
@@ -64,10 +80,11 @@ class Warp:
 
     def __post_init__(self) -> None:
         """Check ranges."""
-        _check_range("warp.amplitude", self.amplitude, least=0.0)
+        _settle(self)
+        _check_range("warp.amplitude", self.amplitude, least=0.0, most=MOST_AMPLITUDE)
         # Below a tenth of the radius the lattice is finer than a voxel for the paper's blobs, and grows as
         # its cube.
-        _check_range("warp.correlation", self.correlation, least=0.1)
+        _check_range("warp.correlation", self.correlation, least=0.1, most=MOST_CORRELATION)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,10 +110,11 @@ class Texture:
 
     def __post_init__(self) -> None:
         """Check ranges."""
-        _check_range("texture.sigma_a", self.sigma_a, above=0.0)
-        _check_range("texture.sigma_b_low", self.sigma_b_low, above=0.0)
-        _check_range("texture.sigma_b_high", self.sigma_b_high, above=0.0)
-        _check_range("texture.mu0", self.mu0, above=0.0, most=1.0)
+        _settle(self)
+        for name in ("sigma_a", "sigma_b_low", "sigma_b_high"):
+            value = getattr(self, name)
+            _check_range(f"texture.{name}", value, above=0.0, least=LEAST_LENGTH, most=MOST_LENGTH)
+        _check_range("texture.mu0", self.mu0, above=0.0, least=1e-6, most=1.0)
         _check_range("texture.a_range", self.a_range, least=0.0, most=1.0)
         low, high = self.a_range
         if not 0.0 <= self.a_min_gap <= high - low:
@@ -105,8 +123,10 @@ class Texture:
             )
         if not 0.0 <= self.p_sigma_b_low <= 1.0:
             raise ValueError(f"texture.p_sigma_b_low must be in [0, 1], got {self.p_sigma_b_low}")
-        if not 0.0 < self.mean_threshold < 1.0:
-            raise ValueError(f"texture.mean_threshold must be in (0, 1), got {self.mean_threshold}")
+        if not LEAST_THRESHOLD <= self.mean_threshold < 1.0:
+            raise ValueError(
+                f"texture.mean_threshold must be in [{LEAST_THRESHOLD:g}, 1), got {self.mean_threshold}"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,21 +166,30 @@ class LesionConfig:
         """Check what the parts cannot."""
         for name in ("small", "medium", "large"):
             if not isinstance(getattr(self, name), BlobClass | None):
-                raise TypeError(f"{name} must be a BlobClass or None, got {getattr(self, name)!r}")
+                raise TypeError(f"{name} must be a BlobClass or None, got {shown(getattr(self, name))}")
         for name, kind in (("warp", Warp), ("texture", Texture)):
             if not isinstance(getattr(self, name), kind):
-                raise TypeError(f"{name} must be a {kind.__name__}, got {getattr(self, name)!r}")
+                raise TypeError(f"{name} must be a {kind.__name__}, got {shown(getattr(self, name))}")
+        object.__setattr__(self, "spacing", checked_spacing(self.spacing))
+        _settle(self)
+        most = sum(1.0 if c.count is None else c.count[1] for c in self.blob_classes)
+        if most > MOST_BLOBS:
+            raise ValueError(f"count must be at most {MOST_BLOBS} over all classes, got {most}")
         if self.connectivity not in CONNECTIVITIES:
             raise ValueError(f"connectivity must be one of {CONNECTIVITIES}, got {self.connectivity}")
-        _check_range("hu_range", self.hu_range)
+        _check_range("hu_range", self.hu_range, least=-MOST_HU, most=MOST_HU)
         low, high = self.hu_range
         if low == high or not low < self.hu_threshold < high:
             raise ValueError(
                 f"hu_threshold must lie inside hu_range {self.hu_range}, got {self.hu_threshold}"
             )
+        if not LEAST_THRESHOLD <= self.tau < 1.0:
+            raise ValueError(
+                f"hu_threshold must be a share of hu_range {self.hu_range} in [{LEAST_THRESHOLD:g}, 1), "
+                f"got {self.tau}"
+            )
         if self.lengths not in ("voxel", "mm"):
-            raise ValueError(f"lengths must be 'voxel' or 'mm', got {self.lengths!r}")
-        check_spacing(self.spacing)
+            raise ValueError(f"lengths must be 'voxel' or 'mm', got {shown(self.lengths)}")
 
     @property
     def tau(self) -> float:
@@ -174,14 +203,45 @@ class LesionConfig:
         return tuple(c for c in (self.small, self.medium, self.large) if c is not None)
 
 
-def check_spacing(spacing: Any, name: str = "spacing") -> None:
-    """Raise `ValueError` unless `spacing` is three positive, finite lengths (z, y, x) in mm."""
+def checked_spacing(spacing: Any, name: str = "spacing") -> tuple[float, float, float]:
+    """Return three lengths (z, y, x) in mm as Python's numbers.
+
+    Raises
+    ------
+    ValueError
+        They are others than three, or lie outside `LEAST_SPACING` ... `MOST_SPACING`.
+    """
+    found: list[float] = []
     try:
-        good = len(spacing) == 3 and all(math.isfinite(s) and s > 0 for s in spacing)
+        if len(spacing) == 3:
+            found = [v for s in spacing if (v := plain_number(s)) is not None]
     except TypeError:
-        good = False
+        pass
+    good = len(found) == 3 and all(LEAST_SPACING <= v <= MOST_SPACING for v in found)
     if not good:
-        raise ValueError(f"{name} must be three positive lengths (z, y, x) in mm, got {spacing!r}")
+        raise ValueError(
+            f"{name} must be three positive lengths (z, y, x) in mm, from {LEAST_SPACING:g} to "
+            f"{MOST_SPACING:g}, got {shown(spacing)}"
+        )
+    return found[0], found[1], found[2]
+
+
+def check_spacing(spacing: Any, name: str = "spacing") -> None:
+    """Raise `ValueError` unless `spacing` is as `checked_spacing` takes it."""
+    checked_spacing(spacing, name)
+
+
+def _settle(part: Any) -> None:
+    """Take NumPy's numbers as Python's, and refuse what is of another type."""
+    for name, kind in hints_of(type(part)).items():
+        value = getattr(part, name)
+        pair = isinstance(value, tuple) and len(value) == 2
+        if not pair and (kind == Range or (kind == Range | None and value is not None)):
+            raise ValueError(f"{name} must be a (low, high) pair, got {shown(value)}")
+    try:
+        settle(part)
+    except TypeError as error:  # as for a value out of its domain: callers have always caught that
+        raise ValueError(str(error)) from error
 
 
 def _check_range(
@@ -192,18 +252,14 @@ def _check_range(
     above: float | None = None,
     most: float | None = None,
 ) -> None:
-    if not isinstance(value, tuple) or len(value) != 2:
-        raise ValueError(f"{name} must be a (low, high) pair, got {value!r}")
     low, high = value
-    if not all(isinstance(v, int | float) for v in value):
-        raise ValueError(f"{name} must be two numbers, got {value!r}")
     if not (math.isfinite(low) and math.isfinite(high)):
         raise ValueError(f"{name} must be finite, got {value}")
     if low > high:
         raise ValueError(f"{name} must be (low, high) with low <= high, got {value}")
-    if least is not None and low < least:
-        raise ValueError(f"{name} must be >= {least:g}, got {value}")
     if above is not None and low <= above:
         raise ValueError(f"{name} must be > {above:g}, got {value}")
+    if least is not None and low < least:
+        raise ValueError(f"{name} must be >= {least:g}, got {value}")
     if most is not None and high > most:
         raise ValueError(f"{name} must be <= {most:g}, got {value}")

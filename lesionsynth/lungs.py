@@ -11,13 +11,15 @@ from typing import Any
 import numpy as np
 
 from lesionsynth._arguments import accept_pair
-from lesionsynth._dlpack import DLPACK_CUDA, device_kind
+from lesionsynth._dlpack import DLPACK_CUDA, device_kind, untraced
 from lesionsynth.cpu._threads import check_threads
 from lesionsynth.cpu.edges import remove_edges
 from lesionsynth.cpu.label import check_connectivity
 from lesionsynth.cuda.backend import check_cupy
+from lesionsynth.strict import check_number
 
 
+@untraced
 def remove_erroneous_edges(
     image: Any,
     lung_mask: Any,
@@ -50,7 +52,8 @@ def remove_erroneous_edges(
     connectivity : {6, 18, 26}
         Neighbourhood of the bright components.
     threads : int, optional
-        CPU threads; all cores, or ``NUMBA_NUM_THREADS``, where omitted. Results do not depend on it.
+        CPU threads. Where omitted, ``NUMBA_NUM_THREADS``; else one in a torch ``DataLoader`` worker; else
+        ``OMP_NUM_THREADS``; else all cores. Results do not depend on it.
 
     Returns
     -------
@@ -84,7 +87,6 @@ def remove_erroneous_edges(
 
 def _check_options(threshold: Any, contact_fraction: Any, shell_width: Any) -> None:
     for name, value in (("threshold", threshold), ("contact_fraction", contact_fraction)):
-        if not 0.0 <= value <= 1.0:
-            raise ValueError(f"{name} must be in [0, 1], got {value}")
+        check_number(name, value, 0.0, 1.0)
     if isinstance(shell_width, bool) or not isinstance(shell_width, int | np.integer) or shell_width < 0:
         raise ValueError(f"shell_width must be an integer >= 0, got {shell_width!r}")

@@ -13,6 +13,7 @@ from collections.abc import Hashable, Mapping
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
+from lesionsynth._dlpack import untraced
 from lesionsynth.config import LesionConfig
 from lesionsynth.presets import covid_lung
 from lesionsynth.synthesizer import LesionSynthesizer
@@ -56,6 +57,9 @@ def _rand_lesiond() -> type:
             (`R`).
         lung_fraction_key : str, optional
             Entry that holds λ; 1 where omitted.
+        allow_empty : bool
+            Let an item without lung pass unchanged, with no lesion: a random crop must not end a night's
+            training. False raises; see `lesionsynth.LesionSynthesizer`.
         spacing : (3,) floats, optional
             Voxel size in mm along the array's spatial axes, for configurations in mm.
 
@@ -76,19 +80,23 @@ def _rand_lesiond() -> type:
             index_key: str | None = None,
             lung_fraction_key: str | None = None,
             spacing: tuple[float, float, float] | None = None,
+            allow_empty: bool = True,
         ) -> None:
             super().__init__([image_key, mask_key])
             self.image_key, self.mask_key = image_key, mask_key
             self.target_key, self.labels_key = target_key, labels_key
             self.index_key, self.lung_fraction_key = index_key, lung_fraction_key
             self.spacing = spacing
-            self.synthesizer = LesionSynthesizer(covid_lung() if config is None else config, seed=seed)
+            self.synthesizer = LesionSynthesizer(
+                covid_lung() if config is None else config, seed=seed, allow_empty=allow_empty
+            )
             self.index = 0
 
         def randomize(self, data: Any = None) -> None:
             """Draw the sample index from `R`."""
             self.index = int(self.R.randint(2**32, dtype="uint32"))
 
+        @untraced
         def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
             """Return a new dictionary; the arrays of `data` are not written."""
             out = dict(data)

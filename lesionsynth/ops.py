@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lesionsynth._arguments import accept_buffer
-from lesionsynth._dlpack import DLPACK_CUDA, Restore, accept, device_kind, library_of
+from lesionsynth._dlpack import DLPACK_CUDA, Restore, accept, device_kind, library_of, untraced
 from lesionsynth.cpu import filters, philox
 from lesionsynth.cpu._memory import output
 from lesionsynth.cpu._threads import check_threads
@@ -23,12 +23,17 @@ from lesionsynth.cpu.grow import grow as _grow
 from lesionsynth.cpu.label import check_connectivity
 from lesionsynth.cpu.label import label as _label
 from lesionsynth.plan import check_word
+from lesionsynth.strict import check_number, plain_number
 
 Stream = philox.Stream
+
+MOST_TAPS = 2**20
+"""Reach of a filter in voxels, far beyond any volume: what more would take is memory."""
 
 __all__ = ["Stream", "gaussian_filter", "grow", "label", "philox_uniform", "uniform_filter"]
 
 
+@untraced
 def philox_uniform(
     shape: Sequence[int],
     seed: int,
@@ -55,7 +60,8 @@ def philox_uniform(
         Coordinate of the first voxel: a crop of a field is the field of the crop. ``offset + shape`` is at
         most 2**16 along z and y, and 2**32 along x.
     threads : int, optional
-        CPU threads; all cores, or ``NUMBA_NUM_THREADS``, where omitted.
+        CPU threads. Where omitted, ``NUMBA_NUM_THREADS``; else one in a torch ``DataLoader`` worker; else
+        ``OMP_NUM_THREADS``; else all cores.
     device : str or int
         "cpu"; or "cuda", "cuda:1" or 1 for an array on a GPU, drawn on CuPy's current stream.
     out : (z, y, x) float32 array, optional
@@ -110,6 +116,7 @@ def philox_uniform(
     return out
 
 
+@untraced
 def gaussian_filter(
     input: Any,  # noqa: A002  # SciPy's name
     sigma: float | Sequence[float],
@@ -153,8 +160,11 @@ def gaussian_filter(
     sigmas = _three_floats("sigma", sigma)
     if not all(np.isfinite(s) and s >= 0 for s in sigmas):
         raise ValueError(f"sigma must be finite and >= 0, got {sigma}")
-    if not (np.isfinite(truncate) and truncate > 0):
+    truncate = float(check_number("truncate", truncate, 0.0, MOST_TAPS, "finite and > 0"))
+    if truncate == 0:
         raise ValueError(f"truncate must be finite and > 0, got {truncate}")
+    if truncate * max(sigmas) > MOST_TAPS:
+        raise ValueError(f"sigma times truncate must be at most {MOST_TAPS}, got {sigma} times {truncate}")
     check_threads(threads)
     if device_kind(input) == DLPACK_CUDA:
         return _on_cuda().gaussian_filter(input, sigmas, truncate)
@@ -162,6 +172,7 @@ def gaussian_filter(
     return restore(filters.gaussian_filter(volume, sigmas, truncate, threads))
 
 
+@untraced
 def uniform_filter(
     input: Any,  # noqa: A002  # SciPy's name
     size: int | Sequence[int] = 3,
@@ -197,6 +208,8 @@ def uniform_filter(
     sizes = _three("size", size)
     if min(sizes) < 1:
         raise ValueError(f"size must be >= 1, got {size}")
+    if max(sizes) > 2 * MOST_TAPS:
+        raise ValueError(f"size must be at most {2 * MOST_TAPS}, got {size}")
     check_threads(threads)
     if device_kind(input) == DLPACK_CUDA:
         return _on_cuda().uniform_filter(input, sizes)
@@ -208,6 +221,7 @@ def uniform_filter(
     return restore(filters.uniform_filter(np.ascontiguousarray(volume, dtype=exact), sizes, threads))
 
 
+@untraced
 def label(
     input: Any,  # noqa: A002  # SciPy's name
     structure: Any = None,
@@ -255,6 +269,7 @@ def label(
     return restore(labels), count
 
 
+@untraced
 def grow(
     input: Any,  # noqa: A002  # SciPy's name
     mask: Any,
@@ -368,8 +383,16 @@ def _word(name: str, value: Any) -> int:
     return word
 
 
+def _per_axis(value: Any) -> tuple[Any, ...]:
+    try:
+        several = np.ndim(value) == 1
+    except ValueError:  # a list of lists
+        several = True
+    return tuple(value) if several else (value,) * 3
+
+
 def _three(name: str, value: Any) -> tuple[int, int, int]:
-    values = tuple(value) if np.ndim(value) == 1 else (value,) * 3
+    values = _per_axis(value)
     if len(values) != 3:
         raise ValueError(f"{name} must be one integer per axis (z, y, x), got {value}")
     z, y, x = (_integer(name, n) for n in values)
@@ -377,11 +400,10 @@ def _three(name: str, value: Any) -> tuple[int, int, int]:
 
 
 def _three_floats(name: str, value: Any) -> tuple[float, float, float]:
-    values = tuple(value) if np.ndim(value) == 1 else (value,) * 3
+    values = _per_axis(value)
     if len(values) != 3:
         raise ValueError(f"{name} must be a number or one per axis (z, y, x), got {value}")
-    try:
-        z, y, x = (float(n) for n in values)
-    except (TypeError, ValueError):
-        raise TypeError(f"{name} must be a number or one per axis (z, y, x), got {value!r}") from None
+    if any(plain_number(n) is None for n in values):
+        raise TypeError(f"{name} must be a number or one per axis (z, y, x), got {value!r}")
+    z, y, x = (float(n) for n in values)
     return z, y, x

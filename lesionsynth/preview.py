@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
-import tempfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from lesionsynth import files
+from lesionsynth.commands import optional
 from lesionsynth.synthesizer import LesionPair
 from lesionsynth.window import window_hu
 
@@ -74,22 +75,28 @@ def save_preview(
     ImportError
         matplotlib is not installed.
     ValueError
-        `rows` is not positive or `path` does not end in ``.png``.
+        `rows` is not positive, or as `check_output`.
     """
-    if path.suffix.lower() != ".png":
-        raise ValueError(f"--output must end in .png, got {path}")
+    check_output(path)
     slices = choose_slices(pair.labels, lung_mask, rows)
     figure = _figure(hu, lung_mask, healthy, pair, slices, spacing, first_slice, title)
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
-    os.close(handle)
-    try:
-        figure.savefig(name, format="png", facecolor="black")
-        os.chmod(name, 0o666 & ~_umask())
-        os.replace(name, path)
-    except BaseException:
-        os.unlink(name)
-        raise
+    with files.replacing(path) as beside:
+        figure.savefig(beside, format="png", facecolor="black", metadata={"Software": files.SOFTWARE})
+
+
+def check_output(path: Path) -> None:
+    """Refuse a file that is no picture of ours.
+
+    Raises
+    ------
+    ValueError
+        `path` does not end in ``.png``, or something else is there.
+    """
+    if path.suffix.lower() != ".png":
+        raise ValueError(f"--output must end in .png, got {path}")
+    if os.path.lexists(path) and not files.is_picture(path):
+        raise ValueError(f"--output must be a new file or an earlier preview, got {path}: name another file")
 
 
 def _figure(
@@ -102,13 +109,9 @@ def _figure(
     first_slice: int,
     title: str | None,
 ) -> Any:
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError("preview needs matplotlib: pip install 'lesionsynth[io]'") from error
-
+    figures: Any = optional("matplotlib.figure", "preview needs matplotlib: pip install 'lesionsynth[io]'")
     height = hu.shape[1] * spacing[1] / (hu.shape[2] * spacing[2])
-    figure = Figure(figsize=(4 * 3.4, (3.4 * height + 0.05) * len(slices) + 0.5), dpi=110)
+    figure = figures.Figure(figsize=(4 * 3.4, (3.4 * height + 0.05) * len(slices) + 0.5), dpi=110)
     axes = figure.subplots(len(slices), 4, squeeze=False)
     colours = _colours(int(pair.labels.max()))
     for row, z in zip(axes, slices, strict=True):
@@ -151,9 +154,3 @@ def _colours(count: int) -> npt.NDArray[np.float64]:
     """(count + 1, 3) colours far apart for consecutive labels: hues a golden section apart."""
     hue = (np.arange(count + 1) * 0.61803398875)[:, None] + np.array([0.0, 1 / 3, 2 / 3])
     return np.asarray(0.5 + 0.5 * np.cos(2 * np.pi * hue))
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

@@ -16,7 +16,7 @@ from lesionsynth._recipe import DRAWN, Recipe
 from lesionsynth.config import BlobClass, LesionConfig, Texture
 from lesionsynth.cpu._jit import inner, kernel
 from lesionsynth.cpu.philox import Stream, philox4x32_10
-from lesionsynth.plan import Triple, check_lung_fraction, check_word
+from lesionsynth.plan import Triple, check_lung_fraction, check_word, too_much
 
 UNIFORMS_PER_BLOB = 16
 """Draws reserved for a blob: adding a parameter must not shift the others."""
@@ -65,6 +65,17 @@ def sample_recipe(
         mean_threshold=config.texture.mean_threshold,
         blobs=blobs,
     )
+
+
+def is_light(config: LesionConfig, scale: Triple, shape: tuple[int, int, int]) -> bool:
+    """Tell whether even the most and largest lesions of a configuration can be rendered in a volume."""
+    kinds, warp = config.blob_classes, config.warp
+    counts = [1 if kind.count is None else math.ceil(kind.count[1]) for kind in kinds]
+    low, high = (np.repeat([kind.radius[side] for kind in kinds], counts) for side in (0, 1))
+    sigma_b = max(config.texture.sigma_b_low[1], config.texture.sigma_b_high[1])
+    sigmas = np.full((len(low), 2), (config.texture.sigma_a[1], sigma_b))
+    extents = 2.0 * high * (1.0 + warp.amplitude[1])
+    return not len(low) or too_much(extents, low * warp.correlation[0], sigmas, scale, shape) is None
 
 
 def uniforms(seed: int, index: int, first: int, count: int) -> npt.NDArray[np.float64]:

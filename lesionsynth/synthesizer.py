@@ -7,11 +7,15 @@ from dataclasses import dataclass, field
 from functools import cached_property, partial
 from typing import Any
 
+import numpy as np
+
 from lesionsynth._backend import Backends, Rendering
+from lesionsynth._dlpack import check_dense, untraced
 from lesionsynth._recipe import Recipe
-from lesionsynth.config import LesionConfig, check_spacing
-from lesionsynth.plan import LesionPlan, Triple, check_word
-from lesionsynth.sampling import sample_recipe
+from lesionsynth.config import LesionConfig, checked_spacing
+from lesionsynth.plan import MOST_VOXELS, LesionPlan, Triple, check_word
+from lesionsynth.sampling import is_light, sample_recipe
+from lesionsynth.strict import check_integer
 
 
 @dataclass(frozen=True)
@@ -29,6 +33,7 @@ class LesionPair:
     _paint: Callable[[], Any] = field(repr=False, compare=False)
 
     @cached_property
+    @untraced
     def plan(self) -> LesionPlan | tuple[LesionPlan, ...]:
         """What was drawn, with the lesions it became; one per item of a batch.
 
@@ -37,6 +42,7 @@ class LesionPair:
         return self._plan()
 
     @cached_property
+    @untraced
     def labels(self) -> Any:
         """Merged lesions, int32: 0 background, 1..n. Painted when first asked for: training seldom does."""
         return self._paint()
@@ -52,7 +58,12 @@ class LesionSynthesizer:
     seed : int
         In [0, 2**32). Two seeds share no noise.
     threads : int, optional
-        CPU threads; all cores, or ``NUMBA_NUM_THREADS``, where omitted. Results do not depend on it.
+        CPU threads. Where omitted, ``NUMBA_NUM_THREADS``; else one in a torch ``DataLoader`` worker; else
+        ``OMP_NUM_THREADS``; else all cores. Results do not depend on it.
+    allow_empty : bool
+        Take an image whose mask is empty, as a random crop may be: its pair has no lesion, the image is
+        unchanged and the target ``H >= τ``, and its plan has neither blobs nor components. Other items of a
+        batch are what they are alone. Otherwise an empty mask is an error, since in a whole scan it is one.
 
     Raises
     ------
@@ -70,14 +81,23 @@ class LesionSynthesizer:
     True
     """
 
-    def __init__(self, config: LesionConfig, *, seed: int = 0, threads: int | None = None) -> None:
+    def __init__(
+        self,
+        config: LesionConfig,
+        *,
+        seed: int = 0,
+        threads: int | None = None,
+        allow_empty: bool = False,
+    ) -> None:
         if not isinstance(config, LesionConfig):
             raise TypeError(f"config must be a LesionConfig, got {type(config).__name__}")
-        check_word("seed", seed)
         self.config = config
-        self.seed = seed
+        self.seed = check_word("seed", _plain(seed))
+        self.allow_empty = _flag(allow_empty)
         self._backends = Backends(threads)
+        self._light: Any = None  # voxel and volume that the configuration was found light for
 
+    @untraced
     def __call__(
         self,
         image: Any,
@@ -87,6 +107,7 @@ class LesionSynthesizer:
         lung_fraction: float | Sequence[float] = 1.0,
         spacing: Triple | None = None,
         out: Any = None,
+        allow_empty: bool | None = None,
     ) -> LesionPair:
         """Draw and render: `sample`, then `render`.
 
@@ -101,12 +122,14 @@ class LesionSynthesizer:
         index : int or sequence of int
             Name of the sample; one per item of a batch.
         lung_fraction : float or sequence of float
-            λ in (0, 1].
+            λ in (0, 1]; with `allow_empty` also 0, the share of a crop without lung.
         spacing : (3,) floats, optional
             Voxel size (z, y, x) in mm, for configurations in mm; the configuration's where omitted.
         out : LesionPair or (image, target), optional
             Buffers for the results, in the library and on the device of `image`, C-contiguous: an image of
             its shape and dtype (float32 for int16) and a bool target. They become the pair's arrays.
+        allow_empty : bool, optional
+            The synthesizer's where omitted.
 
         Returns
         -------
@@ -121,9 +144,13 @@ class LesionSynthesizer:
         shape = _shape_of(image)
         if shape is not None and len(shape) == 3 and not _is_scalar(index):
             raise ValueError(f"index must be one integer for a (z, y, x) image, got {index!r}")
+        allow_empty = self.allow_empty if allow_empty is None else _flag(allow_empty)
+        if allow_empty:
+            lung_fraction = _at_least_a_voxel(lung_fraction)
         recipes, _ = self._draw(index, lung_fraction, shape, spacing)
-        return self._render(recipes, image, lung_mask, out)
+        return self._render(recipes, image, lung_mask, out, allow_empty, drawn=True)
 
+    @untraced
     def sample(
         self,
         *,
@@ -159,12 +186,12 @@ class LesionSynthesizer:
         self, index: Any, lung_fraction: Any, shape: Sequence[int] | None, spacing: Triple | None
     ) -> tuple[list[Recipe], bool]:
         """Draw each item; also tells whether there is a batch axis."""
-        if spacing is not None:
-            check_spacing(spacing)
-        spacing = self.config.spacing if spacing is None else (spacing[0], spacing[1], spacing[2])
-        shape = None if shape is None else tuple(int(n) for n in shape)
-        if shape is not None and len(shape) not in (3, 4):
-            raise ValueError(f"shape must be (z, y, x) or (b, z, y, x), got {shape}")
+        spacing = self.config.spacing if spacing is None else checked_spacing(spacing)
+        if shape is not None:
+            sizes = _plain(shape)
+            if _is_scalar(sizes) or len(sizes) not in (3, 4):
+                raise ValueError(f"shape must be (z, y, x) or (b, z, y, x), got {shape!r}")
+            shape = tuple(check_integer("shape", n, 1, MOST_VOXELS, "integers >= 1") for n in sizes)
         volume = None if shape is None else (shape[-3], shape[-2], shape[-1])
         batched = not _is_scalar(index) or (shape is not None and len(shape) == 4)
         if not batched:
@@ -174,8 +201,15 @@ class LesionSynthesizer:
         pairs = zip(indices, fractions, strict=True)
         return [sample_recipe(self.config, self.seed, i, f, volume, spacing) for i, f in pairs], True
 
+    @untraced
     def render(
-        self, plan: LesionPlan | Sequence[LesionPlan], image: Any, lung_mask: Any, *, out: Any = None
+        self,
+        plan: LesionPlan | Sequence[LesionPlan],
+        image: Any,
+        lung_mask: Any,
+        *,
+        out: Any = None,
+        allow_empty: bool | None = None,
     ) -> LesionPair:
         """Render a plan: the same plan, image and mask give the same pair, bit for bit.
 
@@ -183,7 +217,7 @@ class LesionSynthesizer:
         ----------
         plan : LesionPlan or sequence of LesionPlan
             One per item of a batch.
-        image, lung_mask, out
+        image, lung_mask, out, allow_empty
             See `__call__`.
 
         Returns
@@ -197,7 +231,7 @@ class LesionSynthesizer:
             dtype.
         ValueError
             Rank or shapes differ from each other or from the plan; the mask is empty or not binary; a voxel
-            is NaN, infinite or outside [0, 1].
+            is NaN, infinite or outside [0, 1]; the plan's blobs are together too much work.
         """
         shape = _shape_of(image)
         if shape is not None and len(shape) == 4:
@@ -210,18 +244,39 @@ class LesionSynthesizer:
             plans = [plan]
         else:
             raise TypeError(f"plan must be one LesionPlan for a (z, y, x) image, got {type(plan).__name__}")
-        return self._render([Recipe.of(item) for item in plans], image, lung_mask, out)
+        allow_empty = self.allow_empty if allow_empty is None else _flag(allow_empty)
+        return self._render([Recipe.of(item) for item in plans], image, lung_mask, out, allow_empty)
 
-    def _render(self, recipes: Sequence[Recipe], image: Any, lung_mask: Any, out: Any) -> LesionPair:
+    def _render(
+        self,
+        recipes: Sequence[Recipe],
+        image: Any,
+        lung_mask: Any,
+        out: Any,
+        allow_empty: bool,
+        *,
+        drawn: bool = False,
+    ) -> LesionPair:
         backend = self._backends.of(image)
         inputs = backend.accept(image, lung_mask, out)
         volume = tuple(inputs.shape[-3:])
         for recipe in recipes:
             if recipe.shape is not None and recipe.shape != volume:
                 raise ValueError(f"plan was drawn for a volume of shape {recipe.shape}, image has {volume}")
-        rendering = backend.render(recipes, inputs, self.config.hu_range)
+        self._check_work(recipes, volume, drawn)
+        render = partial(backend.render, allow_empty=True) if allow_empty else backend.render
+        rendering = render(recipes, inputs, self.config.hu_range)
         plans = partial(_plans, recipes, rendering, len(inputs.shape) == 4)
         return LesionPair(rendering.image, rendering.target, plans, rendering.labels)
+
+    def _check_work(self, recipes: Sequence[Recipe], volume: Any, drawn: bool) -> None:
+        """Refuse what would take minutes; of a configuration that never does, look at no sample."""
+        key = recipes[0].scale, volume
+        if drawn and (self._light == key or is_light(self.config, *key)):
+            self._light = key
+            return
+        for recipe in recipes:
+            recipe.check_work(volume)
 
 
 def _plans(recipes: Sequence[Recipe], rendering: Rendering, batched: bool) -> Any:
@@ -233,8 +288,24 @@ def _plans(recipes: Sequence[Recipe], rendering: Rendering, batched: bool) -> An
 
 def _shape_of(image: Any) -> Sequence[int] | None:
     """Shape where the argument has one; `render` refuses what is no array."""
+    check_dense(image, "image")  # a nested tensor would not tell
     shape = getattr(image, "shape", None)
     return tuple(shape) if shape is not None and len(shape) in (3, 4) else None
+
+
+def _flag(value: Any) -> bool:
+    """Return `allow_empty` as a bool; NumPy's is taken too."""
+    if not isinstance(value, bool | np.bool_):
+        raise TypeError(f"allow_empty must be True or False, got {value!r}")
+    return bool(value)
+
+
+def _at_least_a_voxel(fraction: Any) -> Any:
+    """Take a λ of 0, or each of a batch, as one voxel of the largest volume."""
+    if isinstance(fraction, list):
+        return [_at_least_a_voxel(item) for item in fraction]
+    number = isinstance(fraction, int | float) and not isinstance(fraction, bool)
+    return 1 / MOST_VOXELS if number and fraction == 0 else fraction
 
 
 def _is_scalar(value: Any) -> bool:

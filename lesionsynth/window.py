@@ -6,14 +6,16 @@ from typing import Any
 
 import numpy as np
 
-from lesionsynth._dlpack import DLPACK_CUDA, accept, device_kind
-from lesionsynth.config import Range
+from lesionsynth._dlpack import DLPACK_CUDA, accept, device_kind, untraced
+from lesionsynth.config import MOST_HU, Range
 from lesionsynth.cuda.backend import check_cupy
+from lesionsynth.strict import check_number, shown
 
 HU_RANGE: Range = (-800.0, 100.0)
 """The paper's window."""
 
 
+@untraced
 def window_hu(hu: Any, hu_range: Range = HU_RANGE) -> Any:
     r"""Clip Hounsfield units to a window and scale them to [0, 1].
 
@@ -32,18 +34,20 @@ def window_hu(hu: Any, hu_range: Range = HU_RANGE) -> Any:
 
     Raises
     ------
+    TypeError
+        `hu` is no array of numbers, or `hu_range` holds something else.
     ValueError
         `hu_range` is not increasing.
     """
-    low, high = hu_range
-    if not low < high:
-        raise ValueError(f"hu_range must be (low, high) with low < high, got {hu_range}")
+    low, high = _window(hu_range)
     if device_kind(hu) == DLPACK_CUDA:
         check_cupy("hu is on a CUDA device")
         from lesionsynth.cuda import frontend
 
-        return frontend.window_hu(hu, hu_range)
+        return frontend.window_hu(hu, (low, high))
     values, restore = accept(hu, "hu")
+    if values.dtype.kind not in "biuf":
+        raise TypeError(f"hu must be bool, integer or float, got {values.dtype}")
     scaled = values.astype(np.float32)
     np.clip(scaled, np.float32(low), np.float32(high), out=scaled)
     scaled -= np.float32(low)
@@ -59,9 +63,19 @@ def threshold(hu: float = -500.0, hu_range: Range = HU_RANGE) -> float:
     ValueError
         `hu_range` is not increasing or `hu` lies outside it.
     """
-    low, high = hu_range
-    if not low < high:
-        raise ValueError(f"hu_range must be (low, high) with low < high, got {hu_range}")
-    if not low <= hu <= high:
-        raise ValueError(f"hu must lie in hu_range {hu_range}, got {hu}")
+    low, high = _window(hu_range)
+    hu = check_number("hu", hu, low, high, f"in hu_range ({low}, {high})")
     return (hu - low) / (high - low)
+
+
+def _window(hu_range: Any) -> Range:
+    """Return a window as Python's numbers, or say what is wrong with it."""
+    try:
+        low, high = hu_range
+    except (TypeError, ValueError):
+        raise ValueError(f"hu_range must be (low, high) with low < high, got {shown(hu_range)}") from None
+    least, most = -MOST_HU, MOST_HU
+    low, high = (check_number("hu_range", v, least, most, f"within {MOST_HU:g} HU") for v in (low, high))
+    if not low < high:
+        raise ValueError(f"hu_range must be (low, high) with low < high, got {shown(hu_range)}")
+    return low, high

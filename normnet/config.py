@@ -9,16 +9,22 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import types
-import typing
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from lesionsynth import presets as lesion_presets
+from lesionsynth.strict import build, check_fields, name_of, parse_json, read_json, settle, shown
 
 Config = TypeVar("Config")
+
+MOST_THREADS = 1024
+MOST_LEVELS = 10
+"""Of a network."""
+MOST_WEIGHTS = 2**27
+"""Of a network, half a gigabyte; the paper's has 4.8 million."""
 
 Probability = float | Literal["calibrated"]
 """Threshold of the healthy probability: a number, or a model's own calibration."""
@@ -50,15 +56,29 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         """Check sizes."""
+        settle(self)
         if len(self.channels) < 2 or min(self.channels) < 1:
-            raise ValueError(f"model.channels must be at least two positive widths, got {self.channels}")
+            raise ValueError(
+                f"model.channels must be at least two positive widths, got {shown(self.channels)}"
+            )
         if len(self.strides) != len(self.channels) - 1 or min(self.strides) < 1:
             count = len(self.channels) - 1
-            raise ValueError(f"model.strides must be {count} positive integers, got {self.strides}")
+            raise ValueError(f"model.strides must be {count} positive integers, got {shown(self.strides)}")
         if self.residual_units < 0:
-            raise ValueError(f"model.residual_units must be >= 0, got {self.residual_units}")
+            raise ValueError(f"model.residual_units must be >= 0, got {shown(self.residual_units)}")
         if self.norm not in ("batch", "instance"):
-            raise ValueError(f"model.norm must be 'batch' or 'instance', got {self.norm!r}")
+            raise ValueError(f"model.norm must be 'batch' or 'instance', got {shown(self.norm)}")
+        if len(self.channels) > MOST_LEVELS:
+            raise ValueError(f"model.channels must be at most {MOST_LEVELS} widths, got {len(self.channels)}")
+        domains = {"channels": (1, 4096), "strides": (1, 8), "residual_units": (0, 16)}
+        check_fields(self, domains, "model.")
+        if self.multiple > 256:
+            raise ValueError(f"model.strides must have a product of at most 256, got {self.multiple}")
+        if (weights := self.weights) > MOST_WEIGHTS:
+            raise ValueError(
+                f"model.channels must give at most {MOST_WEIGHTS} weights, got about {weights} "
+                f"with {self.channels} and residual_units {self.residual_units}"
+            )
 
     @property
     def multiple(self) -> int:
@@ -67,6 +87,14 @@ class ModelConfig:
         for stride in self.strides:
             product *= stride
         return product
+
+    @property
+    def weights(self) -> int:
+        """Number of weights, roughly: what bounds memory before a network is built."""
+        units = max(1, self.residual_units)
+        inner = sum(27 * b * (a + (units - 1) * b) for a, b in pairwise((1, *self.channels)))
+        outer = sum(27 * a * (2 * b + a * min(units, 1)) for a, b in pairwise(self.channels))
+        return inner + outer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,12 +127,22 @@ class AugmentConfig:
 
     def __post_init__(self) -> None:
         """Check ranges."""
+        settle(self)
         for name in ("rotate", "zoom", "blur", "noise", "offset", "border"):
             value = getattr(self, name)
             _check(f"augment.{name}", value, 0 <= value < math.inf, ">= 0")
         for name in ("deflation", "dependent", "gain"):
             value = getattr(self, name)
             _check(f"augment.{name}", value, 0 <= value <= 0.5, "in [0, 0.5]")
+        domains = {
+            "rotate": 360.0,
+            "zoom": 10.0,
+            "blur": 100.0,
+            "noise": 10_000.0,
+            "offset": 10_000.0,
+            "border": 100,
+        }
+        check_fields(self, {name: (0, most) for name, most in domains.items()}, "augment.")
 
     @property
     def active(self) -> bool:
@@ -191,6 +229,7 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         """Check ranges."""
+        settle(self)
         counts = ("iterations", "batch_size", "accumulate", "slab")
         for name in (*counts, "validation_pairs", "checkpoint_every", "phantoms"):
             _check(name, getattr(self, name), getattr(self, name) >= 1, ">= 1")
@@ -209,7 +248,7 @@ class TrainConfig:
         low, high = HEALTHY_HU
         rule = f"None or in [{low:g}, {high:g}] HU"
         _check("inflation_hu", level, level is None or low <= level <= high, rule)
-        _check_probability(self.probability)
+        check_probability(self.probability)
         held = self.probability != "calibrated" or self.held_out >= 1
         _check("held_out", self.held_out, held, ">= 1 to calibrate the probability on")
         thin, thick = self.thick_mm
@@ -227,6 +266,34 @@ class TrainConfig:
         _check("slab", self.slab, self.slab % multiple == 0, rule)
         if self.crop is not None:
             _check("crop", self.crop, self.crop >= multiple and self.crop % multiple == 0, rule)
+        check_fields(self, _TRAIN)
+        check_phantoms(self.phantom_shape)
+
+
+_TRAIN: dict[str, tuple[float, float]] = {
+    "iterations": (1, 10**9),
+    "minutes": (0.0, 1e6),
+    "batch_size": (1, 4096),
+    "accumulate": (1, 4096),
+    "learning_rate": (1e-12, 10.0),
+    "slab": (1, 4096),
+    "crop": (1, 4096),
+    "thick_mm": (1e-3, 100.0),
+    "held_out": (0, 100_000),
+    "validate_every": (0, 10**9),
+    "validation_pairs": (1, 100_000),
+    "checkpoint_every": (1, 10**9),
+    "threads": (1, MOST_THREADS),
+    "phantoms": (1, 1000),
+    "phantom_spacing": (0.01, 100.0),
+}
+"""Domains, far beyond use, that bound work and memory."""
+
+
+def check_phantoms(shape: tuple[int, int, int], name: str = "phantom_shape") -> None:
+    """Raise `ValueError` unless phantoms have a size that can be made."""
+    good = all(1 <= n <= 4096 for n in shape) and math.prod(shape) <= 2**28
+    _check(name, shape, good, f"three sizes of at most 4096, and at most {2**28} voxels")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -253,6 +320,7 @@ class PostprocessConfig:
 
     def __post_init__(self) -> None:
         """Check ranges."""
+        settle(self)
         level = self.threshold_hu
         _check("threshold_hu", level, level is None or -800 < level < 100, "between -800 and 100 HU")
         for name in ("bright_size", "full_size"):
@@ -261,6 +329,8 @@ class PostprocessConfig:
         _check("bright_threshold", self.bright_threshold, 0 <= self.bright_threshold <= 1, "in [0, 1]")
         _check("full_threshold", full, full is None or 0 <= full <= 1, "in [0, 1]")
         _check("connectivity", self.connectivity, self.connectivity in (6, 18, 26), "6, 18 or 26")
+        sizes = {"bright_size": (1, 255), "full_size": (1, 255), "growth_iterations": (-(10**6), 10**6)}
+        check_fields(self, sizes)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -285,11 +355,13 @@ class PredictConfig:
 
     def __post_init__(self) -> None:
         """Check ranges."""
+        settle(self)
         if self.probability is not None:
-            _check_probability(self.probability)
+            check_probability(self.probability)
         _check("tile", self.tile, self.tile is None or self.tile >= 32, ">= 32")
         _check("slab", self.slab, self.slab >= 1, ">= 1")
         _check("overlap", self.overlap, 0 <= self.overlap < 1, "in [0, 1)")
+        check_fields(self, {"tile": (32, 65_536), "slab": (1, 4096)})
         _check("precision", self.precision, self.precision in ("auto", "fp32", "bf16"), "auto, fp32 or bf16")
 
 
@@ -374,66 +446,36 @@ def from_json(cls: type[Config], text: str) -> Config:
         `text` is not a JSON object, a field is unknown, or a value is out of its range.
     """
     try:
-        record = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"a configuration must be JSON: {error}") from error
-    return _build(cls, record, cls.__name__)
+        record = parse_json(text)
+    except ValueError as error:
+        raise ValueError(f"a configuration must be JSON: {str(error).removeprefix('not JSON: ')}") from error
+    return build(cls, record, cls.__name__)
 
 
-def _build(cls: type[Config], record: Any, where: str) -> Config:
-    if not isinstance(record, dict):
-        raise ValueError(f"{where} must be a JSON object, got {type(record).__name__}")
-    hints = typing.get_type_hints(cls)
-    if unknown := sorted(record.keys() - hints.keys()):
-        raise ValueError(f"{where} has no field {unknown[0]!r}; it has {', '.join(hints)}")
-    return cls(**{name: _value(hints[name], value, f"{where}.{name}") for name, value in record.items()})
+def read_config(cls: type[Config], path: Path) -> Config:
+    """Read the file of a configuration written by `to_json`.
+
+    Raises
+    ------
+    OSError
+        It cannot be opened or read.
+    ValueError
+        As `from_json`, or it is no regular file; the message starts with its name.
+    """
+    record = read_json(path)
+    try:
+        return build(cls, record, cls.__name__)
+    except ValueError as error:
+        raise ValueError(f"{name_of(path)}: {error}") from error
 
 
-def _value(hint: Any, value: Any, where: str) -> Any:
-    """Read a JSON value as the type of a field."""
-    if dataclasses.is_dataclass(hint):
-        return _build(typing.cast("type[Any]", hint), value, where)
-    # X | Literal[...] is a typing.Union, X | None a types.UnionType
-    union = typing.get_origin(hint) in (typing.Union, types.UnionType)
-    for kind in typing.get_args(hint) if union else (hint,):
-        read = _as(kind, value, where)
-        if read is not _UNFIT:
-            return read
-    known = str(hint).replace("typing.", "") if typing.get_origin(hint) else hint.__name__
-    raise ValueError(f"{where} must be {known}, got {value!r}")
-
-
-_UNFIT: Any = object()
-"""What `_as` returns for a value of another type."""
-
-
-def _as(kind: Any, value: Any, where: str) -> Any:
-    """Return `value` as one type, or `_UNFIT`. A whole number is a float, too; a bool is no number."""
-    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
-    if origin is typing.Literal:
-        return value if value in arguments else _UNFIT
-    if origin is tuple:
-        if not isinstance(value, list):
-            return _UNFIT
-        kinds = arguments[:1] * len(value) if arguments[-1] is Ellipsis else arguments
-        if len(kinds) != len(value):
-            return _UNFIT
-        return tuple(_value(k, v, f"{where}[{n}]") for n, (k, v) in enumerate(zip(kinds, value, strict=True)))
-    if kind is Path:
-        return Path(value) if isinstance(value, str) else _UNFIT
-    if kind is float:
-        fits = isinstance(value, int | float) and not isinstance(value, bool)
-        return float(value) if fits else _UNFIT
-    if kind is int:
-        return value if isinstance(value, int) and not isinstance(value, bool) else _UNFIT
-    return value if isinstance(value, kind) else _UNFIT
-
-
-def _check_probability(value: Any) -> None:
+def check_probability(value: Any) -> None:
+    """Raise `ValueError` unless a threshold lies in (0, 1), or is "calibrated"."""
     good = value == "calibrated" if isinstance(value, str) else 0 < value < 1
     _check("probability", value, good, "in (0, 1) or 'calibrated'")
 
 
 def _check(name: str, value: Any, holds: bool, rule: str) -> None:
     if not holds:
-        raise ValueError(f"{name} must be {rule}, got {value}")
+        text = shown(value)
+        raise ValueError(f"{name} must be {rule}, got {text[1:-1] if isinstance(value, str) else text}")

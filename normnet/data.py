@@ -181,7 +181,9 @@ class PairStream:
             hu, mask = (a.to(self.device, non_blocking=True) for a in (hu, mask))
         healthy = ls.window_hu(hu)
         healthy *= mask
-        pair = self._synthesizer(healthy, mask, index=slabs.indices, lung_fraction=slabs.fractions)
+        pair = self._synthesizer(
+            healthy, mask, index=slabs.indices, lung_fraction=slabs.fractions, allow_empty=True
+        )
         image, target, thick = pair.image, pair.target, {}
         for k, profile in enumerate(slabs.profiles):
             if profile is not None:
@@ -230,12 +232,16 @@ class PairStream:
         return slice_profile(self._slab, volume.spacing[0], thin + float(u[1]) * (thick - thin), float(u[2]))
 
     def _window(self, mask: Array, sizes: list[int], u: float) -> tuple[slice, slice]:
-        """In-plane window around the voxel of rank u of the lung's projection, inside the slice."""
+        """In-plane window around the voxel of rank u of the lung's projection, inside the slice.
+
+        The middle, where there is no lung.
+        """
         projection = mask.any(0)
         if isinstance(projection, torch.Tensor):
             projection = projection.cpu().numpy()
         lung = np.flatnonzero(projection)
-        centre = divmod(int(lung[min(int(u * len(lung)), len(lung) - 1)]), mask.shape[2])
+        rank = min(int(u * len(lung)), len(lung) - 1)
+        centre = divmod(int(lung[rank]), mask.shape[2]) if len(lung) else [n // 2 for n in mask.shape[1:]]
         y, x = (
             min(max(c - size // 2, 0), n - size)
             for c, size, n in zip(centre, sizes, mask.shape[1:], strict=True)

@@ -8,8 +8,7 @@ where there is nothing.
 from __future__ import annotations
 
 import csv
-import shutil
-import sys
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -20,19 +19,28 @@ import numpy as np
 import numpy.typing as npt
 
 import lesionsynth as ls
-from normnet.config import PredictConfig, TrainConfig, phantom
+from lesionsynth import commands
+from lesionsynth.files import claimed, others, remove_folder, sweep, write_atomically
+from normnet.config import WEIGHTS, PredictConfig, TrainConfig, phantom
 from normnet.evaluate import CaseVolumes, Evaluation, evaluate_volumes
 from normnet.metrics import HEALTHY_THRESHOLD
 from normnet.model import load_model
 from normnet.origin import Origin
 from normnet.predict import predict_volume
 from normnet.report import Report, curve, grey, lung_box, percent, png, side_by_side
+from normnet.results import check_output
+from normnet.stage import load
+from normnet.strict_json import dumps
 from normnet.tables import plain_table
-from normnet.train import CONFIG, METRICS, TrainResult, train
+from normnet.train import BEST, CONFIG, METRICS, STATE, TrainResult, train
 from normnet.volumes import PHANTOM_SEED
 
 Array = npt.NDArray[Any]
 
+RUN, MARKER, FORMAT = "run", "demo.json", "normnet.demo"
+"""Folder of the training run, and the file in it that says that it may be replaced."""
+FILES = (WEIGHTS, BEST, STATE, METRICS, "events.out.tfevents.*", CONFIG, MARKER)
+"""What that folder may hold then."""
 PATIENT_SEED = 1
 """First patient; training phantoms have seeds from `PHANTOM_SEED` up, whatever the run's seed."""
 
@@ -42,7 +50,8 @@ class DemoConfig:
     """Train on the built-in phantom, predict pneumonia never seen, write a report."""
 
     output: Path = Path("demo-output")
-    """Folder for the run, results.json, cases.csv and report.html; an earlier demo in it is replaced."""
+    """Folder for the run, results.json, cases.csv and report.html; an earlier demo in it is replaced, files
+    of others are not."""
     minutes: float = 4.0
     """Training time."""
     seed: int = 0
@@ -81,18 +90,31 @@ def run_demo(config: DemoConfig, *, say: Callable[[str], None] | None = None) ->
     Raises
     ------
     ValueError
-        See `normnet.train.train`.
+        See `normnet.train.train`; or the folder holds what no demo wrote.
     """
     start = time.perf_counter()
     tell = say or (lambda line: None)
-    run = config.output / "run"
-    if (run / CONFIG).exists():
-        shutil.rmtree(run)  # an earlier demo's
+    _check_output(config.output)  # before anything is computed
+    config.output.mkdir(parents=True, exist_ok=True)
+    with claimed(config.output):
+        return _run_demo(config, tell, start, progress_bar=say is not None)
+
+
+def _run_demo(
+    config: DemoConfig, tell: Callable[[str], None], start: float, *, progress_bar: bool
+) -> Evaluation:
+    run = config.output / RUN
+    _check_output(config.output)
+    sweep(config.output)
+    if run.exists():
+        remove_folder(run, FILES)  # an earlier demo's
+    run.mkdir()
+    write_atomically(run / MARKER, dumps({"format": FORMAT, "files": FILES}))
     tell(f"1/3 training on healthy phantoms with synthetic lesions, {config.minutes:g} min")
     settings = replace(
         config.train, data=None, output=run, minutes=config.minutes, seed=config.seed, resume=False
     )
-    result = train(settings, progress_bar=say is not None)
+    result = train(settings, progress_bar=progress_bar)
     tell(f"    {result.iterations} iterations, {result.waiting_share:.0%} of the time waiting for pairs")
     tell(f"2/3 predicting {config.patients} phantoms with pneumonia and a healthy one")
     evaluation = evaluate_volumes(_predicted(config, run), pictures=2)
@@ -100,6 +122,29 @@ def run_demo(config: DemoConfig, *, say: Callable[[str], None] | None = None) ->
     evaluation.write(config.output)
     _write_report(config, result, evaluation, time.perf_counter() - start)
     return evaluation
+
+
+def _check_output(output: Path) -> None:
+    """Refuse a folder with files or a run that no demo wrote.
+
+    Raises
+    ------
+    ValueError
+        Names the first.
+    """
+    check_output(output)
+    run = output / RUN
+    if not os.path.lexists(run):
+        return
+    rule = f"output holds {RUN}, which no demo wrote: name another folder, or move it away, got {run}"
+    if run.is_symlink() or not run.is_dir():
+        raise ValueError(rule)
+    marker = load(run / MARKER)
+    marked = isinstance(marker, dict) and marker.get("format") == FORMAT
+    if any(run.iterdir()) and not marked:
+        raise ValueError(rule)
+    if other := others(run, FILES):
+        raise ValueError(f"{rule}: {other[0]} in it is none of its files")
 
 
 def patients(config: DemoConfig) -> Iterator[tuple[str, ls.phantom.ChestCT, Array]]:
@@ -197,17 +242,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     import tyro
 
     start = time.perf_counter()
-    try:
+
+    def body() -> int:
         config = tyro.cli(DemoConfig, args=arguments, prog="python -m normnet.demo")
         evaluation = run_demo(config, say=lambda line: print(line, flush=True))
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(plain_table(*evaluation.table()))
-    auc = evaluation.summary["bright_auc"]["mean"]
-    print(f"bright-voxel AUC {auc:.3f}, {time.perf_counter() - start:.0f} s in all")
-    print(f"report: {config.output / 'report.html'}")
-    return 0
+        print(plain_table(*evaluation.table()))
+        auc = evaluation.summary["bright_auc"]["mean"]
+        print(f"bright-voxel AUC {auc:.3f}, {time.perf_counter() - start:.0f} s in all")
+        print(f"report: {config.output / 'report.html'}")
+        return 0
+
+    return commands.run("error", body)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import uuid
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -23,7 +22,9 @@ from pydicom.sr.codedict import codes
 from pydicom.uid import ExplicitVRLittleEndian, generate_uid
 
 from lesionsynth import __version__
-from lesionsynth.io import Grid, largest_series, list_series
+from lesionsynth.files import replacing
+from lesionsynth.io import Grid, SeriesInfo, largest_series, list_series
+from lesionsynth.strict import name_of
 
 Mask = npt.NDArray[np.bool_]
 
@@ -110,27 +111,24 @@ def read_series(source: str | os.PathLike[str], series: str | None = None) -> li
         Nothing is there; no DICOM series, or not the one asked for.
     """
     place = Path(source)
-    if not place.exists():
-        raise FileNotFoundError(f"{place}: no such file or folder")
-    folder = place if place.is_dir() else place.parent
+    there = list_series(place)
     if series is None:
-        series = _chosen(place)
-    headers = [_header(file) for file in sorted(folder.iterdir()) if file.is_file() and file.name[0] != "."]
-    slices = [h for h in headers if h is not None and h.SeriesInstanceUID == series]
+        series = _chosen(place, there)
+    # pydicom descends into sequences by recursion: only files that were walked through are given to it
+    files = sorted(name for info in there if info.uid == series and info.usable for name in info.files)
+    slices = [header for file in files if (header := _header(Path(file))) is not None]
     if not slices:
-        raise ValueError(f"{place}: series must be one that is there, got {series}")
+        raise ValueError(f"{name_of(place)}: series must be one that is there, got {series}")
     normal = _axes(slices[0])[2]
     return sorted(slices, key=lambda header: float(_position(header) @ normal))
 
 
-def _chosen(place: Path) -> str:
+def _chosen(place: Path, there: Sequence[SeriesInfo]) -> str:
     """Series of a file, or the one of a folder that `read_ct` reads."""
-    if place.is_dir():
-        if there := list_series(place):
-            return largest_series(there).uid
-    elif (header := _header(place)) is not None:
-        return str(header.SeriesInstanceUID)
-    raise ValueError(f"source must be a DICOM series, for a segmentation refers to it, got {place}")
+    infos = there if place.is_dir() else [info for info in there if str(place) in info.files]
+    if infos:
+        return largest_series(infos).uid
+    raise ValueError(f"source must be a DICOM series, for a segmentation refers to it, got {name_of(place)}")
 
 
 def _header(file: Path) -> pydicom.Dataset | None:
@@ -230,14 +228,6 @@ def _describe(number: int, name: str, algorithm: Any) -> Any:
 
 def _save(dataset: pydicom.Dataset, target: Path) -> Path:
     target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
-    try:
-        with temporary.open("xb") as stream:
-            dataset.save_as(stream)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(temporary, target)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    with replacing(target) as beside:
+        dataset.save_as(beside)
     return target

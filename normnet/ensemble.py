@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
-from typing import Any
+from functools import partial
 
 from normnet.config import TrainConfig
 from normnet.device import available_cores, choose_device
+from normnet.prepare.workers import SLOT, Died, run_parallel
 from normnet.train import CONFIG, TrainResult, train
-
-_DEVICE = "NORMNET_MEMBER_DEVICE"
 
 
 def train_ensemble(
@@ -46,6 +43,8 @@ def train_ensemble(
         `members` is below 1, a device is not there, or a member is refused as by `normnet.train.train`.
     FloatingPointError
         A member's loss became NaN or infinite; the others are kept.
+    OSError
+        A member's process was killed; the others are kept.
     """
     if members < 1:
         raise ValueError(f"members must be >= 1, got {members}")
@@ -65,13 +64,16 @@ def train_ensemble(
     if config.threads is None and cpus:
         share = max(1, available_cores() // cpus)
         configs = [replace(member, threads=share) for member in configs]
-    context = multiprocessing.get_context("spawn")  # CUDA does not survive a fork
-    free: Any = context.Queue()
-    for device in devices:
-        free.put(device)
-    with ProcessPoolExecutor(len(devices), mp_context=context, initializer=_take, initargs=(free,)) as pool:
-        tasks = [pool.submit(_train, member) for member in configs]
-        return [task.result() for task in tasks]
+    results: dict[int, TrainResult | Exception] = {}
+    # fresh processes: CUDA does not survive a fork
+    for index, found in run_parallel(partial(_train, tuple(devices)), configs, min(len(devices), members)):
+        died = ChildProcessError(f"{configs[index].output}: {found}")
+        results[index] = died if isinstance(found, Died) else found
+    trained = [results[index] for index in range(members)]
+    for result in trained:  # the others have come to their ends
+        if isinstance(result, Exception):
+            raise result
+    return [result for result in trained if not isinstance(result, Exception)]
 
 
 def _member(config: TrainConfig, seed: int) -> TrainConfig:
@@ -80,10 +82,9 @@ def _member(config: TrainConfig, seed: int) -> TrainConfig:
     return replace(config, seed=seed, output=output, resume=config.resume and begun)
 
 
-def _take(free: Any) -> None:
-    """Give a worker process its device."""
-    os.environ[_DEVICE] = free.get()
-
-
-def _train(config: TrainConfig) -> TrainResult:
-    return train(replace(config, device=os.environ[_DEVICE]))
+def _train(devices: Sequence[str], config: TrainConfig) -> TrainResult | Exception:
+    """Train in a worker, on its device."""
+    try:
+        return train(replace(config, device=devices[int(os.environ[SLOT])]))
+    except Exception as error:  # the other members go on
+        return error

@@ -7,6 +7,7 @@ VAE=OUT2`` sets other methods' maps of the same cases beside them.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,6 +15,8 @@ from typing import Any
 
 import numpy.typing as npt
 
+from lesionsynth.commands import run
+from lesionsynth.files import same_file
 from lesionsynth.io import CTVolume, read_ct, read_map, read_mask
 from normnet.metrics import (
     CONTROL_VOXELS,
@@ -27,7 +30,7 @@ from normnet.origin import read_origin
 from normnet.pairing import CaseFiles, find_cases, read_table, with_predictions
 from normnet.prepare.lungs import segment_lungs
 from normnet.report import percent
-from normnet.results import Evaluation, Failure
+from normnet.results import Evaluation, Failure, check_output
 from normnet.scoring import WITHOUT_GROWING, CaseVolumes, MethodScores, Rules
 from normnet.tables import bright_grid, plain_table, scores_grid
 
@@ -221,7 +224,10 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
     FileNotFoundError, ValueError
         See `find_cases`, `read_table` and `with_predictions`.
     """
+    check_output(config.output)
     if config.cases is not None:
+        if same_file(config.cases, config.output / "cases.csv"):
+            raise ValueError(f"output must not replace an input, got {config.output} for {config.cases}")
         files = read_table(config.cases)
     else:
         files = find_cases(
@@ -281,31 +287,28 @@ def _settings(rules: Rules) -> dict[str, Any]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; 0 when all went well, 1 when a case failed, 2 for a wrong call."""
-    import sys
-
     import tyro
 
-    try:
+    def body() -> int:
         config = tyro.cli(EvaluateConfig, args=arguments, prog="python -m normnet.evaluate")
         evaluation = evaluate(config)
-    except (OSError, TypeError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(plain_table(*evaluation.table()))
-    for grid in (scores_grid(evaluation.methods), bright_grid(evaluation.methods)):
-        print(f"\n{grid.title}")
-        print(plain_table(grid.header, grid.rows))
-    for method in evaluation.methods:
-        if method.oracle is not None:
-            print(
-                f"oracle, {method.name} (threshold searched on this test set, bare network without "
-                f"post-processing): DSC {percent(method.oracle['mean_dsc'])} at "
-                f"{method.oracle['threshold']:.2f}"
-            )
-    print(f"report: {config.output / 'report.html'}")
-    for failure in evaluation.failures:
-        print(f"error: {failure}", file=sys.stderr)
-    return 1 if evaluation.failures else 0
+        print(plain_table(*evaluation.table()))
+        for grid in (scores_grid(evaluation.methods), bright_grid(evaluation.methods)):
+            print(f"\n{grid.title}")
+            print(plain_table(grid.header, grid.rows))
+        for method in evaluation.methods:
+            if method.oracle is not None:
+                print(
+                    f"oracle, {method.name} (threshold searched on this test set, bare network without "
+                    f"post-processing): DSC {percent(method.oracle['mean_dsc'])} at "
+                    f"{method.oracle['threshold']:.2f}"
+                )
+        print(f"report: {config.output / 'report.html'}")
+        for failure in evaluation.failures:
+            print(f"error: {failure}", file=sys.stderr)
+        return 1 if evaluation.failures else 0
+
+    return run("error", body, wrong=(OSError, TypeError, ValueError, ImportError))
 
 
 if __name__ == "__main__":

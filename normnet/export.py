@@ -5,8 +5,9 @@ Half precision: a weight keeps 11 bits, which moves a probability by less than a
 
 from __future__ import annotations
 
+import hashlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -14,9 +15,17 @@ from typing import Annotated, Any
 import torch
 import tyro
 
+from lesionsynth.commands import run
+from lesionsynth.files import claimed, refuse_foreign, same_file, write_atomically
 from normnet.config import PredictConfig, Probability
 from normnet.model import EXPORTED, find_models, load_model, save_model
 from normnet.predict import healthy_threshold
+from normnet.stage import load
+from normnet.strict_json import dumps
+
+RECORD = "export.json"
+"""Names the weights of the last export, with their SHA-256: no others are replaced or removed."""
+FORMAT = "normnet.export"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,7 +35,8 @@ class ExportArgs:
     runs: Annotated[tuple[Path, ...], tyro.conf.Positional]
     """Run folders, folders of runs (an ensemble) or weights files."""
     output: Path
-    """Folder for them, which `normnet.predict --models` takes; an earlier export in it is replaced."""
+    """Folder for them, which `normnet.predict --models` takes; an earlier export in it, as its export.json
+    tells, is replaced, other weights are not."""
     probability: Probability | None = None
     """Threshold that they shall vote with unless prediction is given one: a number, such as the best of the
     ensemble on synthetic lesions (docs/postprocess_sweep.py), or "calibrated", each its own; that of training
@@ -54,12 +64,13 @@ def export(runs: Sequence[Path], output: Path, probability: Probability | None =
     ------
     ValueError
         There are no weights in `runs`, a weight does not fit half precision, or the models were trained for
-        different T or inflations; `probability` is not in (0, 1), or a model is not calibrated. Nothing is
-        written.
+        different T or inflations; `probability` is not in (0, 1), or a model is not calibrated; `output`
+        holds weights that no export wrote, or an input. Nothing is written.
     """
     usage = PredictConfig(probability=probability)
     models: list[Any] = []
-    for file in find_models(runs):
+    files = find_models(runs)
+    for file in files:
         model: Any = load_model(file)
         largest = max(float(t.abs().max()) for t in model.state_dict().values() if t.is_floating_point())
         if largest > torch.finfo(torch.float16).max:
@@ -74,34 +85,70 @@ def export(runs: Sequence[Path], output: Path, probability: Probability | None =
         if len(found) > 1:
             shown = ", ".join(sorted(map(str, found)))
             raise ValueError(f"runs must have one {name}, as their models vote together, got {shown}")
-    written = []
-    for number, model in enumerate(models):
-        path = output / f"model-{number}.safetensors"
-        save_model(
-            path,
-            model.half(),
-            model.config,
-            model.calibration,
-            threshold_hu=model.threshold_hu,
-            inflation_hu=model.inflation_hu,
-            probability=model.probability if probability is None else probability,
-        )
-        written.append(path)
-    for path in set(output.glob(EXPORTED)) - set(written):  # an earlier, larger ensemble's would vote
-        path.unlink()
-    return written
+    names = [f"model-{number}.safetensors" for number in range(len(models))]
+    _check_output(output, files)
+    output.mkdir(parents=True, exist_ok=True)
+    with claimed(output):
+        earlier = _check_output(output, files)
+        # until all is done: a call that is killed leaves no file that the next one could not tell
+        _record(output, dict.fromkeys([*names, *earlier]))
+        for name, model in zip(names, models, strict=True):
+            save_model(
+                output / name,
+                model.half(),
+                model.config,
+                model.calibration,
+                threshold_hu=model.threshold_hu,
+                inflation_hu=model.inflation_hu,
+                probability=model.probability if probability is None else probability,
+            )
+        for name in earlier.keys() - set(names):  # an earlier, larger ensemble's would vote
+            (output / name).unlink(missing_ok=True)
+        _record(output, {name: _sha256(output / name) for name in names})
+    return [output / name for name in names]
+
+
+def _record(output: Path, digests: Mapping[str, str | None]) -> None:
+    write_atomically(output / RECORD, dumps({"format": FORMAT, "files": digests}))
+
+
+def _check_output(output: Path, inputs: Sequence[Path]) -> dict[str, str | None]:
+    """Return the files of an earlier export with their digests; refuse those of others, and inputs.
+
+    Raises
+    ------
+    ValueError
+        Weights are there that no export wrote, or that were changed since; or an input is among them.
+    """
+    refuse_foreign(output, (), ours=False, maker="an export")  # a file in its place
+    record = load(output / RECORD)
+    listed = record.get("files") if isinstance(record, dict) and record.get("format") == FORMAT else None
+    files = listed if isinstance(listed, dict) else {}
+    refuse_foreign(output, (RECORD,), ours=isinstance(listed, dict), maker="an export")
+    for path in sorted(output.glob(EXPORTED)):
+        refuse_foreign(output, (path.name,), ours=path.name in files, maker="an export")
+        if any(same_file(path, file) for file in inputs):
+            raise ValueError(f"output must not replace an input, got {output} for {path}")
+        if files[path.name] not in (None, _sha256(path)):
+            raise ValueError(f"output holds {path.name}, changed since it was exported: move it away")
+    return {path.name: files[path.name] for path in sorted(output.glob(EXPORTED))}
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; 0 when done, 2 for bad input."""
-    args = tyro.cli(ExportArgs, args=argv, prog="normnet.export", description=__doc__)
-    try:
+
+    def body() -> int:
+        args = tyro.cli(ExportArgs, args=argv, prog="normnet.export", description=__doc__)
         for path in export(args.runs, args.output, args.probability):
             print(f"{path}: {path.stat().st_size / 1e6:.1f} MB")
-    except (ValueError, OSError) as error:
-        print(f"normnet.export: {error}", file=sys.stderr)
-        return 2
-    return 0
+        return 0
+
+    return run("normnet.export", body)
 
 
 if __name__ == "__main__":

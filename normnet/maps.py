@@ -7,16 +7,15 @@ of a call that was killed; the user's own files stay.
 
 from __future__ import annotations
 
-import csv
-import io
 import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lesionsynth.files import write_atomically
 from normnet.config import PredictConfig
-from normnet.prepare.store import write_atomically
 from normnet.records import (
     FILES,
     PREDICT,
@@ -30,10 +29,11 @@ from normnet.records import (
     read_record,
     read_records,
 )
+from normnet.sheets import has_columns, sheet
 from normnet.stage import Writer, claims, load, names_in, publish
 
 TABLE = "volumes.csv"
-_ADVICE = "take another folder or pass overwrite"
+_AWAY = "take another folder, or move it away"
 
 
 @dataclass(frozen=True)
@@ -67,8 +67,10 @@ class Folder:
                 if _identity(file) in read:
                     raise ValueError(f"output must not replace an input, got {file.parent} for {file}")
 
-    def check_own(self, case: str) -> None:
-        """Refuse to write over files of a case that this maker did not write.
+    def check_own(self, case: str, *, overwrite: bool = False) -> None:
+        """Refuse to write over files of a case that this maker did not write; any maker, to overwrite.
+
+        What no record tells to be the work of one is never written over.
 
         Raises
         ------
@@ -77,10 +79,11 @@ class Folder:
         """
         owners = self._owners(case)
         for file in self._files(case):
-            if file.exists() and (owner := owners.get(file.name)) != self.maker:
-                raise ValueError(
-                    f"output holds {file.name}, which is of {owner or 'no earlier call'}; {_ADVICE}"
-                )
+            owner = owners.get(file.name)
+            if not os.path.lexists(file) or owner == self.maker or (overwrite and owner is not None):
+                continue
+            way = "take another folder or pass overwrite" if owner else _AWAY
+            raise ValueError(f"output holds {file.name}, which is of {owner or 'no earlier call'}; {way}")
 
     def check_shared(self) -> None:
         """Refuse to write over a `SETTINGS` or `TABLE` that no prediction wrote.
@@ -91,8 +94,8 @@ class Folder:
             Names it.
         """
         for name, ours in ((SETTINGS, _is_settings), (TABLE, _is_table)):
-            if (self.path / name).exists() and not ours(self.path / name):
-                raise ValueError(f"output holds {name}, which is of no earlier call; {_ADVICE}")
+            if os.path.lexists(self.path / name) and not ours(self.path / name):
+                raise ValueError(f"output holds {name}, which is of no earlier call; {_AWAY}")
 
     def missing(self, case: str, record: Record, wanted: Sequence[str]) -> tuple[str, ...]:
         """Return the kinds of files to write for a case: none where an earlier call made all of them.
@@ -154,7 +157,7 @@ class Folder:
         record : dict
             What goes into ``<case>.json``, without ``files``.
         overwrite : bool
-            Replace files of others.
+            Replace what another call, or another method, made.
 
         Returns
         -------
@@ -168,8 +171,7 @@ class Folder:
         OSError
             No room, or a file came out shorter than it should be.
         """
-        if not overwrite:
-            self.check_own(case)
+        self.check_own(case, overwrite=overwrite)
         files = {kind: f"{case}{ending}" for kind, ending in FILES.items()}
         whole = {**record, "files": {kind: name if kind in writers else None for kind, name in files.items()}}
         publish(self.path, case, {name: writers.get(kind) for kind, name in files.items()}, whole)
@@ -183,16 +185,13 @@ class Folder:
 
     def write_table(self) -> None:
         """Write ``volumes.csv`` of all finished cases; none where there is none."""
-        rows = [{"case": r["case"], **_written(r["volumes"])} for r in read_records(self.path)[0]]
+        rows = [[r["case"], *_written(r["volumes"]).values()] for r in read_records(self.path)[0]]
+        if not _is_table(self.path / TABLE) and os.path.lexists(self.path / TABLE):
+            raise ValueError(f"output holds {TABLE}, which is of no earlier call; {_AWAY}")
         if not rows:
-            if (self.path / SETTINGS).exists():
-                (self.path / TABLE).unlink(missing_ok=True)
+            (self.path / TABLE).unlink(missing_ok=True)
             return
-        text = io.StringIO()
-        writer = csv.DictWriter(text, ["case", *VOLUMES], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-        write_atomically(self.path / TABLE, text.getvalue())
+        write_atomically(self.path / TABLE, sheet([["case", *VOLUMES], *rows]))
 
     def _files(self, case: str) -> list[Path]:
         return [self.path / f"{case}{ending}" for ending in (*FILES.values(), ".json")]
@@ -201,12 +200,13 @@ class Folder:
         """Who wrote the files of a case, by name; without those of which no record tells."""
         owners: dict[str, str] = {}
         file = self.path / f"{case}.json"
+        linked = {path.name for path in self._files(case) if path.is_symlink()}  # we make no links
         told = claims(self.path, case)
         if file.exists() and isinstance(record := load(file), dict) and record.get("case") == case:
             told.append((record, {file.name, *names_in(record, case)}))
         for record, names in told:
             if (maker := maker_of(record)) is not None:
-                owners.update(dict.fromkeys(names, maker))
+                owners.update(dict.fromkeys(names - linked, maker))
         return owners
 
 
@@ -220,18 +220,13 @@ def _identity(path: Path) -> tuple[int, int] | None:
 
 
 def _is_settings(path: Path) -> bool:
-    content = load(path)
+    content = None if path.is_symlink() else load(path)
     return isinstance(content, dict) and content.keys() == {"settings", "models"}
 
 
 def _is_table(path: Path) -> bool:
-    try:
-        with path.open(newline="", encoding="utf-8") as stream:
-            head = next(csv.reader(stream), [])
-    except (OSError, UnicodeDecodeError, csv.Error):
-        return False
     # earlier versions had fewer columns
-    return head[:1] == ["case"] and set(head[1:]) <= set(VOLUMES)
+    return not path.is_symlink() and has_columns(path, ["case", *VOLUMES])
 
 
 def _written(volumes: Mapping[str, float | None]) -> dict[str, str]:

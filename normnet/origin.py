@@ -7,7 +7,6 @@ that it judges, which the record tells too.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any
 
 import lesionsynth as ls
 from lesionsynth.io import case_name
+from lesionsynth.strict import read_json
 from lesionsynth.window import HU_RANGE
 from normnet.config import PAPER_THRESHOLD_HU
 
@@ -99,8 +99,7 @@ def _record(prediction: Path) -> dict[str, Any]:
     if not name.endswith(_LESIONS):
         return {}
     try:
-        text = prediction.with_name(f"{name[: -len(_LESIONS)]}.json").read_text("utf-8")
-        record: dict[str, Any] = json.loads(text)
+        record: dict[str, Any] = read_json(prediction.with_name(f"{name[: -len(_LESIONS)]}.json"))
         return record if record["files"]["lesions"] == prediction.name else {}
     except (OSError, ValueError, TypeError, LookupError):
         return {}

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from lesionsynth.strict import build, hints_of, name_of, read_json, shown
 from normnet.config import WEIGHTS, PredictConfig, to_json
 
 Mask = npt.NDArray[np.bool_]
@@ -53,11 +54,12 @@ def read_record(path: Path) -> Record:
         It is something else.
     """
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path}: not the record of a prediction: {error}") from error
-    if not _is_record(record):
-        raise ValueError(f"{path}: not the record of a prediction")
+        record = read_json(path)
+    except ValueError as error:
+        text = str(error).removeprefix(f"{name_of(path)}: ")
+        raise ValueError(f"{name_of(path)}: not the record of a prediction: {text}") from error
+    if wrong := _wrong(record):
+        raise ValueError(f"{name_of(path)}: not the record of a prediction: {wrong}")
     whole: Record = record
     return whole
 
@@ -90,7 +92,7 @@ def read_records(folder: Path) -> tuple[list[Record], dict[str, str]]:
 
 def maker_of(record: Any) -> str | None:
     """Tell what wrote a record: `PREDICT`, or a baseline and its method; None where it is something else."""
-    if _is_record(record):
+    if _wrong(record) is None:
         return PREDICT
     if isinstance(record, dict) and isinstance(record.get("files"), dict):
         baseline = record.get("baseline")
@@ -103,21 +105,50 @@ def baseline_maker(method: str) -> str:
     return f"normnet.baselines ({method})"
 
 
-def _is_record(record: Any) -> bool:
-    """Tell whether a prediction wrote it, so that it may be read without further care."""
-    if not isinstance(record, dict) or not {"case", "volumes", "files", *SAME} <= record.keys():
-        return False
-    volumes, files = record["volumes"], record["files"]
-    return (
-        isinstance(record["case"], str)
-        and isinstance(record["ct"], str)
-        and isinstance(record["series"], str | None)
-        and isinstance(volumes, dict)
-        and all(v is None or (isinstance(v, int | float) and math.isfinite(v)) for v in volumes.values())
-        and all(isinstance(volumes.get(name), int | float) for name in ("lung_ml", "lesion_ml"))
-        and isinstance(files, dict)
-        and all(isinstance(files.get(name), str) for name in ("lesions", "lung"))
-    )
+@dataclass(frozen=True, kw_only=True)
+class _Made:
+    """What readers of a record rely on; it may say more."""
+
+    case: str
+    ct: str
+    series: str | None
+    lungs_from: Any
+    settings: Any
+    models: Any
+    volumes: dict[str, float | None]
+    files: dict[str, str | None]
+
+    def __post_init__(self) -> None:
+        for name in ("case", "ct"):
+            if not 0 < len(text := getattr(self, name)) <= 4096 or "\0" in text:
+                raise ValueError(f"{name} must be a name, got {shown(text)}")
+        if not isinstance(self.settings, dict):
+            raise ValueError(f"settings must be a JSON object, got {shown(self.settings)}")
+        if not isinstance(self.models, list) or not all(isinstance(m, dict) for m in self.models):
+            raise ValueError(f"models must be a list of JSON objects, got {shown(self.models)}")
+        for name, value in self.volumes.items():
+            if value is not None and not 0 <= value < 1e9:
+                raise ValueError(f"volumes.{shown(name)} must be null or in [0, 1e9), got {shown(value)}")
+        for name in ("lung_ml", "lesion_ml"):
+            if self.volumes.get(name) is None:
+                raise ValueError(f"volumes.{name} must be a number, got {shown(self.volumes.get(name))}")
+        for kind in ("lesions", "lung"):
+            if self.files.get(kind) is None:
+                raise ValueError(f"files.{kind} must be a file's name, got {shown(self.files.get(kind))}")
+        for kind, file in self.files.items():
+            if file is not None and (Path(file).name != file or file[:1] in ("", ".") or "\0" in file):
+                raise ValueError(f"files.{shown(kind)} must be a file's name, got {shown(file)}")
+
+
+def _wrong(record: Any) -> str | None:
+    """Tell what is wrong with a prediction's record; None where it may be read without further care."""
+    if not isinstance(record, dict):
+        return f"must be a JSON object, got {type(record).__name__}"
+    try:
+        build(_Made, {name: record[name] for name in hints_of(_Made) if name in record})
+    except ValueError as error:
+        return str(error)
+    return None
 
 
 def model_record(file: Path, **usage: object) -> Record:

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
-import csv
-import io
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from lesionsynth.files import refuse_foreign, write_atomically
 from normnet.metrics import CaseScores
-from normnet.prepare.store import write_atomically
 from normnet.report import Report
 from normnet.scoring import MethodScores
+from normnet.sheets import sheet
 from normnet.strict_json import dumps
 from normnet.tables import Grid, lay_out, markdown, volumes_grid, with_ungrown
 
 TITLE = "NormNet: evaluation"
+RECORD = "results.json"
+FILES = ("cases.csv", "tables.md", "report.html", RECORD)
+"""What an evaluation writes; the record proves that the others are its own."""
+_RECORDED = {"cases", "summary", "settings", "methods", "failures"}
 
 
 @dataclass(frozen=True)
@@ -84,10 +88,17 @@ class Evaluation:
         return [*failures, *lay_out(self.methods, paper=paper)]
 
     def write(self, output: Path) -> None:
-        """Write cases.csv, results.json, tables.md and report.html into a folder, each atomically."""
+        """Write cases.csv, results.json, tables.md and report.html into a folder, each atomically.
+
+        Raises
+        ------
+        ValueError
+            As `check_output`.
+        """
+        check_output(output)
         output.mkdir(parents=True, exist_ok=True)
+        write_atomically(output / RECORD, dumps(self._document()))  # first: it claims the others
         write_atomically(output / "cases.csv", self._csv())
-        write_atomically(output / "results.json", dumps(self._document()))
         write_atomically(output / "tables.md", "\n".join(markdown(grid) for grid in self.grids()))
         report = Report(TITLE)
         self.add_to(report)
@@ -167,22 +178,39 @@ class Evaluation:
                 }
                 for m in with_ungrown(self.methods)
             },
+            "files": list(FILES),
             "failures": [{"case": f.case, "method": f.method, "reason": f.reason} for f in self.failures],
         }
 
     def _csv(self) -> str:
-        stream = io.StringIO()
-        writer = csv.writer(stream, lineterminator="\n")
         fields = [name for name in CaseScores.__annotations__ if name != "notes"]
-        writer.writerow(["case", "method", *fields, "threshold", "bright_threshold", "notes"])
+        rows: list[Sequence[Any]] = [
+            ["case", "method", *fields, "threshold", "bright_threshold", "notes"],
+        ]
         for m in with_ungrown(self.methods):
             for case, s in m.scores.items():
                 values: Mapping[str, Any] = s
                 labels: Sequence[str] = (m.thresholds[case], m.bright_thresholds[case])
-                writer.writerow(
+                rows.append(
                     [case, m.name, *(values[name] for name in fields), *labels, "; ".join(s["notes"])]
                 )
-        return stream.getvalue()
+        return sheet(rows)
+
+
+def check_output(output: Path) -> None:
+    """Refuse a folder with files of these names that no evaluation wrote.
+
+    Raises
+    ------
+    ValueError
+        Names the first.
+    """
+    try:
+        record = json.loads((output / RECORD).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        record = None
+    ours = isinstance(record, dict) and record.keys() >= _RECORDED
+    refuse_foreign(output, FILES, ours=ours, maker="an evaluation")
 
 
 def _or_one(dsc: float) -> float:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import csv
-import io
 from collections.abc import Mapping
 from pathlib import Path
 
 from torch.utils.tensorboard import SummaryWriter
 
-from normnet.prepare.store import write_atomically
+from lesionsynth.files import write_atomically
+from normnet.sheets import Sheet, sheet
 from normnet.trainer import Progress
 
 METRICS = "metrics.csv"
@@ -40,13 +40,11 @@ class RunLog:
                     last = progress.iteration if row["loss"] else progress.validated
                     if int(row["iteration"]) <= last:
                         kept.append(row)
-        text = io.StringIO()
-        writer = csv.DictWriter(text, self.FIELDS)
-        writer.writeheader()
-        writer.writerows(kept)
-        write_atomically(self._file, text.getvalue())
+        write_atomically(
+            self._file, sheet([self.FIELDS, *([row.get(name) for name in self.FIELDS] for row in kept)])
+        )
         self._stream = self._file.open("a", newline="")
-        self._rows = csv.DictWriter(self._stream, self.FIELDS)
+        self._rows = Sheet(self._stream)
         self._board = SummaryWriter(str(output), purge_step=progress.iteration + 1)
 
     def step(self, progress: Progress, loss: float) -> None:
@@ -70,6 +68,7 @@ class RunLog:
 
     def _row(self, progress: Progress, values: Mapping[str, float]) -> None:
         shown = {name: f"{value:.5g}" for name, value in values.items()}
-        self._rows.writerow({"iteration": progress.iteration, "seconds": f"{progress.seconds:.2f}", **shown})
+        row = {"iteration": progress.iteration, "seconds": f"{progress.seconds:.2f}", **shown}
+        self._rows.row(row.get(name) for name in self.FIELDS)
         for name, value in values.items():
             self._board.add_scalar(name, value, progress.iteration)

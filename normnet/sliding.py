@@ -140,7 +140,7 @@ def slide(
     Raises
     ------
     ValueError
-        Slab or tile do not fit the networks' strides.
+        Slab or tile do not fit the networks' strides, or a network gives NaN.
 
     Notes
     -----
@@ -171,7 +171,11 @@ def slide(
                         total[tile] += network.probability(part[tile]) * ramp_z * ramp
         done = following - start
         weight = weight_z[start:following] * plane_weight
-        yield start, (sums[:, :done] / weight)[..., :height, :width]
+        found = (sums[:, :done] / weight)[..., :height, :width]
+        if not math.isfinite(float(found.sum())):
+            number = int(found.flatten(1).sum(dim=1).isfinite().logical_not().nonzero()[0])
+            raise ValueError(f"models must give probabilities, got NaN from models[{number}], damaged ones")
+        yield start, found
         sums[:, : slabs.size - done] = sums[:, done:].clone()
         sums[:, slabs.size - done :] = 0
 

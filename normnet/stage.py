@@ -11,20 +11,22 @@ import gzip
 import json
 import os
 import re
-import shutil
 import uuid
 import zlib
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from lesionsynth.files import hold, sweep
+from lesionsynth.strict import read_json
 from normnet.records import FILES
 
 Writer = Callable[[Path], object]
-_NEW, _BEFORE = "record", "before"
-"""In the hidden folder: the record to come, and the one that it replaces."""
+_NEW, _BEFORE, _CLAIM = "record", "before", "claim"
+"""In the hidden folder: the record to come, the one that it replaces, the case's name from the start on."""
 
 
 def publish(
@@ -50,13 +52,19 @@ def publish(
     ------
     OSError
         No room, or a file came out shorter than it should be.
+    ValueError
+        Another process is writing this case there.
     """
     folder.mkdir(parents=True, exist_ok=True)
     clear(folder, case)
+    if live := [stage for stage in _stages(folder, case) if _is_held(stage)]:
+        raise ValueError(f"{case} is being written by another process, in {live[0]}")
     stage = folder / f".{case}.{uuid.uuid4().hex}"
     stage.mkdir()
     final = folder / f"{case}.json"
+    held = hold(stage)
     try:
+        (stage / _CLAIM).write_text(case, encoding="utf-8")
         for name, writer in writers.items():
             if writer is not None:
                 writer(stage / name)
@@ -75,12 +83,15 @@ def publish(
         os.replace(stage / _NEW, final)
     finally:
         _undo(folder, case, stage)
+        if held is not None:
+            os.close(held)
 
 
 def clear(folder: Path, case: str) -> None:
     """Take away what killed calls left of a case, but for a result that is whole."""
     for stage in _stages(folder, case):
-        _undo(folder, case, stage)
+        if _is_ours(stage) and not _is_held(stage):
+            _undo(folder, case, stage)
 
 
 def claims(folder: Path, case: str) -> list[tuple[Any, set[str]]]:
@@ -113,7 +124,7 @@ def names_in(record: Any, case: str) -> set[str]:
 def load(path: Path) -> Any:
     """Read JSON; None where there is none."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return read_json(path)
     except (OSError, ValueError):
         return None
 
@@ -147,7 +158,21 @@ def _stages(folder: Path, case: str) -> list[Path]:
     name = re.compile(rf"\.{re.escape(case)}\.[0-9a-f]{{32}}")
     if not folder.is_dir():
         return []
-    return [path for path in folder.iterdir() if name.fullmatch(path.name) and path.is_dir()]
+    found = [path for path in folder.iterdir() if name.fullmatch(path.name)]
+    return [path for path in found if path.is_dir() and not path.is_symlink()]
+
+
+def _is_ours(stage: Path) -> bool:
+    """Tell whether a call made this folder: it has what only a call writes, or nothing."""
+    return any((stage / name).exists() for name in (_CLAIM, _NEW, _BEFORE)) or not any(stage.iterdir())
+
+
+def _is_held(stage: Path) -> bool:
+    """Tell whether a process is writing there."""
+    handle = hold(stage)
+    if handle is not None:
+        os.close(handle)
+    return handle is None
 
 
 def _moved(stage: Path, case: str) -> set[str]:
@@ -168,4 +193,8 @@ def _undo(folder: Path, case: str, stage: Path) -> None:
     # first what claims files: a call that is killed here must not leave claims that are no longer true
     for name in (_NEW, _BEFORE):
         (stage / name).unlink(missing_ok=True)
-    shutil.rmtree(stage, ignore_errors=True)
+    sweep(stage)
+    for name in (*(f"{case}{end}" for end in FILES.values()), _CLAIM):
+        (stage / name).unlink(missing_ok=True)
+    with suppress(OSError):  # what somebody else put there stays, and so does the folder
+        stage.rmdir()

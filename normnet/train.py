@@ -12,6 +12,7 @@ five seeds, one after another or spread over ``--devices``.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import sys
 import time
 import warnings
@@ -25,12 +26,13 @@ import tyro
 from tqdm import tqdm
 
 import lesionsynth as ls
-from normnet.config import PRESETS, WEIGHTS, TrainConfig, from_json, to_json
+from lesionsynth.commands import run
+from lesionsynth.files import claimed, refuse_foreign, sweep, write_atomically
+from normnet.config import PRESETS, WEIGHTS, TrainConfig, read_config, to_json
 from normnet.data import VALIDATION_INDEX, Batch, Batches, PairStream, ThickSlices, pair_device
 from normnet.device import choose_device, cpu_settings
 from normnet.distributed import World, join, launched_first
 from normnet.model import save_model
-from normnet.prepare.store import write_atomically
 from normnet.runlog import METRICS, RunLog
 from normnet.trainer import Trainer
 from normnet.validate import validate
@@ -39,6 +41,8 @@ from normnet.volumes import Volume, choose_place, inflated, keep, phantom_volume
 __all__ = ["BEST", "CONFIG", "METRICS", "STATE", "TrainResult", "main", "parse", "train"]
 
 CONFIG, STATE, BEST = "config.json", "state.safetensors", "best.safetensors"
+RUN_FILES = (WEIGHTS, BEST, STATE, METRICS, CONFIG)
+"""Files of a run, its settings last: they claim the others."""
 FREE = ("resume", "output", "iterations", "minutes", "device", "threads", "data", "cache")
 """Settings that a resumed run may change: they say how far and where, not what. Under a schedule the number
 of iterations says what."""
@@ -110,13 +114,24 @@ def train(config: TrainConfig, *, progress_bar: bool = False) -> TrainResult:
 
 def _train(config: TrainConfig, device: torch.device, world: World, progress_bar: bool) -> TrainResult:
     training, validation = _volumes(config, device, world)
-    refused = world.agree(_claim(config) if world.leads else None)
-    if refused:
-        raise ValueError(refused)
+    with contextlib.ExitStack() as held:
+        refused = world.agree(_claim(config, held) if world.leads else None)
+        if refused:
+            raise ValueError(refused)
+        return _trained(config, device, world, (training, validation), progress_bar)
+
+
+def _trained(
+    config: TrainConfig,
+    device: torch.device,
+    world: World,
+    volumes: tuple[list[Volume], list[Volume]],
+    progress_bar: bool,
+) -> TrainResult:
     trainer = Trainer(config, device, world)
     if config.resume and (config.output / STATE).exists():  # killed before its first save it starts anew
         trainer.restore(config.output / STATE)
-    stream, checks = _streams(config, training, validation, device, world)
+    stream, checks = _streams(config, *volumes, device, world)
     log = RunLog(config.output, trainer.progress) if world.leads else None
     _loop(config, trainer, stream, checks, log, progress_bar)
     done = trainer.progress
@@ -220,15 +235,20 @@ def _save_model(config: TrainConfig, trainer: Trainer, name: str) -> None:
     )
 
 
-def _claim(config: TrainConfig) -> str | None:
-    """Take the run folder of a new run, or say why that failed. Nothing is written for settings that fail."""
-    if config.resume:
-        return None
+def _claim(config: TrainConfig, held: contextlib.ExitStack) -> str | None:
+    """Take the run folder, or say why that failed. Nothing is written for settings that fail."""
     try:
         config.output.mkdir(parents=True, exist_ok=True)
-        write_atomically(config.output / CONFIG, to_json(config))
+        held.enter_context(claimed(config.output))
+        if refused := _refusal(config):  # again: another process may have been faster
+            return refused
+        if not config.resume:
+            write_atomically(config.output / CONFIG, to_json(config))
     except OSError as error:
         return f"output: cannot write {config.output}: {error}"
+    except ValueError as error:
+        return str(error)
+    sweep(config.output)
     return None
 
 
@@ -238,13 +258,17 @@ def _refusal(config: TrainConfig) -> str | None:
     if not config.resume:
         if file.exists():
             return f"output: {config.output} already holds a run; resume it, or name another folder"
+        try:
+            refuse_foreign(config.output, RUN_FILES[:-1], ours=False, maker="a run that can be resumed")
+        except ValueError as error:
+            return str(error)
         return None
     if not file.exists():
         return f"resume: {config.output} holds no state to continue from ({CONFIG} is missing)"
     try:
-        stored = from_json(TrainConfig, file.read_text())
+        stored = read_config(TrainConfig, file)
     except (OSError, ValueError) as error:
-        return f"resume: {file}: {error}"
+        return f"resume: {error}"
     free: dict[str, Any] = {name: getattr(config, name) for name in FREE}
     if config.schedule != "constant":
         del free["iterations"]  # the learning rate of every step depends on them
@@ -354,9 +378,9 @@ def parse(argv: Sequence[str]) -> Command:
     base = PRESETS[name]()
     if first.config:
         try:
-            base = from_json(TrainConfig, Path(first.config).read_text())
+            base = read_config(TrainConfig, Path(first.config))
         except (OSError, ValueError) as error:
-            raise ValueError(f"config: {first.config}: {error}") from error
+            raise ValueError(f"config: {error}") from error
     given = {f.name: getattr(base, f.name) for f in fields(base)}
     default = TrainArgs(**given, preset=None if first.config else name)
     args = tyro.cli(TrainArgs, args=list(argv), default=default, prog="normnet.train", description=__doc__)
@@ -368,24 +392,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; 0 when done, 1 when training failed on the way, 2 for bad input."""
     from normnet.ensemble import train_ensemble
 
-    try:
+    def body() -> int:
         config, members, devices = parse(sys.argv[1:] if argv is None else argv)
         if members == 1 and not devices:
             results = [train(config, progress_bar=True)]
         else:
             results = train_ensemble(config, members, devices, progress_bar=True)
-    except ValueError as error:
-        print(f"normnet.train: {error}", file=sys.stderr)
-        return 2
-    except (FloatingPointError, OSError) as error:
-        print(f"normnet.train: {error}", file=sys.stderr)
-        return 1
-    for result in results if launched_first() else []:
-        shown = ", ".join(f"{k} {v:.4f}" for k, v in result.validation.items())
-        print(f"{result.iterations} iterations in {result.seconds:.0f} s; {shown}")
-        print(f"{result.waiting_share:.1%} of it waiting for pairs, {result.synthesis_share:.1%} making them")
-        print(f"weights: {result.output / WEIGHTS}")
-    return 0
+        for result in results if launched_first() else []:
+            shown = ", ".join(f"{k} {v:.4f}" for k, v in result.validation.items())
+            print(f"{result.iterations} iterations in {result.seconds:.0f} s; {shown}")
+            waiting, making = f"{result.waiting_share:.1%}", f"{result.synthesis_share:.1%}"
+            print(f"{waiting} of it waiting for pairs, {making} making them")
+            print(f"weights: {result.output / WEIGHTS}")
+        return 0
+
+    return run("normnet.train", body, failed=(FloatingPointError, OSError))
 
 
 if __name__ == "__main__":

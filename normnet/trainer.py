@@ -11,11 +11,12 @@ from pathlib import Path
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
+from lesionsynth.strict import shown
 from normnet.config import TrainConfig
 from normnet.data import Batch
 from normnet.device import use_bf16
 from normnet.distributed import ALONE, World, dice_ce, global_norms
-from normnet.model import Calibration, build_unet, read_tensors, write_tensors
+from normnet.model import PROGRESS, Calibration, TensorFile, build_unet, write_tensors
 
 WARM_UP = 20
 """The average follows the weights closely at first: its decay is min(average, (1 + n) / (WARM_UP + n))."""
@@ -34,6 +35,36 @@ class Progress:
     """Iteration of the last validation, its scores, and the calibration it gave."""
     scores: dict[str, float] = field(default_factory=dict)
     calibration: Calibration | None = None
+
+    def __post_init__(self) -> None:
+        """Check what a file may say; scores and the best of them may be NaN: nothing bright was healthy."""
+        for name, (least, most) in _DOMAINS.items():
+            value = getattr(self, name)
+            if not (least <= value <= most or (name == "best_auc" and math.isnan(value))):
+                raise ValueError(f"progress.{name} must be in [{least:g}, {most:g}], got {value}")
+        if self.validated > self.iteration:
+            raise ValueError(
+                f"progress.validated must be at most iteration={self.iteration}, got {self.validated}"
+            )
+        if self.calibration is not None and not (
+            self.calibration.keys() == {"probability", "dice"}
+            and 0 < self.calibration["probability"] < 1
+            and 0 <= self.calibration["dice"] <= 1
+        ):
+            raise ValueError(
+                "progress.calibration must have a probability in (0, 1) and a dice in [0, 1], got "
+                f"{shown(self.calibration)}"
+            )
+
+
+_DOMAINS = {
+    "iteration": (0, 10**9),
+    "seconds": (0.0, 1e10),
+    "waited": (0.0, 1e10),
+    "synthesised": (0.0, 1e10),
+    "best_auc": (-1.0, 1.0),
+    "validated": (-1, 10**9),
+}
 
 
 def learning_rate(config: TrainConfig, iteration: int) -> float:
@@ -112,23 +143,38 @@ class Trainer:
         tensors |= {f"average.{k}": v for k, v in self.average.state_dict().items()}
         for number, moments in self.optimizer.state_dict()["state"].items():
             tensors |= {f"adam.{number}.{k}": v for k, v in moments.items()}
-        write_tensors(path, tensors, {"progress": json.dumps(asdict(self.progress))})
+        write_tensors(path, tensors, {PROGRESS: json.dumps(asdict(self.progress))})
 
     def restore(self, path: Path) -> None:
-        """Continue from `save`."""
-        tensors, metadata = read_tensors(path)
+        """Continue from `save`.
+
+        Raises
+        ------
+        ValueError
+            The file is none of this run's: other tensors, or numbers that are none; it is named. Nothing has
+            changed then.
+        """
+        stored = TensorFile.open(path)
+        progress = stored.header(PROGRESS, Progress, "state of a run (its header tells no progress)")
+        wanted = {f"model.{k}": v for k, v in self.model.state_dict().items()}
+        wanted |= {f"average.{k}": v for k, v in self.average.state_dict().items()}
+        if progress.iteration:
+            for number, weight in enumerate(self.model.parameters()):
+                wanted[f"adam.{number}.step"] = torch.empty((), dtype=torch.float32, device="meta")
+                wanted |= {f"adam.{number}.{k}": weight for k in ("exp_avg", "exp_avg_sq")}
+        stored.expect(wanted)
         parts: dict[str, dict[str, torch.Tensor]] = {"model": {}, "average": {}, "adam": {}}
-        for name, tensor in tensors.items():
+        for name, tensor in stored.tensors().items():
             part, _, rest = name.partition(".")
             parts[part][rest] = tensor
         self.model.load_state_dict(parts["model"])
         self.average.load_state_dict(parts["average"])
         state: dict[int, dict[str, torch.Tensor]] = {}
         for name, tensor in parts["adam"].items():
-            number, _, moment = name.partition(".")
-            state.setdefault(int(number), {})[moment] = tensor
+            number_of, _, moment = name.partition(".")
+            state.setdefault(int(number_of), {})[moment] = tensor
         self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": state})
-        self.progress = Progress(**json.loads(metadata["progress"]))
+        self.progress = progress
 
     def _backward(self, image: torch.Tensor, target: torch.Tensor, *, last: bool) -> float:
         """Add a part's gradients; processes exchange them with the last part alone."""

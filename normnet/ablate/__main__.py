@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import tyro
 
+from lesionsynth.commands import run
 from normnet.ablate import AblateConfig, ablate
 from normnet.tables import plain_table
 
@@ -22,18 +23,18 @@ there, 1 when one failed (the others are written), 2 for a wrong call."""
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit status."""
-    try:
+
+    def body() -> int:
         config = tyro.cli(AblateConfig, args=arguments, prog="python -m normnet.ablate", description=HELP)
         table = ablate(config, say=lambda line: print(line, flush=True))
-    except (OSError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(table.title)
-    print(plain_table(table.header, table.rows))
-    for line in table.failures:
-        print(f"failed: {line}", file=sys.stderr)
-    print(f"report: {config.output / 'report.html'}")
-    return 1 if table.failures else 0
+        print(table.title)
+        print(plain_table(table.header, table.rows))
+        for line in table.failures:
+            print(f"failed: {line}", file=sys.stderr)
+        print(f"report: {config.output / 'report.html'}")
+        return 1 if table.failures else 0
+
+    return run("error", body)
 
 
 if __name__ == "__main__":

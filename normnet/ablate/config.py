@@ -10,7 +10,16 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from normnet.config import ModelConfig, PredictConfig, TrainConfig, from_json, paper, phantom
+from lesionsynth.strict import build, check_fields, name_of, parse_json, read_json, settle
+from normnet.config import (
+    MOST_THREADS,
+    ModelConfig,
+    PredictConfig,
+    TrainConfig,
+    check_phantoms,
+    paper,
+    phantom,
+)
 
 TableName = Literal["voting", "modules", "threshold"]
 OWN = ("output", "resume", "seed")
@@ -101,6 +110,7 @@ class AblateConfig:
 
     def __post_init__(self) -> None:
         """Check ranges and what excludes each other."""
+        settle(self)
         if self.table not in VARIED:
             raise ValueError(f"table must be one of {', '.join(VARIED)}, got {self.table!r}")
         if self.scale not in SCALES:
@@ -111,6 +121,10 @@ class AblateConfig:
                 raise ValueError(f"{name} must be >= 1, got {value}")
         if self.minutes is not None and not self.minutes > 0:
             raise ValueError(f"minutes must be > 0, got {self.minutes}")
+        most = {"seeds": 1000, "phantom_patients": 100_000, "iterations": 10**9, "threads": MOST_THREADS}
+        check_fields(self, {name: (1, value) for name, value in most.items()} | {"minutes": (0.0, 1e6)})
+        if self.phantom_shape is not None:
+            check_phantoms(self.phantom_shape)
         if self.patients and (self.phantom_patients or self.phantom_shape):
             raise ValueError("patients replaces phantom_patients and phantom_shape: give one or the other")
         usual = PredictConfig()
@@ -139,7 +153,11 @@ def training(config: AblateConfig) -> TrainConfig:
     """
     base = SCALES[config.scale].train
     if config.config is not None:
-        base = from_json(TrainConfig, json.dumps(_merged(config, base), default=str))
+        record = parse_json(json.dumps(_merged(config, base), default=str))
+        try:
+            base = build(TrainConfig, record, "TrainConfig")
+        except ValueError as error:
+            raise ValueError(f"{name_of(config.config)}: {error}") from error
     given = {name: getattr(config, name) for name in ("data", "iterations", "minutes", "device", "threads")}
     return replace(base, **{name: value for name, value in given.items() if value is not None})
 
@@ -148,11 +166,11 @@ def _merged(config: AblateConfig, base: TrainConfig) -> dict[str, Any]:
     path = config.config
     assert path is not None
     try:
-        changes = json.loads(path.read_text(encoding="utf-8"))
+        changes = read_json(path)
     except OSError as error:
         raise ValueError(f"config must be a readable file: {error}") from error
-    except json.JSONDecodeError as error:
-        raise ValueError(f"config must be JSON, got {path}: {error}") from error
+    except ValueError as error:
+        raise ValueError(f"config must be JSON, got {error}") from error
     if not isinstance(changes, dict):
         raise ValueError(f"config must be a JSON object, got {type(changes).__name__} in {path}")
     for name in (*OWN, *VARIED[config.table]):

@@ -10,16 +10,18 @@ from typing import Any
 
 import numpy as np
 
+from lesionsynth.files import write_atomically
 from normnet.ablate.config import AblateConfig
 from normnet.ablate.patients import Patient
 from normnet.ablate.scoring import Cell, Scores
 from normnet.ablate.tables import ITERATIONS, MODULES, THRESHOLD, VOTING, AblationTable, mean_dice
 from normnet.config import PAPER_THRESHOLD_HU, TrainConfig, to_json
 from normnet.metrics import summarise
-from normnet.prepare.store import write_atomically
 from normnet.report import Report, curve
 from normnet.strict_json import dumps
 
+FILES = ("table.csv", "table.md", "report.html", "results.json")
+"""What a table is written as; the last proves that the others are its own."""
 PAPER_NUMBERS: dict[str, Any] = {
     "voting": {"iterations": ITERATIONS, **VOTING},
     "modules": {row: values[-1] for row, values in MODULES.items()},
@@ -63,13 +65,14 @@ def write(
         "seeds": list(range(seeds)),
         "train": settings,
         "predict": json.loads(to_json(config.predict)),
+        "files": list(FILES),
         "patients": {p.name: p.identity for p in patients},
     }
+    write_atomically(folder / "results.json", dumps(document))  # first: it claims the others
     write_atomically(folder / "table.csv", table.csv())
     lines = "\n".join(f"- {note}" for note in (*table.failures, *notes))
     write_atomically(folder / "table.md", f"{table.markdown()}\n{lines}\n")
     _report(table, notes).write(folder / "report.html")
-    write_atomically(folder / "results.json", dumps(document))
 
 
 def caveats(config: AblateConfig, base: TrainConfig, seeds: int, patients: Sequence[Patient]) -> list[str]:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
+from lesionsynth.files import claimed, refuse_foreign
+from lesionsynth.strict import read_json
 from normnet.ablate.config import SCALES, AblateConfig, training
-from normnet.ablate.output import write
+from normnet.ablate.output import FILES, write
 from normnet.ablate.patients import Patient, find_patients
 from normnet.ablate.runs import Mark, train_to
 from normnet.ablate.scoring import Cell, score_cell
@@ -18,6 +18,8 @@ from normnet.config import PredictConfig, TrainConfig
 from normnet.device import choose_device, cpu_settings
 from normnet.prepare.store import Store
 
+MOST_RESULTS = 2**26
+"""Longest results.json in bytes."""
 FAILURES = (ArithmeticError, MemoryError, OSError, RuntimeError, TypeError, ValueError)
 """What ends a row, not the ablation: a broken file, a device without memory, a loss that is NaN."""
 
@@ -68,6 +70,18 @@ def ablate(config: AblateConfig, *, say: Callable[[str], None] | None = None) ->
     if base.data is not None:
         Store.open(base.data)
     _claim(config)
+    with claimed(config.output):
+        return _tabulate(config, base, rows, seeds, patients, say)
+
+
+def _tabulate(
+    config: AblateConfig,
+    base: TrainConfig,
+    rows: Sequence[str],
+    seeds: int,
+    patients: Sequence[Patient],
+    say: Callable[[str], None] | None,
+) -> AblationTable:
     wanted = _seeds(config, rows, seeds)
     steps = _steps(config, base, rows)
     columns = [_column(base, n) for n in ITERATIONS]
@@ -162,7 +176,7 @@ def _claim(config: AblateConfig) -> None:
     file = config.output / "results.json"
     if file.exists():
         try:
-            other = json.loads(file.read_text(encoding="utf-8"))["table"]
+            other = read_json(file, MOST_RESULTS)["table"]
         except (ValueError, TypeError, LookupError) as error:
             raise ValueError(
                 f"output: {file} must be the results of an ablation, a JSON object with its table; name "
@@ -173,4 +187,5 @@ def _claim(config: AblateConfig) -> None:
                 f"output: {config.output} already holds the table {other!r}; name another folder "
                 "(--runs shares the training runs)"
             )
-    Path(config.output).mkdir(parents=True, exist_ok=True)
+    refuse_foreign(config.output, FILES, ours=file.exists(), maker="an ablation")
+    config.output.mkdir(parents=True, exist_ok=True)

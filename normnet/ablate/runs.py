@@ -11,14 +11,15 @@ import json
 import math
 import os
 import shutil
-import uuid
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from normnet.config import WEIGHTS, TrainConfig, from_json
-from normnet.prepare.store import write_atomically
-from normnet.train import CONFIG, STATE, train
+from lesionsynth.files import claimed, refuse_foreign, replacing, write_atomically
+from lesionsynth.strict import build, check_fields, read_json, shown
+from normnet.config import WEIGHTS, TrainConfig, read_config
+from normnet.model import HEADER, read_tensors
+from normnet.train import CONFIG, RUN_FILES, STATE, train
 
 MARKS = "marks.json"
 """Finished marks of a run folder; written last."""
@@ -76,6 +77,12 @@ def train_to(config: TrainConfig, mark: Mark, *, progress_bar: bool = False) -> 
         The folder holds a run of other settings, one that is past the mark, or changed weights; see also
         `normnet.train.train`.
     """
+    config.output.mkdir(parents=True, exist_ok=True)
+    with claimed(config.output, "runs"):
+        return _train_to(config, mark, progress_bar)
+
+
+def _train_to(config: TrainConfig, mark: Mark, progress_bar: bool) -> Trained:
     run = config.output
     wanted = replace(config, iterations=mark.iterations, minutes=mark.minutes, resume=False)
     _check_settings(run, wanted)
@@ -109,8 +116,8 @@ def _check_settings(run: Path, wanted: TrainConfig) -> None:
     if not file.exists():
         return
     try:
-        stored = from_json(TrainConfig, file.read_text(encoding="utf-8"))
-    except ValueError as error:
+        stored = read_config(TrainConfig, file)
+    except (OSError, ValueError) as error:
         raise ValueError(
             f"{file} must be as training left it; remove {run} to train again: {error}"
         ) from error
@@ -128,18 +135,39 @@ def _marks(run: Path) -> dict[str, Any]:
     file = run / MARKS
     if not file.exists():
         return {}
-    needed = {"seed", "weights", "iterations", "seconds", "sha256", "minutes"}
+    needed = [f.name for f in fields(_Finished)]
     rule = f"{file} must be a JSON object with {', '.join(sorted(needed))} for each mark; remove {run}"
     try:
-        marks: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        marks: dict[str, Any] = read_json(file)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{rule}: {error}") from error
+    if not isinstance(marks, dict):
+        raise ValueError(rule)
+    try:
+        for label, mark in marks.items():
+            build(_Finished, mark, shown(label))
     except ValueError as error:
         raise ValueError(f"{rule}: {error}") from error
-    whole = isinstance(marks, dict) and all(
-        isinstance(m, dict) and needed <= m.keys() for m in marks.values()
-    )
-    if not whole:
-        raise ValueError(rule)
     return marks
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Finished:
+    """A mark as its file tells it."""
+
+    seed: int
+    weights: str
+    iterations: int
+    seconds: float
+    sha256: str
+    minutes: float | None
+
+    def __post_init__(self) -> None:
+        if Path(self.weights).name != self.weights or self.weights[:1] in ("", "."):
+            raise ValueError(f"weights must be a file's name, got {shown(self.weights)}")
+        check_fields(self, {"seed": (0, 2**32 - 1), "iterations": (1, 10**9), "seconds": (0.0, 1e10)})
+        if self.minutes is not None and not 0 < self.minutes <= 1e6:
+            raise ValueError(f"minutes must be null or in (0, 1e6], got {self.minutes}")
 
 
 def _time(minutes: float | None) -> float:
@@ -150,24 +178,24 @@ def _finished(run: Path, record: dict[str, Any]) -> Trained:
     weights = run / record["weights"]
     if not weights.exists() or sha256(weights) != record["sha256"]:
         raise ValueError(f"{weights} must be as training left it (SHA-256); remove {run} to train again")
-    fields = {name: record[name] for name in ("seed", "iterations", "seconds", "sha256")}
-    return Trained(weights=str(weights), **fields)
+    told = {name: record[name] for name in ("seed", "iterations", "seconds", "sha256")}
+    return Trained(weights=str(weights), **told)
 
 
 def _clear(run: Path) -> None:
-    """Remove a run that was interrupted before its first whole checkpoint."""
+    """Remove a run that was interrupted before its first whole checkpoint: what its settings claim."""
     if (run / MARKS).exists():
         raise ValueError(f"{run} must hold {STATE}, to continue from; it has none")
     if (run / CONFIG).exists():
-        shutil.rmtree(run)
+        refuse_foreign(run, RUN_FILES, ours=True, maker="training", argument="runs")
+        for name in RUN_FILES:
+            (run / name).unlink(missing_ok=True)
 
 
 def _copy(source: Path, target: Path) -> Path:
-    """Copy so that a reader sees a whole file or none."""
-    temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
-    try:
-        shutil.copyfile(source, temporary)
-        os.replace(temporary, target)
-    finally:
-        temporary.unlink(missing_ok=True)
+    """Copy so that a reader sees a whole file or none; nothing but weights of ours is replaced."""
+    if os.path.lexists(target) and (target.is_symlink() or HEADER not in read_tensors(target)[1]):
+        raise ValueError(f"{target} must be weights that training wrote, or nothing: move it away")
+    with replacing(target) as beside:
+        shutil.copyfile(source, beside)
     return target

@@ -13,6 +13,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from lesionsynth.files import write_atomically
+from lesionsynth.strict import read_json
 from normnet.ablate.patients import Patient, Volumes
 from normnet.ablate.runs import Trained
 from normnet.config import PredictConfig, to_json
@@ -21,7 +23,6 @@ from normnet.metrics import CaseScores, evaluate_case
 from normnet.model import load_model
 from normnet.postprocess import postprocess
 from normnet.predict import predict_volume
-from normnet.prepare.store import write_atomically
 from normnet.strict_json import without_nan
 
 Array = npt.NDArray[Any]
@@ -175,7 +176,7 @@ def _score(volumes: Volumes, lesions: Array, healthy: Array, probability: Array 
 
 def _cached(file: Path, key: dict[str, Any]) -> dict[str, Any] | None:
     try:
-        record = json.loads(file.read_text(encoding="utf-8"))
+        record = read_json(file)
     except (OSError, ValueError):  # of no use, whatever it holds
         return None
     return record if isinstance(record, dict) and record.get("key") == key else None

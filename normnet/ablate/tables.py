@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,6 +12,7 @@ from normnet.ablate.config import TableName
 from normnet.ablate.scoring import Cell, Scores
 from normnet.metrics import summarise
 from normnet.report import percent
+from normnet.sheets import sheet
 from normnet.tables import Grid, markdown
 
 ITERATIONS = (2000, 2500, 3000, 3500, 4000, 4500)
@@ -75,9 +74,7 @@ class AblationTable:
 
     def csv(self) -> str:
         """Return the table as CSV."""
-        stream = io.StringIO()
-        csv.writer(stream, lineterminator="\n").writerows([self.header, *self.rows])
-        return stream.getvalue()
+        return sheet([self.header, *self.rows])
 
     def markdown(self) -> str:
         """Return the table and its details as Markdown."""

@@ -11,6 +11,7 @@ from typing import Annotated, Literal
 
 import tyro
 
+from lesionsynth.commands import run
 from normnet.baselines.config import METHODS, PRESETS, BaselineConfig, Method
 from normnet.baselines.predict import BaselinePredictArgs, predict
 from normnet.baselines.train import train_baseline
@@ -63,21 +64,18 @@ def parse(argv: Sequence[str]) -> BaselineConfig:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit status."""
     argv = list(sys.argv[1:] if arguments is None else arguments)
-    try:
+
+    def body() -> int:
         if argv[:1] == ["predict"]:
             return _predict(argv[1:])
         result = train_baseline(parse(argv), progress_bar=True)
-    except (ValueError, ImportError, OSError) as error:
-        print(f"normnet.baselines: {error}", file=sys.stderr)
-        return 2
-    except FloatingPointError as error:
-        print(f"normnet.baselines: {error}", file=sys.stderr)
-        return 1
-    for phase, losses in result.losses.items():
-        print(f"{phase}: {len(losses)} iterations, loss {losses[0]:.4g} to {losses[-1]:.4g}")
-    print(f"{result.seconds:.0f} s; threshold {result.baseline.calibration['threshold']:.4f}")
-    print(f"weights: {result.weights}")
-    return 0
+        for phase, losses in result.losses.items():
+            print(f"{phase}: {len(losses)} iterations, loss {losses[0]:.4g} to {losses[-1]:.4g}")
+        print(f"{result.seconds:.0f} s; threshold {result.baseline.calibration['threshold']:.4f}")
+        print(f"weights: {result.weights}")
+        return 0
+
+    return run("normnet.baselines", body, failed=(FloatingPointError,))
 
 
 def _predict(argv: Sequence[str]) -> int:

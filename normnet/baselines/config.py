@@ -5,8 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, get_args
+
+from lesionsynth.strict import check_fields, settle, shown
+from normnet.config import MOST_LEVELS, MOST_THREADS, MOST_WEIGHTS, check_phantoms
 
 Method = Literal[
     "ae",
@@ -106,6 +110,7 @@ class BaselineConfig:
 
     def __post_init__(self) -> None:
         """Check ranges."""
+        settle(self)
         _check("method", self.method, self.method in METHODS, f"one of {', '.join(METHODS)}")
         for name in _COUNTS:
             _check(name, getattr(self, name), getattr(self, name) >= 1, ">= 1")
@@ -130,6 +135,15 @@ class BaselineConfig:
         _check("threads", self.threads, self.threads is None or self.threads >= 1, ">= 1")
         fits = self.data is not None or self.phantoms > self.held_out
         _check("phantoms", self.phantoms, fits, f"> held_out={self.held_out}")
+        check_fields(self, _DOMAINS)
+        _check("channels", self.channels, len(self.channels) <= MOST_LEVELS, f"at most {MOST_LEVELS} widths")
+        check_phantoms(self.phantom_shape)
+        features = self.channels[-1] * self.bottom**2
+        codes = (self.latent, self.spatial_channels, self.mixture_latent, self.components * self.latent)
+        weights = 64 * sum(a * b for a, b in pairwise((1, *self.channels))) + 4 * features * self.latent
+        weights += 64 * max(codes) * self.channels[-1]
+        rule = f"such that a network has at most {MOST_WEIGHTS} weights (channels, size, latent, components)"
+        _check("channels", self.channels, weights <= MOST_WEIGHTS, rule)
 
     @property
     def bottom(self) -> int:
@@ -137,6 +151,35 @@ class BaselineConfig:
         return int(self.size // 2 ** len(self.channels))
 
 
+_DOMAINS: dict[str, tuple[float, float]] = {
+    "size": (1, 2048),
+    "field_mm": (1.0, 10_000.0),
+    "min_lung_cm2": (0.0, 1e9),
+    "channels": (1, 4096),
+    "latent": (1, 65_536),
+    "spatial_channels": (1, 4096),
+    "kl_weight": (0.0, 1e300),
+    "context_crop": (1, 2048),
+    "constraint_weight": (0.0, 1e300),
+    "components": (1, 1000),
+    "mixture_latent": (1, 4096),
+    "dropout_samples": (1, 10_000),
+    "restoration_steps": (1, 10**6),
+    "restoration_weight": (0.0, 1e300),
+    "critic_steps": (1, 10_000),
+    "penalty_weight": (0.0, 1e300),
+    "feature_weight": (0.0, 1e300),
+    "iterations": (1, 10**9),
+    "minutes": (0.0, 1e6),
+    "batch_size": (1, 4096),
+    "learning_rate": (1e-12, 10.0),
+    "held_out": (1, 100_000),
+    "calibration_slices": (1, 10**6),
+    "threads": (1, MOST_THREADS),
+    "phantoms": (1, 1000),
+    "phantom_spacing": (0.01, 100.0),
+}
+"""Domains, far beyond use, that bound work and memory."""
 _COUNTS = (
     "size",
     "latent",
@@ -192,4 +235,5 @@ PRESETS: dict[str, Callable[[Method], BaselineConfig]] = {"small": small, "paper
 
 def _check(name: str, value: Any, holds: bool, rule: str) -> None:
     if not holds:
-        raise ValueError(f"{name} must be {rule}, got {value}")
+        text = shown(value)
+        raise ValueError(f"{name} must be {rule}, got {text[1:-1] if isinstance(value, str) else text}")

@@ -51,7 +51,7 @@ class BaselinePredictArgs:
     threshold: float | None = None
     """Lesion where the anomaly exceeds this; the one calibrated on healthy volumes where omitted."""
     overwrite: bool = False
-    """Replace maps of another method or of normnet.predict, and files of others that have their names."""
+    """Replace maps of another method or of normnet.predict. Files that no call wrote stay."""
     device: str = "auto"
     """"auto" takes CUDA where there is some, else the CPU."""
     threads: int | None = None
@@ -100,9 +100,8 @@ def predict(args: BaselinePredictArgs, say: Callable[[str], None] = print) -> di
     folder = Folder(args.output, baseline_maker(baseline.config.method))
     found = [source for source in sources if source.case in masks]
     folder.check({s.case: [*s.files, *([] if (m := masks[s.case]) is None else [m])] for s in found})
-    if not args.overwrite:
-        for source in found:
-            folder.check_own(source.case)
+    for source in found:
+        folder.check_own(source.case, overwrite=args.overwrite)
     with cpu_settings(args.threads):
         for source in found:
             try:

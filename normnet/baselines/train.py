@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import csv
+import contextlib
 import dataclasses
 import json
 import math
@@ -16,20 +16,23 @@ from typing import TextIO
 import torch
 from tqdm import tqdm
 
+from lesionsynth.files import claimed, refuse_foreign, sweep, write_atomically
+from lesionsynth.strict import shown
 from normnet.baselines.base import Baseline, Phase
 from normnet.baselines.config import BaselineConfig
 from normnet.baselines.methods import build_baseline
 from normnet.baselines.score import calibrate
 from normnet.baselines.slices import training_slices
-from normnet.config import from_json, to_json
+from normnet.config import read_config, to_json
 from normnet.device import choose_device, cpu_settings
-from normnet.model import read_tensors, write_tensors
-from normnet.prepare.store import write_atomically
+from normnet.model import TensorFile, fill, write_tensors
+from normnet.sheets import Sheet
 from normnet.volumes import Volume, phantom_volumes, split, store_volumes
 
 WEIGHTS = "baseline.safetensors"
 CONFIG = "config.json"
 METRICS = "metrics.csv"
+COLUMNS = ("phase", "iteration", "seconds", "loss")
 """Names in a run folder."""
 HEADER = "normnet_baseline"
 """Key of the safetensors header that holds settings and calibration, as JSON."""
@@ -76,28 +79,69 @@ def train_baseline(config: BaselineConfig, *, progress_bar: bool = False) -> Bas
     weights = config.output / WEIGHTS
     if weights.exists() and not config.overwrite:
         raise ValueError(f"output must hold no trained baseline unless overwrite is given, got {weights}")
+    _check_output(config.output)
     train_volumes, held_out = split(_volumes(config), config.held_out, slab=1)
     with (
+        contextlib.ExitStack() as held,
         cpu_settings(config.threads),
         torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),
     ):
         slices = training_slices(train_volumes, config)
-        config.output.mkdir(parents=True, exist_ok=True)
-        weights.unlink(missing_ok=True)
-        write_atomically(config.output / CONFIG, to_json(config))
+        held.enter_context(_claimed(config))
         torch.manual_seed(config.seed)
         baseline = build_baseline(config).to(device)
         losses, seconds = _descend(baseline, slices, device, progress_bar=progress_bar)
         baseline.eval()
         baseline.calibration = calibrate(baseline, held_out)
-    save_baseline(weights, baseline)
+        save_baseline(weights, baseline)
     return BaselineResult(baseline.cpu(), weights, losses, seconds)
+
+
+def _check_output(output: Path) -> None:
+    """Refuse a folder with files of these names that no baseline's training wrote; its settings prove it."""
+    file = output / CONFIG
+    try:
+        ours = file.is_file() and bool(read_config(BaselineConfig, file))
+    except (OSError, ValueError):
+        ours = False
+    refuse_foreign(output, (WEIGHTS, METRICS, CONFIG), ours=ours, maker="training a baseline")
+
+
+@contextlib.contextmanager
+def _claimed(config: BaselineConfig) -> Iterator[None]:
+    """Take the run folder."""
+    config.output.mkdir(parents=True, exist_ok=True)
+    with claimed(config.output):
+        _check_output(config.output)
+        sweep(config.output)
+        write_atomically(config.output / CONFIG, to_json(config))
+        yield
 
 
 def save_baseline(path: Path, baseline: Baseline) -> None:
     """Write weights, settings and calibration into one file, atomically."""
     header = {"config": json.loads(to_json(baseline.config)), "calibration": baseline.calibration}
     write_tensors(path, baseline.state_dict(), {HEADER: json.dumps(header)})
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Header:
+    """What the header of a weights file says."""
+
+    config: BaselineConfig
+    calibration: dict[str, float]
+
+    def __post_init__(self) -> None:
+        domains = {"scale": (1e-30, 1e9), "threshold": (0.0, 1.0), "slices": (0.0, 1e9)}
+        names = self.calibration.keys()  # none before training
+        good = (not names or {"scale", "threshold"} <= names <= domains.keys()) and all(
+            domains[name][0] <= value <= domains[name][1] for name, value in self.calibration.items()
+        )
+        if not good:
+            raise ValueError(
+                "calibration must have a scale in [1e-30, 1e9] and a threshold in [0, 1], got "
+                f"{shown(self.calibration)}"
+            )
 
 
 def load_baseline(run: str | os.PathLike[str], *, device: str = "auto") -> Baseline:
@@ -124,18 +168,13 @@ def load_baseline(run: str | os.PathLike[str], *, device: str = "auto") -> Basel
     file = path / WEIGHTS if path.is_dir() else path
     if not file.is_file():
         raise ValueError(f"run must be a folder with {WEIGHTS} or such a file, got {path}")
-    tensors, metadata = read_tensors(file)
-    if HEADER not in metadata:
+    stored = TensorFile.open(file)
+    if HEADER not in stored.metadata:
         raise ValueError(f"run must hold a normnet baseline, got another kind of file: {file}")
-    header = json.loads(metadata[HEADER])
-    config = from_json(BaselineConfig, json.dumps(header["config"]))
-    with torch.random.fork_rng(devices=[]):  # building draws weights
-        baseline = build_baseline(dataclasses.replace(config, device=device))
-    try:
-        baseline.load_state_dict(tensors)
-    except RuntimeError as error:
-        raise ValueError(f"{file}: weights do not fit the settings in the header: {error}") from error
-    baseline.calibration = header["calibration"]
+    header = stored.header(HEADER, _Header, "normnet baseline")
+    config = dataclasses.replace(header.config, device=device)
+    baseline = fill(stored, lambda: build_baseline(config))
+    baseline.calibration = dict(header.calibration)
     return baseline.to(choose_device(device)).eval()
 
 
@@ -173,13 +212,13 @@ class _Rows:
     """The table of losses."""
 
     def __init__(self, stream: TextIO, start: float) -> None:
-        self._writer = csv.writer(stream, lineterminator="\n")
-        self._writer.writerow(["phase", "iteration", "seconds", "loss"])
+        self._sheet = Sheet(stream)
+        self._sheet.row(COLUMNS)
         self._start = start
 
     def add(self, phase: str, iteration: int, loss: float) -> None:
         elapsed = time.perf_counter() - self._start
-        self._writer.writerow([phase, iteration, f"{elapsed:.2f}", f"{loss:.6g}"])
+        self._sheet.row([phase, iteration, f"{elapsed:.2f}", f"{loss:.6g}"])
 
 
 def _run(phase: Phase, batches: Iterator[torch.Tensor], seconds: float | None, rows: _Rows) -> list[float]:

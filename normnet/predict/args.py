@@ -8,7 +8,6 @@ are written on the input's own grid.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -17,7 +16,8 @@ from typing import Annotated
 
 import tyro
 
-from normnet.config import PredictConfig, from_json
+from lesionsynth.strict import build, name_of, read_json, shown
+from normnet.config import PredictConfig
 from normnet.prepare.case import LungMethod
 
 
@@ -51,7 +51,7 @@ class PredictArgs:
     dicom_seg: bool = False
     """Also write <case>_lesions.dcm, a DICOM Segmentation of lungs and lesions; for DICOM input."""
     overwrite: bool = False
-    """Replace results of other settings, models or CTs, and files of others that have their names."""
+    """Replace results of other settings, models, CTs or methods. Files that no call wrote stay."""
     config: Path | None = None
     """Settings as JSON: a PredictConfig, or the settings.json or <case>.json of an earlier call. Flags
     override them."""
@@ -84,10 +84,14 @@ def read_config(path: Path) -> PredictConfig:
         The file is not readable or holds something else.
     """
     try:
-        text = path.read_text(encoding="utf-8")
-        record = json.loads(text)
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"config must be a JSON file with settings, got {path}: {error}") from error
+        record = read_json(path)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"config must be a JSON file with settings, got {name_of(path)}: {error}") from error
     if isinstance(record, dict) and "settings" in record:
-        text = json.dumps(record["settings"])
-    return from_json(PredictConfig, text)
+        if not isinstance(models := record.get("models", []), list):
+            raise ValueError(f"{name_of(path)}: models must be a list, got {shown(models)}")
+        record = record["settings"]
+    try:
+        return build(PredictConfig, record, "PredictConfig")
+    except ValueError as error:
+        raise ValueError(f"{name_of(path)}: {error}") from error

@@ -15,6 +15,7 @@ import torch
 from tqdm import tqdm
 
 import lesionsynth as ls
+from lesionsynth.commands import run
 from normnet.config import PredictConfig
 from normnet.device import choose_device, cpu_settings
 from normnet.dicom_seg import write_segmentation
@@ -172,9 +173,11 @@ def _left(args: PredictArgs, folder: Folder, jobs: Sequence[_Job]) -> tuple[list
     folder.check(
         {job.source.case: [*job.source.files, *([] if job.mask is None else [job.mask])] for job in jobs}
     )
-    if args.overwrite:
-        return list(jobs), []
     folder.check_shared()
+    if args.overwrite:
+        for job in jobs:
+            folder.check_own(job.source.case, overwrite=True)
+        return list(jobs), []
     todo, there = [], []
     for job in jobs:
         if left := folder.missing(job.source.case, job.record, job.kinds):
@@ -229,16 +232,16 @@ def _writers(found: CasePrediction, job: _Job) -> Mapping[str, Writer]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; 0 when all went well, 1 when an input failed, 2 for a wrong call."""
-    try:
+
+    def body() -> int:
         args = parse(argv)
         summary = predict(args, progress_bar=True)
-    except (ValueError, OSError, ImportError) as error:
-        print(f"normnet.predict: {error}", file=sys.stderr)
-        return 2
-    for said in summary.failures.values():
-        print(f"normnet.predict: {said}", file=sys.stderr)
-    done, there = len(summary.written) + len(summary.there), len(summary.there)
-    earlier = f" ({there} by an earlier call)" if there else ""
-    count = done + len(summary.failures)
-    print(f"{done} of {count} volumes segmented{earlier}, in {args.output}")
-    return 1 if summary.failures else 0
+        for said in summary.failures.values():
+            print(f"normnet.predict: {said}", file=sys.stderr)
+        done, there = len(summary.written) + len(summary.there), len(summary.there)
+        earlier = f" ({there} by an earlier call)" if there else ""
+        count = done + len(summary.failures)
+        print(f"{done} of {count} volumes segmented{earlier}, in {args.output}")
+        return 1 if summary.failures else 0
+
+    return run("normnet.predict", body)

@@ -11,6 +11,7 @@ from typing import Annotated
 
 import tyro
 
+from lesionsynth.commands import run
 from lesionsynth.io import largest_series
 from normnet.inputs import dicom_folders
 from normnet.prepare.case import LungMethod, Side
@@ -58,15 +59,15 @@ class PrepareArgs:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit status."""
-    args = tyro.cli(PrepareArgs, args=argv, prog="python -m normnet.prepare")
-    with warnings.catch_warnings():
-        warnings.simplefilter("always", UserWarning)
-        warnings.showwarning = _warn
-        try:
+
+    def body() -> int:
+        args = tyro.cli(PrepareArgs, args=argv, prog="python -m normnet.prepare")
+        with warnings.catch_warnings():
+            warnings.simplefilter("always", UserWarning)
+            warnings.showwarning = _warn
             return _list(args) if args.list_series else _prepare(args)
-        except (ValueError, OSError, ImportError) as error:
-            sys.stderr.write(f"error: {error}\n")
-            return 2
+
+    return run("error", body)
 
 
 def _list(args: PrepareArgs) -> int:

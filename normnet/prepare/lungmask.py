@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from lesionsynth.commands import optional
 from normnet.prepare.lungs import Lungs
 from normnet.prepare.morphology import Spacing
 
@@ -63,13 +64,8 @@ def check_installed() -> Any:
     ImportError
         It is not installed; says how to install it.
     """
-    try:
-        from lungmask import LMInferer
-    except ImportError as error:
-        raise ImportError(
-            "lungs='lungmask' needs the package lungmask: pip install lungmask; or use lungs='thresholds'"
-        ) from error
-    return LMInferer
+    advice = "lungs='lungmask' needs the package lungmask: pip install lungmask; or use lungs='thresholds'"
+    return optional("lungmask", advice).LMInferer
 
 
 @functools.cache

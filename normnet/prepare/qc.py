@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from lesionsynth.files import SOFTWARE, write_atomically
 from normnet.prepare.morphology import Mask, Spacing, bounding_box
-from normnet.prepare.store import write_atomically
 
 AXIAL = 14
 
@@ -72,7 +72,7 @@ def write_picture(
     figure.suptitle(title, fontsize=12)
     figure.subplots_adjust(0.005, 0.005, 0.995, 0.93, 0.02, 0.1)
     picture = io.BytesIO()
-    figure.savefig(picture, dpi=70, format="png")
+    figure.savefig(picture, dpi=70, format="png", metadata={"Software": SOFTWARE})
     write_atomically(path, picture.getvalue())
 
 

@@ -8,6 +8,8 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
+from lesionsynth.files import claimed, refuse_foreign
+from lesionsynth.strict import name_of
 from normnet.inputs import Source, find_sources
 from normnet.prepare.case import ISO_SPACING, LungMethod, Side, check_grid
 from normnet.prepare.exclude import read_exclusions
@@ -15,7 +17,7 @@ from normnet.prepare.luna import find_annotations, match_annotations
 from normnet.prepare.masks import check_lungs, find_mask
 from normnet.prepare.morphology import Spacing
 from normnet.prepare.store import Store, case_name_for_store
-from normnet.prepare.summary import CaseSummary, Summary, write_csv
+from normnet.prepare.summary import CaseSummary, Summary, is_summary, write_csv
 from normnet.prepare.work import Work, attempt, failed
 from normnet.prepare.workers import Died, run_parallel
 
@@ -105,8 +107,8 @@ def prepare(
     files = [Path(annotations)] if annotations is not None else find_annotations(inputs)
     nodules = match_annotations(files, list(sources.values()))
     store = Store.create(output, {"spacing": [float(s) for s in spacing], "size": int(size)})
+    refuse_foreign(store.path, ["summary.csv"], ours=is_summary(store.path / "summary.csv"), maker="a store")
     (store.path / "qc").mkdir(exist_ok=True)
-    store.clean()
     tasks = [
         Work(
             source=source,
@@ -122,10 +124,12 @@ def prepare(
         )
         for case_id, source in sources.items()
     ]
-    try:
-        return _run(tasks, store, workers, overwrite, report)
-    finally:
-        store.clean()  # what a worker left that was killed
+    with claimed(store.path):
+        store.clean()
+        try:
+            return _run(tasks, store, workers, overwrite, report)
+        finally:
+            store.clean()  # what a worker left that was killed
 
 
 def _sources(
@@ -184,7 +188,7 @@ def _prepared(tasks: Sequence[Work], workers: int) -> Iterator[CaseSummary]:
         return
     for index, result in run_parallel(attempt, tasks, min(workers, len(tasks))):
         if isinstance(result, Died):
-            yield failed(tasks[index], f"{tasks[index].source.path}: {result}")
+            yield failed(tasks[index], f"{name_of(tasks[index].source.path)}: {result}")
         else:
             yield result
 

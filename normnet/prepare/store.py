@@ -11,37 +11,91 @@ A store is a folder::
     summary.csv            what became of the cases
 
 A case appears as a whole or not at all: it is written beside the others under a temporary name and then
-renamed. Temporary names begin with a dot and tell the process, so that what a killed run leaves can be told
-from what another one is writing.
+renamed; see `lesionsynth.files`.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
-import shutil
-import socket
-import tempfile
-import time
-import uuid
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from lesionsynth import files
+from lesionsynth.config import check_spacing
+from lesionsynth.files import write_atomically
+from lesionsynth.strict import build, hints_of, name_of, read_json
+
 FORMAT = 1
 CHUNK_SLICES = 4
 """Slices per chunk: a slab of 32 reads at most 9 chunks; at 512 x 512 a chunk is 2 MB."""
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.@+-]*")
-_LEFTOVER = re.compile(r"\..+\.of-(?P<host>.+)-(?P<pid>\d+)\..+")
-_ABANDONED = 86400.0
-"""Seconds after which anything half-written counts as left over: of other machines, process numbers say
-nothing, and in a container they recur."""
+CASE_FILES = ("hu.b2nd", "mask.b2nd", "meta.json")
+"""What a case consists of; its meta data prove that it is one."""
 
 Segment = tuple[int, int]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _StoreMeta:
+    """What a ``store.json`` must say; it may say more."""
+
+    format: Any = None
+    spacing: tuple[float, float, float] | None = None
+    size: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.spacing is not None:
+            check_spacing(self.spacing)
+        if self.size is not None and not 1 <= self.size <= 65_536:
+            raise ValueError(f"size must be in [1, 65536], got {self.size}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class _CaseMeta:
+    """What a ``meta.json`` must say; it may say more."""
+
+    shape: tuple[int, int, int]
+    spacing: tuple[float, float, float]
+    segments: list[tuple[int, int]]
+    mask_counts: list[int]
+
+    def __post_init__(self) -> None:
+        depth, height, width = self.shape
+        if min(self.shape) < 1 or math.prod(self.shape) >= 2**31:
+            raise ValueError(f"shape must be three sizes >= 1 of fewer than 2**31 voxels, got {self.shape}")
+        check_spacing(self.spacing)
+        end = 0
+        for place, (first, last) in enumerate(self.segments):
+            if not end <= first < last <= depth:
+                raise ValueError(
+                    f"segments[{place}] must be an ascending run of slices in 0..{depth}, got {first}, {last}"
+                )
+            end = last
+        if len(self.mask_counts) != depth:
+            raise ValueError(f"mask_counts must have {depth} values, got {len(self.mask_counts)}")
+        for z, count in enumerate(self.mask_counts):
+            if not 0 <= count <= height * width:
+                raise ValueError(f"mask_counts[{z}] must be in [0, {height * width}], got {count}")
+
+
+def _read(path: Path, cls: type[Any]) -> dict[str, Any]:
+    """Read meta data; an error names the file and the field."""
+    record = read_json(path)
+    if not isinstance(record, dict):
+        raise ValueError(f"{name_of(path)}: must be a JSON object, got {type(record).__name__}")
+    try:
+        build(cls, {name: record[name] for name in hints_of(cls) if name in record})
+    except ValueError as error:
+        raise ValueError(f"{name_of(path)}: {error}") from error
+    return record
 
 
 class Case:
@@ -57,7 +111,7 @@ class Case:
     def __init__(self, folder: Path) -> None:
         self.case_id = folder.name
         self._folder = folder
-        self.meta: dict[str, Any] = json.loads((folder / "meta.json").read_text())
+        self.meta: dict[str, Any] = _read(folder / "meta.json", _CaseMeta)
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -165,9 +219,9 @@ class Store:
         """
         folder = Path(path)
         try:
-            meta = json.loads((folder / "store.json").read_text())
-        except (OSError, json.JSONDecodeError) as error:
-            raise ValueError(f"{folder}: not a store (no readable store.json: {error})") from error
+            meta = _read(folder / "store.json", _StoreMeta)
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{name_of(folder)}: not a store (no readable store.json: {error})") from error
         if meta.pop("format", None) != FORMAT:
             raise ValueError(f"{folder}: store format must be {FORMAT}; prepare the data again")
         return cls(folder, meta)
@@ -220,43 +274,52 @@ class Store:
         Raises
         ------
         ValueError
-            Bad name, shapes, dtypes or segments; the case exists.
+            Bad name, shapes, dtypes or segments; the case exists, or what has its name is no case of a store.
         """
         whole = _checked(case_id, hu, mask, meta or {}, self.meta)
         target = self.path / "cases" / case_id
         if target.exists() and not overwrite:
             raise ValueError(f"{self.path}: case {case_id!r} exists; pass overwrite=True to replace it")
-        temporary = Path(tempfile.mkdtemp(prefix=_temporary(case_id), dir=self.path / "cases"))
+        if os.path.lexists(target):
+            self._check_ours(target)
+        temporary, old = files.temporary(target), files.temporary(target)
         try:
+            temporary.mkdir()
             _write_array(temporary / "hu.b2nd", hu)
             _write_array(temporary / "mask.b2nd", mask.view(np.uint8))
             write_bytes(temporary / "meta.json", json.dumps(whole, indent=1).encode())
-            temporary.chmod(0o755)  # mkdtemp made it private
-            if target.exists():
-                old = Path(tempfile.mkdtemp(prefix=_temporary(case_id), dir=self.path / "cases"))
+            if os.path.lexists(target):
+                self._check_ours(target)  # again: something may have come meanwhile
                 os.replace(target, old)
-                os.replace(temporary, target)
-                shutil.rmtree(old)
-            else:
-                os.replace(temporary, target)
+            os.replace(temporary, target)
+            if old.exists():
+                files.remove_folder(old, CASE_FILES)
         except BaseException:
-            shutil.rmtree(temporary, ignore_errors=True)
+            if old.exists() and not os.path.lexists(target):
+                os.replace(old, target)
+            if temporary.exists():
+                files.remove_folder(temporary, CASE_FILES)
             raise
         return Case(target)
 
+    def _check_ours(self, target: Path) -> None:
+        """Refuse to replace a folder that no `add` made, or that holds something else by now."""
+        rule = f"{target} must be a case that this store wrote, or nothing"
+        if target.is_symlink() or not target.is_dir() or not (target / "meta.json").is_file():
+            raise ValueError(f"{rule}: move it away")
+        if other := files.others(target, CASE_FILES):
+            raise ValueError(f"{rule}, got one with {other[0]}: move that away")
+        if target.name not in os.listdir(target.parent):  # a file system that does not tell a from A
+            raise ValueError(f"{rule}: another case has this name in other letters; give a name")
+
     def scratch(self, path: Path) -> Path:
         """Name, beside a file of the store, under which it can be written before it takes its own."""
-        return path.with_name(f"{_temporary(path.stem)}{uuid.uuid4().hex}{path.suffix}")
+        return files.temporary(path)
 
     def clean(self) -> None:
         """Take away what killed runs left half-written; what a live process is writing stays."""
         for folder in (self.path, self.path / "cases", self.path / "qc"):
-            for path in folder.glob(".*") if folder.is_dir() else ():
-                if _is_left_over(path):
-                    if path.is_dir():
-                        shutil.rmtree(path, ignore_errors=True)
-                    else:
-                        path.unlink(missing_ok=True)
+            files.sweep(folder, inside=CASE_FILES)
 
     def max_slab_count(self, depth: int) -> int:
         """Largest number of mask voxels in any slab of `depth` slices: the denominator of lambda (III-C).
@@ -282,52 +345,12 @@ def case_name_for_store(name: str) -> str:
     return plain if _NAME.match(plain) else f"_{plain}"
 
 
-def write_atomically(path: Path, content: str | bytes) -> None:
-    """Write a file so that a reader sees the old or the new one, never a part; text in UTF-8."""
-    data = content.encode() if isinstance(content, str) else content
-    # mkstemp would keep it private
-    temporary = path.with_name(f"{_temporary(path.name)}{uuid.uuid4().hex}")
-    try:
-        write_bytes(temporary, data)
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-
-
 def write_bytes(path: Path, data: bytes) -> None:
     """Write a file; an error names it, which the operating system does not where the disk is full."""
     try:
         path.write_bytes(data)
     except OSError as error:
         raise OSError(error.errno, error.strerror, str(path)) from error
-
-
-def _temporary(name: str) -> str:
-    """Begin the name of what this process is writing."""
-    return f".{name}.of-{socket.gethostname()}-{os.getpid()}."
-
-
-def _is_left_over(path: Path) -> bool:
-    match = _LEFTOVER.fullmatch(path.name)
-    if match is None:
-        return False
-    if match["host"] == socket.gethostname() and os.name == "posix" and not _is_alive(int(match["pid"])):
-        return True
-    try:
-        return time.time() - path.stat().st_mtime > _ABANDONED
-    except OSError:  # its owner has just finished it
-        return False
-
-
-def _is_alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)  # signal 0 only asks
-    except ProcessLookupError:
-        return False
-    except OSError:
-        return True
-    return True
 
 
 def _foreign(path: Path) -> bool:

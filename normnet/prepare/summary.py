@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lesionsynth.files import write_atomically
 from normnet.prepare.morphology import Spacing
-from normnet.prepare.store import Store, write_atomically
+from normnet.prepare.store import Store
+from normnet.sheets import has_columns, sheet
 
 COLUMNS = (
     "case",
@@ -154,8 +154,9 @@ class Summary:
 
 def write_csv(path: Path, cases: Sequence[CaseSummary]) -> None:
     """Write ``summary.csv``, one line per case; a reader sees the old or the new one, never a part."""
-    text = io.StringIO(newline="")
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(COLUMNS)
-    writer.writerows(case.row() for case in cases)
-    write_atomically(path, text.getvalue())
+    write_atomically(path, sheet([COLUMNS, *(case.row() for case in cases)]))
+
+
+def is_summary(path: Path) -> bool:
+    """Tell whether a file is a ``summary.csv``."""
+    return has_columns(path, COLUMNS)

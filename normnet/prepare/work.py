@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,6 +13,8 @@ from typing import Any
 import numpy as np
 
 import lesionsynth as ls
+from lesionsynth.files import is_picture
+from lesionsynth.strict import name_of
 from normnet.inputs import Source
 from normnet.prepare.case import LoadedCase, LungMethod, Side, load_case
 from normnet.prepare.exclude import Nodule, Range, kept_slices, nodule_slices, runs
@@ -47,7 +50,7 @@ class Work:
 
     def request(self) -> dict[str, Any]:
         """Give what of it changes the case, as kept in its meta data."""
-        lungs = self.lungs if self.masks is None else find_mask(self.masks, self.source.case).name
+        lungs = self.lungs if self.masks is None else name_of(find_mask(self.masks, self.source.case).name)
         return {
             "series": self.source.series,
             "excluded": [list(r) for r in self.left_out],
@@ -76,7 +79,7 @@ def failed(work: Work, message: str, seconds: float = 0.0) -> CaseSummary:
         "failed",
         message,
         seconds=seconds,
-        source=source.path.name,
+        source=name_of(source.path.name),
         series=source.series or "",
     )
 
@@ -101,7 +104,7 @@ def prepare_one(work: Work) -> dict[str, Any]:
     if not mask.any():
         raise ValueError(f"{source.path}: no lung is left after the slices to leave out")
     meta: dict[str, Any] = {
-        "source": source.path.name,
+        "source": name_of(source.path.name),
         "source_shape": list(case.volume.hu.shape),
         "source_spacing": list(case.volume.spacing),
         "spacing": list(work.spacing),
@@ -134,6 +137,8 @@ def _stored(
 ) -> dict[str, Any]:
     """Add a case and its picture; where one cannot be written, neither is there."""
     picture = store.path / "qc" / f"{case_id}.png"
+    if os.path.lexists(picture) and case_id not in store and not is_picture(picture):
+        raise ValueError(f"{picture} must be a picture that this store drew, or nothing: move it away")
     scratch = store.scratch(picture)
     try:
         draw(scratch)

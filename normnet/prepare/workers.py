@@ -8,14 +8,18 @@ from __future__ import annotations
 
 import itertools
 import multiprocessing
+import os
 import signal
+import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
 from typing import Any, TypeVar
 
+SLOT = "NORMNET_WORKER"
+"""Environment variable of a worker: its number among those that run at once, from 0."""
 Task = TypeVar("Task")
 Result = TypeVar("Result")
 
@@ -49,6 +53,8 @@ class _Worker:
     process: SpawnProcess
     connection: Connection
     task: int
+    slot: int
+    """Which of the processes that run at once; one that takes a dead one's place has its number."""
 
 
 def run_parallel(
@@ -77,7 +83,7 @@ def run_parallel(
     running: list[_Worker] = []
     try:
         for index in itertools.islice(waiting, workers):
-            running.append(_start(function, tasks[index], index))
+            running.append(_start(function, tasks[index], index, index))
         while running:
             ready = wait([worker.connection for worker in running])
             for worker in [w for w in running if w.connection in ready]:
@@ -87,7 +93,7 @@ def run_parallel(
                     _stop(worker)
                     running.remove(worker)
                     if following is not None:
-                        running.append(_start(function, tasks[following], following))
+                        running.append(_start(function, tasks[following], following, worker.slot))
                 else:
                     worker.task = following
                     _send(worker, tasks[following])
@@ -98,13 +104,14 @@ def run_parallel(
             _stop(worker)
 
 
-def _start(function: Callable[[Task], Result], task: Task, index: int) -> _Worker:
+def _start(function: Callable[[Task], Result], task: Task, index: int, slot: int) -> _Worker:
     context = multiprocessing.get_context("spawn")
     here, there = context.Pipe()
-    process = context.Process(target=_serve, args=(there, function), daemon=True)
-    process.start()
+    process = context.Process(target=_serve, args=(there, function, slot), daemon=True)
+    with _unheard_interrupts():  # the child inherits it, from before it can say so itself
+        process.start()
     there.close()  # so that the end of the process is the end of the pipe
-    worker = _Worker(process, here, index)
+    worker = _Worker(process, here, index, slot)
     _send(worker, task)
     return worker
 
@@ -129,9 +136,32 @@ def _stop(worker: _Worker) -> None:
     worker.process.close()
 
 
-def _serve(connection: Connection, function: Callable[[Task], Result]) -> None:
+@contextmanager
+def _unheard_interrupts() -> Iterator[None]:
+    """Keep SIGINT back until the block ends."""
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _end_with_parent() -> None:
+    """End this worker when its parent is gone: nobody would clear away what it writes."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        wait([parent.sentinel])
+        os._exit(1)
+
+
+def _serve(connection: Connection, function: Callable[[Task], Result], slot: int) -> None:
     """Take tasks until the other end is closed."""
+    os.environ[SLOT] = str(slot)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent gets it as well, and ends its workers
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     with suppress(EOFError, BrokenPipeError, ConnectionResetError):
         while True:
             connection.send(function(connection.recv()))

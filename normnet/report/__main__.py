@@ -7,21 +7,22 @@ from collections.abc import Sequence
 
 import tyro
 
+from lesionsynth.commands import run
 from normnet.report.maps import ReportConfig, report_maps
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; 0 when all went well, 1 when a case could not be shown, 2 for a wrong call."""
-    try:
+
+    def body() -> int:
         config = tyro.cli(ReportConfig, args=argv, prog="python -m normnet.report")
         result = report_maps(config, progress_bar=True)
-    except (ValueError, OSError, ImportError) as error:
-        print(f"normnet.report: {error}", file=sys.stderr)
-        return 2
-    for case, reason in result.failures.items():
-        print(f"normnet.report: {case}: {reason}", file=sys.stderr)
-    print(f"{len(result.cases)} cases, in {result.path}")
-    return 1 if result.failures else 0
+        for case, reason in result.failures.items():
+            print(f"normnet.report: {case}: {reason}", file=sys.stderr)
+        print(f"{len(result.cases)} cases, in {result.path}")
+        return 1 if result.failures else 0
+
+    return run("normnet.report", body)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import tyro
 
 from normnet.report.cases import finished_cases, locate
 from normnet.report.layout import lay_out
+from normnet.report.page import check_page
 from normnet.report.section import look
 
 PAGE = "report.html"
@@ -75,7 +76,8 @@ def report_maps(config: ReportConfig, *, progress_bar: bool = False) -> ReportRe
     Raises
     ------
     ValueError
-        ``maps`` is no folder or holds no finished prediction; ``ct`` holds no CT.
+        ``maps`` is no folder or holds no finished prediction; ``ct`` holds no CT; ``output`` is a file that
+        no report wrote.
     FileNotFoundError
         A path in ``ct`` does not exist.
 
@@ -85,6 +87,8 @@ def report_maps(config: ReportConfig, *, progress_bar: bool = False) -> ReportRe
     """
     from tqdm import tqdm
 
+    path = config.maps / PAGE if config.output is None else config.output
+    check_page(path)
     finished = finished_cases(config.maps)
     places = locate(finished.records, config.ct)
     cases = [record["case"] for record in finished.records]
@@ -92,7 +96,6 @@ def report_maps(config: ReportConfig, *, progress_bar: bool = False) -> ReportRe
         look(config.maps, record, places[record["case"]], config.pictures)
         for record in tqdm(finished.records, disable=not progress_bar, unit="case", desc="report")
     ]
-    path = config.maps / PAGE if config.output is None else config.output
     lay_out(config.title, config.maps, finished, sections).write(path)
     failures = {case: s.failure for case, s in zip(cases, sections, strict=True) if s.failure is not None}
     return ReportResult(path, cases, {**finished.failures, **failures})

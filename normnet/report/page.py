@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import base64
 import html
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
-from normnet.prepare.store import write_atomically
+from lesionsynth.files import write_atomically
 
 _STYLE = """
 body{font:15px/1.5 system-ui,sans-serif;max-width:72rem;margin:2rem auto;padding:0
@@ -24,6 +25,30 @@ section{border-top:1px solid #ddd;margin-top:2.4rem;break-before:page} section h
 .8rem;margin:.5rem 0;overflow-wrap:anywhere} .note{color:#555;font-size:.9rem;overflow-wrap:anywhere}
 .tp{color:#1b8a35}.fn{color:#2456d6}.fp{color:#c8281c}
 """
+
+_MARK = '<meta name="generator" content="normnet">'
+"""Tells a page of ours from others."""
+_HEAD = '<!doctype html><html lang="en"><head><meta charset="utf-8">'
+
+
+def check_page(path: Path) -> None:
+    """Refuse to write over a file that is no page of ours.
+
+    Raises
+    ------
+    ValueError
+        Something else is at `path`.
+    """
+    if not os.path.lexists(path):
+        return
+    ours = path.is_file() and not path.is_symlink()
+    if ours:
+        with path.open("rb") as stream:
+            ours = stream.read(len(_HEAD) + len(_MARK)) == f"{_HEAD}{_MARK}".encode()
+    if not ours:
+        raise ValueError(
+            f"output must be a new file or an earlier page, got {path}: name another, or move it"
+        )
 
 
 class Report:
@@ -89,11 +114,18 @@ class Report:
         )
 
     def write(self, path: Path) -> Path:
-        """Write the page atomically; folders are created."""
+        """Write the page atomically; folders are created.
+
+        Raises
+        ------
+        ValueError
+            As `check_page`.
+        """
+        check_page(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         title = html.escape(self._title)
         page = (
-            f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
+            f'<!doctype html><html lang="en"><head><meta charset="utf-8">{_MARK}<title>{title}</title>'
             f"<style>{_STYLE}</style></head><body><h1>{title}</h1>{''.join(self._parts)}"
             f"{self._closing()}</body></html>"
         )

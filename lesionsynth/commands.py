@@ -1,0 +1,284 @@
+"""What every command shares: exit codes, one line for what went wrong, closed streams, interrupts.
+
+Exit codes: 0 done; 1 something failed on the way; 2 a wrong call or input; 130 interrupted, 143 terminated.
+
+Importing this module, the first that a command loads, also sees to an interrupt or a lack of memory while
+the others are being loaded.
+"""
+
+from __future__ import annotations
+
+import errno
+import importlib
+import io
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from types import FrameType, ModuleType, TracebackType
+from typing import Any
+
+FAILED = 1
+WRONG = 2
+INTERRUPTED = 128 + signal.SIGINT
+TERMINATED = 128 + signal.SIGTERM
+_NO_MEMORY = (
+    "allocate memory",
+    "out of memory",
+    "failed to map segment",
+    "bad_alloc",
+    "can't start new thread",
+    "unable to allocate",
+)
+
+
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM: what is half-done is cleared away as after an interrupt."""
+
+
+def run(
+    program: str,
+    body: Callable[[], int],
+    *,
+    wrong: tuple[type[Exception], ...] = (ValueError, OSError, ImportError),
+    failed: tuple[type[Exception], ...] = (),
+) -> int:
+    """Run a command's body and turn what may happen to it into an exit code and one line on stderr.
+
+    Parameters
+    ----------
+    program : str
+        Begins the line.
+    body : callable
+        The command; returns its exit code.
+    wrong : tuple of exception types
+        Tell of a wrong call or input: `WRONG`.
+    failed : tuple of exception types
+        Tell of a failure on the way, before `wrong` is asked: `FAILED`. A lack of memory always does.
+
+    Returns
+    -------
+    int
+        Exit code.
+
+    Notes
+    -----
+    A closed stdout or stderr ends nothing: the work goes on unheard. One that is full is told at the end.
+    """
+    with _signals(), _streams() as out:
+        try:
+            code = body()
+        except (Exception, KeyboardInterrupt) as error:
+            if (stop := _stop(error)) is not None:
+                terminated = isinstance(stop, _Terminated)
+                _say(f"{program}: {'terminated' if terminated else 'interrupted'}")
+                return TERMINATED if terminated else INTERRUPTED
+            if lacks_memory(error):
+                _say(f"{program}: not enough memory: {_line(error)}")
+                return FAILED
+            if not isinstance(error, (*failed, *wrong)):
+                raise
+            _say(f"{program}: {_line(error)}")
+            return FAILED if isinstance(error, failed) else WRONG
+        if (full := out()) is not None:
+            _say(f"{program}: standard output cannot be written: {os.strerror(full)}")
+            return code or FAILED
+        return code
+
+
+def _stop(error: BaseException | None) -> KeyboardInterrupt | None:
+    """Return the interrupt that an error is, or that it came of: a zip file cannot be closed halfway."""
+    while error is not None and not isinstance(error, KeyboardInterrupt):
+        error = error.__context__
+    return error
+
+
+def lacks_memory(error: BaseException | None) -> bool:
+    """Tell whether an error, or one that led to it, comes from a lack of memory."""
+    while error is not None:
+        if isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM:
+            return True
+        text = str(error).lower()
+        if isinstance(error, ImportError | OSError | RuntimeError) and any(w in text for w in _NO_MEMORY):
+            return True
+        error = error.__cause__
+    return False
+
+
+def optional(name: str, advice: str) -> ModuleType:
+    """Import a package that may be missing.
+
+    Parameters
+    ----------
+    name : str
+        Of the module.
+    advice : str
+        What needs it, and how to install it.
+
+    Raises
+    ------
+    ImportError
+        It is not installed, with `advice`; or it is, and cannot be loaded.
+    MemoryError
+        There is not enough memory to load it.
+    """
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name is not None and error.name.partition(".")[0] == name.partition(".")[0]:
+            raise ImportError(advice) from error
+        raise ImportError(f"{name} is installed but cannot be loaded: {error}") from error
+    except (ImportError, OSError, MemoryError, RuntimeError) as error:
+        if lacks_memory(error):
+            raise MemoryError(f"{name} cannot be loaded: {error}") from error
+        raise ImportError(f"{name} is installed but cannot be loaded: {error}") from error
+
+
+class _Stream(io.FileIO):
+    """A standard stream whose reader may go away."""
+
+    def __init__(self, handle: int) -> None:
+        super().__init__(handle, "w", closefd=False)
+        self.problem: int | None = None
+        """Why it could not be written, if not for want of a reader."""
+
+    def write(self, data: Any) -> int:
+        if self.problem is None:
+            try:
+                return super().write(data) or 0
+            except BrokenPipeError:
+                self.problem = errno.EPIPE
+            except OSError as error:
+                self.problem = error.errno or errno.EIO
+        return memoryview(data).nbytes
+
+
+@contextmanager
+def _streams() -> Iterator[Callable[[], int | None]]:
+    """Put streams that never raise in the place of the process's own; gives the problem of stdout."""
+    for handle in (0, 1, 2):
+        try:
+            os.fstat(handle)
+        except OSError:  # closed before the start: the next file opened would be taken for it
+            os.open(os.devnull, os.O_RDWR)
+    before, raw = (sys.stdout, sys.stderr), {}
+    for name, handle in (("stdout", 1), ("stderr", 2)):
+        stream: Any = getattr(sys, name)
+        if stream is not None and stream is not getattr(sys, f"__{name}__"):
+            continue  # somebody's own, as in a test
+        if stream is not None:
+            with suppress(OSError):
+                stream.flush()
+        raw[name] = _Stream(handle)
+        text = io.TextIOWrapper(
+            io.BufferedWriter(raw[name]),
+            encoding=getattr(stream, "encoding", None) or "utf-8",
+            errors="backslashreplace",  # a file's name may hold what no encoding has
+            line_buffering=name == "stderr" or raw[name].isatty(),
+        )
+        setattr(sys, name, text)
+
+    def problem() -> int | None:
+        if "stdout" not in raw:
+            return None
+        sys.stdout.flush()
+        found = raw["stdout"].problem
+        return None if found == errno.EPIPE else found
+
+    try:
+        yield problem
+    finally:
+        for name in raw:
+            getattr(sys, name).flush()
+        sys.stdout, sys.stderr = before
+
+
+@contextmanager
+def _signals() -> Iterator[None]:
+    """Have SIGINT and SIGTERM raise, where a program has not decided otherwise."""
+    sys.excepthook = _hooks.get("excepthook", sys.excepthook)
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    if signal.getsignal(signal.SIGINT) is _leave:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    ours = signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    if ours:
+        signal.signal(signal.SIGTERM, _terminate)
+    try:
+        yield
+    finally:
+        if ours:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def _terminate(number: int, frame: FrameType | None) -> None:
+    raise _Terminated
+
+
+def _say(line: str) -> None:
+    if sys.stderr is not None:
+        with suppress(OSError):
+            print(line, file=sys.stderr, flush=True)
+
+
+def _line(error: BaseException) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+# ---- before a command's own code runs
+
+_hooks: dict[str, Any] = {}
+
+
+def _program() -> str | None:
+    """Name the command that this process is being started as; None where it is another program."""
+    first = sys.argv[0] if getattr(sys, "argv", None) else ""
+    if first == "-m":  # for as long as packages are loaded; then it is the module's file
+        given = sys.orig_argv
+        module = given[given.index("-m") + 1] if "-m" in given[:-1] else ""
+        return module if module.partition(".")[0] in ("lesionsynth", "normnet") else None
+    return "lesionsynth" if Path(first).name in ("lesionsynth", "lesionsynth.exe") else None
+
+
+def _leave(number: int, frame: FrameType | None) -> None:
+    """End at once: nothing has been begun."""
+    os.write(2, f"{_hooks['program']}: interrupted\n".encode())
+    os._exit(INTERRUPTED)
+
+
+def _tell(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """Say in one line why a command's modules could not be loaded."""
+    if lacks_memory(error):
+        said, code = f"not enough memory: {_last(error)}", FAILED
+    elif isinstance(error, ModuleNotFoundError) and not (error.name or "").startswith(
+        ("lesionsynth", "normnet")
+    ):
+        said, code = f"{error.name} is not installed: pip install 'lesionsynth[train]'", WRONG
+    else:
+        _hooks["excepthook"](kind, error, trace)
+        return
+    _say(f"{_hooks['program']}: {said}")
+    os._exit(code)
+
+
+def _last(error: BaseException) -> str:
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return _line(error)
+
+
+def _guard() -> None:
+    program = _program()
+    if program is None or threading.current_thread() is not threading.main_thread():
+        return
+    _hooks.update(program=program, excepthook=sys.excepthook)
+    sys.excepthook = _tell
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, _leave)
+
+
+_guard()
