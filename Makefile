@@ -10,7 +10,7 @@ GPU_WHEELS ?= .whl
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test test-slow lint types imports docs check gpu gpu-wheels
+.PHONY: demo test test-slow test-soak lint types imports docs check gpu gpu-wheels
 
 demo: $(INSTALLED)  ## train, predict and evaluate on the built-in phantom; ends with a report
 	$(BIN)/python -m normnet.demo $(DEMO)
@@ -19,7 +19,10 @@ test: $(INSTALLED)  ## the test suite
 	$(BIN)/python -m pytest -m 'not slow' $(PYTEST)
 
 test-slow: $(INSTALLED)  ## what takes long: kills, memory, whole kernels on the host, sanitizers
-	$(BIN)/python -m pytest -m slow $(PYTEST)
+	$(BIN)/python -m pytest -m slow $(PYTEST) --ignore=tests/hostile -k 'not twenty_kills or train or prepare or predict'
+
+test-soak: $(INSTALLED)  ## half an hour: twenty kills of every command, 2,000 interrupts, 36,000 mutants of scans, growth
+	$(BIN)/python -m pytest -m slow $(PYTEST) tests/hostile tests/test_kill.py
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

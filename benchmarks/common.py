@@ -20,6 +20,8 @@ from typing import Any
 
 import numpy as np
 
+from lesionsynth.files import write_atomically
+
 LIBRARIES = (
     "lesionsynth",
     "numpy",
@@ -223,9 +225,7 @@ def write(results: dict[str, Any], folder: Path) -> Path:
 def write_json(record: Any, path: Path) -> Path:
     """Write a file as a whole, so that a killed run leaves the last one; returns its path."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(path.name + ".part")
-    beside.write_text(json.dumps(record, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-    return beside.replace(path)
+    return write_atomically(path, json.dumps(record, indent=1, allow_nan=False) + "\n")
 
 
 def slug(text: str) -> str:

@@ -1,14 +1,15 @@
 """Kill a command at random points, again and again: nothing is corrupt, and all of it resumes.
 
-``python tests/kill.py train|prepare|predict [--times 20] [--seed 0]``. A job is begun, killed (SIGKILL) after
-a random time, checked, and begun again as a user would; when it comes to its end its result must be that of a
-job that nobody disturbed, bit for bit, and the next one starts from nothing.
+``python -m tests.kill train|prepare|predict|... [--times 20] [--seed 0]``. A job is begun, killed (SIGKILL)
+after a random time, checked, and begun again as a user would; when it comes to its end its result must be
+that of a job that nobody disturbed, bit for bit, and the next one starts from nothing.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
+import importlib
 import json
 import os
 import random
@@ -152,7 +153,67 @@ class Predict(Job):
         return maps, (folder / "volumes.csv").read_text()
 
 
-JOBS: dict[str, type[Job]] = {"train": Train, "prepare": Prepare, "predict": Predict}
+class Call(Job):
+    """A command of `tests.hostile.commands`, and the files that are the same each time it ends."""
+
+    name = ""
+    same: tuple[str, ...] = ()
+
+    def __init__(self, inputs: Path) -> None:
+        super().__init__(inputs)
+        from tests.hostile.commands import Study
+
+        importlib.import_module("matplotlib.backends.backend_agg")  # here, not in every child
+        made = os.fork()  # in a child: what is killed later must not inherit threads
+        if not made:
+            os._exit(Study(inputs / "study") is None)
+        assert os.waitstatus_to_exitcode(os.waitpid(made, 0)[1]) == 0
+        self.call = Study(inputs / "study").calls()[self.name]
+
+    def run(self, folder: Path) -> int:
+        return self.call(folder)
+
+    def check(self, folder: Path) -> None:
+        for file in folder.rglob("[!.]*"):
+            if any(part[0] == "." for part in file.relative_to(folder).parts) or not file.is_file():
+                continue
+            if file.suffix == ".json":
+                json.loads(file.read_text())
+            elif file.suffix == ".safetensors":
+                read_tensors(file)
+            elif file.suffix == ".html":
+                assert file.read_text().endswith("</html>")
+            elif file.suffix == ".npz":
+                assert np.load(file)["labels"].size
+            elif file.suffix == ".gz":
+                volume(file)
+            elif file.suffix == ".png":
+                assert file.read_bytes().endswith(b"IEND\xaeB`\x82")
+
+    def result(self, folder: Path) -> Any:
+        return [(name, (folder / name).read_bytes()) for name in self.same]
+
+
+def call_of(name: str, *same: str) -> type[Job]:
+    """Make the job of a command."""
+    return type("Call", (Call,), {"name": name, "same": same})
+
+
+SAMPLE = ("plan.json", "record.json")
+JOBS: dict[str, type[Job]] = {
+    "train": Train,
+    "prepare": Prepare,
+    "predict": Predict,
+    "synth": call_of("synth --overwrite", *(f"p1_000000/{name}" for name in (*SAMPLE, "image.nii.gz"))),
+    "replay": call_of("replay --overwrite", *SAMPLE, "pair.npz"),
+    "preview": call_of("preview"),
+    "evaluate": call_of("evaluate", "cases.csv", "tables.md", "results.json", "report.html"),
+    "report": call_of("report", "report.html"),
+    "export": call_of("export", "model-0.safetensors", "model-1.safetensors", "export.json"),
+    "demo": call_of("demo", "run/model.safetensors", "cases.csv"),
+    "ablate": call_of("ablate", "table.csv"),
+    "baselines": call_of("baselines --overwrite", "baseline.safetensors", "config.json"),
+}
 
 
 def storm(job: Job, work: Path, times: int, seed: int) -> tuple[int, int]:

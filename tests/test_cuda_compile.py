@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from benchmarks import kernels, nvrtc
+from lesionsynth import _cache
 from lesionsynth.cuda import _source, compiling
 from lesionsynth.cuda.records import BATCH, BLOB, ITEM, STATE
 from lesionsynth.cuda.render import BLOCKS_OF_COPY
@@ -248,7 +249,7 @@ def test_a_damaged_file_is_compiled_anew(tiny) -> None:
 def spoiled(tiny) -> bytes:
     """Compile, and put another's code into the file: sound machine code of another kernel."""
     right = compiling.compiled("ops", "float32", 90)
-    compiling._tell.cache_clear()
+    _cache._told.cache_clear()
     (file,) = files(tiny)
     wrong, _ = compiling.compile_program('extern "C" __global__ void evil() {}', "sm_90")
     file.write_bytes(wrong)
@@ -284,7 +285,7 @@ def test_a_folder_or_file_of_another_user_is_not_used(tiny, monkeypatch) -> None
 
 
 def test_a_cache_that_cannot_be_written(tiny, monkeypatch, tmp_path) -> None:
-    compiling._tell.cache_clear()
+    _cache._told.cache_clear()
     (tmp_path / "file").write_text("in the way")
     monkeypatch.setenv("LESIONSYNTH_CACHE_DIR", str(tmp_path / "file" / "cache"))
     with pytest.warns(RuntimeWarning, match=r"(?s)file.cache is not used.*LESIONSYNTH_CACHE_DIR"):

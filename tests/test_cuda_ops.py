@@ -434,7 +434,7 @@ def test_threads_may_upload_at_once(monkeypatch):
     under_way = deque()
     monkeypatch.setattr("lesionsynth.cuda.volume._under_way", under_way)
     mark = SimpleNamespace(done=lambda: under_way.clear() or True)
-    under_way.extend((mark, None) for _ in range(3))
+    under_way.extend(SimpleNamespace(mark=mark) for _ in range(3))
     upload(HostDevice(), [np.arange(5.0)])
     assert len(under_way) == 1
 

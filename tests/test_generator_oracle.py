@@ -383,7 +383,7 @@ def test_a_wide_filter_on_a_small_box_keeps_its_range() -> None:
 
     one = blob(semi_axes=(3.2, 3.2, 3.2), center=(6, 8, 9), sigma_a=20.0)
     drawn, mask, stages = plan(one, shape=None), np.ones((12, 16, 18), bool), CpuStages(1)
-    placed = stages.place(drawn, mask)
+    _, placed = stages.place(drawn, mask)
     (textures,) = synthesize_textures(drawn, stages.merge(drawn, placed, stages.draw(drawn, placed)), 1)
     box = [
         np.arange(a, a + n) for a, n in zip(*(textures.fields[0][k] for k in ("start", "size")), strict=True)

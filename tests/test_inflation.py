@@ -172,8 +172,9 @@ def test_the_record_tells_the_factor_and_what_was_judged(tmp_path):
 
 
 def test_weights_say_how_they_vote(tmp_path):
-    calibrated = undecided(tmp_path / "a", None, probability="calibrated", calibration={"probability": 0.3})
-    fixed = undecided(tmp_path / "b", None, probability=0.7, calibration={"probability": 0.3})
+    calibration = {"probability": 0.3, "dice": 0.5}
+    calibrated = undecided(tmp_path / "a", None, probability="calibrated", calibration=calibration)
+    fixed = undecided(tmp_path / "b", None, probability=0.7, calibration=calibration)
     paper = undecided(tmp_path / "c", None)
     usual = PredictConfig()
     assert [predict.healthy_threshold(m, usual) for m in (calibrated, fixed, paper)] == [0.3, 0.7, 0.95]

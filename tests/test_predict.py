@@ -630,12 +630,15 @@ def test_a_call_killed_between_two_files_is_done_again(tmp_path, undecided, at):
         "    if 'settings' not in str(b): calls.append(b)\n"
         f"    if len(calls) == {at + 1}: os.kill(os.getpid(), signal.SIGKILL)\n"
         "    real(a, b)\n"
-        # write_like renames too, inside the hidden folder
         "class Os:\n"
         "    replace = staticmethod(replace)\n"
         "    def __getattr__(self, name): return getattr(os, name)\n"
         "stage.os = Os()\n"
-        "import normnet.prepare.store as store; store.os = Os()\n"
+        # every file is renamed once more when it is whole, those of a case inside the hidden folder
+        "import lesionsynth.files as files\n"
+        "class Shared(Os):\n"
+        "    def replace(self, a, b): (real if '.p1.' in str(b) else replace)(a, b)\n"
+        "files.os = Shared()\n"
         "sys.exit(predict.main(sys.argv[1:]))\n"
     )
     call = [str(tmp_path / "p1_hu.nii.gz"), "--models", str(undecided), "--threads", "1", "--masks"]
@@ -672,7 +675,10 @@ def test_inputs_and_files_of_others_are_never_replaced(tmp_path, undecided, caps
     assert run(tmp_path, undecided) == 2
     assert "output holds volumes.csv, which is of no earlier call" in capsys.readouterr().err
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["volumes.csv"]
-    assert run(tmp_path, undecided, "--overwrite") == 0
+    assert run(tmp_path, undecided, "--overwrite") == 2  # of others, whatever is asked
+    assert (tmp_path / "out/volumes.csv").read_text() == "case,volume\np1,3\n"
+    (tmp_path / "out/volumes.csv").unlink()
+    assert run(tmp_path, undecided) == 0
     assert (tmp_path / "out/volumes.csv").read_text().startswith("case,lung_ml")
     # the lungs of one case must not become the CT of another
     call = [str(tmp_path / "p1_hu.nii.gz"), str(tmp_path / "q_lung.nii.gz"), "--models", str(undecided)]
@@ -706,6 +712,9 @@ def test_an_annotation_beside_finished_cases_is_never_replaced(tmp_path, undecid
     (stage / "p2_lesions.nii.gz").write_bytes(b"part")
     assert run(tmp_path, undecided, names=("p2",)) == 2
     assert (out / "p2_lesions.nii.gz").read_bytes() == b"my own"
+    assert run(tmp_path, undecided, "--overwrite", names=("p2",)) == 2
+    assert (out / "p2_lesions.nii.gz").read_bytes() == b"my own"
+    (out / "p2_lesions.nii.gz").unlink()
     assert run(tmp_path, undecided, "--overwrite", names=("p2",)) == 0
     assert json.loads((out / "p2.json").read_text())["case"] == "p2"
 

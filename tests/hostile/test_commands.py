@@ -1,0 +1,355 @@
+"""Closed and full streams, interrupts, a lack of memory: every command ends with its code and one line."""
+
+from __future__ import annotations
+
+import errno
+import importlib
+import os
+import resource
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("torch")
+pytest.importorskip("monai")
+pytest.importorskip("SimpleITK")
+
+from lesionsynth import commands, files
+from normnet.prepare.workers import Died, run_parallel
+from tests.hostile.commands import Study, hidden
+from tests.hostile.tally import trial
+
+pytestmark = pytest.mark.skipif(os.name != "posix", reason="signals and shells of POSIX")
+ENTRIES = (
+    "lesionsynth", "normnet.prepare", "normnet.train", "normnet.predict", "normnet.evaluate",
+    "normnet.report", "normnet.export", "normnet.demo", "normnet.ablate", "normnet.baselines",
+)  # fmt: skip
+SYNTH = "-m lesionsynth synth {0}/a.nii --mask {0}/lung.nii --depth 4 --count 3 --threads 1 --output {0}/out"
+
+
+@pytest.fixture
+def scan(tmp_path: Path) -> Path:
+    """Folder with a small CT and its lungs."""
+    import SimpleITK
+
+    import lesionsynth as ls
+
+    chest = ls.phantom.chest_ct(shape=(8, 32, 40), spacing=(8.0, 10.0, 10.0), seed=1)
+    for name, array in (("a", chest.hu), ("lung", chest.lung_mask.astype("uint8"))):
+        image = SimpleITK.GetImageFromArray(array)
+        image.SetSpacing(chest.spacing[::-1])
+        SimpleITK.WriteImage(image, str(tmp_path / f"{name}.nii"))
+    return tmp_path
+
+
+def python(arguments: str, **options: object) -> subprocess.CompletedProcess[str]:
+    command = f"{shlex.quote(sys.executable)} {arguments}"
+    return subprocess.run(
+        ["bash", "-c", command], capture_output=True, text=True, timeout=200, check=False, **options
+    )
+
+
+@pytest.mark.parametrize(
+    ("streams", "code"),
+    [
+        ("| head -c 1", 0),
+        (">&-", 0),
+        ("2>&-", 0),
+        (">&- 2>&- <&-", 0),
+        (">/dev/full", 1),
+        (">/dev/full 2>&-", 1),
+    ],
+)
+def test_streams_that_are_closed_or_full(scan: Path, streams: str, code: int) -> None:
+    tmp_path = scan
+    with trial("commands"):
+        done = python(f"{SYNTH.format(scan)} {streams}; echo ${{PIPESTATUS[0]}} >{tmp_path}/code")
+        assert (tmp_path / "code").read_text().strip() == str(code), done.stderr
+        if code and "2>&-" not in streams:
+            line = "lesionsynth synth: error: standard output cannot be written: No space left on device\n"
+            assert done.stderr == line
+        else:
+            assert done.stderr == ""
+        assert len(list((tmp_path / "out").glob("a_*/record.json"))) == 3  # the work is done all the same
+        assert not hidden(tmp_path)
+
+
+@pytest.mark.parametrize("streams", ["| head -c 1", ">&-", ">&- 2>&-"])
+@pytest.mark.parametrize("entry", ["lesionsynth", pytest.param("normnet.train", marks=pytest.mark.slow)])
+def test_help_into_a_closed_stream(entry: str, streams: str) -> None:
+    with trial("commands"):
+        done = python(f"-m {entry} --help {streams}")
+        assert done.stderr == ""
+
+
+def interrupted(arguments: Sequence[str], number: int, after: Path | float) -> tuple[int, str]:
+    """Send a signal to the process group of a command once a file is there, or after so many seconds."""
+    process = subprocess.Popen(
+        [sys.executable, *arguments], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+        start_new_session=True,
+    )  # fmt: skip
+    end = time.monotonic() + 120
+    if isinstance(after, float):
+        time.sleep(after)
+    else:
+        while not after.exists() and time.monotonic() < end and process.poll() is None:
+            time.sleep(0.01)
+    os.killpg(process.pid, number)
+    said = process.communicate(timeout=120)[1]
+    return process.returncode, said
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_an_interrupt_is_one_line(scan: Path, number: int, code: int) -> None:
+    tmp_path = scan / "out"
+    call = SYNTH.format(scan).replace("--count 3", "--count 100000").split()
+    with trial("commands"):
+        found, said = interrupted(call, number, tmp_path / "a_000001/record.json")
+        word = "interrupted" if code == 130 else "terminated"
+        assert (found, said) == (code, f"lesionsynth synth: error: {word}\n")
+        assert not hidden(tmp_path)
+        for sample in tmp_path.iterdir():
+            assert {"pair.npz", "plan.json", "record.json"} == {p.name for p in sample.iterdir()}
+
+
+@pytest.mark.parametrize("entry", ["lesionsynth", "normnet.train", "normnet.prepare"])
+def test_an_interrupt_while_modules_load(tmp_path: Path, entry: str) -> None:
+    """The last module of the command's own package has not been reached."""
+    for after in (0.25, 0.6, 1.0):
+        with trial("commands"):
+            call = ["-m", entry, *(["info"] if entry == "lesionsynth" else ["--help"])]
+            code, said = interrupted(call, signal.SIGINT, after)
+            assert "Traceback" not in said
+            # before Python has its handler, or when it has given it back
+            outside = code == -signal.SIGINT and not said
+            assert outside or (code, said.count("\n")) in ((130, 1), (0, 0))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [1, 2])
+def test_an_interrupt_of_workers_is_one_line(tmp_path: Path, workers: int) -> None:
+    study = Study(tmp_path / "study")
+    scans = []
+    for number in range(6):
+        scans.append(str(tmp_path / f"s{number}.nii.gz"))
+        os.link(study.root / "ct/p1.nii.gz", scans[-1])
+    call = ["-m", "normnet.prepare", *scans, "--output", str(tmp_path / "store"), "--workers", str(workers)]
+    call += ["--size", "128", "--spacing", "2", "3", "3"]
+    for number, code in ((signal.SIGINT, 130), (signal.SIGTERM, 143)):
+        for after in (tmp_path / "store/store.json", tmp_path / "store/cases/s0", 4.0):
+            with trial("commands"):
+                found, said = interrupted(call, number, after)
+                assert "Traceback" not in said
+                assert found in (code, 0, 1)
+                assert found != code or said.splitlines()[-1] in ("error: interrupted", "error: terminated")
+                time.sleep(0.3)
+                assert not hidden(tmp_path / "store")
+
+
+def sleeping(task: tuple[str, float]) -> str:
+    folder, seconds = task
+    with files.replacing(Path(folder) / f"{seconds}") as beside:
+        beside.write_text("half")
+        if seconds > 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+    return "done"
+
+
+@pytest.mark.slow
+def test_a_killed_worker_costs_its_own_task(tmp_path: Path) -> None:
+    tasks = [(str(tmp_path), seconds) for seconds in (0.1, 5.0, 0.2, 6.0, 0.3)]
+    with trial("commands"):
+        found = dict(run_parallel(sleeping, tasks, 2))
+        assert [found[n] == "done" for n in range(5)] == [True, False, True, False, True]
+        assert isinstance(found[1], Died)
+        files.sweep(tmp_path)
+        assert sorted(p.name for p in tmp_path.iterdir()) == ["0.1", "0.2", "0.3"]
+
+
+ERRORS = [
+    (KeyboardInterrupt(), 130, "x: interrupted"),
+    (ValueError("a\nb"), 2, "x: a b"),
+    (FileNotFoundError(errno.ENOENT, "No such file", "f"), 2, "x: [Errno 2] No such file: 'f'"),
+    (ImportError("needs y"), 2, "x: needs y"),
+    (FloatingPointError("NaN"), 1, "x: NaN"),
+    (MemoryError(), 1, "x: not enough memory: MemoryError"),
+    (OSError(errno.ENOMEM, "Cannot allocate memory"), 1, "x: not enough memory: [Errno 12] Cannot"),
+    (RuntimeError("DefaultCPUAllocator: can't allocate memory"), 1, "x: not enough memory: Default"),
+    (ImportError("libz.so: failed to map segment from shared object"), 1, "x: not enough memory: libz"),
+    (RuntimeError("can't start new thread"), 1, "x: not enough memory: can't"),
+]
+
+
+@pytest.mark.parametrize(("error", "code", "line"), ERRORS)
+def test_every_error_has_its_code(capsys, error: BaseException, code: int, line: str) -> None:
+    def body() -> int:
+        raise error
+
+    with trial("commands"):
+        assert commands.run("x", body, failed=(FloatingPointError,)) == code
+        assert capsys.readouterr().err.startswith(line)
+
+
+def test_an_interrupt_is_told_though_clearing_up_fails(capsys) -> None:
+    def body() -> int:
+        try:
+            raise KeyboardInterrupt
+        finally:
+            raise ValueError("Can't close the ZIP file while there is an open writing handle on it")
+
+    with trial("commands"):
+        assert commands.run("x", body) == 130
+        assert capsys.readouterr().err == "x: interrupted\n"
+
+
+def test_an_unforeseen_error_is_not_hidden() -> None:
+    with pytest.raises(LookupError):
+        commands.run("x", lambda: {}[0])
+
+
+FAILURES = [
+    (ModuleNotFoundError("No module named 'SimpleITK'", name="SimpleITK"), ImportError, "pip install"),
+    (
+        ModuleNotFoundError("No module named '_itk'", name="_itk"),
+        ImportError,
+        "installed but cannot be loaded",
+    ),
+    (
+        ImportError("libfoo.so.1: cannot open shared object file"),
+        ImportError,
+        "installed but cannot be loaded",
+    ),
+    (ImportError("_x.so: failed to map segment from shared object"), MemoryError, "failed to map segment"),
+    (OSError(errno.ENOMEM, "Cannot allocate memory"), MemoryError, "Cannot allocate memory"),
+    (MemoryError(), MemoryError, "cannot be loaded"),
+]
+
+
+@pytest.mark.parametrize(("error", "kind", "said"), FAILURES)
+def test_only_a_missing_package_is_to_be_installed(monkeypatch, tmp_path, error, kind, said) -> None:
+    """Whatever imports an optional package: SimpleITK, matplotlib, lungmask."""
+    from lesionsynth import io, preview
+    from normnet.prepare import lungmask
+
+    def fail(name: str, package: str | None = None) -> None:
+        told = type(error)(*error.args, **({"name": name} if error.args[:1] == FAILURES[0][0].args else {}))
+        if isinstance(told, ModuleNotFoundError) and told.name is None:
+            told.name = "_itk"
+        raise told
+
+    monkeypatch.setattr(importlib, "import_module", fail)
+    for call in (
+        io._simpleitk,
+        lungmask.check_installed,
+        lambda: preview._figure(*[None] * 4, [], (1, 1, 1), 0, None),
+    ):
+        with trial("commands"), pytest.raises(kind, match=said):
+            call()
+
+
+def test_an_address_space_that_is_too_small_is_told(tmp_path: Path) -> None:
+    """``ulimit -v``: whatever gives way first, it is memory that lacks, not a package."""
+    study = "import SimpleITK, numpy; "
+    study += (
+        f"SimpleITK.WriteImage(SimpleITK.GetImageFromArray(numpy.zeros((4, 8, 8), 'i2')), '{tmp_path}/a.nii')"
+    )
+    assert python(f'-c "{study}"').returncode == 0
+    use = int(
+        python("-c \"import lesionsynth.cli; print(open('/proc/self/statm').read().split()[0])\"").stdout
+    )
+    page = resource.getpagesize() // 1024
+    for extra in (30_000, 60_000, 100_000):
+        with trial("commands"):
+            command = (
+                f"ulimit -v {use * page + extra}; OPENBLAS_NUM_THREADS=1 {sys.executable} -m lesionsynth"
+            )
+            command += (
+                f" preview {tmp_path}/a.nii --mask {tmp_path}/a.nii --threads 1 --output {tmp_path}/a.png"
+            )
+            done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
+            assert "pip install" not in done.stderr
+            assert "Traceback" not in done.stderr, done.stderr[-2000:]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kilobytes", [400_000, 700_000, 1_200_000, 2_000_000])
+@pytest.mark.parametrize("entry", ["lesionsynth", "normnet.train", "normnet.report"])
+def test_too_little_memory_to_load_is_one_line(entry: str, kilobytes: int) -> None:
+    with trial("commands"):
+        command = f"ulimit -v {kilobytes}; OPENBLAS_NUM_THREADS=1 {sys.executable} -m {entry} --help"
+        done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
+        assert done.returncode in (0, 1)
+        assert "pip install" not in done.stderr
+        assert "Traceback" not in done.stderr, done.stderr[-2000:]
+
+
+def test_a_folder_is_held_until_its_process_ends(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    code = "import sys, time; from pathlib import Path; from lesionsynth.files import claimed\n"
+    code += f"with claimed(Path('{tmp_path}/run')):\n    print('held', flush=True); time.sleep(60)"
+    for number in (signal.SIGKILL, signal.SIGTERM, signal.SIGINT):
+        process = subprocess.Popen(
+            [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+        )
+        try:
+            assert process.stdout is not None
+            assert process.stdout.readline() == "held\n"
+            with (
+                trial("commands"),
+                pytest.raises(ValueError, match="is being written by another process"),
+                files.claimed(tmp_path / "run"),
+            ):
+                pass
+        finally:
+            process.send_signal(number)
+            process.communicate()
+        with trial("commands"), files.claimed(tmp_path / "run"), files.claimed(tmp_path / "run"):
+            assert not list((tmp_path / "run").iterdir())  # and nothing tells of it
+
+
+@pytest.mark.slow
+def test_two_trainings_never_share_a_folder(tmp_path: Path) -> None:
+    study = Study(tmp_path / "study")
+    call = [
+        sys.executable,
+        "-m",
+        "normnet.train",
+        "--config",
+        str(study.settings),
+        "--iterations",
+        "30",
+        "--output",
+    ]
+    for number in range(3):
+        output = tmp_path / f"run{number}"
+        with trial("commands"):
+            both = [
+                subprocess.Popen(
+                    [*call, str(output)], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+                )
+                for _ in range(2)
+            ]
+            said = [process.communicate(timeout=300)[1] for process in both]
+            assert sorted(process.returncode for process in both) == [0, 2]
+            loser = next(s for s, process in zip(said, both, strict=True) if process.returncode)
+            assert loser.count("\n") == 1
+            assert "is being written by another process" in loser or "already holds a run" in loser
+            assert not hidden(output)
+
+
+@pytest.mark.parametrize("entry", ENTRIES)
+def test_every_entry_has_the_same_wrapper(monkeypatch: pytest.MonkeyPatch, entry: str) -> None:
+    modules = {"lesionsynth": "lesionsynth.cli", "normnet.predict": "normnet.predict.command"}
+    packages = ("prepare", "report", "ablate", "baselines")
+    name = modules.get(entry, f"{entry}.__main__" if entry.partition(".")[2] in packages else entry)
+    module = importlib.import_module(name)
+    holder = module.commands if hasattr(module, "commands") else module
+    monkeypatch.setattr(holder, "run", lambda *_, **__: 130)
+    with trial("commands"):
+        assert module.main([]) == 130
