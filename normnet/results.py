@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lesionsynth.files import refuse_foreign, write_atomically
+from lesionsynth.strict import read_json
 from normnet.metrics import CaseScores
 from normnet.report import Report
 from normnet.scoring import MethodScores
@@ -19,6 +19,8 @@ from normnet.tables import Grid, lay_out, markdown, volumes_grid, with_ungrown
 
 TITLE = "NormNet: evaluation"
 RECORD = "results.json"
+MOST_RECORD = 2**30
+"""Bytes of it: it grows with the cases."""
 FILES = ("cases.csv", "tables.md", "report.html", RECORD)
 """What an evaluation writes; the record proves that the others are its own."""
 _RECORDED = {"cases", "summary", "settings", "methods", "failures"}
@@ -206,8 +208,8 @@ def check_output(output: Path) -> None:
         Names the first.
     """
     try:
-        record = json.loads((output / RECORD).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        record = read_json(output / RECORD, MOST_RECORD)
+    except (OSError, ValueError):
         record = None
     ours = isinstance(record, dict) and record.keys() >= _RECORDED
     refuse_foreign(output, FILES, ours=ours, maker="an evaluation")
