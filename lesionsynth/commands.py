@@ -23,8 +23,7 @@ from typing import Any
 
 FAILED = 1
 WRONG = 2
-INTERRUPTED = 128 + signal.SIGINT
-TERMINATED = 128 + signal.SIGTERM
+_WORDS: dict[int, str] = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated"}
 _NO_MEMORY = (
     "allocate memory",
     "out of memory",
@@ -68,25 +67,42 @@ def run(
     -----
     A closed stdout or stderr ends nothing: the work goes on unheard. One that is full is told at the end.
     """
-    with _signals(), _streams() as out:
+    sys.excepthook = _hooks.get("excepthook", sys.excepthook)
+    with _streams() as out:
         try:
-            code = body()
+            with _signals():
+                code = body()
+        except SystemExit as end:  # of the parsers: help, or a wrong option
+            _hooks["code"] = end.code if isinstance(end.code, int) else int(end.code is not None)
+            raise
         except (Exception, KeyboardInterrupt) as error:
-            if (stop := _stop(error)) is not None:
-                terminated = isinstance(stop, _Terminated)
-                _say(f"{program}: {'terminated' if terminated else 'interrupted'}")
-                return TERMINATED if terminated else INTERRUPTED
-            if lacks_memory(error):
-                _say(f"{program}: not enough memory: {_line(error)}")
-                return FAILED
-            if not isinstance(error, (*failed, *wrong)):
-                raise
-            _say(f"{program}: {_line(error)}")
-            return FAILED if isinstance(error, failed) else WRONG
-        if (full := out()) is not None:
-            _say(f"{program}: standard output cannot be written: {os.strerror(full)}")
-            return code or FAILED
-        return code
+            code = _told(program, error, wrong, failed)
+        else:
+            if (full := out()) is not None:
+                _say(f"{program}: standard output cannot be written: {os.strerror(full)}")
+                code = code or FAILED
+    _hooks["code"] = code
+    return code
+
+
+def _told(
+    program: str,
+    error: BaseException,
+    wrong: tuple[type[Exception], ...],
+    failed: tuple[type[Exception], ...],
+) -> int:
+    """Tell what ended a command and return its exit code; an error that nobody expects is raised again."""
+    if (stop := _stop(error)) is not None:
+        number = signal.SIGTERM if isinstance(stop, _Terminated) else signal.SIGINT
+        _say(f"{program}: {_WORDS[number]}")
+        return 128 + number
+    if lacks_memory(error):
+        _say(f"{program}: not enough memory: {one_line(error)}")
+        return FAILED
+    if not isinstance(error, (*failed, *wrong)):
+        raise error
+    _say(f"{program}: {one_line(error)}")
+    return FAILED if isinstance(error, failed) else WRONG
 
 
 def _stop(error: BaseException | None) -> KeyboardInterrupt | None:
@@ -104,7 +120,7 @@ def lacks_memory(error: BaseException | None) -> bool:
         text = str(error).lower()
         if isinstance(error, ImportError | OSError | RuntimeError) and any(w in text for w in _NO_MEMORY):
             return True
-        error = error.__cause__
+        error = error.__cause__ or error.__context__
     return False
 
 
@@ -199,20 +215,19 @@ def _streams() -> Iterator[Callable[[], int | None]]:
 @contextmanager
 def _signals() -> Iterator[None]:
     """Have SIGINT and SIGTERM raise, where a program has not decided otherwise."""
-    sys.excepthook = _hooks.get("excepthook", sys.excepthook)
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    if signal.getsignal(signal.SIGINT) is _leave:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-    ours = signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
-    if ours:
-        signal.signal(signal.SIGTERM, _terminate)
+    before = {}
+    if threading.current_thread() is threading.main_thread():
+        for number, ours, instead_of in (
+            (signal.SIGINT, signal.default_int_handler, (_leave,)),
+            (signal.SIGTERM, _terminate, (signal.SIG_DFL,)),
+        ):
+            if signal.getsignal(number) in instead_of:
+                before[number] = signal.signal(number, ours)
     try:
         yield
     finally:
-        if ours:
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _terminate(number: int, frame: FrameType | None) -> None:
@@ -225,13 +240,23 @@ def _say(line: str) -> None:
             print(line, file=sys.stderr, flush=True)
 
 
-def _line(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
+def one_line(error: BaseException) -> str:
+    """Return what an error says on one line, without what would move a terminal's cursor."""
+    return printable(" ".join(str(error).split())) or type(error).__name__
 
 
-# ---- before a command's own code runs
+def printable(text: str) -> str:
+    """Return a text with everything that no terminal should see escaped."""
+    return "".join(
+        c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text
+    )
+
+
+# ---- before a command's own code runs, and behind it
 
 _hooks: dict[str, Any] = {}
+_LEAST = {"lesionsynth": 512 << 20, "normnet": 1280 << 20}
+"""Address space to load the modules, in bytes: native libraries abort with less, or never return."""
 
 
 def _program() -> str | None:
@@ -244,10 +269,22 @@ def _program() -> str | None:
     return "lesionsynth" if Path(first).name in ("lesionsynth", "lesionsynth.exe") else None
 
 
+def _address_space() -> int | None:
+    """Bytes that this process may map."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    soft = resource.getrlimit(resource.RLIMIT_AS)[0]
+    return None if soft == resource.RLIM_INFINITY else soft
+
+
 def _leave(number: int, frame: FrameType | None) -> None:
-    """End at once: nothing has been begun."""
-    os.write(2, f"{_hooks['program']}: interrupted\n".encode())
-    os._exit(INTERRUPTED)
+    """End at once: nothing has been begun, or all is done and told."""
+    if "code" not in _hooks:
+        with suppress(OSError):
+            os.write(2, f"{_hooks['program']}: interrupted\n".encode())
+    os._exit(_hooks.get("code", 128 + number))
 
 
 def _tell(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
@@ -266,9 +303,9 @@ def _tell(kind: type[BaseException], error: BaseException, trace: TracebackType 
 
 
 def _last(error: BaseException) -> str:
-    while error.__cause__ is not None:
-        error = error.__cause__
-    return _line(error)
+    while (before := error.__cause__ or error.__context__) is not None:
+        error = before
+    return one_line(error)
 
 
 def _guard() -> None:
@@ -277,6 +314,10 @@ def _guard() -> None:
         return
     _hooks.update(program=program, excepthook=sys.excepthook)
     sys.excepthook = _tell
+    least, limit = _LEAST[program.partition(".")[0]], _address_space()
+    if limit is not None and limit < least:
+        mib = f"{least >> 20} MiB, got {limit >> 20}"
+        raise MemoryError(f"the address space (ulimit -v) must be at least {mib}")
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, _leave)
 
