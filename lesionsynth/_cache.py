@@ -13,6 +13,7 @@ import hashlib
 import os
 import pickle
 import pkgutil
+import stat
 import sys
 import tempfile
 import threading
@@ -33,6 +34,9 @@ from numba.core.serialize import dumps
 
 DIGEST = 32
 """Bytes of SHA-256 behind a kernel in its file."""
+LONGEST = 2**26
+"""Bytes of a file that is read; the longest kernel has less than 2**20."""
+_AT_ONCE = getattr(os, "O_NONBLOCK", 0)
 SWITCHES = (
     "OPT", "BOUNDSCHECK", "DEBUGINFO_DEFAULT", "USING_SVML", "LOOP_VECTORIZE", "SLP_VECTORIZE",
 )  # fmt: skip
@@ -95,8 +99,11 @@ def find(folder: Callable[[], Path], name: str, what: str) -> bytes | None:
     """
     try:
         path = _prepared(folder()) / name
-        with path.open("rb") as file:
-            return None if distrust(os.fstat(file.fileno())) else file.read()
+        # a pipe must not be waited for
+        with open(path, "rb", opener=lambda file, flags: os.open(file, flags | _AT_ONCE)) as file:
+            status = os.fstat(file.fileno())
+            good = stat.S_ISREG(status.st_mode) and status.st_size <= LONGEST and not distrust(status)
+            return file.read() if good else None
     except FileNotFoundError:
         return None
     except OSError as error:
@@ -170,15 +177,29 @@ def tell(what: str, how: str, why: str) -> None:
     )
 
 
+class NotCompiled(RuntimeError, ImportError):
+    """``NUMBA_DISABLE_JIT`` keeps Numba from compiling; an ImportError, which commands tell in one line."""
+
+
 def compiled(function: Callable[..., Any]) -> Any:
     """Compile a function with Numba at its first call, and keep it; it runs without the GIL.
 
-    With ``NUMBA_DISABLE_JIT`` it is returned as it is.
+    With ``NUMBA_DISABLE_JIT`` its call raises `NotCompiled`: most kernels have instructions of the processor,
+    which Python cannot run, and it would take hours for the others.
     """
+    if numba.config.DISABLE_JIT:
+
+        @wraps(function)
+        def refuse(*_: Any, **__: Any) -> Any:
+            raise NotCompiled(
+                "lesionsynth's CPU kernels must be compiled by Numba and cannot run as Python: unset "
+                f"NUMBA_DISABLE_JIT, which is {numba.config.DISABLE_JIT}, before lesionsynth is imported"
+            )
+
+        return refuse
     made = numba.njit(nogil=True)(function)
-    if isinstance(made, numba.core.dispatcher.Dispatcher):
-        made._cache = KernelCache(function)  # a name of Numba's own; a test watches it
-        made._compile_for_args = _apart(made._compile_for_args)  # another
+    made._cache = KernelCache(function)  # a name of Numba's own; a test watches it
+    made._compile_for_args = _apart(made._compile_for_args)  # another
     return made
 
 

@@ -16,14 +16,17 @@ from typing import Any
 import numpy as np
 
 from lesionsynth._elements import Damage, Elements, check_slice, read_elements
-from lesionsynth._headers import FARTHEST_MM, MAX_VOXELS, SPACING_MM
-from lesionsynth.strict import name_of
+from lesionsynth._headers import FARTHEST_MM, MAX_VOXELS, SPACING_MM, Stamp, number_of
+from lesionsynth.strict import name_of, shown
 
 _ORIENTATION, _POSITION, _PIXEL_SPACING = "0020|0037", "0020|0032", "0028|0030"
 _MODALITY, _FRAMES, _SAMPLES, _TILT, _SERIES = "0008|0060", "0028|0008", "0028|0002", "0018|1120", "0020|000e"
 _IMAGE_TYPE, _DESCRIPTION = "0008|0008", "0008|103e"
 _ROWS, _COLUMNS = "0028|0010", "0028|0011"
 _SCALE = ("0028|0100", "0028|0101", "0028|0103", "0028|1052", "0028|1053")
+_RESCALE = {"0028|1052": "RescaleIntercept", "0028|1053": "RescaleSlope"}
+_LISTED = 10
+"""Series that a message lists."""
 _SAME_DIRECTION = 1e-3  # headers carry six decimals or so; a degree of tilt is 1.7e-2
 _SPACING_TOLERANCE = (
     0.02  # of the slice distance: rounding of positions to 0.01 mm passes, a missing slice never
@@ -38,21 +41,27 @@ class Series:
     ----------
     files : tuple of str
         One file per slice, ascending along the normal.
-    slice_distance : float
-        mm between neighbouring slices.
+    spacing : tuple of 3 floats
+        mm between neighbouring voxels, x first.
+    origin : tuple of 3 floats
+        Position of the first voxel.
     direction : tuple of 9 floats
         ITK direction matrix, row-major.
     voxel_bytes : int
         Memory that its voxels take at most.
     real : bool
         Slices are scaled differently: only real numbers hold all.
+    stamps : mapping of Path to Stamp
+        Of the files, before they were checked.
     """
 
     files: tuple[str, ...]
-    slice_distance: float
+    spacing: tuple[float, float, float]
+    origin: tuple[float, float, float]
     direction: tuple[float, ...]
     voxel_bytes: int = 0
     real: bool = False
+    stamps: Mapping[Path, Stamp] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -92,10 +101,10 @@ class SeriesInfo:
 
     def __str__(self) -> str:
         """One line: UID, modality, slices, description and what is wrong with it."""
-        parts = [self.modality or "no modality", f"{self.slices} slices"]
+        parts = [self.modality[:20] or "no modality", f"{self.slices} slices"]
         if self.description:
-            parts.append(repr(self.description))
-        return f"{self.uid} ({', '.join(parts)}{'; ' + self.problem if self.problem else ''})"
+            parts.append(repr(self.description[:64]))
+        return f"{_short(self.uid)} ({', '.join(parts)}{'; ' + self.problem if self.problem else ''})"
 
 
 def find_series(path: Path, series: str | None = None) -> Series:
@@ -128,18 +137,23 @@ def find_series(path: Path, series: str | None = None) -> Series:
             )
             raise ValueError(f"{name_of(path)}: {told or 'not a readable DICOM slice of a series'}")
         if series is not None and series != own:
-            raise ValueError(f"{name_of(path)}: series must be that of the file, {own}, got {series}")
+            raise ValueError(
+                f"{name_of(path)}: series must be that of the file, {_short(own)}, got "
+                f"{_short(name_of(series))}"
+            )
         series = own
     if series is None and len(found) == 1:
         (series,) = found
     elif series is None:
         infos = [_info(folder, uid, group) for uid, group in found.items()]
         series = largest_series(infos).uid
-        there = "; ".join(str(info) for info in _largest_first(infos))
-        warnings.warn(f"{name_of(path)}: several DICOM series: {there}; reading {series}", stacklevel=5)
+        there = _listed("; ", [str(info) for info in _largest_first(infos)])
+        warnings.warn(
+            f"{name_of(path)}: several DICOM series: {there}; reading {_short(series)}", stacklevel=5
+        )
     elif series not in found:
-        names = ", ".join(sorted(found))
-        raise ValueError(f"{name_of(path)}: series must be one of {names}, got {series}")
+        names = _listed(", ", [_short(uid) for uid in sorted(found)])
+        raise ValueError(f"{name_of(path)}: series must be one of {names}, got {_short(name_of(series))}")
     return _check_series(path, found[series])
 
 
@@ -177,6 +191,16 @@ def largest_series(infos: Sequence[SeriesInfo]) -> SeriesInfo:
     raise ValueError("infos must hold at least one series, got none")
 
 
+def _short(uid: str) -> str:
+    return uid if len(uid) <= 64 else f"{uid[:64]}..."
+
+
+def _listed(comma: str, parts: Sequence[str]) -> str:
+    """Join parts for a message, not more than it can show."""
+    more = [f"and {len(parts) - _LISTED} more"] if len(parts) > _LISTED else []
+    return comma.join([*parts[:_LISTED], *more])
+
+
 def _largest_first(infos: Sequence[SeriesInfo]) -> list[SeriesInfo]:
     # between equals the smaller UID, so that the choice does not depend on the file system
     return sorted(infos, key=lambda info: (-info.slices, info.uid))
@@ -200,7 +224,8 @@ def _files_by_series(folder: Path) -> dict[str, _Group]:
     groups: dict[str, _Group] = {}
     homeless: list[tuple[str, str]] = []
     # macOS leaves a ._NAME beside every file that it copies
-    names = sorted(entry.name for entry in os.scandir(folder) if entry.name[0] != "." and entry.is_file())
+    with os.scandir(folder) as entries:
+        names = sorted(entry.name for entry in entries if entry.name[0] != "." and _is_regular(entry))
     for name in names:
         if name.upper() == "DICOMDIR":
             continue
@@ -223,6 +248,14 @@ def _files_by_series(folder: Path) -> dict[str, _Group]:
     for group in groups.values():
         group.damaged.extend(homeless)
     return groups
+
+
+def _is_regular(entry: os.DirEntry[str]) -> bool:
+    """Leave out what leads nowhere, too: a link to itself, or to what may not be looked at."""
+    try:
+        return entry.is_file()
+    except OSError:
+        return False
 
 
 def _info(folder: Path, uid: str, group: _Group) -> SeriesInfo:
@@ -254,6 +287,10 @@ def _check_series(path: Path, group: _Group) -> Series:
         name, rule = group.damaged[0]
         more = f"; {len(group.damaged) - 1} more such files" if len(group.damaged) > 1 else ""
         raise ValueError(f"{name_of(name)}: {rule}{more}")
+    for tag, what in _RESCALE.items():
+        lacking = [name for name, elements in group.slices if tag not in elements.values]
+        if 0 < len(lacking) < len(group.slices):
+            raise ValueError(f"{name_of(lacking[0])}: {what} must be there, as in other slices of the series")
     total = 0
     for name, elements in group.slices:
         try:
@@ -266,27 +303,29 @@ def _check_series(path: Path, group: _Group) -> Series:
         raise ValueError(f"{name_of(path)}: a volume must have at most {MAX_VOXELS} voxels, got {total // 8}")
     found = _order(path, [(name, elements.values) for name, elements in group.slices])
     scales = {tuple(e.values.get(tag, "") for tag in _SCALE) for _, e in group.slices}
-    return replace(found, voxel_bytes=total, real=len(scales) > 1)
+    stamps = {Path(name): elements.stamp for name, elements in group.slices}
+    return replace(found, voxel_bytes=total, real=len(scales) > 1, stamps=stamps)
 
 
 def _numbers(header: Mapping[str, str], tag: str, count: int) -> np.ndarray[Any, np.dtype[np.float64]] | None:
-    try:
-        values = np.array([float(part.replace("_", "?")) for part in header.get(tag, "").split("\\")])
-    except ValueError:
-        return None
+    values = np.array([number_of(part) for part in header.get(tag, "").split("\\")])
     return values if values.size == count and bool((np.abs(values) <= FARTHEST_MM).all()) else None
 
 
 def _check_slice(name: str, header: Mapping[str, str]) -> None:
     modality = header.get(_MODALITY, "")
     if modality != "CT":
-        raise ValueError(f"{name_of(name)}: the DICOM modality must be CT, got {modality or 'none'}")
+        raise ValueError(f"{name_of(name)}: the DICOM modality must be CT, got {modality[:20] or 'none'}")
     if _is_localizer(header):
         raise ValueError(
             f"{name_of(name)}: a CT volume must be of axial slices, got a localizer (scout image)"
         )
-    if header.get(_FRAMES, "1") not in ("", "1"):
-        raise ValueError(f"{name_of(name)}: multi-frame DICOM is not read; convert it to NIfTI first")
+    frames = header.get(_FRAMES, "1")
+    if frames not in ("", "1"):
+        raise ValueError(
+            f"{name_of(name)}: NumberOfFrames must be 1, got {shown(frames)}: multi-frame DICOM is not read; "
+            "convert it to NIfTI first"
+        )
     if header.get(_SAMPLES, "1") not in ("", "1"):
         raise ValueError(f"{name_of(name)}: a CT slice has one sample per pixel, got {header[_SAMPLES]}")
 
@@ -300,14 +339,16 @@ def _order(path: Path, headers: list[tuple[str, Mapping[str, str]]]) -> Series:
     for name, header in headers:
         orientation, position = _numbers(header, _ORIENTATION, 6), _numbers(header, _POSITION, 3)
         if orientation is None or position is None:
+            tag = _ORIENTATION if orientation is None else _POSITION
+            what = "six numbers" if orientation is None else f"three numbers up to {FARTHEST_MM:g}"
             raise ValueError(
-                f"{name_of(name)}: ImagePositionPatient and ImageOrientationPatient must be present, "
-                f"as numbers up to {FARTHEST_MM:g}"
+                f"{name_of(name)}: Image{'Orientation' if orientation is None else 'Position'}Patient "
+                f"must be {what}, got {shown(header.get(tag) or 'none')}"
             )
         spacing = _numbers(header, _PIXEL_SPACING, 2)
         if spacing is None or spacing.min() < SPACING_MM[0] or spacing.max() > SPACING_MM[1]:
             low, high = SPACING_MM
-            got = header.get(_PIXEL_SPACING, "")[:80] or "none"
+            got = shown(header.get(_PIXEL_SPACING) or "none")
             raise ValueError(
                 f"{name_of(name)}: PixelSpacing must be two numbers from {low:g} to {high:g} mm, got {got}"
             )
@@ -324,7 +365,8 @@ def _order(path: Path, headers: list[tuple[str, Mapping[str, str]]]) -> Series:
     lengths = [float(np.linalg.norm(axis)) for axis in (row, column, normal)]
     if max(abs(length - 1) for length in lengths) > 1e-2:  # cosines with three decimals stay below this
         raise ValueError(
-            f"{name_of(path)}: ImageOrientationPatient must be two orthogonal unit vectors, got {orientation}"
+            f"{name_of(path)}: ImageOrientationPatient must be two orthogonal unit vectors, got "
+            f"{', '.join(f'{v:g}' for v in orientation)}"
         )
     placed.sort(key=lambda item: float(item[2] @ normal))
     positions = np.array([item[2] for item in placed])
@@ -340,7 +382,14 @@ def _order(path: Path, headers: list[tuple[str, Mapping[str, str]]]) -> Series:
             "to upright slices first"
         )
     direction = np.stack([row, column, normal], axis=1)
-    return Series(tuple(item[0] for item in placed), distance, tuple(float(v) for v in direction.ravel()))
+    # PixelSpacing is of rows first; a reader may look elsewhere, by the class of the slices
+    x, y, z = (float(v) for v in placed[0][2])
+    return Series(
+        tuple(item[0] for item in placed),
+        (float(pixels[1]), float(pixels[0]), distance),
+        (x, y, z),
+        tuple(float(v) for v in direction.ravel()),
+    )
 
 
 def _regular_distance(path: Path, along: np.ndarray[Any, np.dtype[np.float64]]) -> float:

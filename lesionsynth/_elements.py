@@ -8,7 +8,6 @@ the values that are asked for.
 from __future__ import annotations
 
 import io
-import math
 import struct
 import zlib
 from collections.abc import Mapping
@@ -16,12 +15,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from lesionsynth._headers import MAX_VOXELS, file_stamp
-from lesionsynth.strict import name_of
+from lesionsynth._headers import MAX_VOXELS, Stamp, file_stamp, number_of
+from lesionsynth.strict import name_of, shown
 
 MAX_DEPTH = 32
 """Sequences within sequences; structured reports reach about ten."""
-_MAX_ELEMENTS, _MAX_INFLATED, _MAX_VALUE = 1_000_000, 1 << 27, 1 << 16
+_MAX_ELEMENTS, _MAX_INFLATED = 100_000, 1 << 27
+_MAX_VALUE = 1024
+"""Bytes of a value that is kept; the standard has 64 or fewer, for each part of several."""
 _UNDEFINED = 0xFFFFFFFF
 _ITEM, _ITEM_END, _SEQUENCE_END, _PIXELS = 0xFFFEE000, 0xFFFEE00D, 0xFFFEE0DD, 0x7FE00010
 _LONG = frozenset((b"OB", b"OD", b"OF", b"OL", b"OV", b"OW", b"SQ", b"SV", b"UC", b"UN", b"UR", b"UT", b"UV"))
@@ -32,13 +33,24 @@ _SYNTAX, _DIRECTORY = 0x00020010, 0x00041220
 _NUMBERS = frozenset(
     (0x00280002, 0x00280006, 0x00280010, 0x00280011, 0x00280100, 0x00280101, 0x00280102, 0x00280103)
 )
-_TEXTS = frozenset(
-    (0x00080005, 0x00080008, 0x00080016, 0x00080060, 0x0008103E, 0x00181120, 0x0020000E, 0x00200032)
-) | {0x00200037, 0x00280004, 0x00280008, 0x00280030, 0x00281052, 0x00281053}
+_TEXTS = {
+    **dict.fromkeys((0x00080005, 0x00080008, 0x00080060, 0x00280004), b"CS"),
+    **dict.fromkeys((0x00181120, 0x00200032, 0x00200037, 0x00280030, 0x00281052, 0x00281053), b"DS"),
+    **dict.fromkeys((0x00080016, 0x0020000E), b"UI"),
+    0x0008103E: b"LO",
+    0x00280008: b"IS",
+}
+"""Their VR; readers stop at another."""
 _IMPLICIT, _BIG = "1.2.840.10008.1.2", "1.2.840.10008.1.2.2"
 _DEFLATED, _RLE = "1.2.840.10008.1.2.1.99", "1.2.840.10008.1.2.5"
 _PLAIN = frozenset((_IMPLICIT, "1.2.840.10008.1.2.1", _BIG, _DEFLATED))
-_JPEG = frozenset(f"1.2.840.10008.1.2.4.{n}" for n in (50, 51, 57, 70, 80, 81, 90, 91))
+_JPEG = {
+    f"1.2.840.10008.1.2.4.{n}": marks
+    for n, marks in {
+        50: b"\xc0", 51: b"\xc0\xc1", 57: b"\xc3", 70: b"\xc3", 80: b"\xf7", 81: b"\xf7", 90: b"", 91: b"",
+    }.items()
+}  # fmt: skip
+"""Marks of the frames that a transfer syntax has; none for JPEG 2000."""
 
 
 class Damage(Exception):
@@ -71,6 +83,8 @@ class Elements:
         The pixels are compressed.
     frame : bytes
         Their fragments, the table of offsets left out, where they were asked for.
+    stamp : Stamp
+        Of the file, before it was opened.
     """
 
     values: Mapping[str, str]
@@ -78,6 +92,7 @@ class Elements:
     pixels: tuple[int, ...]
     encapsulated: bool
     frame: bytes
+    stamp: Stamp
 
 
 def read_elements(path: Path, frame: bool = False) -> Elements | None:
@@ -102,7 +117,7 @@ def read_elements(path: Path, frame: bool = False) -> Elements | None:
     OSError
         It cannot be opened.
     """
-    size = file_stamp(path)[2]
+    stamp = file_stamp(path)
     with path.open("rb") as stream:
         head = stream.read(132)
         marked = head[128:] == b"DICM"
@@ -110,7 +125,7 @@ def read_elements(path: Path, frame: bool = False) -> Elements | None:
             if path.suffix.lower() == ".dcm":
                 raise Damage("not a readable DICOM file: it has no DICOM header")
             return None
-        walk = _Walk(stream, size, frame)
+        walk = _Walk(stream, stamp, frame)
         try:
             return walk.run(132 if marked else 0)
         except Damage as damage:
@@ -120,10 +135,11 @@ def read_elements(path: Path, frame: bool = False) -> Elements | None:
 
 
 class _Walk:
-    def __init__(self, stream: IO[bytes], size: int, keep: bool) -> None:
-        self.stream, self.size, self.keep = stream, size, keep
+    def __init__(self, stream: IO[bytes], stamp: Stamp, keep: bool) -> None:
+        self.stream, self.stamp, self.size, self.keep = stream, stamp, stamp[2], keep
         self.values: dict[str, str] = {}
-        self.order, self.syntax = "<", ""
+        self.order = "<"
+        self.syntax: str | None = None
         self.pixels: tuple[int, ...] = ()
         self.encapsulated, self.frame = False, b""
         self.is_directory = False
@@ -131,19 +147,19 @@ class _Walk:
 
     def run(self, at: int) -> Elements:
         at = self._meta(at)
-        if not self.syntax:  # files from before there were file headers
+        if self.syntax is None:  # files from before there were file headers
             self.stream.seek(at)
             letters = self.stream.read(6)[4:]
             self.syntax = "1.2.840.10008.1.2.1" if letters in _LONG | _SHORT else _IMPLICIT
-        if self.syntax not in _PLAIN | _JPEG | {_RLE}:
-            raise Damage(f"the transfer syntax must be one for CT slices, got {self.syntax!a}")
+        if self.syntax not in (*_PLAIN, *_JPEG, _RLE):
+            raise Damage(f"the transfer syntax must be one for CT slices, got {shown(self.syntax)}")
         if self.syntax == _DEFLATED:
             at = self._inflate(at)
         self.order = ">" if self.syntax == _BIG else "<"
         self._body(at, self.size, self.syntax != _IMPLICIT)
         if not self.is_directory and not self.values.get("0020|000e"):
             raise Damage("SeriesInstanceUID must be there")
-        return Elements(self.values, self.syntax, self.pixels, self.encapsulated, self.frame)
+        return Elements(self.values, self.syntax, self.pixels, self.encapsulated, self.frame, self.stamp)
 
     def _meta(self, at: int) -> int:
         """Walk through the file header; returns where it ends."""
@@ -290,7 +306,7 @@ class _Walk:
                 raise Damage("the pixels must be there once")
             self.pixels = (length,)
             return
-        if tag not in _NUMBERS | _TEXTS:
+        if tag not in _NUMBERS and tag not in _TEXTS:
             return
         key = f"{tag >> 16:04x}|{tag & 0xFFFF:04x}"
         if key in self.values:
@@ -302,7 +318,11 @@ class _Walk:
                 str(struct.unpack(f"{self.order}H", self._bytes(start, 2))[0]) if length else ""
             )
         else:
-            data = self._bytes(start, min(length, _MAX_VALUE))
+            if letters not in (b"", b"UN", _TEXTS[tag]):
+                raise Damage(f"element {key} must be {_TEXTS[tag].decode()}, got {letters.decode()}")
+            if length > _MAX_VALUE:
+                raise Damage(f"element {key} must have at most {_MAX_VALUE} bytes, got {length}")
+            data = self._bytes(start, length)
             # the two that old headers and new ones use
             try:
                 text = data.decode()
@@ -324,13 +344,14 @@ def check_slice(elements: Elements) -> int:
     def number(tag: str, name: str, allowed: range | tuple[int, ...]) -> int:
         text = values.get(tag, "")
         if not text or int(text) not in allowed:
-            kinds = f"{allowed[0]} to {allowed[-1]}" if isinstance(allowed, range) else str(allowed)
+            several = f"from {allowed[0]} to {allowed[-1]}" if isinstance(allowed, range) else ""
+            kinds = several or " or ".join(map(str, allowed))
             raise Damage(f"{name} must be {kinds}, got {text or 'none'}")
         return int(text)
 
-    if values.get("0028|0004") not in ("MONOCHROME1", "MONOCHROME2"):
-        got = values.get("0028|0004") or "none"
-        raise Damage(f"PhotometricInterpretation must be MONOCHROME1 or 2, got {got[:40]!r}")
+    if values.get("0028|0004") != "MONOCHROME2":  # of MONOCHROME1 readers return the complement
+        got = shown(values.get("0028|0004") or "none")
+        raise Damage(f"PhotometricInterpretation must be MONOCHROME2, got {got}")
     rows, columns = (
         number(t, n, range(1, 65536)) for t, n in (("0028|0010", "Rows"), ("0028|0011", "Columns"))
     )
@@ -341,10 +362,11 @@ def check_slice(elements: Elements) -> int:
     if rows * columns > MAX_VOXELS:
         raise Damage(f"a slice must have at most {MAX_VOXELS} pixels, got {rows} x {columns}")
     for tag, name in (("0028|1052", "RescaleIntercept"), ("0028|1053", "RescaleSlope")):
-        if values.get(tag, ""):
-            value = _number(values[tag])
-            if not abs(value) <= 1e9 or (name == "RescaleSlope" and value == 0):
-                raise Damage(f"{name} must be a number, got {values[tag][:40]!r}")
+        if tag in values:
+            value = number_of(values[tag])
+            if not abs(value) <= 1e9 or (name == "RescaleSlope" and abs(value) < 1e-9):
+                few = " of at least 1e-09" if name == "RescaleSlope" else ""
+                raise Damage(f"{name} must be a number{few}, got {shown(values[tag])}")
     needed = rows * columns * bits // 8
     if not elements.pixels:
         raise Damage("PixelData must be there")
@@ -363,17 +385,11 @@ def check_slice(elements: Elements) -> int:
         if elements.syntax == _RLE:
             _check_runs(elements.frame, rows * columns, bits // 8)
         else:
-            _check_jpeg(elements.frame, rows, columns)
+            signed = values["0028|0103"] == "1"
+            _check_jpeg(elements.frame, _JPEG[elements.syntax], rows, columns, bits, signed)
     else:
         raise Damage("truncated: PixelData has no fragment")
     return rows * columns * 8  # rescaled values may be of double precision
-
-
-def _number(text: str) -> float:
-    try:
-        return float(text.replace("_", "?"))  # which Python takes and others do not
-    except ValueError:
-        return math.nan
 
 
 def _check_runs(frame: bytes, pixels: int, segments: int) -> None:
@@ -396,22 +412,45 @@ def _check_runs(frame: bytes, pixels: int, segments: int) -> None:
             raise Damage(f"a run-length segment must hold {pixels} pixels, got {got}")
 
 
-def _check_jpeg(frame: bytes, rows: int, columns: int) -> None:
-    """Check that a JPEG of any kind is whole, and of this size."""
+def _check_jpeg(frame: bytes, marks: bytes, rows: int, columns: int, bits: int, signed: bool) -> None:
+    """Check that a JPEG is whole, of the kind that its transfer syntax has, and fills the pixels exactly."""
     if frame.rstrip(b"\0\xff")[-1:] != b"\xd9" or frame[:1] != b"\xff":
         raise Damage("truncated: the compressed pixels must begin and end with JPEG's marks")
-    size = None
-    if frame[:4] == b"\xff\x4f\xff\x51" and len(frame) >= 40:  # JPEG 2000
-        right, bottom, left, top = struct.unpack_from(">4I", frame, 8)
-        size = (bottom - top, right - left)
+    if not marks:  # JPEG 2000
+        size, parts, precision = _size_of_2000(frame, signed)
+    else:
+        size, parts, precision = _size_of_jpeg(frame, marks)
+    if (*size, parts) != (rows, columns, 1):
+        got = f"{size[0]} x {size[1]}, {parts}"
+        raise Damage(f"the compressed pixels must be {rows} x {columns}, 1 value each, got {got}")
+    if not bits - 8 < precision <= bits:
+        raise Damage(f"the compressed pixels must fill {bits} bits, got {precision}")
+
+
+def _size_of_2000(frame: bytes, signed: bool) -> tuple[tuple[int, int], int, int]:
+    """Rows and columns, values a pixel, and bits of a value."""
+    if frame[:4] != b"\xff\x4f\xff\x51" or len(frame) < 43:
+        raise Damage("the compressed pixels must be JPEG 2000 in this transfer syntax")
+    right, bottom, left, top = struct.unpack_from(">4I", frame, 8)
+    (parts,) = struct.unpack_from(">H", frame, 40)
+    if bool(frame[42] & 128) != signed:
+        rule = "signed" if signed else "without sign"
+        raise Damage(f"the compressed pixels must be {rule}, as PixelRepresentation says")
+    return (bottom - top, right - left), parts, (frame[42] & 127) + 1
+
+
+def _size_of_jpeg(frame: bytes, marks: bytes) -> tuple[tuple[int, int], int, int]:
+    """Find what `_size_of_2000` does in the frame header of a JPEG."""
     at = 2
-    while size is None and at + 9 <= len(frame) and frame[:2] == b"\xff\xd8" and frame[at] == 0xFF:
+    while at + 10 <= len(frame) and frame[:2] == b"\xff\xd8" and frame[at] == 0xFF:
         mark, length = frame[at + 1], int.from_bytes(frame[at + 2 : at + 4], "big")
         if mark == 0xFF:
             at += 1
+        elif mark in marks:
+            precision, rows, columns, parts = struct.unpack_from(">BHHB", frame, at + 4)
+            return (rows, columns), parts, precision
         elif mark == 0xF7 or (0xC0 <= mark <= 0xCF and mark not in (0xC4, 0xC8, 0xCC)):
-            size = struct.unpack_from(">2H", frame, at + 5)
+            break
         else:
             at += 2 + length
-    if size != (rows, columns):
-        raise Damage(f"the compressed pixels must be {rows} x {columns}, got {size}")
+    raise Damage("the compressed pixels must be JPEG of the kind that the transfer syntax has")

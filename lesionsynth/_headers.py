@@ -15,11 +15,16 @@ import stat
 import struct
 import zlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, NoReturn
 
-from lesionsynth.strict import name_of
+import numpy as np
+
+from lesionsynth.strict import name_of, shown
+
+Stamp = tuple[int, int, int, int]
+"""Device, number, size and time of a file: others where its content is another."""
 
 MAX_VOXELS = 2**31
 """Voxels of a volume at most; 2,000 slices of 1024 x 1024 are 2**31 / 1.02."""
@@ -31,6 +36,7 @@ FARTHEST_MM = 1e6
 """Origins lie within this distance."""
 _MAX_HEADER = 1 << 20
 _MAX_LINES = 10_000
+_MAX_EXTENSIONS = 1000
 _BLOCK = 1 << 20
 
 
@@ -44,16 +50,16 @@ class Header:
         ITK's image IO for it.
     voxel_bytes : int
         Memory for its voxels, eight bytes each where they are rescaled.
-    beside : tuple of str
-        The file that holds the voxels, where it is another one.
+    beside : mapping of str to Stamp
+        The file that holds the voxels, where it is another one, and its stamp before it was checked.
     """
 
     kind: str
     voxel_bytes: int
-    beside: tuple[str, ...] = ()
+    beside: Mapping[str, Stamp] = field(default_factory=dict)
 
 
-def file_stamp(path: str | os.PathLike[str]) -> tuple[int, int, int, int]:
+def file_stamp(path: str | os.PathLike[str]) -> Stamp:
     """Tell a file's content from a later one, and that it is a regular file; raises where it is not.
 
     Raises
@@ -108,8 +114,18 @@ def check_geometry(
     _check_numbers(path, "spacing", spacing, low, high)
     _check_numbers(path, "origin", origin, -FARTHEST_MM, FARTHEST_MM)
     _check_numbers(path, "direction", direction, -2, 2)
-    if abs(_determinant(direction)) < 1e-3:
-        _refuse(path, f"direction must be three axes that differ, got {tuple(direction)}")
+    # cosines with three decimals stay below this; beyond it, a voxel is no box of the spacing's sides
+    columns = [direction[axis::3] for axis in range(3)]
+    products = [sum(x * y for x, y in zip(a, b, strict=True)) - (a is b) for a in columns for b in columns]
+    if max(map(abs, products)) > 1e-2:
+        numbers = ", ".join(f"{value:g}" for value in direction)
+        _refuse(path, f"direction must be three orthogonal unit vectors, got {numbers}")
+
+
+def number_of(text: str) -> float:
+    """Return a number in plain digits, as every reader takes it; NaN for anything else."""
+    match = re.fullmatch(r" *([+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?) *", text, re.ASCII)
+    return float(match[1]) if match else math.nan
 
 
 def _determinant(m: Sequence[float]) -> float:
@@ -167,6 +183,7 @@ def _unpacked_length(stream: Any, known: int, needed: int) -> int:
 
 _NIFTI_BITS = {2: 8, 4: 16, 8: 32, 16: 32, 64: 64, 128: 24, 256: 8, 512: 16, 768: 32, 1024: 64, 1280: 64}
 _NIFTI_BITS[2304] = 32  # colours, as 128: told as such after reading
+_NIFTI_REAL = {16: "f4", 64: "f8"}
 _NIFTI_START = 352
 """First byte after the header and the four that announce extensions."""
 # (type, place)
@@ -195,12 +212,30 @@ def _nifti(path: Path, size: int) -> Header:
                 _check_growth(path, size, needed)
             head += stream.read(offset - len(head)) if offset > len(head) else b""
             _check_extensions(path, head, field)
-            length = _unpacked_length(stream, len(head), needed) if packed else size
+            length = size
+            if field["datatype"] in _NIFTI_REAL:
+                length = len(head) + _finite_length(path, stream, field, needed - len(head))
+            elif packed:
+                length = _unpacked_length(stream, len(head), needed)
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise ValueError(f"{name_of(path)}: damaged or truncated gzip file ({error})") from error
     _check_length(path, length, needed)
     plain = field["scl"] in ((0.0, 0.0), (1.0, 0.0))
     return Header("NiftiImageIO", voxels * (field["bitpix"] // 8 if plain else 8))
+
+
+def _finite_length(path: Path, stream: Any, field: Mapping[str, Any], needed: int) -> int:
+    """Count as `_unpacked_length`; refuse NaN and infinity, for which a reader puts zeros without a word."""
+    kind = np.dtype(field["order"] + _NIFTI_REAL[field["datatype"]])
+    length, left = 0, b""
+    while length <= needed and (block := stream.read(min(_BLOCK, needed + 1 - length))):
+        length += len(block)
+        block = left + block
+        whole = len(block) // kind.itemsize
+        if not np.isfinite(np.frombuffer(block, kind, whole)).all():
+            raise ValueError(f"{name_of(path)}: voxels must be finite, found NaN or infinity")
+        left = block[whole * kind.itemsize :]
+    return length
 
 
 def _nifti_fields(path: Path, head: bytes) -> dict[str, Any]:
@@ -242,7 +277,7 @@ def _check_nifti(path: Path, field: Mapping[str, Any]) -> tuple[int, int, int]:
         _refuse(path, f"scl_slope must be zero or at least 1e-09, got {field['scl'][0]:g}")
     _check_numbers(path, "pixdim", field["pixdim"][1 : 1 + min(count, 3)], 1e-9, 1e9)
     if not math.isfinite(field["pixdim"][0]):
-        _refuse(path, f"pixdim[0] must be -1 or 1, got {field['pixdim'][0]}")
+        _refuse(path, f"pixdim[0] must be finite, got {field['pixdim'][0]}")
     qform, sform = field["codes"]
     if qform:
         _check_numbers(path, "quatern_b, c and d", field["quatern"], -1.001, 1.001)
@@ -263,11 +298,14 @@ def _check_extensions(path: Path, head: bytes, field: Mapping[str, Any]) -> None
         raise ValueError(f"{name_of(path)}: truncated: the file ends before its voxels, at {len(head)} bytes")
     if not head[at - 4]:
         return
-    while end - at >= 8:
+    for _ in range(_MAX_EXTENSIONS):
+        if end - at < 8:
+            return
         length = int(struct.unpack_from(f"{field['order']}i", head, at)[0])
         if not 16 <= length <= end - at:
             _refuse(path, f"an extension must have from 16 to {end - at} bytes, got {length}")
         at += length
+    _refuse(path, f"there must be at most {_MAX_EXTENSIONS} extensions, got more")
 
 
 # ---- NRRD
@@ -305,17 +343,17 @@ def _nrrd(path: Path, size: int) -> Header:
         voxels = _check_sizes(path, "sizes", sizes)
         each = _NRRD_BYTES.get(field.get("type", "").lower())
         if each is None:
-            _refuse(path, f"type must be that of a number, got {field.get('type', 'none')!r}")
+            _refuse(path, f"type must be that of a number, got {shown(field.get('type', 'none'))}")
         _check_nrrd_space(path, field, count)
         if "datafile" not in field:
             if path.name.lower().endswith(".nhdr"):
                 _refuse(path, "data file must name the file with the voxels")
             _check_nrrd_voxels(path, stream, start, size, field, voxels, each)
             return Header("NrrdImageIO", voxels * each)
-    data = _beside(path, "data file", field["datafile"])
+    data, stamp = _beside(path, "data file", field["datafile"])
     with data.open("rb") as stream:
-        _check_nrrd_voxels(path, stream, 0, file_stamp(data)[2], field, voxels, each)
-    return Header("NrrdImageIO", voxels * each, (str(data),))
+        _check_nrrd_voxels(path, stream, 0, stamp[2], field, voxels, each)
+    return Header("NrrdImageIO", voxels * each, {str(data): stamp})
 
 
 def _nrrd_lines(path: Path, stream: IO[bytes], size: int) -> tuple[list[bytes], int]:
@@ -349,6 +387,8 @@ def _nrrd_fields(path: Path, lines: Sequence[bytes]) -> dict[str, str]:
             field[key] = value.decode("ascii" if key != "content" else "latin-1").strip()
         except UnicodeDecodeError:
             _refuse(path, f"the field {key} must be plain text, got {_start(value)}")
+        if not field[key].replace("\t", " ").isprintable() and key != "content":
+            _refuse(path, f"the field {key} must be plain text, got {_start(value)}")
         # readers copy words into buffers of their own, without asking how long they are
         if len(field[key]) > 2000 or max(map(len, field[key].split()), default=0) > 250:
             _refuse(path, f"the field {key} must be short, got {len(field[key])} characters")
@@ -370,7 +410,7 @@ def _check_nrrd_space(path: Path, field: Mapping[str, str], count: int) -> None:
     if "spacedirections" in field:
         axes = re.findall(rf"none|{vector}", field["spacedirections"])
         if len(axes) != count or re.sub(rf"none|{vector}", "", field["spacedirections"]).strip():
-            _refuse(path, f"space directions must be {count} vectors, got {field['spacedirections'][:80]!r}")
+            _refuse(path, f"space directions must be {count} vectors, got {shown(field['spacedirections'])}")
         for axis in filter(None, axes):
             numbers = _floats(path, "space directions", axis.replace(",", " "))
             _check_numbers(path, "space directions", [*numbers, math.hypot(*numbers)], -1e9, 1e9)
@@ -393,9 +433,10 @@ def _check_nrrd_voxels(
     (skip,) = _integers(path, "byte skip", field.get("byteskip", "0"), 1)
     coding = field.get("encoding", "").lower()
     if not 0 <= lines <= _MAX_LINES or not -1 <= skip <= size or ((lines or skip) and coding != "raw"):
-        _refuse(path, f"line skip and byte skip must lie in the file, got {lines} and {skip} ({coding})")
+        got = f"{lines} and {skip} ({shown(coding)})"
+        _refuse(path, f"line skip and byte skip must lie in the file, got {got}")
     if each > 1 and coding in ("raw", "gzip", "gz") and field.get("endian") not in ("little", "big"):
-        _refuse(path, f"endian must be little or big, got {field.get('endian', 'none')}")
+        _refuse(path, f"endian must be little or big, got {shown(field.get('endian', 'none'))}")
     stream.seek(start)
     if coding == "raw":
         for _ in range(lines):
@@ -416,7 +457,7 @@ def _check_nrrd_voxels(
     elif coding in ("ascii", "text", "txt"):
         _check_text(path, stream, voxels, field["type"], each)
     else:
-        _refuse(path, f"encoding must be raw, gzip, ascii or hex, got {coding or 'none'}")
+        _refuse(path, f"encoding must be raw, gzip, ascii or hex, got {shown(coding or 'none')}")
 
 
 def _check_digits(path: Path, stream: IO[bytes], needed: int) -> None:
@@ -465,26 +506,29 @@ def _integers(path: Path, field: str, text: str, count: int | None = None) -> li
     parts = text.split()
     # 18 digits are below 2**63: what is longer, one parser or another would wrap
     if not all(re.fullmatch(r"[+-]?\d{1,18}", part) for part in parts) or count not in (None, len(parts)):
-        _refuse(path, f"{field} must be {count or ''} integers, got {text[:80]!r}".replace("  ", " "))
+        _refuse(path, f"{field} must be {_how_many(count, 'integer')}, got {shown(text)}")
     return [int(part) for part in parts]
 
 
 def _floats(path: Path, field: str, text: str, count: int | None = None) -> list[float]:
     parts = text.split()
-    try:
-        numbers = [float(part.replace("_", "?")) for part in parts]
-    except ValueError:
-        numbers = []
-    if not parts or len(numbers) != len(parts) or count not in (None, len(parts)):
-        _refuse(path, f"{field} must be {count or ''} numbers, got {text[:80]!r}".replace("  ", " "))
+    numbers = [number_of(part) for part in parts]
+    # NaN is a value that some fields may have; whoever called looks at what it is
+    odd = [part for part, number in zip(parts, numbers, strict=True) if number != number]
+    if not parts or count not in (None, len(parts)) or not all(part.lower() == "nan" for part in odd):
+        _refuse(path, f"{field} must be {_how_many(count, 'number')}, got {shown(text)}")
     return numbers
 
 
-def _beside(path: Path, field: str, name: str) -> Path:
-    """Find the data file that a header names: one plain name in the header's own folder."""
+def _how_many(count: int | None, what: str) -> str:
+    return f"a{'n' if what[0] == 'i' else ''} {what}" if count == 1 else f"{count or ''} {what}s".lstrip()
+
+
+def _beside(path: Path, field: str, name: str) -> tuple[Path, Stamp]:
+    """Find the data file that a header names, one plain name in the header's own folder; and stamp it."""
     plain = re.fullmatch(r"(\./)?[^\s/\\%:][^/\\%:]*", name) is not None
     if not plain or len(name) > 250 or name in (".", "..", "LIST") or name.startswith(("LIST ", "../")):
-        _refuse(path, f"{field} must be the name of one file in the header's folder, got {name[:80]!r}")
+        _refuse(path, f"{field} must be the name of one file in the header's folder, got {shown(name)}")
     data = path.parent / name
     try:
         stamp = file_stamp(data)
@@ -493,10 +537,10 @@ def _beside(path: Path, field: str, name: str) -> Path:
             f"{name_of(path)}: {field} must be a file in the header's folder: {error}"
         ) from None
     if data.resolve().parent != path.resolve().parent and data.resolve().parent != path.parent.resolve():
-        _refuse(path, f"{field} must lie in the header's folder, {name!r} links to another")
+        _refuse(path, f"{field} must lie in the header's folder, {shown(name)} links to another")
     if stamp[:2] == file_stamp(path)[:2]:
-        _refuse(path, f"{field} must be another file than the header, got {name!r}")
-    return data
+        _refuse(path, f"{field} must be another file than the header, got {shown(name)}")
+    return data, stamp
 
 
 # ---- MetaImage
@@ -514,9 +558,20 @@ _META_NAMES = {
         "ObjectType NDims DimSize ElementType ElementDataFile ElementNumberOfChannels HeaderSize "
         "BinaryData BinaryDataByteOrderMSB ElementByteOrderMSB CompressedData CompressedDataSize "
         "ElementSpacing ElementSize Offset Position Origin TransformMatrix Rotation Orientation "
-        "CenterOfRotation AnatomicalOrientation",
+        "CenterOfRotation AnatomicalOrientation DistanceUnits ElementToIntensityFunctionSlope "
+        "ElementToIntensityFunctionOffset",
     )
 }
+_META_SAME = (
+    ("Offset", "Position", "Origin"),
+    ("TransformMatrix", "Rotation", "Orientation"),
+    ("BinaryDataByteOrderMSB", "ElementByteOrderMSB"),
+)
+"""Names of one thing; a reader takes the one or the other."""
+_META_AS_IF = {"ElementToIntensityFunctionSlope": 1.0, "ElementToIntensityFunctionOffset": 0.0}
+"""What readers ignore, and so must change nothing."""
+_META_VALUE = 250
+"""Longest value of a word: readers have buffers of 255, and look at no length."""
 
 
 def _metaimage(path: Path, size: int) -> Header:
@@ -524,7 +579,7 @@ def _metaimage(path: Path, size: int) -> Header:
         field = _meta_fields(path, stream)
         start = stream.tell()
     if field.get("ObjectType", "Image") != "Image":
-        _refuse(path, f"ObjectType must be Image, got {field['ObjectType'][:80]!r}")
+        _refuse(path, f"ObjectType must be Image, got {shown(field['ObjectType'])}")
     (count,) = _integers(path, "NDims", field.get("NDims", "0"), 1)
     if not 1 <= count <= 4:
         _refuse(path, f"NDims must be from 1 to 4, got {count}")
@@ -537,19 +592,19 @@ def _metaimage(path: Path, size: int) -> Header:
     if each is None:
         _refuse(
             path,
-            f"ElementType must be one of {', '.join(_META_BYTES)}, got {field.get('ElementType', 'none')!r}",
+            f"ElementType must be one of {', '.join(_META_BYTES)}, got "
+            f"{shown(field.get('ElementType', 'none'))}",
         )
     _check_meta_space(path, field, count)
     name = field.get("ElementDataFile", "")
     if name.upper() == "LOCAL":
         if name != "LOCAL":
-            _refuse(path, f"ElementDataFile must be LOCAL or a file, got {name}")
-        data = path
-    else:
-        data, start = _beside(path, "ElementDataFile", name), 0
-        size = file_stamp(data)[2]
-    _check_meta_voxels(path, data, start, size, field, voxels, each)
-    return Header("MetaImageIO", voxels * each, () if data == path else (str(data),))
+            _refuse(path, f"ElementDataFile must be LOCAL or a file, got {shown(name)}")
+        _check_meta_voxels(path, path, start, size, field, voxels, each)
+        return Header("MetaImageIO", voxels * each)
+    data, stamp = _beside(path, "ElementDataFile", name)
+    _check_meta_voxels(path, data, 0, stamp[2], field, voxels, each)
+    return Header("MetaImageIO", voxels * each, {str(data): stamp})
 
 
 def _meta_fields(path: Path, stream: IO[bytes]) -> dict[str, str]:
@@ -563,11 +618,13 @@ def _meta_fields(path: Path, stream: IO[bytes]) -> dict[str, str]:
         if match is None or len(line) > 1500 or b"\0" in line or not line.endswith((b"\n", match[2])):
             _refuse(path, f"not a MetaImage header: a line must be Key = Value, got {_start(line)}")
         key = match[1].decode()
+        if len(match[2]) > _META_VALUE and key.isalpha():
+            _refuse(path, f"{key} must have at most {_META_VALUE} characters, got {len(match[2])}")
         known = _META_NAMES.get(key.lower())
         if known is None:  # whatever the writer wanted to keep
             continue
         if key != known or known in field:
-            _refuse(path, f"the field {known} must be given once, and so spelled, got {key}")
+            _refuse(path, f"the field {known} must be given once, and so spelled, got {shown(key)}")
         try:
             field[known] = match[2].decode("ascii")
         except UnicodeDecodeError:
@@ -591,13 +648,22 @@ def _check_meta_space(path: Path, field: Mapping[str, str], count: int) -> None:
             numbers = _floats(path, name, field[name], count * count)
             _check_numbers(path, name, numbers, -2, 2)
             if count == 3 and abs(_determinant(numbers)) < 1e-3:
-                _refuse(path, f"{name} must be three axes that differ, got {field[name][:80]!r}")
+                _refuse(path, f"{name} must be three axes that differ, got {shown(field[name])}")
+    for names in _META_SAME:
+        given = [name for name in names if name in field]
+        if len(given) > 1:
+            _refuse(path, f"{given[0]} and {given[1]} are the same, which must be given once")
+    for name, idle in _META_AS_IF.items():
+        if name in field and _floats(path, name, field[name], 1) != [idle]:
+            _refuse(path, f"{name} must be {idle:g}, got {shown(field[name])}")
+    if field.get("DistanceUnits", "mm") not in ("mm", "?"):
+        _refuse(path, f"DistanceUnits must be mm, got {shown(field['DistanceUnits'])}")
 
 
 def _flag(path: Path, field: Mapping[str, str], name: str, otherwise: bool = False) -> bool:
     text = field.get(name, str(otherwise)).lower()
     if text not in ("true", "false"):
-        _refuse(path, f"{name} must be True or False, got {text[:80]!r}")
+        _refuse(path, f"{name} must be True or False, got {shown(field[name])}")
     return text == "true"
 
 
@@ -608,8 +674,6 @@ def _check_meta_voxels(
     needed = voxels * each
     for name in ("BinaryDataByteOrderMSB", "ElementByteOrderMSB"):
         _flag(path, field, name)
-    if "BinaryDataByteOrderMSB" in field and "ElementByteOrderMSB" in field:
-        _refuse(path, "the order of bytes must be given once")
     (skip,) = _integers(path, "HeaderSize", field.get("HeaderSize", "0"), 1)
     packed = _flag(path, field, "CompressedData")
     # a file without BinaryData holds text

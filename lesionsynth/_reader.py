@@ -12,13 +12,14 @@ import atexit
 import json
 import mmap
 import os
+import re
 import signal
 import socket
 import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
@@ -95,13 +96,23 @@ def read(
                 return process.read(request)
             except BaseException as error:
                 # unless it said so itself, an answer may still come that nobody waits for: after Ctrl-C, too
-                if not isinstance(error, _Refused):
+                if not isinstance(error, Refused):
                     _state.end()
                 raise
 
 
-class _Refused(RuntimeError):
-    """The reader says no; its process is well."""
+class Refused(RuntimeError):
+    """The reader says no; its process is well.
+
+    Attributes
+    ----------
+    at : int or None
+        Which of several files it does not read.
+    """
+
+    def __init__(self, rule: str, at: int | None = None) -> None:
+        super().__init__(rule)
+        self.at = at
 
 
 class _Process:
@@ -138,7 +149,7 @@ class _Process:
             if "missing" in answer:
                 raise ImportError(answer["missing"])
             if "refused" in answer:
-                raise _Refused(answer["refused"])
+                raise Refused(answer["refused"], answer["at"])
             return _image(answer, mmap.mmap(handles[0], 0))
         finally:
             for handle in handles:
@@ -198,15 +209,22 @@ class _State:
 _state = _State()
 
 
+def _in_capitals(path: str) -> bool:
+    ends = (".nii", ".nii.gz")
+    return path.lower().endswith(ends) and not path.endswith(ends)
+
+
 @contextmanager
 def _plain_names(files: Sequence[str], beside: Sequence[str]) -> Iterator[list[str]]:
     """Absolute paths that native code takes: text in UTF-8 (SimpleITK aborts on others) without formats.
+
+    And a suffix in small letters, which NIfTI's reader demands.
 
     Where one is odd, links stand in for all.
     """
     paths = [os.path.abspath(file) for file in files]
     # bytes that are no UTF-8 arrive as lone surrogates, which are not printable
-    if all(path.isprintable() and "%" not in path for path in paths):
+    if all(path.isprintable() and "%" not in path and not _in_capitals(path) for path in paths):
         yield paths
         return
     with tempfile.TemporaryDirectory(prefix="lesionsynth-") as folder:
@@ -238,15 +256,22 @@ def _read(request: dict[str, Any]) -> tuple[dict[str, Any], Any, Any]:
     import SimpleITK as sitk
 
     files = request["files"]
-    reader: Any = sitk.ImageFileReader() if len(files) == 1 else sitk.ImageSeriesReader()
-    reader.SetImageIO(request["kind"])  # never the one that the content suggests
-    if len(files) == 1:
-        reader.SetFileName(files[0])
-    else:
-        reader.SetFileNames(files)
-    if request["real"]:
-        reader.SetOutputPixelType(sitk.sitkFloat64)
-    image = reader.Execute()
+
+    def execute(files: Sequence[str]) -> Any:
+        reader: Any = sitk.ImageFileReader() if len(files) == 1 else sitk.ImageSeriesReader()
+        reader.SetImageIO(request["kind"])  # never the one that the content suggests
+        if len(files) == 1:
+            reader.SetFileName(files[0])
+        else:
+            reader.SetFileNames(files)
+        if request["real"]:
+            reader.SetOutputPixelType(sitk.sitkFloat64)
+        return reader.Execute()
+
+    try:
+        image = execute(files)
+    except RuntimeError as error:
+        raise Refused(_rule(error), _culprit(execute, files)) from error
     view = sitk.GetArrayViewFromImage(image)
     answer = {
         "size": image.GetSize(),
@@ -257,6 +282,23 @@ def _read(request: dict[str, Any]) -> tuple[dict[str, Any], Any, Any]:
         "dtype": view.dtype.name,
     }
     return answer, view, image
+
+
+def _culprit(execute: Callable[[Sequence[str]], Any], files: Sequence[str]) -> int | None:
+    """Find the first of several files that cannot be read by itself."""
+    for at, file in enumerate(files):
+        try:
+            execute([file])
+        except RuntimeError:
+            return at if len(files) > 1 else None
+    return None
+
+
+def _rule(error: BaseException) -> str:
+    """Return the last line of what a reader says, without where in memory it stood."""
+    lines = [part.strip() for part in str(error).splitlines() if part.strip()]
+    last = lines[-1] if lines else type(error).__name__
+    return re.sub(r"^ITK ERROR: |\w+\(0x[0-9a-f]+\): ", "", last)
 
 
 def _serve() -> None:
@@ -278,8 +320,7 @@ def _serve() -> None:
         except ImportError as error:
             answer = {"missing": str(error)}
         except (RuntimeError, MemoryError, ValueError, OSError) as error:
-            lines = [part.strip() for part in str(error).splitlines() if part.strip()]
-            answer = {"refused": lines[-1] if lines else type(error).__name__}
+            answer = {"refused": _rule(error), "at": getattr(error, "at", None)}
         signal.alarm(0)
         text = json.dumps(answer).encode() + b"\n"
         if handle < 0:

@@ -7,12 +7,12 @@ made when asked for.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import cached_property
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from lesionsynth._kept import kept
 from lesionsynth.plan import Blob, Component, LesionPlan, Triple, check_work
 
 DRAWN = np.dtype(
@@ -66,9 +66,9 @@ class Recipe:
         recipe.__dict__["plan"] = plan  # what `plan` would give
         return recipe
 
-    @cached_property
+    @kept
     def plan(self) -> LesionPlan:
-        """The plan, without components."""
+        """The plan, without components."""  # noqa: D401
         return LesionPlan(
             seed=self.seed,
             index=self.index,

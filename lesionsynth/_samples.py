@@ -16,8 +16,8 @@ import numpy.typing as npt
 import lesionsynth
 from lesionsynth import files
 from lesionsynth._cases import Case, checksum
-from lesionsynth.commands import optional
-from lesionsynth.config import MOST_HU, LesionConfig, check_spacing
+from lesionsynth._nifti import write_nifti
+from lesionsynth.config import LEAST_HU, MOST_HU, LesionConfig, check_spacing
 from lesionsynth.plan import LesionPlan, check_word
 from lesionsynth.strict import build, name_of, read_json, read_text, shown
 from lesionsynth.synthesizer import LesionPair
@@ -47,6 +47,10 @@ class _Source:
     def __post_init__(self) -> None:
         if self.phantom_seed is not None:
             check_word("source.phantom_seed", self.phantom_seed)
+        for name in ("input", "mask"):
+            value = getattr(self, name)
+            if value is not None and (Path(value).name != value or not 0 < len(value) < 256):
+                raise ValueError(f"source.{name} must be a file's name, got {shown(value)}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,8 +73,14 @@ class _Record:
             raise ValueError(f"slab must be two slices, 0 <= first < last, got {self.slab}")
         check_spacing(self.spacing)
         low, high = self.hu_range
-        if not -MOST_HU <= low < high <= MOST_HU:
-            raise ValueError(f"hu_range must be (low, high) within {MOST_HU:g} HU, got {self.hu_range}")
+        if not (-MOST_HU <= low <= high <= MOST_HU and high - low >= LEAST_HU):
+            raise ValueError(
+                f"hu_range must be (low, high) within {MOST_HU:g} HU, at least {LEAST_HU:g} wide, got "
+                f"{self.hu_range}"
+            )
+        for name in ("preset", "lengths"):
+            if not re.fullmatch("[A-Za-z0-9_]{0,60}", value := getattr(self, name)):
+                raise ValueError(f"{name} must be a name, got {shown(value)}")
         for name, value in self.checksums.items():
             if name not in CHECKED or not re.fullmatch("[0-9a-f]{8}", value):
                 raise ValueError(
@@ -226,17 +236,11 @@ def read_plan(path: Path) -> LesionPlan:
 
 def _write_nifti(path: Path, array: npt.NDArray[Any], case: Case) -> None:
     """Write a slab in LPS order where it lies in the file's space."""
-    sitk: Any = optional(
-        "SimpleITK", "--format nifti needs SimpleITK: pip install 'lesionsynth[io]', or use --format npz"
-    )
     stored = array.astype(np.uint8) if array.dtype == np.bool_ else array
-    image = sitk.GetImageFromArray(stored)
-    image.SetSpacing(case.spacing[::-1])
+    origin, cosines = [0.0, 0.0, 0.0], np.eye(3).ravel().tolist()
     if case.volume is not None:
         origin, cosines = _lps_frame(case.volume.grid, np.array([case.slab[0], 0, 0]))
-        image.SetOrigin(origin)
-        image.SetDirection(cosines)
-    sitk.WriteImage(image, str(path))
+    write_nifti(path, stored, case.spacing[::-1], origin, cosines)
 
 
 def _lps_frame(grid: Grid, first: npt.NDArray[Any]) -> tuple[list[float], list[float]]:

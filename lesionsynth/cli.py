@@ -27,14 +27,20 @@ from lesionsynth._cases import Case, load_case
 from lesionsynth._samples import check_output, checksums, read_plan, read_record, write_sample
 from lesionsynth.commands import run
 from lesionsynth.config import LesionConfig
-from lesionsynth.cpu._threads import default_threads
+from lesionsynth.cpu._threads import check_threads, default_threads
+from lesionsynth.plan import WORD, check_lung_fraction, check_word
 from lesionsynth.preview import check_output as check_picture
 from lesionsynth.preview import save_preview
+from lesionsynth.strict import check_integer, name_of, shown
 from lesionsynth.synthesizer import LesionPair, LesionSynthesizer
 from lesionsynth.window import window_hu
 
 DIFFERS = 1
 COMMANDS = ("preview", "synth", "replay", "info")
+MOST_SAMPLES = 10**6
+"""Folders that one call writes."""
+MOST_ROWS = 100
+"""Of a picture, whose sides have fewer than 2**16 pixels."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -175,7 +181,34 @@ def _add_format(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--overwrite", action="store_true", help="replace folders that exist")
 
 
+def _check(arguments: argparse.Namespace) -> None:
+    """Refuse numbers out of their domains before anything is read or made."""
+    if arguments.phantom_seed >= WORD:
+        raise ValueError(f"--phantom-seed must be below 2**32, got {shown(arguments.phantom_seed)}")
+    if arguments.depth < 0:
+        raise ValueError(f"--depth must be >= 0, got {shown(arguments.depth)}")
+    check_threads(arguments.threads)
+
+
+def _check_sample(arguments: argparse.Namespace, count: int = 1) -> None:
+    """Refuse what no sample is drawn with."""
+    _check(arguments)
+    check_word("seed", arguments.seed)
+    check_word("index", arguments.index)
+    _check_count("--count", count, MOST_SAMPLES)
+    check_word("index of the last sample", arguments.index + count - 1)
+    check_lung_fraction(arguments.lung_fraction)
+
+
+def _check_count(name: str, count: int, most: int) -> None:
+    if count < 1:
+        raise ValueError(f"{name} must be >= 1, got {shown(count)}")
+    check_integer(name, count, 1, most)
+
+
 def _preview(arguments: argparse.Namespace) -> int:
+    _check_sample(arguments)
+    _check_count("--rows", arguments.rows, MOST_ROWS)
     check_picture(arguments.output)
     synth, case = _synthesizer(arguments), _case(arguments)
     healthy = _healthy(case, synth.config.hu_range)
@@ -201,8 +234,7 @@ def _preview(arguments: argparse.Namespace) -> int:
 
 
 def _synth(arguments: argparse.Namespace) -> int:
-    if arguments.count < 1:
-        raise ValueError(f"--count must be >= 1, got {arguments.count}")
+    _check_sample(arguments, arguments.count)
     synth, case = _synthesizer(arguments), _case(arguments)
     healthy = _healthy(case, synth.config.hu_range)
     settings = {
@@ -224,6 +256,7 @@ def _synth(arguments: argparse.Namespace) -> int:
 
 
 def _replay(arguments: argparse.Namespace) -> int:
+    _check(arguments)
     if arguments.output is not None:
         inputs = (arguments.plan, arguments.input, arguments.mask)
         check_output(arguments.output, overwrite=arguments.overwrite, inputs=inputs)
@@ -235,7 +268,7 @@ def _replay(arguments: argparse.Namespace) -> int:
         slab = (int(record["slab"][0]), int(record["slab"][1]))
     if arguments.input is None and "input" in record.get("source", {}):
         drawn_on = record["source"]["input"]
-        raise ValueError(f"{arguments.plan} was drawn on {drawn_on}: give it as INPUT, with --mask")
+        raise ValueError(f"{arguments.plan} was drawn on {name_of(drawn_on)}: give it as INPUT, with --mask")
     if arguments.input is None:
         arguments.phantom_seed = record.get("source", {}).get("phantom_seed", arguments.phantom_seed)
     case = _case(arguments, slab)

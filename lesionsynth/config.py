@@ -30,6 +30,8 @@ LEAST_THRESHOLD = 1e-6
 """Least τ and mean_threshold: intensities are divided by them, in float32."""
 MOST_HU = 1e5
 """Largest bound of a window, to either side."""
+LEAST_HU = 1e-3
+"""Least width of a window; intensities are divided by it, in float32."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -179,7 +181,9 @@ class LesionConfig:
             raise ValueError(f"connectivity must be one of {CONNECTIVITIES}, got {self.connectivity}")
         _check_range("hu_range", self.hu_range, least=-MOST_HU, most=MOST_HU)
         low, high = self.hu_range
-        if low == high or not low < self.hu_threshold < high:
+        if high - low < LEAST_HU:
+            raise ValueError(f"hu_range must be at least {LEAST_HU:g} HU wide, got {self.hu_range}")
+        if not low < self.hu_threshold < high:
             raise ValueError(
                 f"hu_threshold must lie inside hu_range {self.hu_range}, got {self.hu_threshold}"
             )

@@ -10,12 +10,14 @@ from __future__ import annotations
 import fnmatch
 import os
 import re
+import shutil
 import socket
 import time
 import uuid
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
 ABANDONED = 86400.0
 """Seconds after which anything half-written counts as left over: of other machines, process numbers say
@@ -23,7 +25,7 @@ nothing, and in a container they recur."""
 SOFTWARE = "lesionsynth"
 """Said in every picture that is drawn, to tell it from those of others."""
 _STARTED = time.time()
-_LEFT_OVER = re.compile(r"\..+\.of-(?P<host>.+)-(?P<pid>\d+)\..+", re.DOTALL)
+_LEFT_OVER = re.compile(r"\..+\.of-(?P<host>[\w.-]+)-(?P<pid>\d+)\.[0-9a-f]{16}(\..+)?", re.DOTALL | re.ASCII)
 _LONGEST = 255
 """Bytes of a name, on every common file system."""
 _held: set[tuple[int, Path]] = set()
@@ -68,6 +70,44 @@ def replacing(path: Path) -> Iterator[Path]:
         if isinstance(error, OSError) and error.errno and error.filename in (None, str(beside)):
             raise OSError(error.errno, error.strerror, str(path)) from error
         raise
+
+
+@contextmanager
+def named_when_whole(path: Path) -> Iterator[IO[bytes]]:
+    """Open a file that gets its name when the block ends: of a process that is killed before, none stays.
+
+    Parameters
+    ----------
+    path : Path
+        Nothing is there yet. Where the system has no files without a name, it has it from the beginning.
+
+    Yields
+    ------
+    binary stream
+        To write to.
+    """
+    try:
+        handle = os.open(path.parent, os.O_TMPFILE | os.O_RDWR, 0o666)
+    except (AttributeError, OSError):  # another system, or a file system that cannot
+        with path.open("xb") as stream:
+            yield stream
+        return
+    with os.fdopen(handle, "w+b") as stream:
+        yield stream
+        stream.flush()
+        os.fsync(
+            handle
+        )  # now: whoever renames it would have to wait for it under a name that is not its last
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            # with a folder named, the link in /proc is followed
+            os.link(f"/proc/self/fd/{handle}", path, src_dir_fd=folder, follow_symlinks=True)
+        except OSError:  # no /proc
+            stream.seek(0)
+            with path.open("xb") as named:
+                shutil.copyfileobj(stream, named)
+        finally:
+            os.close(folder)
 
 
 def write_atomically(path: Path, content: str | bytes) -> Path:

@@ -27,6 +27,7 @@ from lesionsynth import _dicom, _reader, files
 from lesionsynth._dicom import SeriesInfo, find_series, largest_series
 from lesionsynth._grid import Grid
 from lesionsynth._headers import check_geometry, check_volume, file_stamp
+from lesionsynth._nifti import write_nifti
 from lesionsynth.commands import optional
 from lesionsynth.strict import name_of
 
@@ -98,7 +99,8 @@ class CTVolume:
         array : (Z, Y, X) bool, integer or float array
             In LPS order, as `hu`; stored as uint8 (bool), its own integer type, or float32.
         path : path
-            Ends in ``.nii`` or ``.nii.gz``. Replaced atomically; folders are created.
+            Ends in ``.nii`` or ``.nii.gz``. Replaced atomically; folders are created. Of a process that is
+            killed while it writes, nothing is left.
 
         Returns
         -------
@@ -112,22 +114,16 @@ class CTVolume:
         TypeError
             The array is neither bool, integer nor float.
         """
-        sitk = _simpleitk()
         array = np.asarray(array)
         target = Path(path)
         if array.shape != self.hu.shape:
             raise ValueError(f"array must have the volume's shape {self.hu.shape}, got {array.shape}")
         if not target.name.endswith((".nii", ".nii.gz")):
-            raise ValueError(f"path must end in .nii or .nii.gz, got {target}")
-        image = sitk.GetImageFromArray(
-            self.grid.from_lps(array.astype(_storage_type(array.dtype), copy=False))
-        )
-        image.SetSpacing(self.grid.spacing)
-        image.SetOrigin(self.grid.origin)
-        image.SetDirection(self.grid.direction)
+            raise ValueError(f"path must end in .nii or .nii.gz, got {name_of(target)}")
+        stored = self.grid.from_lps(array.astype(_storage_type(array.dtype), copy=False))
         target.parent.mkdir(parents=True, exist_ok=True)
         with files.replacing(target) as beside:
-            sitk.WriteImage(image, str(beside))
+            write_nifti(beside, stored, self.grid.spacing, self.grid.origin, self.grid.direction)
         return target
 
 
@@ -288,7 +284,7 @@ def case_name(path: Path) -> str:
 
 
 def _simpleitk() -> ModuleType:
-    return optional("SimpleITK", "reading and writing CT needs SimpleITK: pip install 'lesionsynth[io]'")
+    return optional("SimpleITK", "reading CT needs SimpleITK: pip install 'lesionsynth[io]'")
 
 
 def _load(path: Path, series: str | None = None) -> _reader.Image:
@@ -301,7 +297,7 @@ def _load(path: Path, series: str | None = None) -> _reader.Image:
         return _load_series(path, series)
     if series is not None:
         raise ValueError(
-            f"{name_of(path)}: series must be omitted for a file that is not DICOM, got {series}"
+            f"{name_of(path)}: series must be omitted for a file that is not DICOM, got {name_of(series)}"
         )
     if not path.name.lower().endswith(SUFFIXES):
         raise ValueError(
@@ -309,18 +305,16 @@ def _load(path: Path, series: str | None = None) -> _reader.Image:
         )
     stamps = {path: file_stamp(path)}
     header = check_volume(path)
-    stamps.update((Path(name), file_stamp(name)) for name in header.beside)
-    return _read(path, header.kind, [str(path)], header.voxel_bytes, stamps, header.beside)
+    stamps.update((Path(name), stamp) for name, stamp in header.beside.items())
+    return _read(path, header.kind, [str(path)], header.voxel_bytes, stamps, list(header.beside))
 
 
 def _load_series(path: Path, series: str | None) -> _reader.Image:
     if not path.is_dir():
         file_stamp(path)
     found = find_series(path, series)
-    stamps = {Path(name): file_stamp(name) for name in found.files}
-    image = _read(path, "GDCMImageIO", found.files, found.voxel_bytes, stamps, real=found.real)
-    spacing = (*image.spacing[:2], found.slice_distance)
-    return replace(image, spacing=spacing, direction=found.direction)
+    image = _read(path, "GDCMImageIO", found.files, found.voxel_bytes, found.stamps, real=found.real)
+    return replace(image, spacing=found.spacing, origin=found.origin, direction=found.direction)
 
 
 def _read(
@@ -336,7 +330,9 @@ def _read(
     try:
         image = _reader.read(kind, files, voxel_bytes, beside, real)
     except RuntimeError as error:
-        raise ValueError(f"{name_of(path)}: unreadable: {name_of(str(error))}") from error
+        at = error.at if isinstance(error, _reader.Refused) else None
+        where = path if at is None else files[at]
+        raise ValueError(f"{name_of(where)}: unreadable: {name_of(str(error)[:400])}") from error
     for file, before in stamps.items():
         if file_stamp(file) != before:
             raise ValueError(f"{name_of(file)}: must not change while it is read")

@@ -16,7 +16,7 @@ from lesionsynth.cpu._threads import check_threads
 from lesionsynth.cpu.edges import remove_edges
 from lesionsynth.cpu.label import check_connectivity
 from lesionsynth.cuda.backend import check_cupy
-from lesionsynth.strict import check_number
+from lesionsynth.strict import check_number, shown
 
 
 @untraced
@@ -89,4 +89,4 @@ def _check_options(threshold: Any, contact_fraction: Any, shell_width: Any) -> N
     for name, value in (("threshold", threshold), ("contact_fraction", contact_fraction)):
         check_number(name, value, 0.0, 1.0)
     if isinstance(shell_width, bool) or not isinstance(shell_width, int | np.integer) or shell_width < 0:
-        raise ValueError(f"shell_width must be an integer >= 0, got {shell_width!r}")
+        raise ValueError(f"shell_width must be an integer >= 0, got {shown(shell_width)}")

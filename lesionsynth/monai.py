@@ -15,8 +15,10 @@ from typing import TYPE_CHECKING, Any
 
 from lesionsynth._dlpack import untraced
 from lesionsynth.config import LesionConfig
+from lesionsynth.plan import check_word
 from lesionsynth.presets import covid_lung
-from lesionsynth.synthesizer import LesionSynthesizer
+from lesionsynth.strict import shown
+from lesionsynth.synthesizer import LesionSynthesizer, plain
 
 __all__ = ["RandLesiond"]
 
@@ -82,6 +84,9 @@ def _rand_lesiond() -> type:
             spacing: tuple[float, float, float] | None = None,
             allow_empty: bool = True,
         ) -> None:
+            keys = [image_key, mask_key, target_key, labels_key]
+            if len({*keys, "lesion_index"}) < 5:
+                raise ValueError(f"keys of entries must differ, and from 'lesion_index', got {shown(keys)}")
             super().__init__([image_key, mask_key])
             self.image_key, self.mask_key = image_key, mask_key
             self.target_key, self.labels_key = target_key, labels_key
@@ -101,13 +106,15 @@ def _rand_lesiond() -> type:
             """Return a new dictionary; the arrays of `data` are not written."""
             out = dict(data)
             image, mask = out[self.image_key], out[self.mask_key]
-            if len(image.shape) != 4 or image.shape[0] != 1:
-                raise ValueError(f"{self.image_key} must be (1, z, y, x), got shape {tuple(image.shape)}")
+            shape = getattr(image, "shape", None)
+            if not isinstance(shape, tuple) or len(shape) != 4 or shape[0] != 1:
+                found = f"shape {tuple(shape)}" if isinstance(shape, tuple) else type(image).__name__
+                raise ValueError(f"{self.image_key} must be (1, z, y, x), got {found}")
             if self.index_key is None:
                 self.randomize()
             else:
-                self.index = int(out[self.index_key])
-            fraction = 1.0 if self.lung_fraction_key is None else float(out[self.lung_fraction_key])
+                self.index = check_word(str(self.index_key), _single(out[self.index_key]))
+            fraction = 1.0 if self.lung_fraction_key is None else _single(out[self.lung_fraction_key])
             pair = self.synthesizer(
                 image, mask, index=[self.index], lung_fraction=fraction, spacing=self.spacing
             )
@@ -121,3 +128,9 @@ def _rand_lesiond() -> type:
     RandLesiond.__module__ = __name__
     RandLesiond.__qualname__ = "RandLesiond"
     return RandLesiond
+
+
+def _single(value: Any) -> Any:
+    """Return the number in an array of one, as Python's; anything else as it is."""
+    found = plain(value)
+    return found[0] if isinstance(found, list) and len(found) == 1 else found

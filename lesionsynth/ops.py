@@ -23,7 +23,7 @@ from lesionsynth.cpu.grow import grow as _grow
 from lesionsynth.cpu.label import check_connectivity
 from lesionsynth.cpu.label import label as _label
 from lesionsynth.plan import check_word
-from lesionsynth.strict import check_number, plain_number
+from lesionsynth.strict import check_number, plain_number, shown
 
 Stream = philox.Stream
 
@@ -93,22 +93,27 @@ def philox_uniform(
     )
     size, start = _three("shape", shape), _three("offset", offset)
     if min(size) < 1:
-        raise ValueError(f"shape must be three integers >= 1 (z, y, x), got {size}")
+        raise ValueError(f"shape must be three integers >= 1 (z, y, x), got {shown(size)}")
     if min(start) < 0:
-        raise ValueError(f"offset must be three integers >= 0 (z, y, x), got {start}")
+        raise ValueError(f"offset must be three integers >= 0 (z, y, x), got {shown(start)}")
     for axis, first, n, limit in zip("zyx", start, size, (2**16, 2**16, 2**32), strict=True):
         if first + n > limit:
-            raise ValueError(f"offset + shape must be <= {limit} along {axis}, got {first} + {n}")
+            raise ValueError(
+                f"offset + shape must be <= {limit} along {axis}, got {shown(first)} + {shown(n)}"
+            )
     check_threads(threads)
     words = seed, stream, sample, component
+    cpu = isinstance(device, str) and device == "cpu"
+    if not cpu and (isinstance(device, bool) or not isinstance(device, str | int | np.integer)):
+        raise TypeError(f"device must be 'cpu', 'cuda', 'cuda:N' or N, got {shown(device)}")
     if out is None:
-        if device != "cpu":
+        if not cpu:
             return _on_cuda().philox_uniform(device, size, words, start)
         field = output(size, np.float32)
         philox.fill_uniform(field, *words, start, threads)
         return field
-    if device != "cpu":
-        raise ValueError(f"device must be left out where out is given, got {device!r}")
+    if not cpu:
+        raise ValueError(f"device must be left out where out is given, got {shown(device)}")
     if device_kind(out) == DLPACK_CUDA:
         _on_cuda().fill_uniform(out, size, words, start)
         return out
@@ -158,13 +163,13 @@ def gaussian_filter(
     """
     _check_mode(mode)
     sigmas = _three_floats("sigma", sigma)
-    if not all(np.isfinite(s) and s >= 0 for s in sigmas):
-        raise ValueError(f"sigma must be finite and >= 0, got {sigma}")
     truncate = float(check_number("truncate", truncate, 0.0, MOST_TAPS, "finite and > 0"))
     if truncate == 0:
         raise ValueError(f"truncate must be finite and > 0, got {truncate}")
     if truncate * max(sigmas) > MOST_TAPS:
-        raise ValueError(f"sigma times truncate must be at most {MOST_TAPS}, got {sigma} times {truncate}")
+        raise ValueError(
+            f"sigma times truncate must be at most {MOST_TAPS}, got {shown(sigma)} times {truncate}"
+        )
     check_threads(threads)
     if device_kind(input) == DLPACK_CUDA:
         return _on_cuda().gaussian_filter(input, sigmas, truncate)
@@ -207,9 +212,9 @@ def uniform_filter(
     _check_mode(mode)
     sizes = _three("size", size)
     if min(sizes) < 1:
-        raise ValueError(f"size must be >= 1, got {size}")
+        raise ValueError(f"size must be >= 1, got {shown(size)}")
     if max(sizes) > 2 * MOST_TAPS:
-        raise ValueError(f"size must be at most {2 * MOST_TAPS}, got {size}")
+        raise ValueError(f"size must be at most {2 * MOST_TAPS}, got {shown(size)}")
     check_threads(threads)
     if device_kind(input) == DLPACK_CUDA:
         return _on_cuda().uniform_filter(input, sizes)
@@ -256,7 +261,7 @@ def label(
     """
     if structure is not None:
         if connectivity is not None:
-            raise ValueError(f"connectivity must be left out beside structure, got {connectivity}")
+            raise ValueError(f"connectivity must be left out beside structure, got {shown(connectivity)}")
         connectivity = _connectivity_of(structure)
     connectivity = 6 if connectivity is None else connectivity
     check_connectivity(connectivity)
@@ -353,8 +358,8 @@ def _mask(volume: npt.NDArray[Any]) -> npt.NDArray[Any]:
 
 
 def _check_mode(mode: str) -> None:
-    if mode != "reflect":
-        raise ValueError(f"mode must be 'reflect', got {mode!r}")
+    if not isinstance(mode, str) or mode != "reflect":
+        raise ValueError(f"mode must be 'reflect', got {shown(mode)}")
 
 
 def _connectivity_of(structure: Any) -> int:
@@ -374,7 +379,7 @@ def _integer(name: str, value: Any) -> int:
             raise TypeError
         return operator.index(value)
     except TypeError:
-        raise TypeError(f"{name} must be an integer, got {value!r}") from None
+        raise TypeError(f"{name} must be an integer, got {shown(value)}") from None
 
 
 def _word(name: str, value: Any) -> int:
@@ -394,7 +399,7 @@ def _per_axis(value: Any) -> tuple[Any, ...]:
 def _three(name: str, value: Any) -> tuple[int, int, int]:
     values = _per_axis(value)
     if len(values) != 3:
-        raise ValueError(f"{name} must be one integer per axis (z, y, x), got {value}")
+        raise ValueError(f"{name} must be one integer per axis (z, y, x), got {shown(value)}")
     z, y, x = (_integer(name, n) for n in values)
     return z, y, x
 
@@ -402,8 +407,8 @@ def _three(name: str, value: Any) -> tuple[int, int, int]:
 def _three_floats(name: str, value: Any) -> tuple[float, float, float]:
     values = _per_axis(value)
     if len(values) != 3:
-        raise ValueError(f"{name} must be a number or one per axis (z, y, x), got {value}")
+        raise ValueError(f"{name} must be a number or one per axis (z, y, x), got {shown(value)}")
     if any(plain_number(n) is None for n in values):
-        raise TypeError(f"{name} must be a number or one per axis (z, y, x), got {value!r}")
-    z, y, x = (float(n) for n in values)
+        raise TypeError(f"{name} must be a number or one per axis (z, y, x), got {shown(value)}")
+    z, y, x = (float(check_number(name, n, 0.0, MOST_TAPS, f">= 0 and at most {MOST_TAPS}")) for n in values)
     return z, y, x

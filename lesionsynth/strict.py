@@ -16,11 +16,14 @@ import reprlib
 import stat
 import types
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, BinaryIO, Literal, TypeVar
 
 import numpy as np
+
+from lesionsynth.commands import printable
 
 Built = TypeVar("Built")
 
@@ -42,20 +45,26 @@ class _Refused:
         self.rule = rule
 
 
-def read_bytes(path: str | os.PathLike[str], most: int = MOST_BYTES) -> bytes:
-    """Read a regular file; a pipe, a device or a folder is refused, never waited for.
+@contextmanager
+def regular_file(path: str | os.PathLike[str], most: int = MOST_BYTES) -> Iterator[tuple[BinaryIO, int]]:
+    """Open a regular file to read it; a pipe, a device or a folder is refused, never waited for.
 
     Parameters
     ----------
     path : path
         The file.
     most : int
-        Longest that is read.
+        Longest that is opened, in bytes.
+
+    Yields
+    ------
+    stream, size : binary stream, int
+        Nothing is read yet.
 
     Raises
     ------
     OSError
-        It cannot be opened or read.
+        It cannot be opened.
     ValueError
         It is no regular file, or longer than `most`; the message starts with its name.
     """
@@ -68,9 +77,23 @@ def read_bytes(path: str | os.PathLike[str], most: int = MOST_BYTES) -> bytes:
         if status.st_size > most:
             raise ValueError(f"{name_of(path)}: must be at most {most} bytes long, got {status.st_size}")
         with os.fdopen(handle, "rb", closefd=False) as stream:
-            content = stream.read(most + 1)
+            yield stream, status.st_size
     finally:
         os.close(handle)
+
+
+def read_bytes(path: str | os.PathLike[str], most: int = MOST_BYTES) -> bytes:
+    """Read a regular file; see `regular_file`.
+
+    Raises
+    ------
+    OSError
+        It cannot be opened or read.
+    ValueError
+        It is no regular file, or longer than `most`; the message starts with its name.
+    """
+    with regular_file(path, most) as (stream, _):
+        content = stream.read(most + 1)
     if len(content) > most:
         raise ValueError(f"{name_of(path)}: must be at most {most} bytes long, got more")
     return content
@@ -150,21 +173,26 @@ def parse_json(text: str, *, nan: bool = False) -> Any:
         return refused[-1]
 
     def constant(name: str) -> Any:
-        return float(name) if nan else refuse(f"must be finite, got {name}")
+        return float(name) if nan or refused else refuse(f"must be finite, got {name}")
 
     def real(digits: str) -> Any:
         value = float(digits)
-        return value if math.isfinite(value) else refuse(f"must be finite, got {shown(digits)}")
+        if refused or math.isfinite(value):  # the first is told: a million more would take seconds
+            return value
+        return refuse(f"must be finite, got {shown(digits)}")
 
     def whole(digits: str) -> Any:
-        if len(digits.lstrip("-")) <= MOST_DIGITS:
+        count = len(digits.lstrip("-"))
+        if count <= MOST_DIGITS:
             return int(digits)
-        return refuse(f"must have at most {MOST_DIGITS} digits, got {len(digits.lstrip('-'))}")
+        return 0 if refused else refuse(f"must have at most {MOST_DIGITS} digits, got {count}")
 
     def mapping(pairs: list[tuple[str, Any]]) -> Any:
         record = dict(pairs)
         if len(record) == len(pairs):
             return record
+        if refused:
+            return refused[0]
         seen: set[str] = set()
         double = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
         return refuse(f"must name a key once, got {shown(double)} twice")
@@ -176,25 +204,20 @@ def parse_json(text: str, *, nan: bool = False) -> Any:
     except json.JSONDecodeError as error:
         raise ValueError(f"not JSON: {error}") from error
     if refused:
-        place, found = _find(document, refused)
-        raise ValueError(f"{place} {found.rule}" if place else f"the document {found.rule}")
+        place = "".join(f"[{k}]" if isinstance(k, int) else f".{_key(k)}" for k in _find(document) or ())
+        raise ValueError(f"{place.removeprefix('.') or 'the document'} {refused[0].rule}")
     return document
 
 
-def _find(document: Any, refused: list[_Refused]) -> tuple[str, _Refused]:
-    """Tell where the first value is that is refused; one inside another that is gone has no place."""
-    left: list[tuple[str, Any]] = [("", document)]
-    while left:
-        place, value = left.pop()
-        if isinstance(value, _Refused):
-            return place, value
-        if isinstance(value, dict):
-            left += [
-                (f"{place}.{_key(key)}" if place else _key(key), v) for key, v in reversed(value.items())
-            ]
-        elif isinstance(value, list):
-            left += [(f"{place}[{n}]", v) for n, v in reversed(list(enumerate(value)))]
-    return "", refused[0]
+def _find(value: Any) -> tuple[str | int, ...] | None:
+    """Tell where in a document the first value is that is refused; None where it is not in it any more."""
+    if isinstance(value, _Refused):
+        return ()
+    parts = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, part in parts:
+        if isinstance(part, dict | list | _Refused) and (inside := _find(part)) is not None:
+            return (key, *inside)
+    return None
 
 
 def build(cls: type[Built], record: Any, where: str = "") -> Built:
@@ -431,16 +454,7 @@ def shown(value: Any) -> str:
 
 def name_of(path: str | os.PathLike[str]) -> str:
     """Return a file's name as a message shows it: on one line, and what is no text escaped."""
-    text = os.fsdecode(path)
-    return "".join(
-        c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text
-    )
-
-
-def one_line(error: BaseException) -> str:
-    """Return what an error says on one line, without what would move a terminal's cursor."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    return name_of(text)
+    return printable(os.fsdecode(path))
 
 
 def _key(key: str) -> str:

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property, partial
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from lesionsynth._backend import Backends, Rendering
 from lesionsynth._dlpack import check_dense, untraced
+from lesionsynth._kept import kept
 from lesionsynth._recipe import Recipe
 from lesionsynth.config import LesionConfig, checked_spacing
 from lesionsynth.plan import MOST_VOXELS, LesionPlan, Triple, check_word
 from lesionsynth.sampling import is_light, sample_recipe
-from lesionsynth.strict import check_integer
+from lesionsynth.strict import check_integer, shown
 
 
 @dataclass(frozen=True)
@@ -32,19 +33,19 @@ class LesionPair:
     _plan: Callable[[], LesionPlan | tuple[LesionPlan, ...]] = field(repr=False, compare=False)
     _paint: Callable[[], Any] = field(repr=False, compare=False)
 
-    @cached_property
+    @kept
     @untraced
     def plan(self) -> LesionPlan | tuple[LesionPlan, ...]:
         """What was drawn, with the lesions it became; one per item of a batch.
 
         A GPU is waited for when this is first asked for, and what it found wrong with the input is raised.
-        """
+        """  # noqa: D401  # a property
         return self._plan()
 
-    @cached_property
+    @kept
     @untraced
     def labels(self) -> Any:
-        """Merged lesions, int32: 0 background, 1..n. Painted when first asked for: training seldom does."""
+        """Merged lesions, int32: 0 background, 1..n. Painted when first asked for: training seldom does."""  # noqa: D401
         return self._paint()
 
 
@@ -92,7 +93,7 @@ class LesionSynthesizer:
         if not isinstance(config, LesionConfig):
             raise TypeError(f"config must be a LesionConfig, got {type(config).__name__}")
         self.config = config
-        self.seed = check_word("seed", _plain(seed))
+        self.seed = check_word("seed", plain(seed))
         self.allow_empty = _flag(allow_empty)
         self._backends = Backends(threads)
         self._light: Any = None  # voxel and volume that the configuration was found light for
@@ -140,10 +141,10 @@ class LesionSynthesizer:
         TypeError, ValueError
             See `sample` and `render`.
         """
-        index, lung_fraction = _plain(index), _plain(lung_fraction)
+        index, lung_fraction = plain(index), plain(lung_fraction)
         shape = _shape_of(image)
         if shape is not None and len(shape) == 3 and not _is_scalar(index):
-            raise ValueError(f"index must be one integer for a (z, y, x) image, got {index!r}")
+            raise ValueError(f"index must be one integer for a (z, y, x) image, got {shown(index)}")
         allow_empty = self.allow_empty if allow_empty is None else _flag(allow_empty)
         if allow_empty:
             lung_fraction = _at_least_a_voxel(lung_fraction)
@@ -178,7 +179,7 @@ class LesionSynthesizer:
         TypeError, ValueError
             An index outside [0, 2**32), λ outside (0, 1], lengths that differ from the batch, spacing <= 0.
         """
-        recipes, batched = self._draw(_plain(index), _plain(lung_fraction), shape, spacing)
+        recipes, batched = self._draw(plain(index), plain(lung_fraction), shape, spacing)
         plans = tuple(recipe.plan for recipe in recipes)
         return plans if batched else plans[0]
 
@@ -188,9 +189,9 @@ class LesionSynthesizer:
         """Draw each item; also tells whether there is a batch axis."""
         spacing = self.config.spacing if spacing is None else checked_spacing(spacing)
         if shape is not None:
-            sizes = _plain(shape)
+            sizes = plain(shape)
             if _is_scalar(sizes) or len(sizes) not in (3, 4):
-                raise ValueError(f"shape must be (z, y, x) or (b, z, y, x), got {shape!r}")
+                raise ValueError(f"shape must be (z, y, x) or (b, z, y, x), got {shown(shape)}")
             shape = tuple(check_integer("shape", n, 1, MOST_VOXELS, "integers >= 1") for n in sizes)
         volume = None if shape is None else (shape[-3], shape[-2], shape[-1])
         batched = not _is_scalar(index) or (shape is not None and len(shape) == 4)
@@ -238,7 +239,7 @@ class LesionSynthesizer:
             plans = _per_item("plan", plan, shape[0])
             if not all(isinstance(item, LesionPlan) for item in plans):
                 raise TypeError(
-                    f"plan must be a sequence of LesionPlan for a (b, z, y, x) image, got {plan!r}"
+                    f"plan must be a sequence of LesionPlan for a (b, z, y, x) image, got {shown(plan)}"
                 )
         elif isinstance(plan, LesionPlan):
             plans = [plan]
@@ -260,6 +261,9 @@ class LesionSynthesizer:
         backend = self._backends.of(image)
         inputs = backend.accept(image, lung_mask, out)
         volume = tuple(inputs.shape[-3:])
+        items = inputs.shape[0] if len(inputs.shape) == 4 else 1
+        if len(recipes) != items:  # of an array that told its shape otherwise
+            raise ValueError(f"index must have one entry per item of the batch ({items}), got {len(recipes)}")
         for recipe in recipes:
             if recipe.shape is not None and recipe.shape != volume:
                 raise ValueError(f"plan was drawn for a volume of shape {recipe.shape}, image has {volume}")
@@ -290,13 +294,13 @@ def _shape_of(image: Any) -> Sequence[int] | None:
     """Shape where the argument has one; `render` refuses what is no array."""
     check_dense(image, "image")  # a nested tensor would not tell
     shape = getattr(image, "shape", None)
-    return tuple(shape) if shape is not None and len(shape) in (3, 4) else None
+    return shape if isinstance(shape, tuple) and len(shape) in (3, 4) and 0 not in shape else None
 
 
 def _flag(value: Any) -> bool:
     """Return `allow_empty` as a bool; NumPy's is taken too."""
     if not isinstance(value, bool | np.bool_):
-        raise TypeError(f"allow_empty must be True or False, got {value!r}")
+        raise TypeError(f"allow_empty must be True or False, got {shown(value)}")
     return bool(value)
 
 
@@ -308,15 +312,22 @@ def _at_least_a_voxel(fraction: Any) -> Any:
     return 1 / MOST_VOXELS if number and fraction == 0 else fraction
 
 
+_TEXT = (str, bytes, bytearray, memoryview)
+"""Sequences that hold no numbers."""
+
+
 def _is_scalar(value: Any) -> bool:
-    return not isinstance(value, Sequence) or isinstance(value, str)
+    return not isinstance(value, Sequence) or isinstance(value, _TEXT)
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """Turn an array, such as a ``DataLoader`` collates indices into, into the Python numbers it holds."""
-    if isinstance(value, Sequence):
-        return [_plain(item) for item in value] if not isinstance(value, str) else value
-    return value.tolist() if hasattr(value, "tolist") else value
+    if not _is_scalar(value):
+        return [plain(item) for item in value]
+    try:
+        return value.tolist()
+    except (AttributeError, RuntimeError):  # no array, or a tensor without values
+        return value
 
 
 def _per_item(name: str, value: Any, count: int | None, *, spread: bool = False) -> list[Any]:

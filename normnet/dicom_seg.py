@@ -22,7 +22,7 @@ from pydicom.sr.codedict import codes
 from pydicom.uid import ExplicitVRLittleEndian, generate_uid
 
 from lesionsynth import __version__
-from lesionsynth.files import replacing
+from lesionsynth.files import named_when_whole, replacing
 from lesionsynth.io import Grid, SeriesInfo, largest_series, list_series
 from lesionsynth.strict import name_of
 
@@ -228,6 +228,6 @@ def _describe(number: int, name: str, algorithm: Any) -> Any:
 
 def _save(dataset: pydicom.Dataset, target: Path) -> Path:
     target.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(target) as beside:
-        dataset.save_as(beside)
+    with replacing(target) as beside, named_when_whole(beside) as stream:
+        dataset.save_as(stream)
     return target

@@ -12,11 +12,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from lesionsynth.io import SUFFIXES, SeriesInfo, case_name, largest_series, list_series
+from lesionsynth.strict import name_of
 from normnet.pairing import split_name
 
 Inputs = Sequence[str | os.PathLike[str]]
 _Listed = dict[Path, list[SeriesInfo]]
 """DICOM series by folder: every slice is opened to list them, so this is done once."""
+_LISTED = 10
+"""Series that a message lists."""
 _MASK_WORDS = frozenset({"mask", "msk", "masks", "core", "lobes"})
 """Last words of a file's name that say "no CT" although `split_name` knows no role for them."""
 _MASK_FOLDERS = frozenset({"mask", "masks", "labelstr", "labelsts", "lungs", "lesions", "seg-lungs-luna16"})
@@ -96,14 +99,14 @@ def find_sources(
         new = list(_below(root, series, listed))
         if not new and series in ("largest", "all"):
             raise ValueError(
-                f"{root}: a folder must hold CT ({', '.join(SUFFIXES)}) or DICOM series, found none"
+                f"{name_of(root)}: a folder must hold CT ({', '.join(SUFFIXES)}) or DICOM series, found none"
             )
         known = {(f.path, f.series) for f in found if f.is_dicom}
         found.extend(f for f in new if not f.is_dicom or root.is_dir() or (f.path, f.series) not in known)
     if series not in ("largest", "all") and not any(f.series == series for f in found):
-        there = "; ".join(str(info) for infos in listed.values() for info in infos) or "none"
+        there = _listed("; ", [str(info) for infos in listed.values() for info in infos]) or "none"
         raise ValueError(
-            f"series must be largest, all or the UID of one that is there ({there}), got {series}"
+            f"series must be largest, all or the UID of one that is there ({there}), got {name_of(series)}"
         )
     cases = _named(found, names, case_of)
     return [
@@ -133,13 +136,13 @@ def dicom_folders(inputs: Inputs) -> list[tuple[Path, list[SeriesInfo]]]:
     for given in inputs:
         root = Path(given)
         if not root.exists():
-            raise FileNotFoundError(f"{root}: no such file or folder")
+            raise FileNotFoundError(f"{name_of(root)}: no such file or folder")
         if not root.is_dir() and root.suffix.lower() != ".dcm":
             continue
         for folder in _folders(root) if root.is_dir() else [root.parent]:
             if folder in folders:
                 continue
-            with suppress(PermissionError):
+            with suppress(OSError):
                 if infos := list_series(folder):
                     folders[folder] = infos
     return list(folders.items())
@@ -158,20 +161,20 @@ class _Found:
 def _below(root: Path, series: str, listed: _Listed) -> Iterator[_Found]:
     """CT of one input."""
     if not root.exists():
-        raise FileNotFoundError(f"{root}: no such file or folder")
+        raise FileNotFoundError(f"{name_of(root)}: no such file or folder")
     if not root.is_dir():
         yield from _of_file(root, series, listed)
         return
     for folder in _folders(root):
         try:
-            files = sorted(folder.iterdir())
+            files = [file for file in sorted(folder.iterdir()) if _is_volume(file)]
+            infos = _series_in(folder, listed)
         except OSError:
             yield _Found(root, folder, None)  # read_ct says that it cannot be read
             continue
         for file in files:
-            if _is_volume(file):
-                yield _Found(root, file, None)
-        yield from _of_series(root, folder, _series_in(folder, listed), series)
+            yield _Found(root, file, None)
+        yield from _of_series(root, folder, infos, series)
 
 
 def _series_in(folder: Path, listed: _Listed) -> list[SeriesInfo]:
@@ -207,14 +210,21 @@ def _of_series(root: Path, folder: Path, infos: list[SeriesInfo], series: str) -
     chosen = volumes if series == "all" and volumes else [largest_series(infos)]
     left = [info for info in infos if info not in chosen]
     if left:
-        took = ", ".join(info.uid for info in chosen)
-        rest = "; ".join(str(info) for info in left)
+        took = _listed(", ", [name_of(info.uid) for info in chosen])
+        rest = _listed("; ", [str(info) for info in left])
         warnings.warn(
-            f"{folder}: several DICOM series; taking {took}; left: {rest}; --series chooses", stacklevel=4
+            f"{name_of(folder)}: several DICOM series; taking {took}; left: {rest}; --series chooses",
+            stacklevel=4,
         )
     for number, info in enumerate(chosen, start=1):
         suffix = f"_s{number}" if len(chosen) > 1 else ""
         yield _Found(root, folder, info.uid, is_dicom=True, suffix=suffix, files=_files(info))
+
+
+def _listed(comma: str, parts: Sequence[str]) -> str:
+    """Join parts for a message, not more than it can show."""
+    more = [f"and {len(parts) - _LISTED} more"] if len(parts) > _LISTED else []
+    return comma.join([*parts[:_LISTED], *more])
 
 
 def _files(info: SeriesInfo) -> tuple[Path, ...]:
@@ -258,7 +268,8 @@ def _named(found: Sequence[_Found], names: Sequence[str] | None, case_of: Callab
     cases = list(names) if names is not None else _unlike(found, case_of)
     twice = sorted(name for name, count in Counter(cases).items() if count > 1)
     if twice:
-        raise ValueError(f"case names must differ, got {', '.join(twice)} more than once; give names")
+        names_of = _listed(", ", [name_of(name) for name in twice])
+        raise ValueError(f"case names must differ, got {names_of} more than once; give names")
     return cases
 
 

@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 
 from lesionsynth.files import write_atomically
-from lesionsynth.strict import build, name_of, parse_json, read_bytes, shown
+from lesionsynth.strict import build, name_of, parse_json, read_bytes, regular_file, shown
 from normnet.config import (
     PAPER_PROBABILITY,
     PAPER_THRESHOLD_HU,
@@ -215,6 +215,8 @@ def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Map
 
 MOST_HEADER = 2**22
 """Longest header of a safetensors file in bytes; that of five bundled networks takes 0.02 million."""
+MOST_TENSORS = 2**14
+"""Tensors of a file; the state of a run with the largest network has some thousands."""
 MOST_FILE = 2**32
 """Longest safetensors file in bytes."""
 LARGEST = 1e9
@@ -243,13 +245,13 @@ class TensorFile:
     metadata : dict of str to str
     """
 
-    def __init__(self, path: Path, content: bytes) -> None:
-        self.path, self._content = path, content
+    def __init__(self, path: Path, head: bytes, size: int) -> None:
+        self.path, self._head, self._size = path, head, size
         self.entries, self.metadata = self._parse()
 
     @classmethod
     def open(cls, path: Path) -> TensorFile:
-        """Read a file.
+        """Read the header of a file.
 
         Raises
         ------
@@ -257,9 +259,12 @@ class TensorFile:
             It is missing, no regular file, truncated, too long, or of another kind; the message names it.
         """
         try:
-            return cls(path, read_bytes(path, MOST_FILE))
+            with regular_file(path, MOST_FILE) as (stream, size):
+                head = stream.read(8)
+                head += stream.read(min(int.from_bytes(head, "little"), MOST_HEADER))
         except OSError as error:
             raise ValueError(f"{name_of(path)}: not a readable safetensors file: {error}") from error
+        return cls(path, head, size)
 
     def header(self, key: str, cls: type[Built], what: str) -> Built:
         """Read the JSON that the metadata holds under `key`, its only one, as a dataclass.
@@ -315,11 +320,15 @@ class TensorFile:
         Raises
         ------
         ValueError
-            A number is NaN, infinite or beyond `LARGEST`, or negative where it counts or is a variance.
+            A number is NaN, infinite or beyond `LARGEST`, or negative where it counts or is a variance; or
+            the file was changed since its header was read.
         """
         try:
-            found = load(self._content)
-        except (SafetensorError, ValueError, RuntimeError) as error:
+            content = read_bytes(self.path, MOST_FILE)
+            if len(content) != self._size or not content.startswith(self._head):
+                raise ValueError("it was changed while it was read")
+            found = load(content)
+        except (OSError, SafetensorError, ValueError, RuntimeError) as error:
             raise ValueError(f"{name_of(self.path)}: not a readable safetensors file: {error}") from error
         for name, tensor in found.items():
             # NumPy's conversion: torch wakes all its threads for every one of these small tensors
@@ -343,25 +352,29 @@ class TensorFile:
 
     def _parse(self) -> tuple[dict[str, _Entry], dict[str, str]]:
         """Check what the reader would, and what it would not: one tensor a place, no byte without one."""
-        content, name = self._content, name_of(self.path)
-        size = int.from_bytes(content[:8], "little")
-        if len(content) < 10 or not 2 <= size <= min(MOST_HEADER, len(content) - 8):
+        head, name = self._head, name_of(self.path)
+        size = int.from_bytes(head[:8], "little")
+        if len(head) < 10 or not 2 <= size <= min(MOST_HEADER, self._size - 8):
             kind = (
-                " (a pickle, which may run code, is not read)" if content[:2] in (b"PK", b"\x80\x02") else ""
+                " (a pickle, which may run code, is not read)"
+                if (head[:2] == b"PK" or head[:1] == b"\x80")
+                else ""
             )
             raise ValueError(
                 f"{name}: not a readable safetensors file{kind}: its header must have 2 to {MOST_HEADER} "
-                f"bytes, within the file of {len(content)}, got {size if len(content) >= 8 else 'none'}"
+                f"bytes, within the file of {self._size}, got {size if len(head) >= 8 else 'none'}"
             )
         try:
-            record = parse_json(content[8 : 8 + size].decode("utf-8"))
+            record = parse_json(head[8:].decode("utf-8"))
             if not isinstance(record, dict):
                 raise ValueError(f"the header must be a JSON object, got {type(record).__name__}")
             metadata = record.pop("__metadata__", {})
             if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
                 raise ValueError(f"__metadata__ must be text by name, got {shown(metadata)}")
+            if len(record) > MOST_TENSORS:
+                raise ValueError(f"it must have at most {MOST_TENSORS} tensors, got {len(record)}")
             entries = {key: build(_Entry, entry, shown(key)) for key, entry in record.items()}
-            self._check_places(entries, len(content) - 8 - size)
+            self._check_places(entries, self._size - len(head))
         except ValueError as error:  # UnicodeDecodeError is one
             raise ValueError(f"{name}: not a readable safetensors file: {error}") from error
         return entries, metadata

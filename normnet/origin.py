@@ -14,7 +14,7 @@ from typing import Any
 
 import lesionsynth as ls
 from lesionsynth.io import case_name
-from lesionsynth.strict import read_json
+from lesionsynth.strict import check_number, read_json
 from lesionsynth.window import HU_RANGE
 from normnet.config import PAPER_THRESHOLD_HU
 
@@ -123,7 +123,7 @@ def _normnet(record: dict[str, Any]) -> Origin:
         marked = (f"{p} calibrated" if c else f"{p} fixed" for p, c in zip(levels, calibrated, strict=True))
         label = f"thresholds {', '.join(marked)}"
     # what any of the models judges may become a lesion; T is of lungs brought to their inflation
-    factor = float(record.get("inflation", 1.0))
+    factor = float(check_number("inflation", record.get("inflation", 1.0), 0.1, 10.0))
     return Origin(f"{label}{_tissue(judged)}", max(min(judged) / factor, HU_RANGE[0]), factor)
 
 

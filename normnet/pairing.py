@@ -6,13 +6,14 @@ lungs and truth of the case ``radiopaedia_4``: the last word of a name tells the
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from lesionsynth.io import SUFFIXES, case_name
+from lesionsynth.strict import name_of
 from normnet.origin import read_series
+from normnet.sheets import read_rows
 
 ROLE_WORDS: Mapping[str, frozenset[str]] = {
     "ct": frozenset({"hu", "ct", "image", "img", "0000"}),
@@ -306,22 +307,24 @@ def find_patients(paths: Sequence[Path]) -> list[PatientFiles]:
 def _rows(path: Path, needed: Sequence[str], optional: Sequence[str]) -> dict[str, dict[str, Path]]:
     """Read the files of a CSV's columns by case; a cell that is empty is left out."""
     try:
-        with path.open(newline="", encoding="utf-8-sig") as stream:
-            rows = list(csv.DictReader(stream))
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise ValueError(f"{path} must be a CSV in UTF-8: {error}") from error
-    if not rows:
-        raise ValueError(f"{path} must have at least one row below its header")
+        rows = [(number, cells) for number, cells in read_rows(path) if cells]
+    except ValueError as error:
+        text = str(error).removeprefix(f"{name_of(path)}: ")
+        raise ValueError(f"{name_of(path)} must be a CSV in UTF-8: {text}") from error
+    if len(rows) < 2:
+        raise ValueError(f"{name_of(path)} must have at least one row below its header")
     columns = ("case", *needed)
     cases: dict[str, dict[str, Path]] = {}
-    for number, row in enumerate(rows, start=2):
+    for number, cells in rows[1:]:
+        row = dict(zip(rows[0][1], cells, strict=False))
         lacking = [name for name in columns if not row.get(name)]
         if lacking:
             raise ValueError(
-                f"{path}, line {number}: columns {', '.join(columns)} must be filled, missing {lacking}"
+                f"{name_of(path)}, line {number}: columns {', '.join(columns)} must be filled, missing "
+                f"{lacking}"
             )
         if row["case"] in cases:
-            raise ValueError(f"{path}, line {number}: cases must differ, got {row['case']!r} twice")
+            raise ValueError(f"{name_of(path)}, line {number}: cases must differ, got {row['case']!r} twice")
         cases[row["case"]] = {
             name: path.parent / cell for name in (*needed, *optional) if (cell := row.get(name))
         }

@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from lesionsynth.strict import build, hints_of, name_of, read_json, shown
-from normnet.config import WEIGHTS, PredictConfig, to_json
+from lesionsynth.strict import build, check_fields, hints_of, name_of, read_json, shown
+from lesionsynth.window import HU_RANGE
+from normnet.config import HEALTHY_HU, WEIGHTS, PredictConfig, to_json
 
 Mask = npt.NDArray[np.bool_]
 Record = dict[str, Any]
@@ -106,6 +107,22 @@ def baseline_maker(method: str) -> str:
 
 
 @dataclass(frozen=True, kw_only=True)
+class _Model:
+    """What readers show of a model; records of earlier versions say less."""
+
+    name: str = ""
+    sha256: str = ""
+    probability: float = 0.5
+    calibrated: bool = False
+    threshold_hu: float | None = None
+    inflation_hu: float | None = None
+
+    def __post_init__(self) -> None:
+        domains = {"probability": (0.0, 1.0), "threshold_hu": HU_RANGE, "inflation_hu": HEALTHY_HU}
+        check_fields(self, domains)
+
+
+@dataclass(frozen=True, kw_only=True)
 class _Made:
     """What readers of a record rely on; it may say more."""
 
@@ -117,6 +134,7 @@ class _Made:
     models: Any
     volumes: dict[str, float | None]
     files: dict[str, str | None]
+    inflation: float = 1.0
 
     def __post_init__(self) -> None:
         for name in ("case", "ct"):
@@ -126,6 +144,10 @@ class _Made:
             raise ValueError(f"settings must be a JSON object, got {shown(self.settings)}")
         if not isinstance(self.models, list) or not all(isinstance(m, dict) for m in self.models):
             raise ValueError(f"models must be a list of JSON objects, got {shown(self.models)}")
+        known = hints_of(_Model)
+        for place, model in enumerate(self.models):
+            build(_Model, {k: v for k, v in model.items() if k in known}, f"models[{place}]")
+        check_fields(self, {"inflation": (0.1, 10.0)})
         for name, value in self.volumes.items():
             if value is not None and not 0 <= value < 1e9:
                 raise ValueError(f"volumes.{shown(name)} must be null or in [0, 1e9), got {shown(value)}")

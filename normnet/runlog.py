@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import csv
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
 from torch.utils.tensorboard import SummaryWriter
 
 from lesionsynth.files import write_atomically
-from normnet.sheets import Sheet, sheet
+from lesionsynth.strict import name_of, shown
+from normnet.sheets import Sheet, read_rows, sheet
 from normnet.trainer import Progress
 
 METRICS = "metrics.csv"
@@ -35,11 +36,19 @@ class RunLog:
         self._file = output / METRICS
         kept = []
         if progress.iteration and self._file.exists():
-            with self._file.open(newline="") as old:
-                for row in csv.DictReader(old):
-                    last = progress.iteration if row["loss"] else progress.validated
-                    if int(row["iteration"]) <= last:
-                        kept.append(row)
+            (_, head), *rows = read_rows(self._file) or [(0, [])]
+            if set(head) - set(self.FIELDS):
+                raise ValueError(f"{name_of(self._file)}: must be the table of a run, got {shown(head)}")
+            for number, cells in rows:
+                row = dict(zip(head, cells, strict=False))
+                last = progress.iteration if row.get("loss") else progress.validated
+                if not re.fullmatch("[0-9]{1,10}", row.get("iteration", "")):
+                    raise ValueError(
+                        f"{name_of(self._file)}, line {number}: iteration must be a number, got "
+                        f"{shown(row.get('iteration'))}: move the table away to resume without it"
+                    )
+                if int(row["iteration"]) <= last:
+                    kept.append(row)
         write_atomically(
             self._file, sheet([self.FIELDS, *([row.get(name) for name in self.FIELDS] for row in kept)])
         )

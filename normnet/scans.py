@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lesionsynth.io import case_name
+from lesionsynth.strict import name_of
 from normnet.inputs import Source, dicom_folders, find_sources
 from normnet.pairing import split_name
 
@@ -66,7 +67,7 @@ def find_scans(inputs: Sequence[Path], wanted: Sequence[Wanted]) -> dict[str, So
     """
     for path in inputs:
         if not path.exists():
-            raise FileNotFoundError(f"{path}: no such file or folder")
+            raise FileNotFoundError(f"{name_of(path)}: no such file or folder")
     given = [p for p in inputs if p.is_dir() or p.suffix.lower() == ".dcm" or _may_be_ct(p)]
     folders = dicom_folders(given) if any(one.series is not None for one in wanted) else []
     names = _Names(given)
@@ -106,11 +107,11 @@ class _Names:
             for fits in _ways(one):
                 there = [source for source in self._sources[series] if fits(source)]
                 if len(there) > 1:
-                    paths = " and ".join(str(source.path) for source in there)
+                    paths = " and ".join(name_of(source.path) for source in there)
                     raise ValueError(f"ct of case {one.case!r} must be one file or folder, got {paths}")
                 if there:
                     for text in self._several:
-                        if series == "largest" and text.startswith(f"{there[0].path}: "):
+                        if series == "largest" and text.startswith(f"{name_of(there[0].path)}: "):
                             warnings.warn(text, stacklevel=4)
                     return there[0]
         return None
@@ -160,7 +161,7 @@ def _namer() -> Callable[[Path], str]:
     """Name CT as `normnet.predict` does; but ``a.nii.gz`` beside ``a_hu.nii.gz`` is not the CT of ``a``."""
     named: dict[Path, set[str]] = {}
 
-    def name_of(path: Path) -> str:
+    def name(path: Path) -> str:
         case, role = split_name(path)
         if role is not None or not path.is_file():
             return case
@@ -169,13 +170,13 @@ def _namer() -> Callable[[Path], str]:
             named[path.parent] = {other for other, its in roles if its == "ct"}
         return path.name if case in named[path.parent] else case
 
-    return name_of
+    return name
 
 
 def _wrong_series(one: Wanted, there: Sequence[Path], source: Source | None) -> str:
-    others = [] if source is None else [f"{source.series} in {source.path}"]
-    got = " and ".join(map(str, there)) or others[0]
-    rule = f"must be the series that was predicted, {one.series}, in one folder"
+    others = [] if source is None else [f"{source.series} in {name_of(source.path)}"]
+    got = " and ".join(map(name_of, there)) or others[0]
+    rule = f"must be the series that was predicted, {name_of(one.series or '')}, in one folder"
     return f"ct of case {one.case!r} {rule}, got {got}"
 
 

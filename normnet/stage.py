@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from lesionsynth.files import hold, sweep
+from lesionsynth.files import hold, sweep, temporary
 from lesionsynth.strict import read_json
 from normnet.records import FILES
 
@@ -57,13 +57,16 @@ def publish(
     """
     folder.mkdir(parents=True, exist_ok=True)
     clear(folder, case)
-    if live := [stage for stage in _stages(folder, case) if _is_held(stage)]:
-        raise ValueError(f"{case} is being written by another process, in {live[0]}")
-    stage = folder / f".{case}.{uuid.uuid4().hex}"
-    stage.mkdir()
+    sweep(folder, case)
+    begun, stage = temporary(folder / case), folder / f".{case}.{uuid.uuid4().hex}"
+    begun.mkdir()
     final = folder / f"{case}.json"
-    held = hold(stage)
+    held = hold(begun)
+    os.rename(begun, stage)  # nobody sees it before it is held
     try:
+        # behind our own: of two that begin at once at least one sees the other
+        if live := [other for other in _stages(folder, case) if other != stage and _is_held(other)]:
+            raise ValueError(f"{case} is being written by another process, in {live[0]}")
         (stage / _CLAIM).write_text(case, encoding="utf-8")
         for name, writer in writers.items():
             if writer is not None:
@@ -164,12 +167,18 @@ def _stages(folder: Path, case: str) -> list[Path]:
 
 def _is_ours(stage: Path) -> bool:
     """Tell whether a call made this folder: it has what only a call writes, or nothing."""
-    return any((stage / name).exists() for name in (_CLAIM, _NEW, _BEFORE)) or not any(stage.iterdir())
+    try:
+        return any((stage / name).exists() for name in (_CLAIM, _NEW, _BEFORE)) or not any(stage.iterdir())
+    except FileNotFoundError:  # its process has just ended
+        return False
 
 
 def _is_held(stage: Path) -> bool:
     """Tell whether a process is writing there."""
-    handle = hold(stage)
+    try:
+        handle = hold(stage)
+    except FileNotFoundError:  # it has just ended
+        return False
     if handle is not None:
         os.close(handle)
     return handle is None

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import os
 import sys
 import time
 import warnings
@@ -256,17 +257,18 @@ def _refusal(config: TrainConfig) -> str | None:
     """Say what is wrong with the run folder."""
     file = config.output / CONFIG
     if not config.resume:
-        if file.exists():
+        if os.path.lexists(file):
             return f"output: {config.output} already holds a run; resume it, or name another folder"
         try:
             refuse_foreign(config.output, RUN_FILES[:-1], ours=False, maker="a run that can be resumed")
         except ValueError as error:
             return str(error)
         return None
-    if not file.exists():
+    if not os.path.lexists(file):
         return f"resume: {config.output} holds no state to continue from ({CONFIG} is missing)"
     try:
         stored = read_config(TrainConfig, file)
+        refuse_foreign(config.output, RUN_FILES, ours=True, maker="a run")
     except (OSError, ValueError) as error:
         return f"resume: {error}"
     free: dict[str, Any] = {name: getattr(config, name) for name in FREE}

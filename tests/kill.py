@@ -13,6 +13,7 @@ import importlib
 import json
 import os
 import random
+import shutil
 import signal
 import sys
 import tempfile
@@ -229,14 +230,15 @@ def storm(job: Job, work: Path, times: int, seed: int) -> tuple[int, int]:
     AssertionError
         An end differs from that of an undisturbed job, or a job fails.
     """
+    folder = work / "job"  # always this one: some results tell where they were written
     begin = time.perf_counter()
-    assert finish(start(job, work / "undisturbed"), 300.0) == 0, "the undisturbed job failed"
+    assert finish(start(job, folder), 300.0) == 0, "the undisturbed job failed"
     duration = time.perf_counter() - begin
-    expected = job.result(work / "undisturbed")
+    expected = job.result(folder)
+    shutil.rmtree(folder)
     dice = random.Random(seed)
     kills = ends = 0
     while kills < times or not ends:
-        folder = work / f"job{ends}"
         process = start(job, folder)
         # towards the end nobody kills: one job at least must reach it
         status = finish(process, dice.uniform(0.0, 1.4 * duration) if kills < times else 300.0)
@@ -247,6 +249,7 @@ def storm(job: Job, work: Path, times: int, seed: int) -> tuple[int, int]:
         assert status == 0, f"after {kills} kills the job failed with status {status}"
         assert job.result(folder) == expected, f"after {kills} kills the result differs"
         assert not [p for p in folder.rglob(".*")], "temporary files stay behind"
+        shutil.rmtree(folder)
         ends += 1
     return kills, ends
 

@@ -303,9 +303,18 @@ def test_damaged_score_is_computed_again(tiny):
     file.write_text(text[: len(text) // 2])
     assert ablate(config).csv() == first.csv()
     assert file.read_text() == text
-    file.write_text("[]")
-    assert ablate(config).csv() == first.csv()
-    assert file.read_text() == text
+    record = json.loads(text)
+    for damage in (
+        [],
+        {**record, "votes": record["votes"] * 2},
+        {**record, "single": None},
+        {**record, "without": {**record["without"], "dsc": 1e300}},
+        {**record, "without": {**record["without"], "sen": "1"}},
+        {**record, "without": {k: v for k, v in record["without"].items() if k != "psc"}},
+    ):
+        file.write_text(json.dumps(damage))
+        assert ablate(config).csv() == first.csv()
+        assert file.read_text() == text
 
 
 def test_failed_row_is_reported_and_the_others_go_on(tiny, monkeypatch, capsys):

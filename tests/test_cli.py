@@ -277,7 +277,7 @@ def test_missing_extras_are_named(
     files: Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     install = "pip install 'lesionsynth[io]'"
-    for module in ("SimpleITK", "matplotlib", "matplotlib.figure"):
+    for module in ("SimpleITK", "nibabel", "matplotlib", "matplotlib.figure"):
         monkeypatch.setitem(sys.modules, module, None)
     assert install in error_of(capsys, "preview", "--output", tmp_path / "p.png", "--depth", DEPTH)
     assert install in error_of(capsys, "preview", files.ct, "--mask", files.mask)

@@ -19,7 +19,7 @@ from normnet import predict, train  # noqa: E402
 from normnet.config import ModelConfig, PostprocessConfig, PredictConfig, TrainConfig  # noqa: E402
 from normnet.inflation import AIR_HU, healthy_density, inflate, inflation_factor  # noqa: E402
 from normnet.model import build_unet, load_model, save_model  # noqa: E402
-from normnet.origin import read_origin  # noqa: E402
+from normnet.origin import Origin, read_origin  # noqa: E402
 from normnet.postprocess import postprocess  # noqa: E402
 from normnet.volumes import KeptVolume, inflated, keep  # noqa: E402
 
@@ -166,6 +166,9 @@ def test_the_record_tells_the_factor_and_what_was_judged(tmp_path):
     assert origin.label == "fixed at 0.4; T -700 HU"
     assert origin.judged == "lung from -700 HU, at one inflation"
     assert origin.tissue == "; T -700 HU"
+    for factor in (0, -1, 1e300, "1e309", "1", True, None, []):  # a damaged record says nothing
+        (tmp_path / "out/p.json").write_text(json.dumps({**record, "inflation": factor}))
+        assert read_origin(tmp_path / "out/p_lesions.nii.gz") == Origin()
     undecided(tmp_path / "n.safetensors", None)
     assert predict.main([*call, str(tmp_path / "n.safetensors"), "--output", str(tmp_path / "two")]) == 2
     assert not (tmp_path / "two").exists()

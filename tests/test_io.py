@@ -192,12 +192,12 @@ def test_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.Mo
     target = ct.write_like(ct.hu > 0, tmp_path / "out" / "m.nii.gz")
     before = target.read_bytes()
 
-    def broken(image: Any, path: str) -> None:
-        Path(path).write_bytes(b"half a file")
-        raise RuntimeError("disk full")
+    def broken(path: Path, *_: object) -> None:
+        path.write_bytes(b"half a file")
+        raise OSError(28, "disk full")
 
-    monkeypatch.setattr(sitk, "WriteImage", broken)
-    with pytest.raises(RuntimeError, match="disk full"):
+    monkeypatch.setattr(io, "write_nifti", broken)
+    with pytest.raises(OSError, match="disk full"):
         ct.write_like(ct.hu < 0, target)
     assert target.read_bytes() == before
     assert os.listdir(target.parent) == ["m.nii.gz"]

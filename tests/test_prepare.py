@@ -431,12 +431,12 @@ def test_leftovers_of_dead_runs_go_and_live_ones_stay(tmp_path: Path) -> None:
     (store.path / "qc").mkdir()
     here, old = socket.gethostname(), time.time() - 3 * 86400
     names = {
-        f"cases/.b.of-{here}-{dead_pid()}.xyz": False,
-        f"cases/.c.of-{here}-{os.getpid()}.xyz": True,
-        "cases/.d.of-elsewhere-7.xyz": True,
-        "cases/.e.of-else.where-7.xyz": False,
-        f"qc/.b.of-{here}-{dead_pid()}.ab.png": False,
-        f".summary.csv.of-{here}-{dead_pid()}.ab": False,
+        f"cases/.b.of-{here}-{dead_pid()}.0123456789abcdef": False,
+        f"cases/.c.of-{here}-{os.getpid()}.0123456789abcdef": True,
+        "cases/.d.of-elsewhere-7.0123456789abcdef": True,
+        "cases/.e.of-else.where-7.0123456789abcdef": False,
+        f"qc/.b.of-{here}-{dead_pid()}.0123456789abcdef.png": False,
+        f".summary.csv.of-{here}-{dead_pid()}.0123456789abcdef": False,
         ".hidden": True,
     }
     for name in names:
@@ -446,7 +446,7 @@ def test_leftovers_of_dead_runs_go_and_live_ones_stay(tmp_path: Path) -> None:
             (path / "hu.b2nd").write_bytes(b"half")
         else:
             path.touch()
-    os.utime(store.path / "cases/.e.of-else.where-7.xyz", (old, old))
+    os.utime(store.path / "cases/.e.of-else.where-7.0123456789abcdef", (old, old))
     store.clean()
     assert {name: (store.path / name).exists() for name in names} == names
     assert store.case_ids == ["a"]
@@ -454,16 +454,16 @@ def test_leftovers_of_dead_runs_go_and_live_ones_stay(tmp_path: Path) -> None:
 
 def test_a_store_killed_at_birth_can_be_made(tmp_path: Path) -> None:
     (tmp_path / "s" / "cases").mkdir(parents=True)
-    (tmp_path / "s" / f".store.json.of-{socket.gethostname()}-{dead_pid()}.ab").touch()
+    (tmp_path / "s" / f".store.json.of-{socket.gethostname()}-{dead_pid()}.0123456789abcdef").touch()
     assert Store.create(tmp_path / "s", {"spacing": [1.0, 0.8, 0.8]}).case_ids == []
     (tmp_path / "t" / "cases" / "precious").mkdir(parents=True)
     with pytest.raises(ValueError, match="new or empty folder"):
         Store.create(tmp_path / "t", {"spacing": [1.0, 0.8, 0.8]})
 
 
-def test_a_case_cut_short_is_prepared_again(folder: Path, tmp_path: Path) -> None:
+def test_a_case_cut_short_is_prepared_again(prepared: Store, folder: Path, tmp_path: Path) -> None:
     """As a copy of a store leaves it that was broken off."""
-    shutil.copytree(folder / "store", tmp_path / "s")
+    shutil.copytree(prepared.path, tmp_path / "s")
     inputs, settings = [folder / "bert.nii.gz"], {"spacing": (2.0, 2.0, 2.0), "size": 160}
     for name, kept in (("hu.b2nd", 0.5), ("mask.b2nd", 0.0), ("mask.b2nd", None)):
         file = tmp_path / "s" / "cases" / "bert" / name

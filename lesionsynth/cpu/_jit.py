@@ -2,33 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import wraps
+import os
 from typing import Any
 
 import numba
+from numba.core.compiler_lock import global_compiler_lock
 
 from lesionsynth._cache import compiled
 
+if hasattr(os, "register_at_fork"):
+    # A process that is forked while another thread compiles would wait for that thread, which it lacks.
+    os.register_at_fork(
+        before=global_compiler_lock.acquire,
+        after_in_parent=global_compiler_lock.release,
+        after_in_child=global_compiler_lock.release,
+    )
 
-def kernel(function: Callable[..., Any]) -> Any:
-    """Compile a function that Python calls; it runs without the GIL.
 
-    Its vectors and atomics are instructions of the processor, which Python cannot run: a call raises
-    RuntimeError where ``NUMBA_DISABLE_JIT`` keeps Numba from compiling.
-    """
-    if not numba.config.DISABLE_JIT:
-        return compiled(function)
-
-    @wraps(function)
-    def refuse(*_: Any, **__: Any) -> Any:
-        raise RuntimeError(
-            "lesionsynth's CPU kernels must be compiled by Numba and cannot run as Python: unset "
-            f"NUMBA_DISABLE_JIT, which is {numba.config.DISABLE_JIT}, before lesionsynth is imported"
-        )
-
-    return refuse
-
+kernel = compiled
+"""Compile a function that Python calls; it runs without the GIL. Its vectors and atomics are instructions of
+the processor, which Python cannot run: see `lesionsynth._cache.NotCompiled`."""
 
 inner: Any = numba.njit(no_cpython_wrapper=True, no_cfunc_wrapper=True)
 """Compile a function that only kernels call; Python must not, it would crash. It becomes a part of them, and

@@ -31,6 +31,7 @@ from numba import types
 from lesionsynth._cache import torn_off
 from lesionsynth.cpu._jit import inner, kernel
 from lesionsynth.cpu.simd import fetch, fetch_add
+from lesionsynth.strict import shown
 
 give_way: Any = types.ExternalFunction("SwitchToThread" if os.name == "nt" else "sched_yield", types.int32())
 """Let another thread have the core."""
@@ -72,7 +73,7 @@ def _stated(name: str, *, several: bool = False) -> int | None:
     except ValueError:
         numbers = [0]
     if min(numbers) < 1:
-        raise ValueError(f"{name} must be an integer >= 1, got {text!r}: correct or unset it")
+        raise ValueError(f"{name} must be an integer >= 1, got {shown(text)}: correct or unset it")
     return numbers[0]
 
 
@@ -80,7 +81,7 @@ def check_threads(threads: Any) -> None:
     """Raise ValueError unless `threads` is None or an integer >= 1."""
     integer = isinstance(threads, int | np.integer) and not isinstance(threads, bool)
     if threads is not None and not (integer and threads >= 1):
-        raise ValueError(f"threads must be an integer >= 1, got {threads!r}")
+        raise ValueError(f"threads must be an integer >= 1, got {shown(threads)}")
 
 
 def team_for(voxels: int, threads: int | None) -> int | None:
@@ -318,10 +319,8 @@ class _Task:
 
     def run(self) -> None:
         """Do it, unless the caller has taken the ticket."""
-        if not claim(self.tickets, self.number, False):
-            return
         try:
-            if self.body is not None:
+            if claim(self.tickets, self.number, False) and self.body is not None:
                 self.body()
         except BaseException as error:
             self.error = error

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lesionsynth._arguments import accept_out, accept_pair
-from lesionsynth._dlpack import Restore
+from lesionsynth._dlpack import Restore, accept
 from lesionsynth._recipe import Recipe, without_lesions
 from lesionsynth.config import Range
 from lesionsynth.cpu._memory import output
@@ -152,7 +152,8 @@ class CpuBackend:
         if out is None:
             a, target = (self.stages.output(healthy.shape, kind) for kind in (dtype, np.bool_))
         else:
-            a, target = accept_out(out, healthy, dtype, mask)
+            given, _ = accept(lung_mask, "lung_mask")  # `mask` may be a copy
+            a, target = accept_out(out, healthy, dtype, given)
         return CpuInputs(healthy, mask, a, target, restore)
 
     def render(

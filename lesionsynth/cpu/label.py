@@ -19,6 +19,7 @@ from lesionsynth.cpu._memory import output
 from lesionsynth.cpu._threads import done, parallel_for, take, team_for, wait_for, work_together
 from lesionsynth.cpu.bits import BitMask, count_runs, next_clear, next_set, pack
 from lesionsynth.cpu.simd import LANES, STREAMED, fence, splat, store_stream
+from lesionsynth.strict import shown
 
 Labels = npt.NDArray[np.int32]
 
@@ -47,7 +48,7 @@ def check_connectivity(connectivity: Any) -> None:
     """Raise ValueError unless `connectivity` is 6, 18 or 26."""
     integer = isinstance(connectivity, int | np.integer) and not isinstance(connectivity, bool)
     if not integer or connectivity not in REACH:
-        raise ValueError(f"connectivity must be 6, 18 or 26, got {connectivity!r}")
+        raise ValueError(f"connectivity must be 6, 18 or 26, got {shown(connectivity)}")
 
 
 def label(mask: npt.NDArray[Any], connectivity: int = 6, threads: int | None = None) -> tuple[Labels, int]:

@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from lesionsynth.phantom import anatomy as an
 from lesionsynth.phantom.anatomy import Anatomy, Field
-from lesionsynth.phantom.checks import check_seed, check_shape, check_spacing
+from lesionsynth.phantom.checks import check_number, check_seed, check_shape, check_spacing
 from lesionsynth.phantom.noise import SmoothField, scanner_noise
 from lesionsynth.phantom.tissue import BLOOD, Slices, slice_hu
 from lesionsynth.phantom.vessels import Floats, Tree, draw_tubes, grow_tree, tubes
@@ -108,8 +108,8 @@ def chest_ct(
     rng = np.random.Generator(np.random.PCG64(seed))
     anatomy = an.draw_anatomy(rng)
     drawn_level = rng.uniform(0.35, 0.65)
-    if level is not None and not 0.0 <= level <= 1.0:
-        raise ValueError(f"level must be in [0, 1], got {level}")
+    if level is not None:
+        level = check_number("level", level, 0.0, 1.0, "in [0, 1]")
     parenchyma = _draw_parenchyma(rng)
     trees = _grow(anatomy, rng)
     step = _true_step(anatomy, size, voxel)

@@ -9,13 +9,14 @@ score that is high near the pleura, at the back and at the base, with a random f
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 from scipy import ndimage
 
-from lesionsynth.phantom.checks import check_seed, check_spacing
+from lesionsynth.phantom.checks import check_number, check_seed, check_spacing
 from lesionsynth.phantom.noise import Field, SmoothField
 
 FLUID = 40.0
@@ -77,8 +78,7 @@ def add_pneumonia(
     voxel = check_spacing(spacing)
     check_seed(seed)
     mask = _check_volumes(hu, lung_mask)
-    if not 0.0 < severity <= 0.9:
-        raise ValueError(f"severity must be in (0, 0.9], got {severity}")
+    severity = check_number("severity", severity, math.ulp(0.0), 0.9, "in (0, 0.9]")
     rng = np.random.Generator(np.random.PCG64(seed))
     box = ndimage.find_objects(mask.astype(np.uint8))[0]
     healthy = np.asarray(hu[box], np.float32)
@@ -94,7 +94,7 @@ def add_pneumonia(
 
 def _check_volumes(hu: Any, lung_mask: Any) -> npt.NDArray[np.bool_]:
     for name, array in (("hu", hu), ("lung_mask", lung_mask)):
-        if not isinstance(array, np.ndarray):
+        if not isinstance(array, np.ndarray) or isinstance(array, np.ma.MaskedArray):
             raise TypeError(f"{name} must be a NumPy array, got {type(array).__name__}")
         if array.ndim != 3:
             raise ValueError(f"{name} must be (z, y, x), got shape {array.shape}")

@@ -5,21 +5,22 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, make_dataclass
 from pathlib import Path
-from typing import Any, cast
+from types import GenericAlias
+from typing import Any, cast, get_type_hints
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from lesionsynth.files import write_atomically
-from lesionsynth.strict import read_json
+from lesionsynth.strict import build, read_json
 from normnet.ablate.patients import Patient, Volumes
 from normnet.ablate.runs import Trained
 from normnet.config import PredictConfig, to_json
 from normnet.inflation import windowed_lungs
-from normnet.metrics import CaseScores, evaluate_case
+from normnet.metrics import BRIGHT, SCORES, CaseScores, evaluate_case
 from normnet.model import load_model
 from normnet.postprocess import postprocess
 from normnet.predict import predict_volume
@@ -28,6 +29,16 @@ from normnet.strict_json import without_nan
 Array = npt.NDArray[Any]
 Scores = dict[str, CaseScores]
 """By patient."""
+
+
+_ROW: Any = make_dataclass(
+    "_ROW", [(n, kind | None if kind is float else kind) for n, kind in get_type_hints(CaseScores).items()]
+)
+_ROWS = GenericAlias(list, (_ROW,))
+_CACHED: Any = make_dataclass(
+    "_CACHED", [("key", Any), ("single", _ROWS), ("votes", _ROWS), ("without", _ROW)]
+)
+"""What a file of scores holds; NaN is null there."""
 
 
 @dataclass
@@ -179,7 +190,18 @@ def _cached(file: Path, key: dict[str, Any]) -> dict[str, Any] | None:
         record = read_json(file)
     except (OSError, ValueError):  # of no use, whatever it holds
         return None
-    return record if isinstance(record, dict) and record.get("key") == key else None
+    if not isinstance(record, dict) or record.get("key") != key:
+        return None
+    try:
+        build(_CACHED, record)
+    except ValueError:
+        return None
+    rows = [record["without"], *record["single"], *record["votes"]]
+    bounds = {**dict.fromkeys(_ROW.__annotations__, math.inf), **dict.fromkeys((*SCORES, *BRIGHT), 1.0)}
+    whole = len(record["single"]) == len(record["votes"]) == len(key["weights"]) and all(
+        isinstance(v, list) or v is None or 0 <= v <= bounds[name] for row in rows for name, v in row.items()
+    )
+    return record if whole else None
 
 
 def _scores(record: dict[str, Any]) -> CaseScores:

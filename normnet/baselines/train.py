@@ -26,7 +26,7 @@ from normnet.baselines.slices import training_slices
 from normnet.config import read_config, to_json
 from normnet.device import choose_device, cpu_settings
 from normnet.model import TensorFile, fill, write_tensors
-from normnet.sheets import Sheet
+from normnet.sheets import Sheet, sheet
 from normnet.volumes import Volume, phantom_volumes, split, store_volumes
 
 WEIGHTS = "baseline.safetensors"
@@ -194,7 +194,9 @@ def _descend(
     seconds = None if config.minutes is None else 60 * config.minutes / len(phases)
     losses: dict[str, list[float]] = {}
     start = time.perf_counter()
-    with (config.output / METRICS).open("w", newline="", encoding="utf-8") as stream:
+    # a new file: an earlier one may have other names, as in a backup of links
+    metrics = write_atomically(config.output / METRICS, sheet([COLUMNS]))
+    with metrics.open("a", newline="", encoding="utf-8") as stream:
         rows = _Rows(stream, start)
         for phase in phases:
             baseline.train()
@@ -213,7 +215,6 @@ class _Rows:
 
     def __init__(self, stream: TextIO, start: float) -> None:
         self._sheet = Sheet(stream)
-        self._sheet.row(COLUMNS)
         self._start = start
 
     def add(self, phase: str, iteration: int, loss: float) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,10 +9,16 @@ from pathlib import Path
 import numpy as np
 
 from lesionsynth.io import CTVolume
+from lesionsynth.strict import name_of, shown
 from normnet.prepare.read import IsoGrid
+from normnet.sheets import read_rows
 
 Range = tuple[int, int]
 Nodule = tuple[float, float, float, float]
+MOST_MM = 1e6
+"""No coordinate and no nodule is as far or as large; NaN is not below it."""
+MOST_SLICE = 2**31
+"""No slice has such a number."""
 
 
 def read_exclusions(path: Path) -> dict[str, list[Range]]:
@@ -33,13 +38,13 @@ def read_exclusions(path: Path) -> dict[str, list[Range]]:
             continue
         try:
             case, first, last = row[0], int(row[1]), int(row[2])
-            good = len(row) == 3 and 0 <= first <= last
+            good = len(row) == 3 and 0 <= first <= last < MOST_SLICE
         except (IndexError, ValueError):
             good = False
         if not good:
             raise ValueError(
-                f"{path}, line {number}: must be case,first_slice,last_slice with 0 <= first <= last, "
-                f"got {','.join(row)}"
+                f"{name_of(path)}, line {number}: must be case,first_slice,last_slice with "
+                f"0 <= first <= last, got {shown(','.join(row))}"
             )
         found.setdefault(case, []).append((first, last))
     return found
@@ -59,27 +64,26 @@ def read_annotations(path: Path) -> dict[str, list[Nodule]]:
             continue
         try:
             x, y, z, diameter = (float(value) for value in row[1:])
-            good = diameter > 0 and all(math.isfinite(v) for v in (x, y, z, diameter))
+            good = 0 < diameter < MOST_MM and all(abs(v) < MOST_MM for v in (x, y, z))
         except ValueError:
             good = False
         if not good:
             raise ValueError(
-                f"{path}, line {number}: must be seriesuid,coordX,coordY,coordZ,diameter_mm, "
-                f"got {','.join(row)}"
+                f"{name_of(path)}, line {number}: must be seriesuid,coordX,coordY,coordZ,diameter_mm, "
+                f"got {shown(','.join(row))}"
             )
         found.setdefault(row[0], []).append((x, y, z, diameter))
     return found
 
 
 def _rows(path: Path) -> list[tuple[int, list[str]]]:
+    """Read the rows of a CSV that say something."""
     try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: unreadable CSV ({error})") from error
-    rows = [
-        (n, [cell.strip() for cell in row]) for n, row in enumerate(csv.reader(text.splitlines()), start=1)
-    ]
-    return [(n, row) for n, row in rows if row and any(row) and not row[0].startswith("#")]
+        rows = [(n, [cell.strip() for cell in row]) for n, row in read_rows(path)]
+    except (OSError, ValueError) as error:
+        text = str(error).removeprefix(f"{name_of(path)}: ")
+        raise ValueError(f"{name_of(path)}: unreadable CSV ({text})") from error
+    return [(n, row) for n, row in rows if any(row) and not row[0].startswith("#")]
 
 
 def nodule_slices(volume: CTVolume, nodules: Sequence[Nodule]) -> list[Range]:

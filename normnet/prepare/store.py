@@ -29,9 +29,10 @@ import numpy as np
 import numpy.typing as npt
 
 from lesionsynth import files
+from lesionsynth.commands import one_line
 from lesionsynth.config import check_spacing
 from lesionsynth.files import write_atomically
-from lesionsynth.strict import build, hints_of, name_of, read_json
+from lesionsynth.strict import build, hints_of, name_of, read_json, shown
 
 FORMAT = 1
 CHUNK_SLICES = 4
@@ -39,6 +40,9 @@ CHUNK_SLICES = 4
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.@+-]*")
 CASE_FILES = ("hu.b2nd", "mask.b2nd", "meta.json")
 """What a case consists of; its meta data prove that it is one."""
+
+DTYPES = {"hu": np.dtype(np.int16), "mask": np.dtype(np.uint8)}
+"""Arrays of a case, and their types."""
 
 Segment = tuple[int, int]
 
@@ -148,26 +152,47 @@ class Case:
         Raises
         ------
         ValueError
-            Not ``0 <= z0 < z1 <= Z``.
+            Not ``0 <= z0 < z1 <= Z``, or an array is damaged or another one; the message names its file.
         """
         if not 0 <= z0 < z1 <= self.shape[0]:
             raise ValueError(f"slab must satisfy 0 <= z0 < z1 <= {self.shape[0]}, got {z0}, {z1}")
-        hu = self._array("hu")[z0:z1]
-        mask = self._array("mask")[z0:z1]
-        return np.asarray(hu, np.int16), np.asarray(mask) > 0
+        return self._read("hu", z0, z1), self._read("mask", z0, z1) > 0
 
     def is_whole(self) -> bool:
         """Tell whether both arrays can be opened and have the right shape; a copy cut short has not."""
         try:
-            return all(tuple(self._array(name).shape) == self.shape for name in ("hu", "mask"))
-        except (OSError, RuntimeError, ValueError):
+            return all(self._array(name) is not None for name in DTYPES)
+        except ValueError:
             return False
 
+    def _read(self, name: str, z0: int, z1: int) -> npt.NDArray[Any]:
+        array = self._array(name)
+        try:
+            return np.asarray(array[z0:z1])
+        except RuntimeError as error:
+            raise ValueError(f"{name_of(self._file(name))}: must be whole, got {one_line(error)}") from error
+
     def _array(self, name: str) -> Any:
+        """Open an array, checked against the meta data: what is another one would be read as it comes."""
         import blosc2
 
-        # one thread: blosc2's pool does not survive the fork of a DataLoader worker
-        return blosc2.open(str(self._folder / f"{name}.b2nd"), mode="r", dparams=blosc2.DParams(nthreads=1))
+        path, rule = self._file(name), f"must be an array of {DTYPES[name]} of the shape {self.shape}"
+        if not path.is_file():  # a pipe would keep its reader waiting
+            raise ValueError(f"{name_of(path)}: {rule}, got no regular file")
+        try:
+            # one thread: blosc2's pool does not survive the fork of a DataLoader worker
+            array = blosc2.open(str(path), mode="r", dparams=blosc2.DParams(nthreads=1))
+        except MemoryError:
+            raise
+        except Exception as error:  # of any kind: its parsers trust what they read
+            raise ValueError(f"{name_of(path)}: {rule}, got {one_line(error)}") from error
+        shape, dtype = getattr(array, "shape", None), getattr(array, "dtype", None)
+        if not isinstance(array, blosc2.NDArray) or (shape, dtype) != (self.shape, DTYPES[name]):
+            raise ValueError(f"{name_of(path)}: {rule}, got {shown(dtype)} and {shown(shape)}")
+        return array
+
+    def _file(self, name: str) -> Path:
+        return self._folder / f"{name}.b2nd"
 
 
 class Store:

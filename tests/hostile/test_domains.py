@@ -17,6 +17,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import lesionsynth as ls
+from lesionsynth import cli
 from lesionsynth.config import MOST_BLOBS
 from lesionsynth.plan import Component
 from lesionsynth.strict import hints_of
@@ -332,6 +333,39 @@ def test_spacing_of_a_call() -> None:
         with trial(KIND), pytest.raises(ValueError, match="spacing must be three positive lengths"):
             synth.sample(index=0, spacing=wrong)
     assert synth.sample(index=0, spacing=np.array([1.0, 2.0, 3.0])).scale == (1.0, 2.0, 3.0)
+
+
+FLAGS = {
+    "--seed": (-1, 2**32, 10**400), "--index": (-1, 2**32, 2**63), "--count": (-1, 0, 2**32, 10**400),
+    "--phantom-seed": (-1, 2**32, 2**63), "--depth": (-1, -(10**400)), "--threads": (-1, 0),
+    "--lung-fraction": (0, -1, NAN, INF, 1e300), "--rows": (-1, 0, 10**9, 10**400),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("flag", FLAGS)
+def test_flags_are_refused_before_anything_is_made(tmp_path, capsys, flag) -> None:
+    """In milliseconds: no phantom is drawn, no list of a billion folders."""
+    for value in FLAGS[flag]:
+        command, out = ("preview", "p.png") if flag == "--rows" else ("synth", "out")
+        start = time.process_time()
+        with trial(KIND):
+            assert cli.main([command, "--output", str(tmp_path / out), f"{flag}={value}"]) == 2
+            assert time.process_time() - start < SECONDS
+            said = capsys.readouterr().err
+            assert said.count("\n") == 1
+            assert flag[2:].replace("-", "_") in said.replace("-", "_") or "seed" in said
+            assert len(said) < 300
+    with trial(KIND):
+        last = ["--index", str(2**32 - 1), "--count", "2"]
+        assert cli.main(["synth", "--output", str(tmp_path / "out"), *last]) == 2
+        assert "last sample" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_window_has_a_width() -> None:
+    for width in (0.0, 5e-324, 1e-300, 1e-4):
+        with trial(KIND), pytest.raises(ValueError, match="hu_range must be"):
+            ls.LesionConfig(hu_range=(0.0, width), hu_threshold=width / 2)
 
 
 def test_plans_of_earlier_versions_are_read() -> None:

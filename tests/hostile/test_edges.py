@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import subprocess
+import sys
 import warnings
 
 import numpy as np
@@ -13,7 +16,7 @@ from hypothesis import strategies as st
 from numpy.testing import assert_array_equal
 
 import lesionsynth as ls
-from tests.conftest import draw_lungs
+from tests.conftest import REPOSITORY, draw_lungs
 from tests.hostile.tally import trial
 from tests.plans import blob, plan, small_config
 
@@ -303,6 +306,7 @@ INTEGER_ARGUMENTS = {
     "seed": lambda n: ls.LesionSynthesizer(small_config(), seed=n),
     "index": lambda n: SYNTH(IMAGE, MASK, index=n),
     "shape": lambda n: SYNTH.sample(index=0, shape=(8, n, 32)),
+    "index ": lambda n: SYNTH.sample(index=n if isinstance(n, bytes | str | int) else [None]),
     "stream": lambda n: ls.ops.philox_uniform((1, 1, 1), 0, stream=n),
     "sample": lambda n: ls.ops.philox_uniform((1, 1, 1), 0, sample=n),
     "component": lambda n: ls.ops.philox_uniform((1, 1, 1), 0, component=n),
@@ -321,6 +325,104 @@ def test_what_is_no_integer_is_refused_by_name(name) -> None:
             continue
         with trial("edges"), pytest.raises((TypeError, ValueError), match=name):
             INTEGER_ARGUMENTS[name](value)
+
+
+LONG = [10**5000, [10] * 10_000, np.zeros((9, 9)), "x" * 10_000, b"\n" * 10_000, {n: n for n in range(999)}]
+
+
+@pytest.mark.parametrize("name", [*INTEGER_ARGUMENTS, "sigma", "mode", "device", "allow_empty", "plan"])
+def test_messages_stay_short(name) -> None:
+    """Whatever is refused: one line that names the argument."""
+    others = {
+        "sigma": lambda v: ls.ops.gaussian_filter(IMAGE, v),
+        "mode": lambda v: ls.ops.gaussian_filter(IMAGE, 1.0, mode=v),
+        "device": lambda v: ls.ops.philox_uniform(
+            (1, 1, 1), 0, device=3.5 if isinstance(v, str | int) else v
+        ),
+        "allow_empty": lambda v: SYNTH(IMAGE, MASK, index=0, allow_empty=v),
+        "plan": lambda v: SYNTH.render(
+            [SYNTH.sample(index=0), v], IMAGE[None].repeat(2, 0), MASK[None].repeat(2, 0)
+        ),
+    }
+    for value in LONG:
+        if isinstance(value, int) and name in ("shell_width", "threads"):
+            continue  # as many as there are
+        with trial("edges"), pytest.raises((TypeError, ValueError), match=name) as caught:
+            (INTEGER_ARGUMENTS | others)[name](value)
+        assert len(str(caught.value)) < 500
+        assert "\n" not in str(caught.value)
+
+
+def test_what_the_phantom_refuses() -> None:
+    chest = ls.phantom.chest_ct(shape=(8, 32, 32), seed=1)
+    bad = {
+        "shape": [b"abc", "888", (8, 8, True), (8, 8, 9.0), (8, 10**6, 10**6), (8, 8, 10**5000), {8, 9, 10}],
+        "spacing": [
+            "123",
+            (True, 1.0, 1.0),
+            (1e308, 1.0, 1.0),
+            (1e-308, 1.0, 1.0),
+            ("1", 1.0, 1.0),
+            1.0,
+            {1, 2, 3},
+        ],
+        "seed": ["1", 1.0, True, None, -(10**5000)],
+        "level": ["a", [0.5], True, 1 + 1e-15],
+        "severity": ["a", [0.5], True, 0.9000000001, 0],
+        "hu": [np.ma.array(chest.hu), None],
+    }
+    given = {"hu": chest.hu, "lung_mask": chest.lung_mask, "spacing": chest.spacing}
+    for name, values in bad.items():
+        ill = name in ("severity", "hu")
+        make, others = (
+            (ls.phantom.add_pneumonia, given) if ill else (ls.phantom.chest_ct, {"shape": (8, 32, 32)})
+        )
+        for value in values:
+            with trial("edges"), pytest.raises((TypeError, ValueError), match=name) as caught:
+                make(**others | {name: value})
+            assert len(str(caught.value)) < 500
+
+
+def test_what_the_transform_refuses() -> None:
+    """No number is cut to a whole one, or read out of a text; no entry takes the place of another."""
+    torch = pytest.importorskip("torch")
+    pytest.importorskip("monai")
+    import monai.transforms  # noqa: F401
+
+    arrays = {"image": torch.from_numpy(IMAGE.copy())[None], "lung_mask": torch.from_numpy(MASK.copy())[None]}
+    transform = ls.monai.RandLesiond(config=small_config(), index_key="number", lung_fraction_key="part")
+    good = [3, np.int64(3), np.array([3]), torch.tensor(3), torch.tensor([3])]
+    assert {transform(arrays | {"number": n, "part": 1})["lesion_index"] for n in good} == {3}
+    bad = {
+        "number": [3.7, True, "3", "a", None, float("nan"), torch.tensor([3, 4]), 2**32, -1],
+        "lung_fraction": ["0.5", "a", None, True, float("nan"), torch.tensor([0.5, 1.0]), -0.1, 1.0000001],
+        "image": [IMAGE.tolist(), None, arrays["image"][0]],
+    }
+    keys = {"lung_fraction": "part"}
+    for name, values in bad.items():
+        for value in values:
+            with trial("edges"), pytest.raises((TypeError, ValueError), match=f"^{name} must"):
+                transform(arrays | {"number": 3, "part": 1.0} | {keys.get(name, name): value})
+    for key in ("image", "lung_mask", "labels", "lesion_index"):
+        with trial("edges"), pytest.raises(ValueError, match="keys of entries must differ"):
+            ls.monai.RandLesiond(config=small_config(), target_key=key)
+
+
+FEW_VOXELS = """
+import numpy as np, lesionsynth as ls
+mask = np.ones((17, 64, 64), bool)
+ls.LesionSynthesizer(ls.presets.covid_lung())(mask * np.float32(0.5), mask, index=0)
+"""
+
+
+def test_a_number_of_threads_that_numba_dies_of() -> None:
+    """The call says so, and names the variable."""
+    with trial("edges"):
+        done = subprocess.run(
+            [sys.executable, "-c", FEW_VOXELS], capture_output=True, text=True, timeout=120, cwd=REPOSITORY,
+            env={**os.environ, "NUMBA_NUM_THREADS": "0"},
+        )  # fmt: skip
+        assert "NUMBA_NUM_THREADS must be an integer >= 1, got '0'" in done.stderr.splitlines()[-1]
 
 
 BAD_NUMBERS = ["1", None, 1j, float("nan"), float("inf"), -1, b"1", [[1.0]], 1e300, True]
@@ -431,6 +533,38 @@ ONE_ARRAY = {
 }
 
 
+def test_no_voxel_at_all() -> None:
+    for shape in ((0, 30, 32), (8, 0, 32), (8, 30, 0), (0, 8, 30, 32), (2, 8, 0, 32)):
+        image, index = np.zeros(shape, np.float32), 0 if len(shape) == 3 else [0] * shape[0]
+        for allow in (False, True):
+            with trial("edges"), pytest.raises(ValueError, match=r"image must have at least one voxel"):
+                SYNTH(image, image > 0, index=index, allow_empty=allow)
+
+
+class Shapeless:
+    """An array of DLPack that tells no shape, or none that is one."""
+
+    def __init__(self, array: np.ndarray, shape: object = None) -> None:
+        self.array, self.shape = array, shape
+
+    def __dlpack__(self, **options: object) -> object:
+        return self.array.__dlpack__(**options)
+
+    def __dlpack_device__(self) -> tuple[int, int]:
+        return self.array.__dlpack_device__()
+
+
+def test_arrays_that_tell_no_shape() -> None:
+    images, masks = np.stack([IMAGE] * 2), np.stack([MASK] * 2)
+    for shape in (None, 5, "abc", [8, 30, 32], np.array([2, 8, 30, 32])):
+        with trial("edges"):
+            pair = SYNTH(Shapeless(IMAGE, shape), MASK, index=2)
+            assert_array_equal(pair.image, SYNTH(IMAGE, MASK, index=2).image)
+        for index in ([1], [1, 2, 3]):
+            with trial("edges"), pytest.raises(ValueError, match="index must have one entry per item"):
+                SYNTH(Shapeless(images, shape), masks, index=index)
+
+
 @pytest.mark.parametrize("argument", ONE_ARRAY)
 def test_what_is_no_plain_array_is_refused_by_name(argument) -> None:
     for name, (array, word) in strange_arrays().items():
@@ -456,6 +590,21 @@ def test_buffers_that_share_memory() -> None:
                 continue
             with pytest.raises(ValueError, match="out image must not share memory with out target"):
                 SYNTH(IMAGE, MASK, index=0, out=(image, target))
+    for kind in (bool, np.uint8, np.int16, np.int32, np.float32, np.float64):
+        mask = MASK.astype(kind)
+        first = mask.view(np.uint8).reshape(-1)
+        target = first[: MASK.nbytes].view(bool).reshape(MASK.shape)
+        buffers = {"out target": (np.empty_like(IMAGE), target)}
+        if mask.nbytes >= IMAGE.nbytes:
+            image = first[: IMAGE.nbytes].view(np.float32).reshape(IMAGE.shape)
+            buffers["out image"] = image, np.empty_like(MASK)
+        for name, out in buffers.items():
+            with (
+                trial("edges"),
+                pytest.raises(ValueError, match=f"{name} must not share memory with image or"),
+            ):
+                SYNTH(IMAGE, mask, index=0, out=out)
+            assert_array_equal(mask, MASK)
 
 
 @pytest.mark.parametrize("kind", ["float32", "float64", "float16"])

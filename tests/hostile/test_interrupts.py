@@ -20,6 +20,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from numba import njit
+from numba.core.compiler_lock import global_compiler_lock
 
 import lesionsynth as ls
 from lesionsynth._recipe import Recipe
@@ -39,6 +41,8 @@ KIND = "interrupts"
 CONFIG = ls.LesionConfig(small=ls.BlobClass(count=(6.0, 6.0), radius=(3.0, 6.0)), medium=None, large=None)
 SHAPE = (16, 128, 144)
 """Large enough for two threads, and for memory that is used again."""
+MOST_TRIES = 20_000
+"""Tries until a timer has met enough calls; a machine that does other work too needs more."""
 
 
 class Torn(BaseException):
@@ -270,31 +274,43 @@ def begin_and_sleep(body: Callable[[], None]) -> None:
         settle(tickets)
 
 
+def begin_and_finish(body: Callable[[], None]) -> None:
+    finish = in_background(body, 2)
+    time.sleep(0.02)  # or the caller would do it
+    finish()
+
+
 CALLS: dict[str, Callable[[Callable[[], None]], None]] = {
     "parallel_for": lambda body: parallel_for(2, lambda lo, hi: body() if lo else time.sleep(1.0), 2),
     "in_background": begin_and_sleep,
-    "finish": lambda body: in_background(body, 2)(),
+    "finish": begin_and_finish,
 }
 
 
 @pytest.mark.parametrize("name", CALLS)
 def test_many_raises_while_a_helper_is_at_work(name, idle) -> None:
     """The second and the third Ctrl-C, too, find a call that waits."""
-    begun, ended, main = threading.Event(), threading.Event(), threading.get_ident()
+    main = threading.get_ident()
+    parallel_for(2, lambda *_: None, 2)  # there are helpers
+    for _ in range(100):
+        begun, ended = threading.Event(), threading.Event()
 
-    def body() -> None:
-        if threading.get_ident() != main:
-            begun.set()
-        time.sleep(0.25)  # in Python: nothing can be waited for in a kernel of ours
-        ended.set()
+        def body(begun: threading.Event = begun, ended: threading.Event = ended) -> None:
+            if threading.get_ident() != main:
+                begun.set()
+            time.sleep(0.25)  # in Python: nothing can be waited for in a kernel of ours
+            ended.set()
 
-    with trial(KIND), alarms(0.05, 0.01) as times:
-        try:
-            CALLS[name](body)
-        except Torn:
-            assert idle() == 0
-            assert ended.is_set() or not begun.is_set()
-        assert times
+        with trial(KIND), alarms(0.05, 0.01) as times:
+            try:
+                CALLS[name](body)
+            except Torn:
+                assert idle() == 0
+                assert ended.is_set() or not begun.is_set()
+            assert times
+        if begun.is_set():
+            break
+    assert begun.is_set()
 
 
 def test_the_callers_share_fails_while_a_helper_works(idle) -> None:
@@ -315,15 +331,71 @@ def test_the_callers_share_fails_while_a_helper_works(idle) -> None:
             assert len(ended) <= 1
 
 
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_hook_that_raises_in_a_helper(when, monkeypatch) -> None:
+    """A debugger's, say: the caller gets its error or does the work itself, and waits for nobody for ever."""
+    real, main = _threads.claim, threading.get_ident()
+
+    def torn(tickets: Any, number: int, over: bool) -> bool:
+        if threading.get_ident() == main:
+            return real(tickets, number, over)
+        if when == "after":
+            real(tickets, number, over)
+        raise Torn
+
+    parallel_for(2, lambda *_: None, 2)
+    monkeypatch.setattr(_threads, "claim", torn)
+    for _ in range(20):
+        done: list[int] = []
+        with trial(KIND):
+            try:
+                parallel_for(2, lambda lo, hi, done=done: (time.sleep(0.002), done.append(lo)), 2)
+            except Torn:
+                assert 0 in done
+            else:
+                assert sorted(done) == [0, 1]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system cannot fork")
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*:DeprecationWarning")
+@pytest.mark.parametrize("busy", ["compiling", "painting"])
+def test_a_fork_while_another_thread_is(busy, synth) -> None:
+    """The child has none of the locks that the other thread held, and need not wait for it."""
+    begun, pair = threading.Event(), synth(*INPUT, index=0)
+
+    def paint() -> int:
+        begun.set()
+        time.sleep(0.3)
+        return 0
+
+    def compile_slowly() -> None:
+        with global_compiler_lock:
+            paint()
+
+    other = ls.LesionPair(pair.image, pair.target, pair._plan, paint)
+    thread = threading.Thread(target=compile_slowly if busy == "compiling" else lambda: other.labels)
+    thread.start()
+    begun.wait()
+    with trial(KIND):
+        child = os.fork()
+        if child == 0:
+            signal.signal(signal.SIGALRM, signal.SIG_DFL)
+            signal.alarm(20)
+            good = njit(lambda x: x + 1)(1) == 2 and bool(pair.labels.any())
+            os._exit(0 if good else 1)
+        assert os.waitpid(child, 0)[1] == 0
+    thread.join()
+
+
 def test_rounds_torn_off(idle) -> None:
     """A kernel cannot be torn off; its caller can, before and behind it."""
     work_together(two_rounds, [1, 1], np.zeros(1, np.int64), np.zeros(1, np.int64), 1, threads=2)  # compiles
     torn = 0
-    for k in range(300):
+    for k in range(MOST_TRIES):
         first, second = np.zeros(7, np.int64), np.zeros(3, np.int64)
         with trial(KIND):
             try:
-                with alarms(0.00005 + 0.000005 * k, 0.0):
+                with alarms(0.00005 + 0.000005 * (k % 300), 0.0):
                     work_together(two_rounds, [7, 3], first, second, 20_000, threads=2)
             except Torn:
                 torn += 1
@@ -331,7 +403,9 @@ def test_rounds_torn_off(idle) -> None:
             before = first.tolist(), second.tolist()
             time.sleep(0.0001)
             assert before == (first.tolist(), second.tolist())
-    assert torn > 10
+        if torn == 50:
+            break
+    assert torn == 50
 
 
 def test_a_pool_is_not_left_half_made(monkeypatch, synth, wanted) -> None:
@@ -362,17 +436,19 @@ def test_a_handler_that_makes_a_pair_itself(synth, wanted) -> None:
 
     before = signal.signal(signal.SIGALRM, handler)
     try:
-        for k in range(150):
+        for k in range(MOST_TRIES):
             with trial(KIND):
-                signal.setitimer(signal.ITIMER_REAL, 0.0001 + 0.00004 * k)
+                signal.setitimer(signal.ITIMER_REAL, 0.0001 + 0.00004 * (k % 150))
                 pair = synth(*INPUT, index=k % 3)
                 signal.setitimer(signal.ITIMER_REAL, 0)
                 assert contents(pair) == wanted[k % 3]
                 assert not failures
+            if made[0] == 50:
+                break
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
-    assert made[0] > 20
+    assert made[0] == 50
 
 
 def test_scratch_that_is_held_is_nobody_elses() -> None:

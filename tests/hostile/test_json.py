@@ -43,6 +43,7 @@ def predicted() -> dict[str, Any]:
         "models": [{"name": "model-0", "sha256": "0" * 64, "probability": 0.5, "threshold_hu": -700.0}],
         "volumes": {"lung_ml": 4000.0, "lesion_ml": 10.0, "percent": 0.25, "right_lung_ml": None},
         "files": {"lesions": "p1_lesions.nii.gz", "lung": "p1_lung.nii.gz", "core": None},
+        "inflation": 0.9,
     }  # fmt: skip
 
 
@@ -82,7 +83,7 @@ DOCUMENTS: dict[str, tuple[str, Any, Callable[[Path], Any]]] = {
     "case": ("meta.json", CASE, lambda path: Case(path.parent)),
 }
 """By kind: name of the file, a valid document, what reads it."""
-LOOSE = {"prediction": ("ct_stamp", "settings", "models", "lungs_from"), "store": ("format",)}
+LOOSE = {"prediction": ("ct_stamp", "settings", "lungs_from"), "store": ("format",)}
 """Parts that are taken as they are: compared or looked up, never computed with."""
 
 
@@ -158,6 +159,13 @@ RAW = {
     "quotes": '"\\' * 200_000,
     "open strings": '["' + '\\"' * 300_000,
     "long line": "x" * 10**6,
+    "many NaN": "[" + "NaN," * 300_000 + "1]",
+    "many doubled keys": "[" + '{"a":1,"a":1},' * 100_000 + "1]",
+    "utf-32": json.dumps({"a": 1}).encode("utf-32"),
+    "two BOMs": b"\xef\xbb\xbf\xef\xbb\xbf{}",
+    "raw surrogate": b'{"\xed\xa0\x80": 1}',
+    "escaped twice": '{"seed": 1, "\\u0073eed": 2}',
+    "two documents": "{}{}",
 }
 
 
@@ -328,6 +336,100 @@ def test_extreme_numbers(tmp_path, kind, data, value) -> None:
             assert 0 <= pair.image.min() <= pair.image.max() <= 1
             assert time.process_time() - start < 10 * SECONDS
             assert ls.LesionPlan.from_json(pair.plan.to_json()) == pair.plan
+
+
+def test_the_first_place_is_told() -> None:
+    """Of many that no document may hold, wherever they are."""
+    for text, said in (
+        ('{"a": [{"b": 1}, {"b": NaN}], "c": NaN}', "a[1].b must be finite, got NaN"),
+        ('{"a": {"b c": [1e999]}}', "a.'b c'[0] must be finite, got '1e999'"),
+        ('{"a": {"b": 1, "b": 2}, "c": {"b": 1, "b": 2}}', "a must name a key once, got 'b' twice"),
+        ("[0, [], {}, " + "9" * 21 + "]", "[3] must have at most 20 digits, got 21"),
+        ('{"a": NaN, "a": 1}', "the document must be finite, got NaN"),
+    ):
+        with trial(KIND), pytest.raises(ValueError, match="must") as caught:
+            strict.parse_json(text)
+        assert str(caught.value) == said
+
+
+def test_records_of_a_sample(tmp_path) -> None:
+    """Names are names, and a window is as wide as float32 can divide by."""
+    for changes, word in (
+        ({"source": {"input": "a/../b.nii"}}, "source.input must be a file's name"),
+        ({"source": {"mask": ""}}, "source.mask"),
+        ({"source": {"input": "\x1b[2J" * 1000}}, "source.input"),
+        ({"hu_range": [0.0, 5e-324]}, "hu_range"),
+        ({"hu_range": [-500.0, -500.0]}, "hu_range"),
+        ({"preset": "x" * 10**5}, "preset"),
+        ({"lengths": "mm\n"}, "lengths"),
+    ):
+        with trial(KIND):
+            refused(write(tmp_path, "record.json", json.dumps(SAMPLE | changes)), read_sample, word)
+
+
+ARRAYS: dict[str, Callable[[Path, np.ndarray], Any]] = {
+    "nothing": lambda path, good: None,
+    "pipe": lambda path, good: os.mkfifo(path),
+    "folder": lambda path, good: path.mkdir(),
+    "device": lambda path, good: path.symlink_to("/dev/zero"),
+    "empty": lambda path, good: path.write_bytes(b""),
+    "zeros": lambda path, good: path.write_bytes(bytes(5000)),
+    "NaN": lambda path, good: _stored(path, np.full(good.shape, np.nan)),
+    "wider numbers": lambda path, good: _stored(path, good.astype(np.int64) + 10**9),
+    "text": lambda path, good: _stored(path, good.astype("S2")),
+    "deeper": lambda path, good: _stored(path, np.concatenate([good, good])),
+    "flat": lambda path, good: _stored(path, good.ravel()),
+}
+
+
+def _stored(path: Path, array: np.ndarray) -> None:
+    pytest.importorskip("blosc2").asarray(np.ascontiguousarray(array), urlpath=str(path), mode="w")
+
+
+def _case(folder: Path) -> tuple[Case, dict[str, np.ndarray]]:
+    rng = np.random.default_rng(0)
+    hu, mask = rng.integers(-1000, 100, (6, 9, 8)).astype(np.int16), rng.random((6, 9, 8)) > 0.5
+    case = Store.create(folder, {"spacing": [1.0, 1.0, 1.0], "size": 9}).add("a", hu, mask)
+    return case, {"hu": hu, "mask": mask.view(np.uint8)}
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes here")
+def test_arrays_of_a_store(tmp_path) -> None:
+    """What is another array than the meta data tell is refused by name, not read as it comes."""
+    for name in ("hu", "mask"):
+        for kind, make in ARRAYS.items():
+            case, good = _case(tmp_path / f"{name} {kind}")
+            assert case.is_whole()
+            path = tmp_path / f"{name} {kind}" / "cases" / "a" / f"{name}.b2nd"
+            path.unlink()
+            make(path, good[name])
+            with trial(KIND):
+                assert not case.is_whole()
+                with pytest.raises(ValueError, match=rf"{name}\.b2nd: must be an array of") as caught:
+                    case.slab(0, 6)
+                assert str(caught.value).isprintable()
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+@given(data=st.data())
+def test_bytes_of_a_store_that_changed(tmp_path, data) -> None:
+    """Refused by name, or read as an array of the right shape."""
+    case, _ = _case(tmp_path / "store") if not (tmp_path / "store").exists() else (None, None)
+    path = tmp_path / "store" / "cases" / "a" / "hu.b2nd"
+    if case is not None:
+        (tmp_path / "good").write_bytes(path.read_bytes())
+    raw = bytearray((tmp_path / "good").read_bytes())
+    for _ in range(data.draw(st.integers(1, 3))):
+        raw[data.draw(st.integers(0, len(raw) - 1))] = data.draw(st.integers(0, 255))
+    path.write_bytes(bytes(raw[: data.draw(st.sampled_from([len(raw), len(raw) - 1, len(raw) // 2]))]))
+    with trial(KIND):
+        try:
+            hu, _ = Case(path.parent).slab(0, 6)
+        except ValueError as error:
+            said = str(error)
+            assert "hu.b2nd" in said
+            return
+        assert (hu.shape, hu.dtype) == ((6, 9, 8), np.int16)
 
 
 def test_a_line_that_names_the_part(tmp_path) -> None:

@@ -27,9 +27,9 @@ import pytest
 import SimpleITK as sitk
 from numpy.testing import assert_array_equal
 
-from lesionsynth import _headers, _reader, io
+from lesionsynth import _elements, _headers, _reader, io
 from lesionsynth.strict import name_of
-from normnet.inputs import find_sources
+from normnet.inputs import dicom_folders, find_sources
 from normnet.prepare.__main__ import main
 from tests.hostile.tally import trial
 from tests.test_io import volume, write_nifti, write_series
@@ -871,8 +871,359 @@ def test_a_folder_that_may_not_be_read(tmp_path: Path, monkeypatch: pytest.Monke
             io.read_ct(found["locked"].path, found["locked"].series)
 
 
+def put(path: Path, tag: int, kind: bytes, value: bytes) -> None:
+    """Replace an element outside sequences, byte by byte: pydicom writes only what is right."""
+    whole, new = path.read_bytes(), element(tag, kind, value)
+    at = whole.find(new[:4], 132)
+    if at < 0:
+        insert(path, new)
+        return
+    old = int.from_bytes(whole[at + 6 : at + 8], "little")
+    path.write_bytes(whole[:at] + new + whole[at + 8 + old :])
+
+
+WORDS = [
+    b"\x1b[31m\r\n",
+    b"9" * 60_000,
+    b"A\0B",
+    b"\xff\xfe\x80",
+    "\u202e\u0661".encode(),
+    b"%s%n",
+    b" ",
+    b"\\" * 500,
+]
+
+
+@pytest.mark.parametrize("word", WORDS, ids=range(len(WORDS)))
+@pytest.mark.parametrize("every", [False, True])
+def test_values_in_messages(tmp_path: Path, word: bytes, every: bool) -> None:
+    """Of any element that is looked at: escaped, short, and on one line, in errors, warnings and lists."""
+    known: dict[int, bytes] = {**_elements._TEXTS, 0x00020010: b"UI"}
+    folder = tmp_path / "s"
+    for tag, kind in known.items():
+        hu = series_of(folder)
+        for path in sorted(folder.iterdir()) if every else [folder / "001.dcm"]:
+            put(path, tag, kind, word + b" " * (len(word) % 2))
+        with trial("readers"), warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            try:
+                assert_array_equal(io.read_ct(folder).hu, hu)  # a word that says nothing about voxels
+            except ValueError as error:
+                told.append(warnings.WarningMessage(str(error), UserWarning, "", 0))
+            for text in (*(str(one.message) for one in told), *map(str, io.list_series(folder))):
+                assert text.isprintable()
+                assert len(text) < 1000
+
+
+@pytest.mark.parametrize(
+    "value", [b"", b"  ", "\u0661".encode(), b"1e-300", b"0x1 ", b"1\\1 ", b"+-1 ", b"1\x1f"]
+)
+@pytest.mark.parametrize("kind", [b"DS", b"UN", b"LO"])
+def test_numbers_that_readers_take_differently(tmp_path: Path, value: bytes, kind: bytes) -> None:
+    """Python's digits of any script, blanks for one or for none, a text's VR."""
+    series_of(tmp_path / "s")
+    put(tmp_path / "s/001.dcm", 0x00281053, kind, value)
+    with (
+        trial("readers"),
+        pytest.raises(ValueError, match=r"001\.dcm: (RescaleSlope|element 0028.1053) must"),
+    ):
+        io.read_ct(tmp_path / "s")
+
+
+@pytest.mark.parametrize("name", ["RescaleIntercept", "RescaleSlope"])
+@pytest.mark.parametrize("lacking", [1, 2, 4])
+def test_a_scale_that_some_slices_lack(tmp_path: Path, name: str, lacking: int) -> None:
+    """A slice would be 1024 HU off, without a word."""
+    series_of(tmp_path / "s")
+    for path in sorted((tmp_path / "s").iterdir())[-lacking:]:
+        data = pydicom.dcmread(path)
+        delattr(data, name)
+        data.save_as(path)
+    with trial("readers"), pytest.raises(ValueError, match=rf"00.\.dcm: {name} must be there, as in other"):
+        io.read_ct(tmp_path / "s")
+
+
+CLASSES = ["2.1", "7", "7.3", "1", "1.1", "4", "20", "66.4", "481.2", "13.1.1", "9999"]
+
+
+@pytest.mark.parametrize("kind", CLASSES)
+def test_millimetres_are_those_of_the_headers(tmp_path: Path, kind: str) -> None:
+    """... whatever the class of the slices: by that, a reader looks for them elsewhere, and takes 1 mm."""
+    hu = series_of(tmp_path / "s")
+    for path in (tmp_path / "s").iterdir():
+        data = pydicom.dcmread(path)
+        data.SOPClassUID = f"1.2.840.10008.5.1.4.1.1.{kind}"
+        data.save_as(path)
+    with trial("readers"):
+        ct = io.read_ct(tmp_path / "s")
+        assert_array_equal(ct.hu, hu)
+        assert ct.spacing == (2.5, 0.7, 0.9)
+        assert ct.grid.origin == (-20, 5, 100)
+
+
+def test_a_reader_that_returns_the_complement(tmp_path: Path) -> None:
+    series_of(tmp_path / "s")
+    put(tmp_path / "s/001.dcm", 0x00280004, b"CS", b"MONOCHROME1 ")
+    with trial("readers"), pytest.raises(ValueError, match=r"001\.dcm: .* must be MONOCHROME2"):
+        io.read_ct(tmp_path / "s")
+
+
+JPEGS = {"JPEG": "4.70", "JPEG2000": "4.90", "JPEG-LS": "4.80"}
+PARTS = {"JPEG": b"\xff\xc3", "JPEG2000": b"\xff\x51", "JPEG-LS": b"\xff\xf7"}
+
+
+def compressed(folder: Path, kind: str) -> np.ndarray:
+    """Write a series of compressed slices: of SimpleITK, or of pydicom."""
+    steps = np.random.default_rng(0).integers(-30, 31, (3, 32, 32))
+    hu = np.clip(np.cumsum(steps, 2) - 300, -1000, 1500).astype(np.int16)
+    write_series(folder, hu)
+    for path in folder.iterdir():
+        data = pydicom.dcmread(path)
+        if kind == "JPEG-LS":
+            pytest.importorskip("jpeg_ls")
+            data.compress(pydicom.uid.JPEGLSLossless)
+        else:
+            image = sitk.Cast(sitk.ReadImage(str(path)), sitk.sitkInt16)
+            for key in image.GetMetaDataKeys():
+                image.EraseMetaData(key)
+            writer = sitk.ImageFileWriter()
+            writer.SetImageIO("GDCMImageIO")
+            writer.UseCompressionOn()
+            writer.SetCompressor(kind)
+            writer.SetFileName(str(folder / "new.dcm"))
+            writer.Execute(image)
+            new = pydicom.dcmread(folder / "new.dcm")
+            (folder / "new.dcm").unlink()
+            for name in ("PixelRepresentation", "RescaleIntercept", "RescaleSlope", "PixelData"):
+                data[name] = new[name]
+            data.file_meta.TransferSyntaxUID = new.file_meta.TransferSyntaxUID
+        assert data.file_meta.TransferSyntaxUID == f"1.2.840.10008.1.2.{JPEGS[kind]}"
+        data.save_as(path)
+    return hu
+
+
+@pytest.mark.parametrize("kind", JPEGS)
+def test_compressed_pixels_fill_the_slice(tmp_path: Path, kind: str) -> None:
+    """Frames of another precision, size, kind or number of values leave memory unwritten, or write beyond."""
+    hu = compressed(tmp_path / "s", kind)
+    with trial("readers"):
+        assert_array_equal(io.read_ct(tmp_path / "s").hu, hu)
+    path = tmp_path / "s/001.dcm"
+    whole = path.read_bytes()
+    at = whole.index(PARTS[kind], whole.rindex(b"\xfe\xff\x00\xe0"))
+    precision, parts = (at + 40, at + 39) if kind == "JPEG2000" else (at + 4, at + 9)
+    sign = 128 if kind == "JPEG2000" else 0
+    bits = [n - 1 + sign if sign else n for n in (1, 2, 7, 8, 17, 31, 32)]
+    changes = [(precision, n) for n in bits] + [(parts, n) for n in (0, 2, 3, 4, 255)]
+    if kind == "JPEG2000":
+        changes.append((precision, 15))  # without sign
+    else:
+        changes += [(at + 1, n) for n in (*range(0xC0, 0xD0), 0xF7) if n != PARTS[kind][1]]
+        changes += [(at + 6, 31), (at + 6, 33), (at + 8, 31), (at + 8, 33), (at + 5, 1)]
+    for place, value in changes:
+        path.write_bytes(whole[:place] + bytes([value]) + whole[place + 1 :])
+        with trial("readers"), pytest.raises(ValueError, match=r"001\.dcm: the compressed pixels must"):
+            io.read_ct(tmp_path / "s")
+    for uid in (*JPEGS.values(), "4.50", "4.51", "4.57", "4.81", "5"):
+        if uid == JPEGS[kind] or (kind, uid) in (("JPEG", "4.57"), ("JPEG-LS", "4.81")):
+            continue
+        path.write_bytes(whole)
+        put(path, 0x00020010, b"UI", f"1.2.840.10008.1.2.{uid}\0".encode()[: 23 - (len(uid) < 4)])
+        with trial("readers"), pytest.raises(ValueError, match=r"001\.dcm: .*pixels must"):
+            io.read_ct(tmp_path / "s")
+
+
+# ---- what readers change without a word, or choke on
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("kind", ["<f4", ">f4", "<f8", ">f8"])
+@pytest.mark.parametrize("name", ["a.nii", "a.nii.gz"])
+def test_nifti_without_finite_voxels(tmp_path: Path, name: str, kind: str, value: float) -> None:
+    """NIfTI's reader puts zeros, which are water, for NaN."""
+    voxels = volume(0, (70, 80, 90)).astype(kind)
+    image = nib.Nifti1Image(voxels.T, np.diag((-1.0, -1.0, 1.0, 1.0)), nib.Nifti1Header(endianness=kind[0]))
+    image.to_filename(tmp_path / name)
+    with trial("readers"):
+        assert_array_equal(stored(io.read_ct(tmp_path / name)), voxels)
+    voxels[-1, -1, -1] = value
+    image.to_filename(tmp_path / name)
+    refused(tmp_path / name, "voxels must be finite")
+
+
+def test_many_extensions(tmp_path: Path) -> None:
+    """Each is read after all before it: 100,000 took 8 seconds, and the largest header holds 16 million."""
+    write(tmp_path / "a.nii")
+    data = bytearray((tmp_path / "a.nii").read_bytes())
+    data[108:112] = np.float32(352 + 16 * 2000).tobytes()
+    data[348:352] = b"\1\0\0\0" + b"\x10\0\0\0\6\0\0\0\0\0\0\0\0\0\0\0" * 2000
+    (tmp_path / "a.nii").write_bytes(data)
+    refused(tmp_path / "a.nii", "at most 1000 extensions")
+
+
+@pytest.mark.parametrize(
+    "name", ["A.NII", "a.Nii", "a.NII.GZ", "a.nii.GZ", "A.NRRD", "a.Nhdr", "A.MHA", "a.Mhd"]
+)
+def test_suffixes_in_capitals(tmp_path: Path, name: str) -> None:
+    hu = write(tmp_path / name.lower())
+    (tmp_path / name.lower()).rename(tmp_path / name)
+    with trial("readers"):
+        assert_array_equal(stored(io.read_ct(tmp_path / name)), hu)
+
+
+LINES = [
+    *(f"{key} = {'x' * n}" for key in ("Name", "Comment", "ObjectSubType") for n in (256, 290, 400, 1400)),
+    "Position = 1 2 3\nOffset = 4 5 6",
+    "Rotation = 1 0 0 0 1 0 0 0 1\nTransformMatrix = -1 0 0 0 -1 0 0 0 1",
+    "TransformMatrix = 2 0 0 0 2 0 0 0 2",
+    "TransformMatrix = 1 0.5 0 0 1 0 0 0 1",
+    "TransformMatrix = 1 0 0 0 1 0 0.2 0 0.98",
+    "ElementToIntensityFunctionSlope = 2",
+    "ElementToIntensityFunctionOffset = -1024",
+    "DistanceUnits = um",
+]
+
+
+@pytest.mark.parametrize("line", LINES, ids=[line[:40] for line in LINES])
+def test_metaimage_fields_that_would_be_ignored_or_overflow(tmp_path: Path, line: str) -> None:
+    """Long words were written over the origin; of two names of one thing, one was taken."""
+    path = tmp_path / "a.mha"
+    path.write_bytes(
+        META.format("LOCAL").replace("DimSize", f"{line}\nDimSize").encode() + volume(0, SHAPE).tobytes()
+    )
+    refused(
+        path, re.split(r"\W", line)[0] if "Matrix" not in line or "Rotation" in line else "three orthogonal"
+    )
+
+
+SHEARS = ["(1,0.5,0) (0,1,0) (0,0,1)", "(1,0,0) (0.2,1,0) (0,0,1)", "(1,0,0) (0,1,0) (0,0.1,1)"]
+
+
+@pytest.mark.parametrize("axes", SHEARS)
+def test_sheared_axes(tmp_path: Path, axes: str) -> None:
+    """Such voxels are not of the size that their spacing tells."""
+    text = NRRD.format(f"space: left-posterior-superior\nspace directions: {axes}\n")
+    (tmp_path / "a.nrrd").write_bytes(text.encode() + volume(0, SHAPE).tobytes())
+    refused(tmp_path / "a.nrrd", "direction must be three orthogonal unit vectors")
+
+
+def test_links_that_lead_nowhere(tmp_path: Path) -> None:
+    """Of a folder with a link to itself, not a single case was taken."""
+    hu = series_of(tmp_path / "s")
+    write(tmp_path / "a.nii")
+    for name in ("a.nrrd", "s/005.dcm", "loop"):
+        (tmp_path / name).symlink_to(tmp_path / name)
+    (tmp_path / "gone.mha").symlink_to(tmp_path / "nothing")
+    (tmp_path / "around").symlink_to(tmp_path)
+    with trial("readers"):
+        assert {source.case for source in find_sources([tmp_path])} == {"a", "s"}
+        assert_array_equal(io.read_ct(tmp_path / "s").hu, hu)
+        assert [path for path, _ in dicom_folders([tmp_path])] == [tmp_path / "s"]
+
+
+def test_a_file_without_a_transfer_syntax(tmp_path: Path) -> None:
+    """An empty one is damage; none at all is of old files."""
+    series_of(tmp_path / "s")
+    put(tmp_path / "s/001.dcm", 0x00020010, b"UI", b"")
+    with (
+        trial("readers"),
+        pytest.raises(ValueError, match=r"001\.dcm: the transfer syntax must be .*, got ''"),
+    ):
+        io.read_ct(tmp_path / "s")
+
+
+@pytest.mark.parametrize("kind", ["a.nii", "a.nhdr", "a.mhd", "s"])
+def test_a_file_that_changes_after_it_was_checked(
+    tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / kind
+    write(path)
+    body = next(p for p in (tmp_path / "a.raw", path / "002.dcm", path) if p.is_file())
+    check = "find_series" if kind == "s" else "check_volume"
+    checked = getattr(io, check)
+
+    def slow(*given: object) -> object:
+        answer = checked(*given)
+        os.utime(body, (1, 1))
+        return answer
+
+    monkeypatch.setattr(io, check, slow)
+    with trial("readers"), pytest.raises(ValueError, match=rf"{body.name}: must not change while it is read"):
+        io.read_ct(path)
+
+
+WRITTEN = [name for name in ODD_NAMES if b".nii" in name and len(name) < 200] + [b"\xff/%s/\n\xfe.nii.gz"]
+
+
+@pytest.mark.parametrize("name", WRITTEN)
+def test_odd_names_are_written(tmp_path: Path, name: bytes) -> None:
+    """SimpleITK's writer aborts where a name is no text."""
+    write(tmp_path / "scan.nrrd")
+    ct = io.read_ct(tmp_path / "scan.nrrd")
+    with trial("readers"):
+        path = ct.write_like(ct.hu, tmp_path / os.fsdecode(name))
+        assert_array_equal(io.read_ct(path).hu, ct.hu)
+        assert os.listdir(path.parent) == [path.name] or path.parent == tmp_path
+
+
+KILLED = """
+import itertools, signal
+ct = io.read_ct({scan!r})
+def planes():
+    yield from ct.hu[:2]
+    os.kill(os.getpid(), signal.{sent})
+    yield from ct.hu[2:]
+class Hu(type(ct.hu)):
+    __iter__ = lambda self: planes()
+ct.grid.__class__.from_lps = lambda self, array: array.view(Hu)
+ct.write_like(ct.hu, {out!r})
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "O_TMPFILE"), reason="there are no files without a name")
+@pytest.mark.parametrize("sent", ["SIGKILL", "SIGTERM", "SIGSEGV"])
+@pytest.mark.parametrize("name", ["map.nii", "map.nii.gz"])
+def test_a_killed_writer_leaves_nothing(tmp_path: Path, name: str, sent: str) -> None:
+    write(tmp_path / "scan.nrrd")
+    out = tmp_path / "out"
+    out.mkdir()
+    body = KILLED.format(scan=str(tmp_path / "scan.nrrd"), out=str(out / name), sent=sent)
+    for before in ([], [name]):
+        with trial("readers"):
+            done = subprocess.run([sys.executable, script(tmp_path, body)], capture_output=True, timeout=60)
+            assert done.returncode == -getattr(signal, sent), done.stderr
+            assert os.listdir(out) == before
+        (out / name).write_bytes(b"the one before")
+
+
+def test_what_is_written_lies_where_it_was_read(tmp_path: Path) -> None:
+    """Of any turn and any hand, by three readers: ours, nibabel's, and SimpleITK's."""
+    rng = np.random.default_rng(0)
+    for number in range(40):
+        axes = np.linalg.qr(rng.normal(size=(3, 3)))[0]
+        if number < 6:  # a turn by half is where quaternions divide by zero
+            axes = np.diag(
+                [(1, -1, -1), (-1, 1, -1), (-1, -1, 1), (1, 1, -1), (-1, 1, 1), (1, -1, 1)][number]
+            )
+        image = sitk.GetImageFromArray(volume(number, SHAPE))
+        image.SetDirection(axes.astype(float).ravel())
+        image.SetOrigin(rng.uniform(-500, 500, 3))
+        image.SetSpacing(rng.uniform(0.3, 5, 3))
+        sitk.WriteImage(image, str(tmp_path / "a.nrrd"))
+        ct = io.read_ct(tmp_path / "a.nrrd")
+        path = ct.write_like(ct.hu, tmp_path / "b.nii")
+        with trial("readers"):
+            back = sitk.ReadImage(str(path))
+            assert_array_equal(sitk.GetArrayFromImage(back), sitk.GetArrayFromImage(image))
+            for what in ("GetSpacing", "GetOrigin", "GetDirection"):
+                np.testing.assert_allclose(getattr(back, what)(), getattr(image, what)(), atol=1e-4)
+            header = nib.load(path).header
+            np.testing.assert_allclose(header.get_qform(), header.get_sform(), atol=1e-3)
+            assert_array_equal(io.read_ct(path).hu, ct.hu)
+
+
 def readers_are_in_one_place() -> list[str]:
-    calls = re.compile(r"ReadImage|ImageFileReader|ImageSeriesReader|GetGDCM|nibabel|dcmread")
+    calls = re.compile(r"ReadImage|ImageFileReader|ImageSeriesReader|GetGDCM|nib(abel)?\.load|dcmread")
     root = Path(io.__file__).parent.parent
     files: list[Path] = [*root.glob("lesionsynth/**/*.py"), *root.glob("normnet/**/*.py")]
     return sorted(str(p.relative_to(root)) for p in files if calls.search(p.read_text()))

@@ -38,6 +38,11 @@ NAMES = (
     *("scores/covid_lung/2/phantom 1.json", "cases", "qc", "runs", "scores"),
     *(".git/HEAD", ".bashrc", f".p1.{'0a' * 16}/p1_lesions.nii.gz", f".p1.{'0b' * 16}"),
     *(".p1.of-elsewhere-7.xyz", ".report.html.of-here-x.1", "thesis.txt", "photo.JPG"),
+    *(
+        ".minutes.of-meeting-2024.txt",
+        "cases/.minutes.of-meeting-2024.txt",
+        ".p1_000000.of-mine-1.0123456789",
+    ),
 )
 CONTENTS = (
     b"",
@@ -82,6 +87,7 @@ def fill(folder: Path, outside: Path, dice: random.Random, names: tuple[str, ...
         kind = dice.choice(("file", "file", "file", "folder", "link", "link to folder", "broken link"))
         if kind == "file":
             path.write_bytes(dice.choice(CONTENTS))
+            os.utime(path, (1e9, 1e9))  # no age makes it ours
         elif kind == "folder":
             path.mkdir()
             (path / "notes.txt").write_bytes(b"mine")
@@ -141,7 +147,8 @@ def test_what_comes_to_a_finished_result_stays(study: Study, tmp_path: Path, cal
     for number in range(3 if call in LONG else 6):
         folder, outside = tmp_path / f"{number}" / "X", tmp_path / f"{number}" / "outside"
         shutil.copytree(tmp_path / "made", folder, symlinks=True)
-        ours = snapshot(folder)
+        ours, backup = snapshot(folder), tmp_path / f"{number}" / "backup"
+        shutil.copytree(folder, backup, symlinks=True, copy_function=os.link)  # as cp -al makes them
         place = folder / dice.choice(inside)
         fill(
             place,
@@ -154,6 +161,7 @@ def test_what_comes_to_a_finished_result_stays(study: Study, tmp_path: Path, cal
             assert study.calls()[call](folder) in (0, 1, 2)
             unharmed(foreign, folder)
             assert snapshot(outside) == {"precious": b"outside"}
+            assert snapshot(backup) == ours
 
 
 def test_demo_keeps_a_run_of_the_user(
@@ -326,24 +334,33 @@ def test_half_written_files_are_told_from_others(tmp_path: Path) -> None:
         os._exit(0)
     os.waitpid(dead, 0)
     host = files.temporary(tmp_path / "x").name.partition(".of-")[2].rpartition("-")[0]
-    gone = [f".a.csv.of-{host}-{dead}.0123", f".long{'x' * 200}.of-{host}-{dead}.1.nii.gz"]
+    digits = "0123456789abcdef"
+    gone = [f".a.of-{host}-{dead}.{digits}", f".long{'x' * 150}.of-{host}-{dead}.{digits}.nii.gz"]
+    gone += [f".a.csv.of-elsewhere-7.{digits}.csv"]
     stays = [
-        f".a.csv.of-{host}-{os.getpid()}.0123",
-        f".a.csv.of-elsewhere-{dead}.0123",
-        f"a.csv.of-{host}-{dead}.0123",
+        f".a.csv.of-{host}-{os.getpid()}.{digits}.csv",
+        f".a.csv.of-elsewhere-{dead}.{digits}.csv",
+        f"a.csv.of-{host}-{dead}.{digits}.csv",
+        f".a.csv.of-{host}-{dead}.{digits}0",
+        f".a.csv.of-{host}-{dead}.{digits[1:]}.csv",
         f".a.csv.of-{host}-{dead}",
+        f".a.of-my host-{dead}.{digits}",
+        ".minutes.of-meeting-2024.txt",
         ".a.csv",
         ".a.csv.0123456789abcdef0123456789abcdef",
     ]
     for name in (*gone, *stays):
         (tmp_path / name).write_text("x")
-    (tmp_path / f".case.of-{host}-{dead}.77").mkdir()
-    (tmp_path / f".case.of-{host}-{dead}.77/thesis.txt").write_text("mine")
-    (tmp_path / f".case.of-{host}-{dead}.78").symlink_to(tmp_path / "a.csv.target")
+        if "7." in name or "meeting" in name or "my host" in name:
+            os.utime(tmp_path / name, (1e9, 1e9))
+    full, link = f".full.of-{host}-{dead}.{digits}", f".link.of-{host}-{dead}.{digits}"
+    (tmp_path / full).mkdir()
+    (tmp_path / full / "thesis.txt").write_text("mine")
+    (tmp_path / link).symlink_to(tmp_path / "a.csv.target")
     with trial("removals"):
         files.sweep(tmp_path, inside=("hu.b2nd",))
         left = {p.name for p in tmp_path.iterdir()}
-        assert left == {*stays, f".case.of-{host}-{dead}.77"}
+        assert left == {*stays, full}
 
 
 @pytest.mark.parametrize("length", [1, 100, 255])

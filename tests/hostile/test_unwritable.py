@@ -177,7 +177,7 @@ def test_a_step_that_fails(step, code, place, monkeypatch) -> None:
         write = staticmethod(fail)
 
     where = {
-        "mkdir": (Path, "mkdir"), "stat": (Path, "stat"), "open": (Path, "open"), "replace": (os, "replace"),
+        "mkdir": (Path, "mkdir"), "stat": (Path, "stat"), "open": (os, "open"), "replace": (os, "replace"),
         "mkstemp": (_cache.tempfile, "mkstemp"), "fdopen": (os, "fdopen"), "write": (os, "fdopen"),
     }  # fmt: skip
     with trial("unwritable"), told(1):
@@ -290,6 +290,29 @@ def test_a_folder_where_the_file_belongs(sound, monkeypatch) -> None:
             assert files(file.parent) == [file]
     finally:
         file.rmdir()
+
+
+def a_sparse_file(path: Path) -> None:
+    path.touch(0o600)
+    os.truncate(path, 2**40)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="POSIX's files")
+@pytest.mark.parametrize(
+    "make",
+    [os.mkfifo, a_sparse_file, lambda path: path.symlink_to("/dev/zero")],
+    ids=["pipe", "sparse", "zero"],
+)
+def test_what_is_no_kernels_file_is_replaced(make, place) -> None:
+    """Nothing is waited for, nor is memory taken for it."""
+    compiled_anew()
+    (file,) = files(place)
+    with trial("unwritable"), told(0):
+        file.unlink()
+        make(file)
+        assert compiled_anew()
+        assert not compiled_anew()
+        assert file.stat().st_size < _cache.LONGEST
 
 
 def test_another_kernels_file_is_not_loaded(place) -> None:
@@ -465,7 +488,12 @@ def test_an_archive(tmp_path) -> None:
 
 
 @pytest.mark.parametrize(
-    "call", ["ls.ops.label(np.eye(3)[None])", "ls.LesionSynthesizer(ls.LesionConfig()).sample(index=0)"]
+    "call",
+    [
+        "ls.ops.label(np.eye(3)[None])",
+        "ls.LesionSynthesizer(ls.LesionConfig()).sample(index=0)",
+        "ls.phantom.chest_ct()",
+    ],
 )
 def test_without_a_compiler(call) -> None:
     """Python cannot run the kernels' instructions: the first call says what to do; importing works."""
@@ -473,9 +501,17 @@ def test_without_a_compiler(call) -> None:
         code = f"import numpy as np, lesionsynth as ls\nprint('imported')\n{call}"
         done = run([sys.executable, "-c", code], NUMBA_DISABLE_JIT="1", PYTHONPATH=str(REPOSITORY))
         assert done.stdout == "imported\n", done.stderr
-        assert done.stderr.splitlines()[-1].startswith(
-            "RuntimeError: lesionsynth's CPU kernels must be compiled"
-        )
+        assert "lesionsynth's CPU kernels must be compiled" in done.stderr.splitlines()[-1]
+        assert "unset NUMBA_DISABLE_JIT, which is 1" in done.stderr
+
+
+def test_commands_without_a_compiler(tmp_path) -> None:
+    """They say so at once, in one line."""
+    with trial("unwritable"):
+        command = [sys.executable, "-m", "lesionsynth", "preview", "--output", str(tmp_path / "x.png")]
+        done = run(command, NUMBA_DISABLE_JIT="1", PYTHONPATH=str(REPOSITORY))
+        assert done.returncode == 2
+        assert done.stderr.count("\n") == 1
         assert "unset NUMBA_DISABLE_JIT, which is 1" in done.stderr
 
 

@@ -25,7 +25,7 @@ from normnet.baselines.train import load_baseline, save_baseline
 from normnet.config import ModelConfig, PredictConfig, TrainConfig
 from normnet.device import choose_device
 from normnet.export import main as export
-from normnet.model import HEADER, build_unet, bundled_models, load_model, save_model
+from normnet.model import HEADER, TensorFile, build_unet, bundled_models, load_model, save_model
 from normnet.predict.command import main as predict
 from normnet.predict.volume import predict_volume
 from normnet.trainer import Trainer
@@ -157,6 +157,36 @@ def test_a_giant_is_refused_in_milliseconds(tmp_path) -> None:
     with trial(KIND):
         refused(tmp_path, content(model=model), "tensor")
     assert time.process_time() - start < SECONDS
+
+
+def test_long_files_are_not_read_to_be_refused(tmp_path) -> None:
+    """A file of gigabytes, full of nothing: its header is looked at alone."""
+    path = tmp_path / "w.safetensors"
+    many = {f"t{k}": {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]} for k in range(40_000)}
+    for head, size, word in (
+        (GOOD, 2**32, "must fill the file"), (b"\xff" * 8, 2**32, "header must have"),
+        (b"PK\x03\x04", 2**31, "pickle"), (b"\x80\x04\x95\x32", 2**31, "pickle"), (GOOD, 2**33, "bytes long"),
+        (joined(many, b""), None, "tensors"),
+    ):  # fmt: skip
+        path.write_bytes(head)
+        if size is not None:
+            os.truncate(path, size)
+        start = time.process_time()
+        with trial(KIND), pytest.raises(ValueError, match=r"w\.safetensors") as caught:
+            load_model(path)
+        assert time.process_time() - start < SECONDS
+        assert word in str(caught.value)
+
+
+def test_files_that_change_while_they_are_read(tmp_path) -> None:
+    """What was checked is what is taken."""
+    path = tmp_path / "w.safetensors"
+    for other in (content(threshold_hu=-600.0), GOOD + b"x", b"", None):
+        path.write_bytes(GOOD)
+        stored = TensorFile.open(path)
+        path.unlink() if other is None else path.write_bytes(other)
+        with trial(KIND), pytest.raises(ValueError, match=r"w\.safetensors"):
+            stored.tensors()
 
 
 TENSORS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
