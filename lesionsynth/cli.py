@@ -334,7 +334,7 @@ def _sample(
 def _info(arguments: argparse.Namespace) -> int:
     print(f"lesionsynth  {lesionsynth.__version__} in {Path(lesionsynth.__file__).parent}")
     print(f"python       {platform.python_version()} on {platform.system()} {platform.machine()}")
-    for name in ("numpy", "scipy", "numba", "SimpleITK", "matplotlib", "cupy"):
+    for name in ("numpy", "scipy", "numba", "SimpleITK", "nibabel", "matplotlib", "cupy"):
         print(f"{name:<12} {_version(name)}")
     print(f"cpu          Numba kernels, {default_threads()} threads of {os.cpu_count()} cores")
     print(f"kernel cache {_kernel_cache()}")
@@ -352,7 +352,7 @@ def _version(name: str) -> str:
         except importlib.metadata.PackageNotFoundError:
             continue
     return "not installed" + (
-        " (pip install 'lesionsynth[io]')" if name in ("SimpleITK", "matplotlib") else ""
+        " (pip install 'lesionsynth[io]')" if name in ("SimpleITK", "nibabel", "matplotlib") else ""
     )
 
 

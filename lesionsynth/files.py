@@ -95,9 +95,7 @@ def named_when_whole(path: Path) -> Iterator[IO[bytes]]:
     with os.fdopen(handle, "w+b") as stream:
         yield stream
         stream.flush()
-        os.fsync(
-            handle
-        )  # now: whoever renames it would have to wait for it under a name that is not its last
+        os.fsync(handle)  # now: whoever renames it would have to wait under a name that is not its last
         folder = os.open(path.parent, os.O_RDONLY)
         try:
             # with a folder named, the link in /proc is followed
