@@ -19,7 +19,6 @@ import tempfile
 import threading
 import warnings
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import cache, wraps
 from pathlib import Path
@@ -215,11 +214,31 @@ def _apart(function: Callable[..., Any]) -> Callable[..., Any]:
     def run(*arguments: Any, **named: Any) -> Any:
         if threading.current_thread() is not threading.main_thread():
             return function(*arguments, **named)
+        process, over = os.getpid(), threading.Lock()
+        answer: list[tuple[Any, BaseException | None]] = []
+        over.acquire()
+
+        def work() -> None:
+            try:
+                answer.append((function(*arguments, **named), None))
+            except BaseException as error:
+                answer.append((None, error))
+            finally:
+                over.release()
+
         try:
-            with ThreadPoolExecutor(1, thread_name_prefix="lesionsynth-compile") as other:
-                return other.submit(function, *arguments, **named).result()
+            threading.Thread(target=work, name="lesionsynth-compile").start()
         except RuntimeError as error:
-            raise torn_off(error) or error from None
+            if torn := torn_off(error):
+                raise torn from None
+            work()  # the system refuses a thread, or Python ends
+        while not over.acquire(timeout=0.1):
+            if os.getpid() != process:  # a handler has forked, and the other thread is not here
+                return function(*arguments, **named)
+        result, failure = answer[0]
+        if failure is not None:
+            raise failure
+        return result
 
     return run
 

@@ -17,7 +17,7 @@ import numpy as np
 
 from lesionsynth._elements import Damage, Elements, check_slice, read_elements
 from lesionsynth._headers import FARTHEST_MM, MAX_VOXELS, SPACING_MM, Stamp, number_of
-from lesionsynth.strict import name_of, shown
+from lesionsynth.strict import name_of, shown, some_of
 
 _ORIENTATION, _POSITION, _PIXEL_SPACING = "0020|0037", "0020|0032", "0028|0030"
 _MODALITY, _FRAMES, _SAMPLES, _TILT, _SERIES = "0008|0060", "0028|0008", "0028|0002", "0018|1120", "0020|000e"
@@ -25,8 +25,6 @@ _IMAGE_TYPE, _DESCRIPTION = "0008|0008", "0008|103e"
 _ROWS, _COLUMNS = "0028|0010", "0028|0011"
 _SCALE = ("0028|0100", "0028|0101", "0028|0103", "0028|1052", "0028|1053")
 _RESCALE = {"0028|1052": "RescaleIntercept", "0028|1053": "RescaleSlope"}
-_LISTED = 10
-"""Series that a message lists."""
 _SAME_DIRECTION = 1e-3  # headers carry six decimals or so; a degree of tilt is 1.7e-2
 _SPACING_TOLERANCE = (
     0.02  # of the slice distance: rounding of positions to 0.01 mm passes, a missing slice never
@@ -147,12 +145,12 @@ def find_series(path: Path, series: str | None = None) -> Series:
     elif series is None:
         infos = [_info(folder, uid, group) for uid, group in found.items()]
         series = largest_series(infos).uid
-        there = _listed("; ", [str(info) for info in _largest_first(infos)])
+        there = some_of("; ", [str(info) for info in _largest_first(infos)])
         warnings.warn(
             f"{name_of(path)}: several DICOM series: {there}; reading {_short(series)}", stacklevel=5
         )
     elif series not in found:
-        names = _listed(", ", [_short(uid) for uid in sorted(found)])
+        names = some_of(", ", [_short(uid) for uid in sorted(found)])
         raise ValueError(f"{name_of(path)}: series must be one of {names}, got {_short(name_of(series))}")
     return _check_series(path, found[series])
 
@@ -193,12 +191,6 @@ def largest_series(infos: Sequence[SeriesInfo]) -> SeriesInfo:
 
 def _short(uid: str) -> str:
     return uid if len(uid) <= 64 else f"{uid[:64]}..."
-
-
-def _listed(comma: str, parts: Sequence[str]) -> str:
-    """Join parts for a message, not more than it can show."""
-    more = [f"and {len(parts) - _LISTED} more"] if len(parts) > _LISTED else []
-    return comma.join([*parts[:_LISTED], *more])
 
 
 def _largest_first(infos: Sequence[SeriesInfo]) -> list[SeriesInfo]:

@@ -29,20 +29,25 @@ _LONG = frozenset((b"OB", b"OD", b"OF", b"OL", b"OV", b"OW", b"SQ", b"SV", b"UC"
 _SHORT = frozenset(
     (b"AE", b"AS", b"AT", b"CS", b"DA", b"DS", b"DT", b"FD", b"FL", b"IS", b"LO", b"LT", b"PN", b"SH", b"SL")
 ) | {b"SS", b"ST", b"TM", b"UI", b"UL", b"US"}
-_SYNTAX, _DIRECTORY = 0x00020010, 0x00041220
+_SYNTAX, _DIRECTORY, _TABLE = 0x00020010, 0x00041220, 0x00283000
+_NOT_HU = frozenset(("OD", "MGML", "Z_EFF", "ED", "EDW", "PCT"))
+"""Units of rescaled values that the standard knows beside Hounsfield's."""
 _NUMBERS = frozenset(
     (0x00280002, 0x00280006, 0x00280010, 0x00280011, 0x00280100, 0x00280101, 0x00280102, 0x00280103)
 )
 _TEXTS = {
     **dict.fromkeys((0x00080005, 0x00080008, 0x00080060, 0x00280004), b"CS"),
-    **dict.fromkeys((0x00181120, 0x00200032, 0x00200037, 0x00280030, 0x00281052, 0x00281053), b"DS"),
+    **dict.fromkeys(
+        (0x00180088, 0x00181120, 0x00200032, 0x00200037, 0x00280030, 0x00281052, 0x00281053), b"DS"
+    ),
     **dict.fromkeys((0x00080016, 0x0020000E), b"UI"),
-    0x0008103E: b"LO",
+    **dict.fromkeys((0x0008103E, 0x00281054), b"LO"),
     0x00280008: b"IS",
 }
 """Their VR; readers stop at another."""
 _IMPLICIT, _BIG = "1.2.840.10008.1.2", "1.2.840.10008.1.2.2"
 _DEFLATED, _RLE = "1.2.840.10008.1.2.1.99", "1.2.840.10008.1.2.5"
+_COMPRESSED = "1.2.840.10008.1.2.4."
 _PLAIN = frozenset((_IMPLICIT, "1.2.840.10008.1.2.1", _BIG, _DEFLATED))
 _JPEG = {
     f"1.2.840.10008.1.2.4.{n}": marks
@@ -85,6 +90,8 @@ class Elements:
         Their fragments, the table of offsets left out, where they were asked for.
     stamp : Stamp
         Of the file, before it was opened.
+    has_table : bool
+        Stored values become others by a ModalityLUTSequence.
     """
 
     values: Mapping[str, str]
@@ -93,6 +100,7 @@ class Elements:
     encapsulated: bool
     frame: bytes
     stamp: Stamp
+    has_table: bool = False
 
 
 def read_elements(path: Path, frame: bool = False) -> Elements | None:
@@ -142,7 +150,7 @@ class _Walk:
         self.syntax: str | None = None
         self.pixels: tuple[int, ...] = ()
         self.encapsulated, self.frame = False, b""
-        self.is_directory = False
+        self.is_directory = self.has_table = False
         self.count = 0
 
     def run(self, at: int) -> Elements:
@@ -151,7 +159,9 @@ class _Walk:
             self.stream.seek(at)
             letters = self.stream.read(6)[4:]
             self.syntax = "1.2.840.10008.1.2.1" if letters in _LONG | _SHORT else _IMPLICIT
-        if self.syntax not in (*_PLAIN, *_JPEG, _RLE):
+        foreign = self.syntax not in (*_PLAIN, *_JPEG, _RLE)
+        # videos, say: walked through like any other, to see which series they are of
+        if foreign and not self.syntax.startswith(_COMPRESSED):
             raise Damage(f"the transfer syntax must be one for CT slices, got {shown(self.syntax)}")
         if self.syntax == _DEFLATED:
             at = self._inflate(at)
@@ -159,7 +169,11 @@ class _Walk:
         self._body(at, self.size, self.syntax != _IMPLICIT)
         if not self.is_directory and not self.values.get("0020|000e"):
             raise Damage("SeriesInstanceUID must be there")
-        return Elements(self.values, self.syntax, self.pixels, self.encapsulated, self.frame, self.stamp)
+        if foreign:
+            raise Damage(f"the transfer syntax must be one for CT slices, got {shown(self.syntax)}")
+        return Elements(
+            self.values, self.syntax, self.pixels, self.encapsulated, self.frame, self.stamp, self.has_table
+        )
 
     def _meta(self, at: int) -> int:
         """Walk through the file header; returns where it ends."""
@@ -264,6 +278,7 @@ class _Walk:
                 stack.append((True, opened, inner, explicit and letters != b"UN"))
                 if tag == _DIRECTORY:
                     self.is_directory = True
+                self.has_table |= tag == _TABLE and length > 0 and len(stack) == 2
             else:
                 if len(stack) == 1:
                     self._keep(tag, letters, start, length)
@@ -367,6 +382,12 @@ def check_slice(elements: Elements) -> int:
             if not abs(value) <= 1e9 or (name == "RescaleSlope" and abs(value) < 1e-9):
                 few = " of at least 1e-09" if name == "RescaleSlope" else ""
                 raise Damage(f"{name} must be a number{few}, got {shown(values[tag])}")
+    if elements.has_table:  # which readers leave out
+        raise Damage("ModalityLUTSequence must not be there: a slope and an intercept must give HU")
+    if values.get("0028|1054", "").upper() in _NOT_HU:
+        raise Damage(f"RescaleType must be HU, got {shown(values['0028|1054'])}")
+    if number_of(values.get("0018|0088", "")) == 0:  # which readers divide by
+        raise Damage("SpacingBetweenSlices must not be zero")
     needed = rows * columns * bits // 8
     if not elements.pixels:
         raise Damage("PixelData must be there")

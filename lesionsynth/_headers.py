@@ -8,11 +8,13 @@ and the voxels are counted; compressed ones are unpacked once, block by block, n
 from __future__ import annotations
 
 import gzip
+import itertools
 import math
 import os
 import re
 import stat
 import struct
+import warnings
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -40,6 +42,10 @@ _MAX_EXTENSIONS = 1000
 _BLOCK = 1 << 20
 
 
+Geometry = tuple[tuple[float, ...], tuple[float, ...], tuple[float, ...]]
+"""Spacing, origin and direction."""
+
+
 @dataclass(frozen=True)
 class Header:
     """What is known of a volume file that passed.
@@ -52,11 +58,14 @@ class Header:
         Memory for its voxels, eight bytes each where they are rescaled.
     beside : mapping of str to Stamp
         The file that holds the voxels, where it is another one, and its stamp before it was checked.
+    geometry : Geometry or None
+        Spacing, origin and direction as ITK has them, where the reader's are not to be taken.
     """
 
     kind: str
     voxel_bytes: int
     beside: Mapping[str, Stamp] = field(default_factory=dict)
+    geometry: Geometry | None = None
 
 
 def file_stamp(path: str | os.PathLike[str]) -> Stamp:
@@ -184,15 +193,18 @@ def _unpacked_length(stream: Any, known: int, needed: int) -> int:
 _NIFTI_BITS = {2: 8, 4: 16, 8: 32, 16: 32, 64: 64, 128: 24, 256: 8, 512: 16, 768: 32, 1024: 64, 1280: 64}
 _NIFTI_BITS[2304] = 32  # colours, as 128: told as such after reading
 _NIFTI_REAL = {16: "f4", 64: "f8"}
+_NIFTI_MM = {0: 1.0, 1: 1e3, 2: 1.0, 3: 1e-3}
 _NIFTI_START = 352
 """First byte after the header and the four that announce extensions."""
 # (type, place)
 _NIFTI_FIELDS: Mapping[str, tuple[str, int]] = {
     "dim": ("8h", 40),
+    "intent": ("h", 68),
     "datatype": ("h", 70),
     "bitpix": ("h", 72),
     "pixdim": ("8f", 76),
     "vox_offset": ("f", 108),
+    "units": ("B", 123),
     "scl": ("2f", 112),
     "codes": ("2h", 252),
     "quatern": ("3f", 256),
@@ -221,7 +233,59 @@ def _nifti(path: Path, size: int) -> Header:
         raise ValueError(f"{name_of(path)}: damaged or truncated gzip file ({error})") from error
     _check_length(path, length, needed)
     plain = field["scl"] in ((0.0, 0.0), (1.0, 0.0))
-    return Header("NiftiImageIO", voxels * (field["bitpix"] // 8 if plain else 8))
+    return Header(
+        "NiftiImageIO",
+        voxels * (field["bitpix"] // 8 if plain else 8),
+        geometry=_nifti_geometry(path, field),
+    )
+
+
+def _nifti_geometry(path: Path, field: Mapping[str, Any]) -> Geometry | None:
+    """Where the voxels lie: by sform where its code is set, else by qform; readers differ in the choice."""
+    if field["dim"][0] < 3:
+        return None
+    forms = [form for form, code in (("sform", field["codes"][1]), ("qform", field["codes"][0])) if code]
+    if not forms:
+        warnings.warn(
+            f"{name_of(path)}: neither sform nor qform is set; taking x from the patient's left to right",
+            stacklevel=6,
+        )
+    affines = [_sform(field) if form == "sform" else _qform(field) for form in forms or ["qform"]]
+    if len(affines) > 1:
+        corners = np.array([(*at, 1) for at in itertools.product(*((0, n - 1) for n in field["dim"][1:4]))])
+        apart = float(np.abs(corners @ (affines[0] - affines[1]).T).max())
+        if apart > 0.1 * float(np.linalg.norm(affines[0][:, :3], axis=0).min()):
+            warnings.warn(
+                f"{name_of(path)}: sform and qform lie {apart:.2f} mm apart; taking sform", stacklevel=6
+            )
+    lps = np.array([[-1.0], [-1.0], [1.0]]) * affines[0]
+    spacing = np.linalg.norm(lps[:, :3], axis=0)
+    cosines = (lps[:, :3] / spacing).ravel()
+    return tuple(spacing.tolist()), tuple(lps[:, 3].tolist()), tuple(cosines.tolist())
+
+
+def _sform(field: Mapping[str, Any]) -> Any:
+    return np.array(field["srow"]).reshape(3, 4) * _NIFTI_MM[field["units"] & 7]
+
+
+def _qform(field: Mapping[str, Any]) -> Any:
+    """Columns and origin in RAS, mm; identity and zero where its code is not set."""
+    b, c, d = field["quatern"] if field["codes"][0] else (0.0, 0.0, 0.0)
+    long = b * b + c * c + d * d
+    if long > 1 - 1e-7:  # as the format's own library has it: half a turn
+        b, c, d = (value / math.sqrt(long) for value in (b, c, d))
+    a = math.sqrt(max(0.0, 1 - b * b - c * c - d * d))
+    turn = np.array(
+        [
+            [a * a + b * b - c * c - d * d, 2 * (b * c - a * d), 2 * (b * d + a * c)],
+            [2 * (b * c + a * d), a * a + c * c - b * b - d * d, 2 * (c * d - a * b)],
+            [2 * (b * d - a * c), 2 * (c * d + a * b), a * a + d * d - b * b - c * c],
+        ]
+    )
+    x, y, z = field["pixdim"][1:4]
+    origin = field["qoffset"] if field["codes"][0] else (0.0, 0.0, 0.0)
+    columns = turn * (x, y, -z if field["pixdim"][0] < 0 else z)
+    return np.column_stack([columns, origin]) * _NIFTI_MM[field["units"] & 7]
 
 
 def _finite_length(path: Path, stream: Any, field: Mapping[str, Any], needed: int) -> int:
@@ -275,10 +339,17 @@ def _check_nifti(path: Path, field: Mapping[str, Any]) -> tuple[int, int, int]:
     _check_numbers(path, "scl_slope and scl_inter", field["scl"], -1e9, 1e9)
     if 0 < abs(field["scl"][0]) < 1e-9:  # which some readers take for none
         _refuse(path, f"scl_slope must be zero or at least 1e-09, got {field['scl'][0]:g}")
+    if field["scl"][0] == 0 != field["scl"][1]:  # which some readers add, and others do not
+        _refuse(path, f"scl_inter must be zero where scl_slope is, got {field['scl'][1]:g}")
+    if field["units"] & 7 not in _NIFTI_MM:
+        _refuse(path, f"xyzt_units must be of metres, mm or micrometres, got {field['units']}")
+    if 1004 <= field["intent"] <= 1010:
+        _refuse(path, f"intent_code must be that of one number a voxel, got {field['intent']}")
     _check_numbers(path, "pixdim", field["pixdim"][1 : 1 + min(count, 3)], 1e-9, 1e9)
     if not math.isfinite(field["pixdim"][0]):
         _refuse(path, f"pixdim[0] must be finite, got {field['pixdim'][0]}")
     qform, sform = field["codes"]
+    _check_numbers(path, "qform_code and sform_code", field["codes"], 0, 5)
     if qform:
         _check_numbers(path, "quatern_b, c and d", field["quatern"], -1.001, 1.001)
         _check_numbers(path, "qoffset", field["qoffset"], -1e9, 1e9)
@@ -329,6 +400,11 @@ _NRRD_FIELDS = frozenset(
         "lineskip byteskip",
     )
 )
+_NRRD_SPACES = (
+    *("left-posterior-superior", "right-anterior-superior", "left-anterior-superior"),
+    *("lps", "ras", "las"),
+)
+_NRRD_MM = frozenset(("mm", "millimeter", "millimeters", "millimetre", "millimetres", "none"))
 _NRRD_WORDS = frozenset(("space", "kinds", "centers", "centerings"))
 
 
@@ -399,6 +475,16 @@ def _nrrd_fields(path: Path, lines: Sequence[bytes]) -> dict[str, str]:
 
 def _check_nrrd_space(path: Path, field: Mapping[str, str], count: int) -> None:
     """Check what says where voxels lie; "none" and "nan" stand for axes that lie nowhere."""
+    space = field.get("space", "LPS")
+    if space.lower() not in _NRRD_SPACES:  # readers take any other for LPS
+        _refuse(path, f"space must be one of {', '.join(_NRRD_SPACES)}, got {shown(space)}")
+    for name in ("space units", "units"):
+        units = field.get(name.replace(" ", ""), "")
+        if set(re.findall(r"\w+", units.lower())) - _NRRD_MM:
+            _refuse(path, f"{name} must be mm, got {shown(units)}")
+    _integers(path, "space dimension", field.get("spacedimension", "3"), 1)
+    if "axismaxs" in field and "spacings" not in field:  # which readers do not work out from them
+        _refuse(path, "spacings must be there where axis maxs are")
     if "spacings" in field:
         given = [float(v) for v in _floats(path, "spacings", field["spacings"], count)]
         _check_numbers(path, "spacings", given if count <= 3 else [v for v in given if v == v], 1e-9, 1e9)
@@ -409,7 +495,8 @@ def _check_nrrd_space(path: Path, field: Mapping[str, str], count: int) -> None:
         _check_numbers(path, "space origin", origin, -1e9, 1e9)
     if "spacedirections" in field:
         axes = re.findall(rf"none|{vector}", field["spacedirections"])
-        if len(axes) != count or re.sub(rf"none|{vector}", "", field["spacedirections"]).strip():
+        flat = count == 3 and "none" in field["spacedirections"]
+        if flat or len(axes) != count or re.sub(rf"none|{vector}", "", field["spacedirections"]).strip():
             _refuse(path, f"space directions must be {count} vectors, got {shown(field['spacedirections'])}")
         for axis in filter(None, axes):
             numbers = _floats(path, "space directions", axis.replace(",", " "))
@@ -568,6 +655,14 @@ _META_SAME = (
     ("BinaryDataByteOrderMSB", "ElementByteOrderMSB"),
 )
 """Names of one thing; a reader takes the one or the other."""
+_META_AXES = frozenset(
+    re.findall(
+        r"\w+",
+        "DimSize ElementSpacing ElementSize Offset Position Origin TransformMatrix Rotation Orientation "
+        "CenterOfRotation",
+    )
+)
+"""Fields of as many numbers as there are axes."""
 _META_AS_IF = {"ElementToIntensityFunctionSlope": 1.0, "ElementToIntensityFunctionOffset": 0.0}
 """What readers ignore, and so must change nothing."""
 _META_VALUE = 250
@@ -629,6 +724,8 @@ def _meta_fields(path: Path, stream: IO[bytes]) -> dict[str, str]:
             field[known] = match[2].decode("ascii")
         except UnicodeDecodeError:
             _refuse(path, f"{known} must be plain text, got {_start(match[2])}")
+        if known in _META_AXES and "NDims" not in field:
+            _refuse(path, f"NDims must come before {known}")
         if "%" in field[known] or not field[known].isprintable():
             _refuse(path, f"{known} must be plain text without formats, got {_start(match[2])}")
         if known == "ElementDataFile":
@@ -676,13 +773,16 @@ def _check_meta_voxels(
         _flag(path, field, name)
     (skip,) = _integers(path, "HeaderSize", field.get("HeaderSize", "0"), 1)
     packed = _flag(path, field, "CompressedData")
-    # a file without BinaryData holds text
-    text = not _flag(path, field, "BinaryData")
+    text = not _flag(path, field, "BinaryData", True)
     if not -1 <= skip <= size or (skip and (packed or text or data == path)):
         _refuse(path, f"HeaderSize must lie in an uncompressed file beside the header, got {skip}")
     if packed and text:
         _refuse(path, "BinaryData must be True where CompressedData is")
     with data.open("rb") as stream:
+        if text and size:
+            stream.seek(size - 1)
+            if not stream.read(1).isspace():  # readers refuse the last number, and do not say so
+                _refuse(path, "voxels in text must end with a blank or a new line")
         stream.seek(start)
         if text:
             _check_text(path, stream, voxels, field["ElementType"], each)

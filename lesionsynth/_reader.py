@@ -209,22 +209,24 @@ class _State:
 _state = _State()
 
 
-def _in_capitals(path: str) -> bool:
-    ends = (".nii", ".nii.gz")
-    return path.lower().endswith(ends) and not path.endswith(ends)
+def _is_misled(path: str) -> bool:
+    """NIfTI's reader demands a suffix in small letters, and takes voxels from a.nii beside an a.nii.gz."""
+    stem = re.sub(r"\.nii(\.gz)?$", "", path, flags=re.IGNORECASE)
+    if stem == path:
+        return False
+    others = (f"{stem}{end}" for end in (".nii", ".nii.gz", ".hdr", ".hdr.gz", ".img", ".img.gz", ".nia"))
+    return not path.endswith((".nii", ".nii.gz")) or any(os.path.lexists(o) for o in others if o != path)
 
 
 @contextmanager
 def _plain_names(files: Sequence[str], beside: Sequence[str]) -> Iterator[list[str]]:
     """Absolute paths that native code takes: text in UTF-8 (SimpleITK aborts on others) without formats.
 
-    And a suffix in small letters, which NIfTI's reader demands.
-
-    Where one is odd, links stand in for all.
+    Where one is odd, or would mislead NIfTI's reader, links stand in for all.
     """
     paths = [os.path.abspath(file) for file in files]
     # bytes that are no UTF-8 arrive as lone surrogates, which are not printable
-    if all(path.isprintable() and "%" not in path and not _in_capitals(path) for path in paths):
+    if all(path.isprintable() and "%" not in path and not _is_misled(path) for path in paths):
         yield paths
         return
     with tempfile.TemporaryDirectory(prefix="lesionsynth-") as folder:
@@ -296,7 +298,8 @@ def _culprit(execute: Callable[[Sequence[str]], Any], files: Sequence[str]) -> i
 
 def _rule(error: BaseException) -> str:
     """Return the last line of what a reader says, without where in memory it stood."""
-    lines = [part.strip() for part in str(error).splitlines() if part.strip()]
+    lines = [part.strip() for part in str(error).splitlines() if part.strip(" \r") != "Reason: Success"]
+    lines = [part for part in lines if part]
     last = lines[-1] if lines else type(error).__name__
     return re.sub(r"^ITK ERROR: |\w+\(0x[0-9a-f]+\): ", "", last)
 
@@ -336,6 +339,7 @@ def _attempt(request: dict[str, Any]) -> tuple[dict[str, Any], int]:
     import resource
 
     sys.path[:] = [folder for folder in request["path"] if folder]  # the empty one is where the caller is
+    os.environ["ITK_NIFTI_SFORM_PERMISSIVE"] = "1"  # where voxels lie is checked by who asks
     import SimpleITK as sitk
 
     sitk.ProcessObject.SetGlobalDefaultNumberOfThreads(1)  # each would have its own stack and heap

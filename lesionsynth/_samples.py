@@ -114,10 +114,7 @@ def write_sample(
     folder = Path(os.path.abspath(folder))
     check_output(folder, overwrite=overwrite)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    files.sweep(folder.parent, folder.name, FILES)
-    work, old = files.temporary(folder), files.temporary(folder)
-    work.mkdir()
-    try:
+    with files.replacing_folder(folder, FILES, lambda: check_output(folder, overwrite=overwrite)) as work:
         arrays = {"image": pair.image, "target": pair.target, "labels": pair.labels}
         if file_format == "npz":
             np.savez_compressed(work / "pair.npz", **arrays)
@@ -137,21 +134,6 @@ def write_sample(
             "checksums": checksums(case, pair),
         }
         (work / "record.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-        if os.path.lexists(folder):
-            check_output(folder, overwrite=overwrite)  # again: something may have come meanwhile
-            os.replace(folder, old)
-        try:
-            os.rename(work, folder)
-        except BaseException:
-            if old.exists():
-                os.rename(old, folder)
-            raise
-        if old.exists():
-            files.remove_folder(old, FILES)
-    except BaseException:
-        if work.exists():
-            files.remove_folder(work, FILES)
-        raise
 
 
 def check_output(folder: Path, *, overwrite: bool, inputs: Iterable[str | Path | None] = ()) -> None:

@@ -15,7 +15,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import numpy.typing as npt
@@ -25,7 +25,7 @@ from lesionsynth import presets
 from lesionsynth._cache import kernel_folder
 from lesionsynth._cases import Case, load_case
 from lesionsynth._samples import check_output, checksums, read_plan, read_record, write_sample
-from lesionsynth.commands import run
+from lesionsynth.commands import printable, run
 from lesionsynth.config import LesionConfig
 from lesionsynth.cpu._threads import check_threads, default_threads
 from lesionsynth.plan import WORD, check_lung_fraction, check_word
@@ -39,6 +39,8 @@ DIFFERS = 1
 COMMANDS = ("preview", "synth", "replay", "info")
 MOST_SAMPLES = 10**6
 """Folders that one call writes."""
+MOST_SAID = 400
+"""Characters of what a wrong option is told with."""
 MOST_ROWS = 100
 """Of a picture, whose sides have fewer than 2**16 pixels."""
 
@@ -69,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of all commands."""
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="lesionsynth", description="Synthetic lesions for label-free lesion segmentation in lung CT."
     )
     parser.add_argument("--version", action="version", version=f"lesionsynth {lesionsynth.__version__}")
@@ -131,6 +133,15 @@ def _add_replay(commands: Any) -> None:
     _add_format(parser)
     parser.add_argument("--threads", type=int, metavar="N", help="CPU threads; all cores if omitted")
     parser.set_defaults(run=_replay)
+
+
+class _Parser(argparse.ArgumentParser):
+    """Shows the ends of a value that is long."""
+
+    def error(self, message: str) -> NoReturn:
+        said = printable(message)
+        half = MOST_SAID // 2
+        super().error(said if len(said) <= MOST_SAID else f"{said[:half]}...{said[-half:]}")
 
 
 class _Formatter(argparse.ArgumentDefaultsHelpFormatter):
@@ -228,7 +239,8 @@ def _preview(arguments: argparse.Namespace) -> int:
         title=f"{title}index {arguments.index}",
     )
     print(
-        f"{arguments.output}: {int(pair.labels.max())} lesions in slices {case.slab[0]} to {case.slab[1] - 1}"
+        f"{name_of(arguments.output)}: {int(pair.labels.max())} lesions in slices {case.slab[0]} to "
+        f"{case.slab[1] - 1}"
     )
     return 0
 
@@ -251,7 +263,7 @@ def _synth(arguments: argparse.Namespace) -> int:
         write_sample(
             folder, case, pair, file_format=arguments.format, settings=settings, overwrite=arguments.overwrite
         )
-        print(f"{folder}: {int(pair.labels.max())} lesions, {(pair.labels > 0).sum()} voxels")
+        print(f"{name_of(folder)}: {int(pair.labels.max())} lesions, {(pair.labels > 0).sum()} voxels")
     return 0
 
 

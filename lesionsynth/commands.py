@@ -1,6 +1,7 @@
 """What every command shares: exit codes, one line for what went wrong, closed streams, interrupts.
 
-Exit codes: 0 done; 1 something failed on the way; 2 a wrong call or input; 130 interrupted, 143 terminated.
+Exit codes: 0 done; 1 something failed on the way; 2 a wrong call or input; 130 interrupted, 143 terminated,
+129 where the terminal was closed.
 
 Importing this module, the first that a command loads, also sees to an interrupt or a lack of memory while
 the others are being loaded.
@@ -8,13 +9,16 @@ the others are being loaded.
 
 from __future__ import annotations
 
+import atexit
 import errno
 import importlib
 import io
+import math
 import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -24,6 +28,10 @@ from typing import Any
 FAILED = 1
 WRONG = 2
 _WORDS: dict[int, str] = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated"}
+if hasattr(signal, "SIGHUP"):
+    _WORDS[signal.SIGHUP] = "its terminal was closed"
+_CLEARING = 0.5
+"""Seconds after an interrupt in which another one is the same."""
 _NO_MEMORY = (
     "allocate memory",
     "out of memory",
@@ -35,7 +43,11 @@ _NO_MEMORY = (
 
 
 class _Terminated(KeyboardInterrupt):
-    """SIGTERM: what is half-done is cleared away as after an interrupt."""
+    """SIGTERM, or the like: what is half-done is cleared away as after an interrupt."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.number = number
 
 
 def run(
@@ -93,8 +105,10 @@ def _told(
 ) -> int:
     """Tell what ended a command and return its exit code; an error that nobody expects is raised again."""
     if (stop := _stop(error)) is not None:
-        number = signal.SIGTERM if isinstance(stop, _Terminated) else signal.SIGINT
+        number = stop.number if isinstance(stop, _Terminated) else signal.SIGINT
+        _hooks["telling"] = True  # another Ctrl-C has no line of its own
         _say(f"{program}: {_WORDS[number]}")
+        _hooks.update(code=128 + number, telling=False)
         return 128 + number
     if lacks_memory(error):
         _say(f"{program}: not enough memory: {one_line(error)}")
@@ -214,15 +228,12 @@ def _streams() -> Iterator[Callable[[], int | None]]:
 
 @contextmanager
 def _signals() -> Iterator[None]:
-    """Have SIGINT and SIGTERM raise, where a program has not decided otherwise."""
+    """Have SIGINT, SIGTERM and SIGHUP raise, where a program has not decided otherwise."""
     before = {}
     if threading.current_thread() is threading.main_thread():
-        for number, ours, instead_of in (
-            (signal.SIGINT, signal.default_int_handler, (_leave,)),
-            (signal.SIGTERM, _terminate, (signal.SIG_DFL,)),
-        ):
-            if signal.getsignal(number) in instead_of:
-                before[number] = signal.signal(number, ours)
+        for number in _WORDS:
+            if signal.getsignal(number) is (_leave if number == signal.SIGINT else signal.SIG_DFL):
+                before[number] = signal.signal(number, _stop_here)
     try:
         yield
     finally:
@@ -230,8 +241,13 @@ def _signals() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _terminate(number: int, frame: FrameType | None) -> None:
-    raise _Terminated
+def _stop_here(number: int, frame: FrameType | None) -> None:
+    """Raise; but not again while what is half-done is being cleared away."""
+    now = time.monotonic()
+    if now < _hooks.get("stopped", -math.inf) + _CLEARING:
+        return
+    _hooks["stopped"] = now
+    raise KeyboardInterrupt if number == signal.SIGINT else _Terminated(number)
 
 
 def _say(line: str) -> None:
@@ -281,6 +297,8 @@ def _address_space() -> int | None:
 
 def _leave(number: int, frame: FrameType | None) -> None:
     """End at once: nothing has been begun, or all is done and told."""
+    if _hooks.get("telling"):
+        return
     if "code" not in _hooks:
         with suppress(OSError):
             os.write(2, f"{_hooks['program']}: interrupted\n".encode())
@@ -320,6 +338,8 @@ def _guard() -> None:
         raise MemoryError(f"the address space (ulimit -v) must be at least {mib}")
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, _leave)
+        # the last of all that is done at the end, when Python gives signals back to the system
+        atexit.register(signal.signal, signal.SIGINT, signal.SIG_IGN)
 
 
 _guard()

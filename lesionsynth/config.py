@@ -30,8 +30,8 @@ LEAST_THRESHOLD = 1e-6
 """Least τ and mean_threshold: intensities are divided by them, in float32."""
 MOST_HU = 1e5
 """Largest bound of a window, to either side."""
-LEAST_HU = 1e-3
-"""Least width of a window; intensities are divided by it, in float32."""
+LEAST_HU = 1e-2
+"""Least width of a window; intensities are divided by it, in float32, which tells its ends apart."""
 
 
 @dataclass(frozen=True, kw_only=True)

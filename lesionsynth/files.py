@@ -14,7 +14,7 @@ import shutil
 import socket
 import time
 import uuid
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
@@ -68,6 +68,51 @@ def replacing(path: Path) -> Iterator[Path]:
         beside.unlink(missing_ok=True)
         # where the disk is full the operating system names no file
         if isinstance(error, OSError) and error.errno and error.filename in (None, str(beside)):
+            raise OSError(error.errno, error.strerror, str(path)) from error
+        raise
+
+
+@contextmanager
+def replacing_folder(path: Path, names: Collection[str], check: Callable[[], object]) -> Iterator[Path]:
+    """Give a folder to fill; it takes `path`'s place when the block ends, and goes if it fails.
+
+    Parameters
+    ----------
+    path : Path
+        Folder to make or to replace; that which it lies in is there.
+    names : collection of str
+        What both may hold, see `remove_folder`.
+    check : callable
+        Raises unless what lies at `path` at the end may be replaced.
+
+    Yields
+    ------
+    Path
+        Beside `path`, empty.
+
+    Raises
+    ------
+    OSError
+        No room, or no right to write; names `path`.
+    """
+    sweep(path.parent, path.name, names)
+    work, old = temporary(path), temporary(path)
+    try:
+        work.mkdir()
+        yield work
+        if os.path.lexists(path):
+            check()
+            os.replace(path, old)
+        os.rename(work, path)
+        if old.exists():
+            remove_folder(old, names)
+    except BaseException as error:
+        if old.exists() and not os.path.lexists(path):
+            os.rename(old, path)
+        if work.exists():
+            remove_folder(work, names)
+        # where the disk is full the operating system names no file, or one that is gone
+        if isinstance(error, OSError) and error.errno and str(work) in str(error.filename or work):
             raise OSError(error.errno, error.strerror, str(path)) from error
         raise
 

@@ -160,6 +160,9 @@ def read_ct(path: str | os.PathLike[str], series: str | None = None) -> CTVolume
     Values count as Hounsfield units where some are below -300 (lung, air) and some above -200 (tissue), and
     none above 65535. That catches images scaled to [0, 1] or [0, 255], and stored values without their
     intercept.
+
+    Of NIfTI's two geometries, sform is taken where its code is set, else qform; a warning tells how far apart
+    they lie, or that neither is set.
     """
     source = Path(path)
     image = _load(source, series)
@@ -306,7 +309,11 @@ def _load(path: Path, series: str | None = None) -> _reader.Image:
     stamps = {path: file_stamp(path)}
     header = check_volume(path)
     stamps.update((Path(name), stamp) for name, stamp in header.beside.items())
-    return _read(path, header.kind, [str(path)], header.voxel_bytes, stamps, list(header.beside))
+    image = _read(path, header.kind, [str(path)], header.voxel_bytes, stamps, list(header.beside))
+    if header.geometry is None or len(image.size) != 3:
+        return image
+    spacing, origin, direction = header.geometry
+    return replace(image, spacing=spacing, origin=origin, direction=direction)
 
 
 def _load_series(path: Path, series: str | None) -> _reader.Image:

@@ -16,7 +16,7 @@ import reprlib
 import stat
 import types
 import typing
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, TypeVar
@@ -455,6 +455,12 @@ def shown(value: Any) -> str:
 def name_of(path: str | os.PathLike[str]) -> str:
     """Return a file's name as a message shows it: on one line, and what is no text escaped."""
     return printable(os.fsdecode(path))
+
+
+def some_of(comma: str, parts: Sequence[str], most: int = 10) -> str:
+    """Join parts for a message, not more than it can show."""
+    more = [f"and {len(parts) - most} more"] if len(parts) > most else []
+    return comma.join([*parts[:most], *more])
 
 
 def _key(key: str) -> str:

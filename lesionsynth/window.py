@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from lesionsynth._dlpack import DLPACK_CUDA, accept, device_kind, untraced
-from lesionsynth.config import MOST_HU, Range
+from lesionsynth.config import LEAST_HU, MOST_HU, Range
 from lesionsynth.cuda.backend import check_cupy
 from lesionsynth.strict import check_number, shown
 
@@ -37,7 +37,7 @@ def window_hu(hu: Any, hu_range: Range = HU_RANGE) -> Any:
     TypeError
         `hu` is no array of numbers, or `hu_range` holds something else.
     ValueError
-        `hu_range` is not increasing.
+        `hu_range` is not increasing, or too narrow.
     """
     low, high = _window(hu_range)
     if device_kind(hu) == DLPACK_CUDA:
@@ -48,10 +48,12 @@ def window_hu(hu: Any, hu_range: Range = HU_RANGE) -> Any:
     values, restore = accept(hu, "hu")
     if values.dtype.kind not in "biuf":
         raise TypeError(f"hu must be bool, integer or float, got {values.dtype}")
-    scaled = values.astype(np.float32)
-    np.clip(scaled, np.float32(low), np.float32(high), out=scaled)
-    scaled -= np.float32(low)
-    scaled /= np.float32(high - low)
+    with np.errstate(over="ignore"):  # what is infinite in float32 is clipped
+        scaled = values.astype(np.float32)
+    least, most = np.float32(low), np.float32(high)
+    np.clip(scaled, least, most, out=scaled)
+    scaled -= least
+    scaled /= most - least  # in float32, as the kernels do for int16
     return restore(scaled)
 
 
@@ -61,7 +63,7 @@ def threshold(hu: float = -500.0, hu_range: Range = HU_RANGE) -> float:
     Raises
     ------
     ValueError
-        `hu_range` is not increasing or `hu` lies outside it.
+        `hu_range` is not increasing or too narrow, or `hu` lies outside it.
     """
     low, high = _window(hu_range)
     hu = check_number("hu", hu, low, high, f"in hu_range ({low}, {high})")
@@ -78,4 +80,6 @@ def _window(hu_range: Any) -> Range:
     low, high = (check_number("hu_range", v, least, most, f"within {MOST_HU:g} HU") for v in (low, high))
     if not low < high:
         raise ValueError(f"hu_range must be (low, high) with low < high, got {shown(hu_range)}")
+    if high - low < LEAST_HU:
+        raise ValueError(f"hu_range must be at least {LEAST_HU:g} HU wide, got {shown(hu_range)}")
     return low, high

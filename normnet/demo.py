@@ -21,6 +21,7 @@ import numpy.typing as npt
 import lesionsynth as ls
 from lesionsynth import commands
 from lesionsynth.files import claimed, others, remove_folder, sweep, write_atomically
+from lesionsynth.strict import name_of
 from normnet.config import WEIGHTS, PredictConfig, TrainConfig, phantom
 from normnet.evaluate import CaseVolumes, Evaluation, evaluate_volumes
 from normnet.metrics import HEALTHY_THRESHOLD
@@ -249,7 +250,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(plain_table(*evaluation.table()))
         auc = evaluation.summary["bright_auc"]["mean"]
         print(f"bright-voxel AUC {auc:.3f}, {time.perf_counter() - start:.0f} s in all")
-        print(f"report: {config.output / 'report.html'}")
+        print(f"report: {name_of(config.output / 'report.html')}")
         return 0
 
     return commands.run("error", body)

@@ -15,9 +15,10 @@ from typing import Any
 
 import numpy.typing as npt
 
-from lesionsynth.commands import run
+from lesionsynth.commands import printable, run
 from lesionsynth.files import same_file
 from lesionsynth.io import CTVolume, read_ct, read_map, read_mask
+from lesionsynth.strict import name_of
 from normnet.metrics import (
     CONTROL_VOXELS,
     HEALTHY_THRESHOLD,
@@ -299,13 +300,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for method in evaluation.methods:
             if method.oracle is not None:
                 print(
-                    f"oracle, {method.name} (threshold searched on this test set, bare network without "
-                    f"post-processing): DSC {percent(method.oracle['mean_dsc'])} at "
+                    f"oracle, {printable(method.name)} (threshold searched on this test set, bare network "
+                    f"without post-processing): DSC {percent(method.oracle['mean_dsc'])} at "
                     f"{method.oracle['threshold']:.2f}"
                 )
-        print(f"report: {config.output / 'report.html'}")
+        print(f"report: {name_of(config.output / 'report.html')}")
         for failure in evaluation.failures:
-            print(f"error: {failure}", file=sys.stderr)
+            print(f"error: {printable(str(failure))}", file=sys.stderr)
         return 1 if evaluation.failures else 0
 
     return run("error", body, wrong=(OSError, TypeError, ValueError, ImportError))

@@ -17,6 +17,7 @@ import tyro
 
 from lesionsynth.commands import run
 from lesionsynth.files import claimed, refuse_foreign, same_file, write_atomically
+from lesionsynth.strict import name_of
 from normnet.config import PredictConfig, Probability
 from normnet.model import EXPORTED, find_models, load_model, save_model
 from normnet.predict import healthy_threshold
@@ -145,7 +146,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     def body() -> int:
         args = tyro.cli(ExportArgs, args=argv, prog="normnet.export", description=__doc__)
         for path in export(args.runs, args.output, args.probability):
-            print(f"{path}: {path.stat().st_size / 1e6:.1f} MB")
+            print(f"{name_of(path)}: {path.stat().st_size / 1e6:.1f} MB")
         return 0
 
     return run("normnet.export", body)

@@ -12,14 +12,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from lesionsynth.io import SUFFIXES, SeriesInfo, case_name, largest_series, list_series
-from lesionsynth.strict import name_of
+from lesionsynth.strict import name_of, some_of
 from normnet.pairing import split_name
 
 Inputs = Sequence[str | os.PathLike[str]]
 _Listed = dict[Path, list[SeriesInfo]]
 """DICOM series by folder: every slice is opened to list them, so this is done once."""
-_LISTED = 10
-"""Series that a message lists."""
 _MASK_WORDS = frozenset({"mask", "msk", "masks", "core", "lobes"})
 """Last words of a file's name that say "no CT" although `split_name` knows no role for them."""
 _MASK_FOLDERS = frozenset({"mask", "masks", "labelstr", "labelsts", "lungs", "lesions", "seg-lungs-luna16"})
@@ -104,7 +102,7 @@ def find_sources(
         known = {(f.path, f.series) for f in found if f.is_dicom}
         found.extend(f for f in new if not f.is_dicom or root.is_dir() or (f.path, f.series) not in known)
     if series not in ("largest", "all") and not any(f.series == series for f in found):
-        there = _listed("; ", [str(info) for infos in listed.values() for info in infos]) or "none"
+        there = some_of("; ", [str(info) for infos in listed.values() for info in infos]) or "none"
         raise ValueError(
             f"series must be largest, all or the UID of one that is there ({there}), got {name_of(series)}"
         )
@@ -210,8 +208,8 @@ def _of_series(root: Path, folder: Path, infos: list[SeriesInfo], series: str) -
     chosen = volumes if series == "all" and volumes else [largest_series(infos)]
     left = [info for info in infos if info not in chosen]
     if left:
-        took = _listed(", ", [name_of(info.uid) for info in chosen])
-        rest = _listed("; ", [str(info) for info in left])
+        took = some_of(", ", [name_of(info.uid) for info in chosen])
+        rest = some_of("; ", [str(info) for info in left])
         warnings.warn(
             f"{name_of(folder)}: several DICOM series; taking {took}; left: {rest}; --series chooses",
             stacklevel=4,
@@ -219,12 +217,6 @@ def _of_series(root: Path, folder: Path, infos: list[SeriesInfo], series: str) -
     for number, info in enumerate(chosen, start=1):
         suffix = f"_s{number}" if len(chosen) > 1 else ""
         yield _Found(root, folder, info.uid, is_dicom=True, suffix=suffix, files=_files(info))
-
-
-def _listed(comma: str, parts: Sequence[str]) -> str:
-    """Join parts for a message, not more than it can show."""
-    more = [f"and {len(parts) - _LISTED} more"] if len(parts) > _LISTED else []
-    return comma.join([*parts[:_LISTED], *more])
 
 
 def _files(info: SeriesInfo) -> tuple[Path, ...]:
@@ -268,7 +260,7 @@ def _named(found: Sequence[_Found], names: Sequence[str] | None, case_of: Callab
     cases = list(names) if names is not None else _unlike(found, case_of)
     twice = sorted(name for name, count in Counter(cases).items() if count > 1)
     if twice:
-        names_of = _listed(", ", [name_of(name) for name in twice])
+        names_of = some_of(", ", [name_of(name) for name in twice])
         raise ValueError(f"case names must differ, got {names_of} more than once; give names")
     return cases
 

@@ -6,6 +6,7 @@ lungs and truth of the case ``radiopaedia_4``: the last word of a name tells the
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -233,7 +234,8 @@ def read_table(path: Path) -> list[CaseFiles]:
     rows = _rows(path, ("ct", "lesion", "prediction"), ("lung", "probability", "core", "healthy"))
     cases = []
     for case, files in rows.items():
-        dicom = files["ct"].is_dir() or files["ct"].suffix.lower() == ".dcm"
+        # a path that the system refuses fails its own case, when it is read
+        dicom = os.path.isdir(files["ct"]) or files["ct"].suffix.lower() == ".dcm"
         cases.append(
             CaseFiles(case=case, **files, series=read_series(files["prediction"]) if dicom else None)
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+from lesionsynth.commands import printable
 from normnet.metrics import BRIGHT, SCORES
 from normnet.report import percent
 from normnet.scoring import MethodScores
@@ -170,22 +171,25 @@ def lay_out(methods: Sequence[MethodScores], *, paper: bool = True) -> list[Grid
 def markdown(grid: Grid) -> str:
     """Write a table in Markdown, its title above and its note below."""
     lines = [grid.header, ["---"] * len(grid.header), *grid.rows]
-    text = "\n".join("| " + " | ".join(str(c).replace("|", "\\|") for c in line) + " |" for line in lines)
+    text = "\n".join(
+        "| " + " | ".join(printable(str(c)).replace("|", "\\|") for c in line) + " |" for line in lines
+    )
     note = f"\n{grid.note}\n" if grid.note else ""
     return f"**{grid.title}**\n\n{text}\n{note}"
 
 
 def plain_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Set a table in columns for a terminal."""
-    widths = [max(len(row[k]) for row in (header, *rows)) for k in range(len(header))]
-    lines = (
+    """Set a table in columns for a terminal; what it should not see in a name is escaped."""
+    lines = [[printable(cell) for cell in row] for row in (header, *rows)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    padded = (
         "  ".join(
             cell.ljust(w) if k == 0 else cell.rjust(w)
             for k, (cell, w) in enumerate(zip(row, widths, strict=True))
         )
-        for row in (header, *rows)
+        for row in lines
     )
-    return "\n".join(line.rstrip() for line in lines)
+    return "\n".join(line.rstrip() for line in padded)
 
 
 def _mean_texts(summary: Mapping[str, Mapping[str, float]], names: Sequence[str]) -> list[str]:

@@ -35,8 +35,8 @@ ALIGNMENT = 64
 class _Lease(weakref.ref[Any]):
     """Watches who holds a block."""
 
-    __slots__ = ("block",)
-    block: npt.NDArray[np.uint8]
+    block: npt.NDArray[np.uint8] = np.empty(0, dtype=np.uint8)
+    """None yet, until it is put there: a call may be torn off before."""
 
 
 _blocks: deque[_Lease] = deque(maxlen=MOST_BLOCKS)

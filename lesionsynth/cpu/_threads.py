@@ -18,7 +18,9 @@ from __future__ import annotations
 import os
 import sys
 import threading
+import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import partial
 from itertools import pairwise
 from queue import SimpleQueue
@@ -319,8 +321,12 @@ class _Task:
 
     def run(self) -> None:
         """Do it, unless the caller has taken the ticket."""
+        me = threading.get_ident()
         try:
-            if claim(self.tickets, self.number, False) and self.body is not None:
+            with _beginning:
+                mine = claim(self.tickets, self.number, False)
+                _at_work[me] = self
+            if mine and self.body is not None:
                 self.body()
         except BaseException as error:
             self.error = error
@@ -328,6 +334,40 @@ class _Task:
             self.body = None  # first: what the work used is free for the caller's next call
             self.tickets[self.number, OVER] = 1  # the GIL orders this behind the work
             self.over.release()
+            _at_work.pop(me, None)
+
+
+_beginning = threading.RLock()
+"""Whoever has it lets no helper begin."""
+_at_work: dict[int, _Task] = {}
+"""What each helper is at, by its thread."""
+PATIENCE = 60.0
+"""Seconds that a fork waits for helpers at most."""
+
+
+def _pause() -> None:
+    """Wait for the helpers at work, and let no other begin.
+
+    A handler of a signal may fork in the middle of a call, and the child goes on with it: there it would wait
+    for ever for a helper, which stays in the parent.
+    """
+    _beginning.acquire()
+    me, until = threading.get_ident(), time.monotonic() + PATIENCE
+    while any(helper != me for helper in list(_at_work)) and time.monotonic() < until:
+        time.sleep(0.0002)
+
+
+def _resume(child: bool) -> None:
+    if child:
+        _at_work.clear()
+    with suppress(RuntimeError):  # a handler's exception kept `_pause` from taking it
+        _beginning.release()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(  # before `lesionsynth.cpu._jit` takes Numba's lock, which a helper may want
+        before=_pause, after_in_parent=partial(_resume, False), after_in_child=partial(_resume, True)
+    )
 
 
 class _Pool:

@@ -47,7 +47,7 @@ def window_hu(hu: Any, hu_range: Range) -> Any:
         scaled = view.view
         cupy.clip(given.view.astype(cupy.float32), low, high, out=scaled)
         scaled -= low
-        scaled /= cupy.float32(hu_range[1] - hu_range[0])
+        scaled /= high - low  # in float32, as the kernels do for int16
     return out
 
 

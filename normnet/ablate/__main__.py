@@ -7,7 +7,8 @@ from collections.abc import Sequence
 
 import tyro
 
-from lesionsynth.commands import run
+from lesionsynth.commands import printable, run
+from lesionsynth.strict import name_of
 from normnet.ablate import AblateConfig, ablate
 from normnet.tables import plain_table
 
@@ -26,12 +27,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     def body() -> int:
         config = tyro.cli(AblateConfig, args=arguments, prog="python -m normnet.ablate", description=HELP)
-        table = ablate(config, say=lambda line: print(line, flush=True))
+        table = ablate(config, say=lambda line: print(printable(line), flush=True))
         print(table.title)
         print(plain_table(table.header, table.rows))
         for line in table.failures:
-            print(f"failed: {line}", file=sys.stderr)
-        print(f"report: {config.output / 'report.html'}")
+            print(f"failed: {printable(line)}", file=sys.stderr)
+        print(f"report: {name_of(config.output / 'report.html')}")
         return 1 if table.failures else 0
 
     return run("error", body)

@@ -22,6 +22,8 @@ from normnet.strict_json import dumps
 
 FILES = ("table.csv", "table.md", "report.html", "results.json")
 """What a table is written as; the last proves that the others are its own."""
+RECORDED = ("table", "title", "scale", "header", "rows", "paper_dice_percent", "cells", "failures", "notes")
+"""Fields that every record has had."""
 PAPER_NUMBERS: dict[str, Any] = {
     "voting": {"iterations": ITERATIONS, **VOTING},
     "modules": {row: values[-1] for row, values in MODULES.items()},

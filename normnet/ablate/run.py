@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from lesionsynth.files import claimed, refuse_foreign
 from lesionsynth.strict import read_json
 from normnet.ablate.config import SCALES, AblateConfig, training
-from normnet.ablate.output import FILES, write
+from normnet.ablate.output import FILES, RECORDED, write
 from normnet.ablate.patients import Patient, find_patients
 from normnet.ablate.runs import Mark, train_to
 from normnet.ablate.scoring import Cell, score_cell
@@ -93,6 +93,7 @@ def _tabulate(
             say(f"{k}/{len(steps)} {config.table} {step.name}: {what}")
         cells[step.name] = _compute(config, step, wanted, patients, say)
         table = lay_out(config.table, cells, rows, seeds, columns)
+        _claim(config)  # again: something may have come meanwhile
         write(table, config, base, seeds, patients)
     return table
 
@@ -176,7 +177,8 @@ def _claim(config: AblateConfig) -> None:
     file = config.output / "results.json"
     if file.exists():
         try:
-            other = read_json(file, MOST_RESULTS)["table"]
+            record = read_json(file, MOST_RESULTS)
+            other, _ = record["table"], [record[name] for name in RECORDED]
         except (ValueError, TypeError, LookupError) as error:
             raise ValueError(
                 f"output: {file} must be the results of an ablation, a JSON object with its table; name "

@@ -12,6 +12,7 @@ from typing import Annotated, Literal
 import tyro
 
 from lesionsynth.commands import run
+from lesionsynth.strict import name_of
 from normnet.baselines.config import METHODS, PRESETS, BaselineConfig, Method
 from normnet.baselines.predict import BaselinePredictArgs, predict
 from normnet.baselines.train import train_baseline
@@ -72,7 +73,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for phase, losses in result.losses.items():
             print(f"{phase}: {len(losses)} iterations, loss {losses[0]:.4g} to {losses[-1]:.4g}")
         print(f"{result.seconds:.0f} s; threshold {result.baseline.calibration['threshold']:.4f}")
-        print(f"weights: {result.weights}")
+        print(f"weights: {name_of(result.weights)}")
         return 0
 
     return run("normnet.baselines", body, failed=(FloatingPointError,))

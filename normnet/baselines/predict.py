@@ -11,6 +11,7 @@ from typing import Annotated
 import numpy as np
 import tyro
 
+from lesionsynth.commands import printable
 from normnet.baselines.base import Baseline
 from normnet.baselines.score import find_lesions, score_volume
 from normnet.baselines.train import load_baseline
@@ -106,7 +107,7 @@ def predict(args: BaselinePredictArgs, say: Callable[[str], None] = print) -> di
         for source in found:
             try:
                 _predict_case(baseline, source, masks[source.case], args, folder)
-                say(f"{source.case}: done")
+                say(f"{printable(source.case)}: done")
             except Exception as error:  # whatever is wrong with one patient, the others are not to wait
                 failures[source.case] = reason(source.path, error)
     return failures

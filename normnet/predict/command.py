@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 import lesionsynth as ls
 from lesionsynth.commands import run
+from lesionsynth.strict import name_of
 from normnet.config import PredictConfig
 from normnet.device import choose_device, cpu_settings
 from normnet.dicom_seg import write_segmentation
@@ -241,7 +242,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         done, there = len(summary.written) + len(summary.there), len(summary.there)
         earlier = f" ({there} by an earlier call)" if there else ""
         count = done + len(summary.failures)
-        print(f"{done} of {count} volumes segmented{earlier}, in {args.output}")
+        print(f"{done} of {count} volumes segmented{earlier}, in {name_of(args.output)}")
         return 1 if summary.failures else 0
 
     return run("normnet.predict", body)

@@ -307,24 +307,10 @@ class Store:
             raise ValueError(f"{self.path}: case {case_id!r} exists; pass overwrite=True to replace it")
         if os.path.lexists(target):
             self._check_ours(target)
-        temporary, old = files.temporary(target), files.temporary(target)
-        try:
-            temporary.mkdir()
-            _write_array(temporary / "hu.b2nd", hu)
-            _write_array(temporary / "mask.b2nd", mask.view(np.uint8))
-            write_bytes(temporary / "meta.json", json.dumps(whole, indent=1).encode())
-            if os.path.lexists(target):
-                self._check_ours(target)  # again: something may have come meanwhile
-                os.replace(target, old)
-            os.replace(temporary, target)
-            if old.exists():
-                files.remove_folder(old, CASE_FILES)
-        except BaseException:
-            if old.exists() and not os.path.lexists(target):
-                os.replace(old, target)
-            if temporary.exists():
-                files.remove_folder(temporary, CASE_FILES)
-            raise
+        with files.replacing_folder(target, CASE_FILES, lambda: self._check_ours(target)) as work:
+            _write_array(work / "hu.b2nd", hu)
+            _write_array(work / "mask.b2nd", mask.view(np.uint8))
+            write_bytes(work / "meta.json", json.dumps(whole, indent=1).encode())
         return Case(target)
 
     def _check_ours(self, target: Path) -> None:

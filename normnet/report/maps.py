@@ -92,10 +92,9 @@ def report_maps(config: ReportConfig, *, progress_bar: bool = False) -> ReportRe
     finished = finished_cases(config.maps)
     places = locate(finished.records, config.ct)
     cases = [record["case"] for record in finished.records]
-    sections = [
-        look(config.maps, record, places[record["case"]], config.pictures)
-        for record in tqdm(finished.records, disable=not progress_bar, unit="case", desc="report")
-    ]
+    # closed before an error is told
+    with tqdm(finished.records, disable=not progress_bar, unit="case", desc="report") as bar:
+        sections = [look(config.maps, r, places[r["case"]], config.pictures) for r in bar]
     lay_out(config.title, config.maps, finished, sections).write(path)
     failures = {case: s.failure for case, s in zip(cases, sections, strict=True) if s.failure is not None}
     return ReportResult(path, cases, {**finished.failures, **failures})

@@ -15,13 +15,17 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 pytest.importorskip("torch")
 pytest.importorskip("monai")
 pytest.importorskip("SimpleITK")
 
-from lesionsynth import commands, files
+from lesionsynth import cli, commands, files
+from normnet import evaluate
 from normnet.prepare.workers import Died, run_parallel
+from normnet.tables import Grid, markdown, plain_table
 from tests.hostile.commands import Study, hidden
 from tests.hostile.tally import trial
 
@@ -31,6 +35,11 @@ ENTRIES = (
     "normnet.report", "normnet.export", "normnet.demo", "normnet.ablate", "normnet.baselines",
 )  # fmt: skip
 SYNTH = "-m lesionsynth synth {0}/a.nii --mask {0}/lung.nii --depth 4 --count 3 --threads 1 --output {0}/out"
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory: pytest.TempPathFactory) -> Study:
+    return Study(tmp_path_factory.mktemp("study"))
 
 
 @pytest.fixture
@@ -88,8 +97,13 @@ def test_help_into_a_closed_stream(entry: str, streams: str) -> None:
         assert done.stderr == ""
 
 
-def interrupted(arguments: Sequence[str], number: int, after: Path | float) -> tuple[int, str]:
-    """Send a signal to the process group of a command once a file is there, or after so many seconds."""
+def interrupted(
+    arguments: Sequence[str], number: int, after: Path | float, more: Sequence[float] = ()
+) -> tuple[int, str]:
+    """Send a signal to the process group of a command once a file is there, or after so many seconds.
+
+    And another after each of so many seconds more.
+    """
     process = subprocess.Popen(
         [sys.executable, *arguments], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
         start_new_session=True,
@@ -101,21 +115,42 @@ def interrupted(arguments: Sequence[str], number: int, after: Path | float) -> t
         while not after.exists() and time.monotonic() < end and process.poll() is None:
             time.sleep(0.01)
     os.killpg(process.pid, number)
+    for seconds in more:
+        time.sleep(seconds)
+        if process.poll() is None:
+            os.killpg(process.pid, number)
     said = process.communicate(timeout=120)[1]
     return process.returncode, said
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_an_interrupt_is_one_line(scan: Path, number: int, code: int) -> None:
+@pytest.mark.parametrize(
+    ("number", "word"),
+    [
+        (signal.SIGINT, "interrupted"),
+        (signal.SIGTERM, "terminated"),
+        (signal.SIGHUP, "its terminal was closed"),
+    ],
+)
+def test_an_interrupt_is_one_line(scan: Path, number: int, word: str) -> None:
     tmp_path = scan / "out"
     call = SYNTH.format(scan).replace("--count 3", "--count 100000").split()
     with trial("commands"):
         found, said = interrupted(call, number, tmp_path / "a_000001/record.json")
-        word = "interrupted" if code == 130 else "terminated"
-        assert (found, said) == (code, f"lesionsynth synth: error: {word}\n")
+        assert (found, said) == (128 + number, f"lesionsynth synth: error: {word}\n")
         assert not hidden(tmp_path)
         for sample in tmp_path.iterdir():
             assert {"pair.npz", "plan.json", "record.json"} == {p.name for p in sample.iterdir()}
+
+
+@pytest.mark.parametrize("gap", [0.0, 0.002, 0.01, 0.03, 0.1])
+def test_ctrl_c_again_and_again_is_one_line(scan: Path, gap: float) -> None:
+    """While the first is told, while what is half-done is cleared away, and while Python ends."""
+    call = SYNTH.format(scan).replace("--count 3", "--count 100000").split()
+    with trial("commands"):
+        found, said = interrupted(call, signal.SIGINT, scan / "out/a_000001/record.json", [gap] * 4)
+        assert found == 130
+        assert said in ("lesionsynth synth: error: interrupted\n", "lesionsynth: interrupted\n")
+        assert not hidden(scan / "out")
 
 
 INTERRUPTED = """
@@ -395,3 +430,59 @@ def test_every_entry_has_the_same_wrapper(monkeypatch: pytest.MonkeyPatch, entry
     monkeypatch.setattr(holder, "run", lambda *_, **__: 130)
     with trial("commands"):
         assert module.main([]) == 130
+
+
+@given(st.lists(st.text(st.characters(codec=None), max_size=8), min_size=2, max_size=2))
+def test_no_table_moves_the_cursor(names: list[str]) -> None:
+    """Names of cases and methods are what somebody else wrote."""
+    rows = [[name, "1.0"] for name in names]
+    for text in (plain_table(["case", "DSC"], rows), markdown(Grid("Scores", ["case", "DSC"], rows))):
+        lines = text.splitlines()
+        assert all(line.isprintable() for line in lines)
+        assert len(lines) == (3 if "|" not in lines[-1] else 6)
+
+
+@pytest.mark.parametrize(
+    "cell", ["x" * 300, "/".join(["y" * 200] * 30), "p1\0.nii", "{0}/ct/p1.nii.gz/x.nii", "\x1b[31m"]
+)
+def test_a_path_that_the_system_refuses_fails_its_own_case(
+    study: Study, tmp_path: Path, cell: str, capsys
+) -> None:
+    good = [
+        f"{study.root}/ct/p1.nii.gz",
+        f"{study.root}/lesion/p1_lesion.nii.gz",
+        f"{study.maps}/p1_lesions.nii.gz",
+    ]
+    bad = cell.format(study.root)
+    rows = [[f"b\x1b[3{n}m", *(bad if n == k else path for k, path in enumerate(good))] for n in range(3)]
+    table = "\n".join(",".join(row) for row in (["case", "ct", "lesion", "prediction"], *rows, ["p1", *good]))
+    (tmp_path / "list.csv").write_text(table)
+    call = ["--cases", str(tmp_path / "list.csv"), "--output", str(tmp_path / "out"), "--pictures", "0"]
+    with trial("commands"):
+        assert evaluate.main(call) == 1
+        out, err = capsys.readouterr()
+        assert [line.partition(":")[0] for line in err.splitlines()] == ["error"] * 3
+        assert all(f"b\\x1b[3{n}m" in line for n, line in enumerate(err.splitlines()))
+        assert "\x1b" not in out + err
+
+
+def test_a_full_disk_is_told_with_the_sample(scan: Path, monkeypatch, capsys) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("numpy.savez_compressed", full)
+    with trial("commands"):
+        assert cli.main(SYNTH.format(scan).split()[2:]) == 2
+        said = f"[Errno 28] No space left on device: '{scan}/out/a_000000'"
+        assert capsys.readouterr().err == f"lesionsynth synth: error: {said}\n"
+        assert not list((scan / "out").iterdir())
+
+
+def test_a_bar_ends_before_an_error_is_told(study: Study, tmp_path: Path, monkeypatch, capsys) -> None:
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("normnet.report.maps.look", stop)
+    with trial("commands"):
+        assert study.calls()["report"](tmp_path) == 130
+        assert capsys.readouterr().err.endswith("\nnormnet.report: interrupted\n")

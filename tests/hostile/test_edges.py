@@ -300,6 +300,42 @@ def test_numpy_floats_are_numbers(kind) -> None:
         assert ls.window_hu(wide, (np.int16(-30000), np.int16(30000))).tolist() == [0.0, 0.5, 1.0]
 
 
+WINDOWS = [(-800, 100), (-1e5, 1e5), (0.0, 0.01), (99_999.98, 1e5), (-1e5, -99_999.98), (-1024.3, 599.9)]
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("window", WINDOWS)
+def test_hounsfield_units_as_large_as_they_come(window) -> None:
+    """They are clipped, without a word, and become the same in a call that takes int16."""
+    for kind in (np.int16, np.int64, np.uint64, np.float16, np.float32, np.float64):
+        limits = (np.iinfo if issubclass(kind, np.integer) else np.finfo)(kind)
+        least, most = float(limits.min), float(limits.max)
+        with trial("edges"):
+            low, high = ls.window_hu(np.array([limits.min, limits.max], kind), window)
+            assert low == (0 if least <= window[0] else 1 if least >= window[1] else low)
+            assert high == (0 if most <= window[0] else 1 if most >= window[1] else high)
+            assert 0 <= low <= high <= 1
+    hu = np.linspace(-32768, 32767, IMAGE.size).astype(np.int16).reshape(IMAGE.shape)
+    hu[3] = np.arange(-700, -700 + hu[3].size).reshape(hu[3].shape)
+    config = small_config(hu_range=window, hu_threshold=window[0] + 0.5 * (window[1] - window[0]))
+    with trial("edges"):
+        pair = ls.LesionSynthesizer(config)(hu, NONE, index=0, allow_empty=True)
+        assert_array_equal(pair.image, ls.window_hu(hu, window))
+
+
+def test_windows_that_are_too_narrow() -> None:
+    """For float32, in which they are divided by."""
+    for low, high in ((0.0, 5e-324), (1.0, np.nextafter(1.0, 2.0)), (0, 1e-46), (99_999.995, 1e5)):
+        calls = [
+            lambda w: ls.window_hu(IMAGE, w),
+            lambda w: ls.threshold(w[0], w),
+            lambda w: small_config(hu_range=w),
+        ]
+        for call in calls:
+            with trial("edges"), pytest.raises(ValueError, match=r"hu_range must be at least \S+ HU wide"):
+                call((float(low), float(high)))
+
+
 BIG = 2**70
 BAD_INTEGERS = [True, np.True_, 3.0, np.float32(3), "3", None, 1j, [3], np.array([3]), b"3", -1, BIG]
 INTEGER_ARGUMENTS = {

@@ -24,6 +24,7 @@ from numba import njit
 from numba.core.compiler_lock import global_compiler_lock
 
 import lesionsynth as ls
+from lesionsynth._cache import _apart
 from lesionsynth._recipe import Recipe
 from lesionsynth.cpu import _memory, _threads
 from lesionsynth.cpu._threads import in_background, parallel_for, settle, tickets_for, work_together
@@ -201,6 +202,47 @@ def test_a_raise_wherever_python_runs_handlers(step, synth, wanted, idle) -> Non
         if not torn:
             break
     assert k > 400
+
+
+MEMORY = os.path.join("lesionsynth", "cpu", "_memory.py")
+
+
+def tear_line(call: Callable[[], Any], number: int, file: str) -> bool:
+    """Raise `Torn` at the n-th line of a file that a call runs, as want of memory may; whether there was."""
+    left = [number]
+
+    def watch(frame: Any, event: str, argument: Any) -> Any:
+        if not frame.f_code.co_filename.endswith(file):
+            return None
+        if event == "line":
+            left[0] -= 1
+            if left[0] < 0:
+                sys.settrace(None)
+                raise Torn
+        return watch
+
+    before = sys.gettrace()
+    sys.settrace(watch)
+    try:
+        call()
+    except Torn:
+        return True
+    finally:
+        sys.settrace(before)
+    return False
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # torn within a finaliser
+def test_a_raise_at_every_line_of_the_memory(synth, wanted, idle) -> None:
+    """A block that was being lent is nobody's, or free; the calls to come find it so."""
+    for k in range(10_000):
+        with trial(KIND):
+            torn = tear_line(lambda k=k: synth(*INPUT, index=k % 3).labels, k, MEMORY)
+            assert idle() == 0
+            assert contents(synth(*INPUT, index=k % 3)) == wanted[k % 3]
+        if not torn:
+            break
+    assert k > 100
 
 
 def test_labels_asked_for_again(synth, wanted) -> None:
@@ -385,6 +427,98 @@ def test_a_fork_while_another_thread_is(busy, synth) -> None:
             os._exit(0 if good else 1)
         assert os.waitpid(child, 0)[1] == 0
     thread.join()
+
+
+FORK = """
+import os, signal, sys, zlib
+import lesionsynth as ls
+from tests.hostile.test_interrupts import CONFIG, INPUT
+synth, children = ls.LesionSynthesizer(CONFIG, seed=2, threads=2), []
+def sums(pair): return [zlib.crc32(array.tobytes()) for array in (pair.image, pair.target, pair.labels)]
+def handler(*_):
+    child = os.fork()
+    if child:
+        children.append(child)
+        return
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    signal.alarm(30)
+    children[:] = [0]
+ended, number, *wanted = [], *map(int, sys.argv[1:])
+_ = synth(*INPUT, index=0).labels  # loads the kernels
+signal.signal(signal.SIGALRM, handler)
+for k in range(4000):
+    signal.setitimer(signal.ITIMER_REAL, 0.0002 + 0.00013 * (k % 60))
+    found = [sums(synth(*INPUT, index=0))]
+    if children == [0]:
+        found.append(sums(synth(*INPUT, index=0)))  # with helpers of its own
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    if children == [0]:
+        os._exit(0 if found == [wanted] * 2 else 1)
+    ended += [os.waitpid(child, 0)[1] + 1000 * (found != [wanted]) for child in children]
+    children.clear()
+    if len(ended) >= number:
+        break
+print(ended)
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system cannot fork")
+def test_a_handler_that_forks(wanted) -> None:
+    """In the middle of a call, with which the child goes on: it has no helper, and waits for none."""
+    number = 60
+    command = [sys.executable, "-c", FORK, str(number), *(str(zlib.crc32(part)) for part in wanted[0])]
+    run = subprocess.run(
+        command, env=os.environ | {"PYTHONPATH": str(REPOSITORY)}, capture_output=True, text=True, timeout=300
+    )
+    assert run.returncode == 0, run.stderr
+    ended = json.loads(run.stdout)
+    assert len(ended) >= number
+    for status in ended:
+        with trial(KIND):
+            assert status == 0  # 14 is SIGALRM
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system cannot fork")
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*:DeprecationWarning")
+def test_a_handler_that_forks_while_a_kernel_is_compiled() -> None:
+    """The thread that compiles stays in the parent; the child compiles itself."""
+    main, children = os.getpid(), []
+
+    def handler(*_: Any) -> None:
+        children.append(os.fork())
+        if children == [0]:
+            signal.signal(signal.SIGALRM, signal.SIG_DFL)
+            signal.alarm(20)
+
+    def compile_slowly() -> int:
+        if os.getpid() == main:
+            os.kill(main, signal.SIGALRM)
+            time.sleep(0.5)
+        return os.getpid()
+
+    before = signal.signal(signal.SIGALRM, handler)
+    with trial(KIND):
+        try:
+            maker = _apart(compile_slowly)()
+        finally:
+            if children == [0]:
+                os._exit(0 if maker == os.getpid() else 1)
+            signal.signal(signal.SIGALRM, before)
+        assert maker == main
+        assert os.waitpid(children[0], 0)[1] == 0
+
+
+@pytest.mark.parametrize("why", ["can't start new thread", "can't create new thread at interpreter shutdown"])
+def test_a_kernel_is_compiled_where_no_thread_is_to_be_had(why, monkeypatch) -> None:
+    """At the limit of processes, and for what is asked for first in `atexit` or a finaliser."""
+
+    def refuse(*_: Any) -> None:
+        raise RuntimeError(why)
+
+    monkeypatch.setattr("threading._start_new_thread", refuse)
+    monkeypatch.setattr("concurrent.futures.thread._shutdown", True)
+    with trial(KIND):
+        assert _apart(lambda x: x + 1)(1) == 2
 
 
 def test_rounds_torn_off(idle) -> None:

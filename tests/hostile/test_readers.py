@@ -12,6 +12,7 @@ import os
 import re
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import time
@@ -25,7 +26,7 @@ import numpy as np
 import pydicom
 import pytest
 import SimpleITK as sitk
-from numpy.testing import assert_array_equal
+from numpy.testing import assert_allclose, assert_array_equal
 
 from lesionsynth import _elements, _headers, _reader, io
 from lesionsynth.strict import name_of
@@ -1107,6 +1108,134 @@ def test_sheared_axes(tmp_path: Path, axes: str) -> None:
     refused(tmp_path / "a.nrrd", "direction must be three orthogonal unit vectors")
 
 
+UNTOLD = {
+    "a.nrrd": [
+        *(
+            f"space: {n}\nspace directions: (1,0,0) (0,1,0) (0,0,1)"
+            for n in ("3D-right-handed", "scanner-xyz")
+        ),
+        *(
+            f'space: LPS\nspace directions: (1,0,0) (0,1,0) (0,0,1)\nspace units: "{u}" "{u}" "{u}"'
+            for u in ("m", "um")
+        ),
+        'spacings: 1 1 1\nunits: "cm" "cm" "cm"',
+        "axis mins: 0 0 0\naxis maxs: 30 30 30",
+        "space dimension: 3D-left-handed\nspace directions: (1,0,0) (0,1,0) (0,0,1)",
+        "space: LPS\nspace directions: (1,0,0) (0,1,0) none",
+    ],
+    "a.mha": ["DimSize", "Offset = 1 2 3", "ElementSpacing = 1 1 1", "TransformMatrix = 1 0 0 0 1 0 0 0 1"],
+}
+
+
+@pytest.mark.parametrize(("name", "line"), [(name, line) for name in UNTOLD for line in UNTOLD[name]])
+def test_headers_that_readers_take_for_something_else(tmp_path: Path, name: str, line: str) -> None:
+    """A space without a front, metres as mm, an axis that lies nowhere, lengths before their number."""
+    if name == "a.nrrd":
+        text, rule = NRRD.format(f"{line}\n"), line.splitlines()[-1].partition(":")[0]
+        rule = "space must be one of" if "xyz" in line or "3D-right" in line else rule
+        rule = "space dimension must be an integer" if "3D-left" in line else rule
+        if line.startswith(("space:", "space dimension:")):  # readers want it before sizes
+            first, rest = line.split("\n", 1)
+            text = NRRD.format(f"{rest}\n").replace("dimension", f"{first}\ndimension", 1)
+    else:
+        key, value = f"{line} = 6 5 4".split(" = ")[:2]
+        head = META.format("LOCAL").replace(f"{key} = {value}\n", "")
+        text, rule = f"{key} = {value}\n{head}", f"NDims must come before {key}"
+    (tmp_path / name).write_bytes(text.encode() + volume(0, SHAPE).tobytes())
+    refused(tmp_path / name, rule)
+
+
+@pytest.mark.parametrize("other", ["a.nii", "a.nii.gz", "a.hdr", "a.img", "a.img.gz"])
+@pytest.mark.parametrize("name", ["a.nii", "a.nii.gz"])
+def test_nifti_beside_another_of_its_name(tmp_path: Path, name: str, other: str) -> None:
+    """Of two, the header came from one and the voxels from the other."""
+    hu = write(tmp_path / name)
+    if other != name:
+        write_nifti(tmp_path / "b.nii.gz" if other.endswith(".gz") else tmp_path / "b.nii", hu[::-1] + 1)
+        next(tmp_path.glob("b.*")).rename(tmp_path / other)
+    with trial("readers"):
+        assert_array_equal(stored(io.read_ct(tmp_path / name)), hu)
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_nifti_lies_where_the_format_says(tmp_path: Path, seed: int) -> None:
+    """By sform where its code is set, else by qform, in its unit, whatever the other says."""
+    rng = np.random.default_rng(seed)
+    image = nib.Nifti1Image(volume(0, SHAPE).T, None)
+    forms = [np.eye(4), np.eye(4)]
+    for form in forms:
+        turn = np.linalg.qr(rng.normal(size=(3, 3)))[0]
+        form[:3, :3], form[:3, 3] = turn * rng.uniform(0.5, 4, 3), rng.uniform(-300, 300, 3)
+    which = ("sform", "qform", "both", "close")[seed % 4]
+    if which == "close":
+        forms[1] = forms[0] + 1e-4 * rng.normal(size=(4, 4)) * [[1], [1], [1], [0]]
+    scale = (1.0, 1e-3, 1e3)[seed // 4]
+    forms = [np.diag([scale, scale, scale, 1]) @ form for form in forms]
+    image.set_qform(forms[0], 1 if which != "sform" else 0)
+    image.set_sform(forms[1], 2 if which != "qform" else 0)
+    image.header.set_xyzt_units(("mm", "meter", "micron")[seed // 4])
+    path = tmp_path / "a.nii"
+    image.to_filename(path)
+    expected = np.diag([-1 / scale, -1 / scale, 1 / scale, 1]) @ nib.load(path).affine
+    with trial("readers"), warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        grid = io.read_ct(path).grid
+    assert bool(told) == (which == "both")
+    cosines = np.array(grid.direction).reshape(3, 3)
+    assert_allclose(cosines * grid.spacing, expected[:3, :3], atol=1e-4)
+    assert_allclose(grid.origin, expected[:3, 3], atol=2e-3)
+
+
+@pytest.mark.parametrize(
+    ("place", "form", "value", "rule"),
+    [
+        (116, "<f", -1024.0, "scl_inter must be zero"),
+        (123, "<B", 7, "xyzt_units must"),
+        (68, "<h", 1007, "intent_code must"),
+        (252, "<h", -1, "qform_code and sform_code must"),
+        (254, "<h", 300, "qform_code and sform_code must"),
+    ],
+)
+def test_nifti_fields_that_readers_take_differently(
+    tmp_path: Path, place: int, form: str, value: float, rule: str
+) -> None:
+    write(tmp_path / "a.nii")
+    data = bytearray((tmp_path / "a.nii").read_bytes())
+    struct.pack_into("<f", data, 112, 0.0)
+    struct.pack_into(form, data, place, value)
+    (tmp_path / "a.nii").write_bytes(data)
+    refused(tmp_path / "a.nii", rule)
+
+
+TABLE = b"\xfe\xff\0\xe0\x0a\0\0\0" + element(0x00283003, b"LO", b"HU")
+
+
+@pytest.mark.parametrize(
+    ("tag", "kind", "value", "rule"),
+    [
+        (0x00283000, b"SQ", TABLE, "ModalityLUTSequence must"),
+        (0x00281054, b"LO", b"Z_EFF ", "RescaleType must"),
+        (0x00180088, b"DS", b"0 ", "SpacingBetweenSlices must"),
+    ],
+)
+def test_dicom_values_that_are_no_hu(tmp_path: Path, tag: int, kind: bytes, value: bytes, rule: str) -> None:
+    series_of(tmp_path / "s")
+    put(tmp_path / "s/001.dcm", tag, kind, value)
+    with trial("readers"), pytest.raises(ValueError, match=rf"001\.dcm: {rule}"):
+        io.read_ct(tmp_path / "s")
+
+
+def test_a_video_beside_a_series(tmp_path: Path) -> None:
+    """It is of another series: not a slice that is lacking here."""
+    hu = series_of(tmp_path / "s")
+    series_of(tmp_path / "video", Modality="US")
+    put(tmp_path / "video/001.dcm", 0x00020010, b"UI", b"1.2.840.10008.1.2.4.102\0")
+    (tmp_path / "video/001.dcm").rename(tmp_path / "s/video.dcm")
+    with trial("readers"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert_array_equal(io.read_ct(tmp_path / "s").hu, hu)
+
+
 def test_links_that_lead_nowhere(tmp_path: Path) -> None:
     """Of a folder with a link to itself, not a single case was taken."""
     hu = series_of(tmp_path / "s")
@@ -1255,6 +1384,11 @@ def variants() -> dict[str, tuple[str, bytes, bytes]]:
         "MetaImage in text": ("a.mha", text.encode(), numbers),
         "MetaImage big-endian": ("a.mha", big.encode(), hu.astype(">i2").tobytes()),
         "MetaImage with keys": ("a.mha", b"Comment = 100% \xc3\xa4\n0008|0060 = CT\n" + meta.encode(), raw),
+        "MetaImage that does not say it is binary": (
+            "a.mha",
+            meta.replace("BinaryData = True\n", "").encode(),
+            raw,
+        ),
         "MetaImage at the end": ("a.mhd", end.encode(), b"123" + raw),
         "MetaImage after bytes": ("a.mhd", after.encode(), b"123" + raw),
     }  # fmt: skip

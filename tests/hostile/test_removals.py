@@ -16,6 +16,7 @@ pytest.importorskip("SimpleITK")
 
 from lesionsynth import cli, files
 from normnet import demo, evaluate, export
+from normnet.ablate.scoring import Cell
 from normnet.prepare.store import Store
 from normnet.stage import publish
 from tests.hostile.commands import Study, hidden, snapshot
@@ -389,3 +390,25 @@ def test_records_name_what_may_go(study: Study, tmp_path: Path) -> None:
         assert study.calls()["export"](tmp_path) == 0
         assert (tmp_path / "thesis.txt").read_text() == "mine"
         assert (tmp_path.parent / "model-9.safetensors").read_text() == "mine"
+
+
+@pytest.mark.parametrize("when", ["before", "meanwhile"])
+@pytest.mark.parametrize("name", ["results.json", "table.csv"])
+def test_an_ablation_keeps_what_only_looks_like_its_own(
+    study: Study, tmp_path: Path, monkeypatch, when: str, name: str
+) -> None:
+    """A record with a field of that name claims nothing, nor does a file that comes during the training."""
+    foreign = {"results.json": '{"table": "modules"}', name: '{"table": "modules", "rows": []}'}
+
+    def put(*_: object) -> Cell:
+        for file, text in foreign.items() if when == "before" else [(name, foreign[name])]:
+            (tmp_path / file).write_text(text)
+        return Cell()
+
+    monkeypatch.setattr("normnet.ablate.run._compute", put)
+    if when == "before":
+        put()
+    before = snapshot(tmp_path)
+    with trial("removals"):
+        assert study.calls()["ablate"](tmp_path) == 2
+        unharmed(before or {name: foreign[name].encode()}, tmp_path)
