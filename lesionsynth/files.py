@@ -93,7 +93,7 @@ def replacing_folder(path: Path, names: Collection[str], check: Callable[[], obj
     Raises
     ------
     OSError
-        No room, or no right to write; names `path`.
+        No room, or no right to write; names `path`, or the file that was to lie in it.
     """
     sweep(path.parent, path.name, names)
     work, old = temporary(path), temporary(path)
@@ -112,8 +112,8 @@ def replacing_folder(path: Path, names: Collection[str], check: Callable[[], obj
         if work.exists():
             remove_folder(work, names)
         # where the disk is full the operating system names no file, or one that is gone
-        if isinstance(error, OSError) and error.errno and str(work) in str(error.filename or work):
-            raise OSError(error.errno, error.strerror, str(path)) from error
+        if isinstance(error, OSError) and error.errno and str(work) in (where := str(error.filename or work)):
+            raise OSError(error.errno, error.strerror, where.replace(str(work), str(path))) from error
         raise
 
 
