@@ -13,7 +13,6 @@ import hashlib
 import os
 import pickle
 import pkgutil
-import stat
 import sys
 import tempfile
 import threading
@@ -31,11 +30,12 @@ import numpy.ma  # see `_apart`
 from numba.core.compiler import CompileResult
 from numba.core.serialize import dumps
 
+from lesionsynth.strict import regular_file
+
 DIGEST = 32
 """Bytes of SHA-256 behind a kernel in its file."""
 LONGEST = 2**26
 """Bytes of a file that is read; the longest kernel has less than 2**20."""
-_AT_ONCE = getattr(os, "O_NONBLOCK", 0)
 SWITCHES = (
     "OPT", "BOUNDSCHECK", "DEBUGINFO_DEFAULT", "USING_SVML", "LOOP_VECTORIZE", "SLP_VECTORIZE",
 )  # fmt: skip
@@ -98,12 +98,9 @@ def find(folder: Callable[[], Path], name: str, what: str) -> bytes | None:
     """
     try:
         path = _prepared(folder()) / name
-        # a pipe must not be waited for
-        with open(path, "rb", opener=lambda file, flags: os.open(file, flags | _AT_ONCE)) as file:
-            status = os.fstat(file.fileno())
-            good = stat.S_ISREG(status.st_mode) and status.st_size <= LONGEST and not distrust(status)
-            return file.read() if good else None
-    except FileNotFoundError:
+        with regular_file(path, LONGEST) as (stream, _):
+            return None if distrust(os.fstat(stream.fileno())) else stream.read()
+    except (FileNotFoundError, ValueError):  # none, or a pipe, a folder, too long a file
         return None
     except OSError as error:
         _tell_of(folder, what, error)

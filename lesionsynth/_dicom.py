@@ -17,7 +17,7 @@ import numpy as np
 
 from lesionsynth._elements import Damage, Elements, check_slice, read_elements
 from lesionsynth._headers import FARTHEST_MM, MAX_VOXELS, SPACING_MM, Stamp, number_of
-from lesionsynth.strict import name_of, shown, some_of
+from lesionsynth.strict import name_of, rule_of, shown, some_of
 
 _ORIENTATION, _POSITION, _PIXEL_SPACING = "0020|0037", "0020|0032", "0028|0030"
 _MODALITY, _FRAMES, _SAMPLES, _TILT, _SERIES = "0008|0060", "0028|0008", "0028|0002", "0018|1120", "0020|000e"
@@ -255,7 +255,7 @@ def _info(folder: Path, uid: str, group: _Group) -> SeriesInfo:
     try:
         _check_series(folder, group)
     except ValueError as error:
-        problem = str(error).removeprefix(f"{name_of(folder)}: ").removeprefix(f"{name_of(folder)}{os.sep}")
+        problem = rule_of(error, folder).removeprefix(f"{name_of(folder)}{os.sep}")
     head = group.slices[0][1].values if group.slices else {}
     return SeriesInfo(
         uid,

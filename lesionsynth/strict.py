@@ -457,6 +457,11 @@ def name_of(path: str | os.PathLike[str]) -> str:
     return printable(os.fsdecode(path))
 
 
+def rule_of(error: BaseException, path: str | os.PathLike[str]) -> str:
+    """Return what an error says of a file, without the name that it begins with."""
+    return str(error).removeprefix(f"{name_of(path)}: ")
+
+
 def some_of(comma: str, parts: Sequence[str], most: int = 10) -> str:
     """Join parts for a message, not more than it can show."""
     more = [f"and {len(parts) - most} more"] if len(parts) > most else []

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from lesionsynth.io import SUFFIXES, case_name
-from lesionsynth.strict import name_of
+from lesionsynth.strict import name_of, rule_of
 from normnet.origin import read_series
 from normnet.sheets import read_rows
 
@@ -311,8 +311,7 @@ def _rows(path: Path, needed: Sequence[str], optional: Sequence[str]) -> dict[st
     try:
         rows = [(number, cells) for number, cells in read_rows(path) if cells]
     except ValueError as error:
-        text = str(error).removeprefix(f"{name_of(path)}: ")
-        raise ValueError(f"{name_of(path)} must be a CSV in UTF-8: {text}") from error
+        raise ValueError(f"{name_of(path)} must be a CSV in UTF-8: {rule_of(error, path)}") from error
     if len(rows) < 2:
         raise ValueError(f"{name_of(path)} must have at least one row below its header")
     columns = ("case", *needed)

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from lesionsynth.strict import build, check_fields, hints_of, name_of, read_json, shown
+from lesionsynth.strict import build, check_fields, hints_of, name_of, read_json, rule_of, shown
 from lesionsynth.window import HU_RANGE
 from normnet.config import HEALTHY_HU, WEIGHTS, PredictConfig, to_json
 
@@ -57,8 +57,9 @@ def read_record(path: Path) -> Record:
     try:
         record = read_json(path)
     except ValueError as error:
-        text = str(error).removeprefix(f"{name_of(path)}: ")
-        raise ValueError(f"{name_of(path)}: not the record of a prediction: {text}") from error
+        raise ValueError(
+            f"{name_of(path)}: not the record of a prediction: {rule_of(error, path)}"
+        ) from error
     if wrong := _wrong(record):
         raise ValueError(f"{name_of(path)}: not the record of a prediction: {wrong}")
     whole: Record = record

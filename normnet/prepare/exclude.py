@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from lesionsynth.io import CTVolume
-from lesionsynth.strict import name_of, shown
+from lesionsynth.strict import name_of, rule_of, shown
 from normnet.prepare.read import IsoGrid
 from normnet.sheets import read_rows
 
@@ -81,8 +81,7 @@ def _rows(path: Path) -> list[tuple[int, list[str]]]:
     try:
         rows = [(n, [cell.strip() for cell in row]) for n, row in read_rows(path)]
     except (OSError, ValueError) as error:
-        text = str(error).removeprefix(f"{name_of(path)}: ")
-        raise ValueError(f"{name_of(path)}: unreadable CSV ({text})") from error
+        raise ValueError(f"{name_of(path)}: unreadable CSV ({rule_of(error, path)})") from error
     return [(n, row) for n, row in rows if any(row) and not row[0].startswith("#")]
 
 
