@@ -14,7 +14,7 @@ import numpy.typing as npt
 from lesionsynth import phantom
 
 if TYPE_CHECKING:
-    from lesionsynth.io import CTVolume
+    from lesionsynth.io import Scan
 
 PHANTOM_SHAPE = (48, 208, 272)
 PHANTOM_SPACING = (2.0, 1.4, 1.4)
@@ -35,7 +35,7 @@ class Case:
     """First slice, and one past the last, in the volume."""
     source: dict[str, Any]
     """What a record keeps of it: file names, or the phantom's seed."""
-    volume: CTVolume | None = None
+    volume: Scan | None = None
     """The file, for results on its own grid; None for the phantom."""
 
 
@@ -93,7 +93,7 @@ def _cut(
     spacing: tuple[float, float, float],
     name: str,
     source: dict[str, Any],
-    volume: CTVolume | None,
+    volume: Scan | None,
     slab: tuple[int, int] | None,
     middle: int | None,
     depth: int,

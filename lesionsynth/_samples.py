@@ -16,8 +16,8 @@ import numpy.typing as npt
 import lesionsynth
 from lesionsynth import files
 from lesionsynth._cases import Case, checksum
-from lesionsynth._nifti import write_nifti
 from lesionsynth.config import LEAST_HU, MOST_HU, LesionConfig, check_spacing
+from lesionsynth.io import write_nifti
 from lesionsynth.plan import LesionPlan, check_word
 from lesionsynth.strict import build, name_of, read_json, read_text, shown
 from lesionsynth.synthesizer import LesionPair

@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from lesionsynth.commands import printable, run
 from lesionsynth.files import same_file
-from lesionsynth.io import CTVolume, read_ct, read_map, read_mask
+from lesionsynth.io import Scan, read_ct, read_map, read_mask
 from lesionsynth.strict import name_of
 from normnet.metrics import (
     CONTROL_VOXELS,
@@ -122,7 +122,7 @@ class EvaluateConfig:
 class _Opened:
     """What all methods share of one case: it is read once, their maps one method after another."""
 
-    ct: CTVolume
+    ct: Scan
     truth: Array
     lung_mask: Array
     notes: tuple[str, ...]

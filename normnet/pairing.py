@@ -7,26 +7,14 @@ lungs and truth of the case ``radiopaedia_4``: the last word of a name tells the
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping, Sequence, Set
+from collections.abc import Iterable, Sequence, Set
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from lesionsynth.io import SUFFIXES, case_name
+from lesionsynth.io import MAP_WORDS, SUFFIXES, Wanted, find_scans, name_of_map, split_name
 from lesionsynth.strict import name_of, rule_of
 from normnet.origin import read_series
 from normnet.sheets import read_rows
-
-ROLE_WORDS: Mapping[str, frozenset[str]] = {
-    "ct": frozenset({"hu", "ct", "image", "img", "0000"}),
-    "lung": frozenset({"lung", "lungs"}),
-    "lesion": frozenset({"lesion", "lesions", "infection", "truth", "gt", "label", "labels", "seg"}),
-    "prediction": frozenset({"pred", "prediction"}),
-    "probability": frozenset({"prob", "probability"}),
-}
-"""Last words of a file's name, after ``_`` or ``-``, and what they say it is."""
-MAP_WORDS: Mapping[str, frozenset[str]] = {"core": frozenset({"core"}), "healthy": frozenset({"healthy"})}
-"""The same, among predictions alone: elsewhere ``anna_healthy`` is more likely a person."""
-_MASKS = frozenset({"mask", "msk"})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,37 +60,6 @@ class CaseFiles(PatientFiles):
     healthy: Path | None = None
 
 
-def split_name(path: Path, *, predicted: bool = False) -> tuple[str, str | None]:
-    """Split a file name into case and role.
-
-    Parameters
-    ----------
-    path : Path
-        ``covid/r4_lung_mask.nii.gz``
-    predicted : bool
-        The file is among predictions: `MAP_WORDS` count too.
-
-    Returns
-    -------
-    case : str
-        ``r4``
-    role : str or None
-        ``lung``; None where the name says nothing. With several words the last one that says something
-        counts: ``r4_hu_prob`` is a probability.
-    """
-    name, role = case_name(path), None
-    words_of = {**ROLE_WORDS, **MAP_WORDS} if predicted else ROLE_WORDS
-    while True:
-        cut = max(name.rfind("_"), name.rfind("-"))
-        word = name[cut + 1 :].lower()
-        known = next((r for r, words in words_of.items() if word in words), None)
-        if cut <= 0 or (known is None and word not in _MASKS):
-            return name, role
-        role = role or known
-        name = name[:cut]
-        words_of = ROLE_WORDS  # anna_healthy_lesions are those of anna_healthy
-
-
 def find_cases(
     *,
     predictions: Sequence[Path],
@@ -122,7 +79,7 @@ def find_cases(
         `lungs`, those beside the predictions.
     ct : sequence of Path
         Files, DICOM folders, and folders of these at any depth: what `normnet.predict` was given. The series
-        that a prediction recorded is taken, wherever it is; see `normnet.scans.find_scans`.
+        that a prediction recorded is taken, wherever it is; see `lesionsynth.io.find_scans`.
 
     Returns
     -------
@@ -137,8 +94,6 @@ def find_cases(
         No prediction, a prediction without truth or CT, two files for one role of a case, or a DICOM folder
         without the series that was predicted.
     """
-    from normnet.scans import Wanted, find_scans, name_of_map  # which names files by this module
-
     files = _listed(predictions)
     predicted, maps = _maps(files)
     if not predicted:
@@ -272,7 +227,7 @@ def find_patients(paths: Sequence[Path]) -> list[PatientFiles]:
     ----------
     paths : sequence of Path
         Files and folders. ``NAME_lesion`` says that NAME is a patient, ``NAME_lung`` are its lungs; these lie
-        in the folders themselves. CT are searched at any depth, as `normnet.scans.find_scans` does.
+        in the folders themselves. CT are searched at any depth, as `lesionsynth.io.find_scans` does.
 
     Returns
     -------
@@ -286,8 +241,6 @@ def find_patients(paths: Sequence[Path]) -> list[PatientFiles]:
     ValueError
         No patient, one without CT, or two files for one role of a patient.
     """
-    from normnet.scans import Wanted, find_scans  # which names files by this module
-
     files = _listed(paths)
     lesions, lungs = (_by_case(role, files, {role}) for role in ("lesion", "lung"))
     if not lesions:

@@ -1,7 +1,10 @@
-"""One line about a case that failed while the others go on."""
+"""What is said about a case: one line where it failed while the others go on, and its warnings."""
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from lesionsynth.strict import name_of
@@ -18,3 +21,20 @@ def reason(path: Path, error: Exception) -> str:
     # on one line, and what is no text escaped: it goes to terminals and tables
     said = name_of(said.replace(str(path), name))
     return said if name in said else f"{name}: {said}"
+
+
+@contextmanager
+def hear() -> Iterator[list[str]]:
+    """Collect what is warned of while a case is worked on, each text once; the list is full at the end."""
+    texts: list[str] = []
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", UserWarning)
+        try:
+            yield texts
+        finally:
+            texts += dict.fromkeys(
+                str(one.message) for one in caught if issubclass(one.category, UserWarning)
+            )
+    for one in caught:
+        if not issubclass(one.category, UserWarning):
+            warnings.warn_explicit(one.message, one.category, one.filename, one.lineno)

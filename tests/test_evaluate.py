@@ -11,9 +11,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lesionsynth.io import split_name
 from normnet.metrics import evaluate_case, roc_auc, summarise
 from normnet.oracle import oracle_threshold, threshold_counts
-from normnet.pairing import find_cases, read_patients, read_table, split_name, with_predictions
+from normnet.pairing import find_cases, read_patients, read_table, with_predictions
 
 pytest.importorskip("matplotlib")
 from normnet.evaluate import CaseVolumes, EvaluateConfig, evaluate, evaluate_volumes, main

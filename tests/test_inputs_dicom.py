@@ -14,7 +14,7 @@ import SimpleITK as sitk
 from numpy.testing import assert_array_equal
 
 import lesionsynth.io as io
-from normnet.inputs import Source, dicom_folders, find_sources
+from lesionsynth.io import Source, dicom_folders, find_sources
 from normnet.prepare import load_case, prepare
 from normnet.prepare.__main__ import main
 from tests.test_io import volume, write_series

@@ -22,6 +22,7 @@ from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, generate_uid
 
 import lesionsynth.io as io
+from lesionsynth.io import read
 
 SHAPE = (5, 6, 7)
 SPACING = (2.5, 0.7, 0.9)
@@ -196,7 +197,7 @@ def test_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.Mo
         path.write_bytes(b"half a file")
         raise OSError(28, "disk full")
 
-    monkeypatch.setattr(io, "write_nifti", broken)
+    monkeypatch.setattr(read, "write_nifti", broken)
     with pytest.raises(OSError, match="disk full"):
         ct.write_like(ct.hu < 0, target)
     assert target.read_bytes() == before

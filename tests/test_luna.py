@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 
-from normnet.inputs import find_sources
+from lesionsynth.io import find_sources
 from normnet.prepare import Store, prepare
 from normnet.prepare.__main__ import main
 from normnet.prepare.luna import find_annotations

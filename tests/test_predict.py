@@ -22,7 +22,11 @@ pytest.importorskip("monai")
 sitk = pytest.importorskip("SimpleITK")
 
 import lesionsynth as ls  # noqa: E402
-from lesionsynth.io import CTVolume, read_ct  # noqa: E402
+from lesionsynth.io import (  # noqa: E402
+    Scan,
+    find_sources,
+    read_ct,
+)
 from normnet import predict  # noqa: E402
 from normnet.config import (  # noqa: E402
     ModelConfig,
@@ -31,7 +35,6 @@ from normnet.config import (  # noqa: E402
     from_json,
     to_json,
 )
-from normnet.inputs import find_sources  # noqa: E402
 from normnet.model import build_unet, load_model, save_model  # noqa: E402
 from normnet.postprocess import postprocess  # noqa: E402
 from normnet.prepare import load_case  # noqa: E402
@@ -554,7 +557,7 @@ def test_a_full_disk_leaves_nothing_of_a_case(tmp_path, undecided, monkeypatch, 
     for name in ("p1", "p2", "p3"):
         write_case(tmp_path, name)
     assert run(tmp_path, undecided) == 0
-    write_like = CTVolume.write_like
+    write_like = Scan.write_like
 
     def short(self, array, path):
         written = write_like(self, array, path)
@@ -562,7 +565,7 @@ def test_a_full_disk_leaves_nothing_of_a_case(tmp_path, undecided, monkeypatch, 
             written.write_bytes(written.read_bytes()[:-20])
         return written
 
-    monkeypatch.setattr(CTVolume, "write_like", short)
+    monkeypatch.setattr(Scan, "write_like", short)
     assert run(tmp_path, undecided, names=("p2", "p3", "p1")) == 1
     said = capsys.readouterr()
     assert "p2_lung.nii.gz: could not be written completely" in said.err

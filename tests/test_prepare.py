@@ -27,7 +27,7 @@ from normnet.prepare import Store, load_case, prepare
 from normnet.prepare import store as store_module
 from normnet.prepare.__main__ import main
 from normnet.prepare.exclude import kept_slices, nodule_slices, read_annotations, read_exclusions, runs
-from normnet.prepare.read import IsoGrid
+from normnet.prepare.grid import IsoGrid
 from normnet.prepare.run import find_mask
 from normnet.prepare.workers import Died, run_parallel
 

@@ -15,9 +15,9 @@ pytest.importorskip("pydicom")
 import SimpleITK as sitk
 
 import lesionsynth.io as io
+from lesionsynth.io import find_sources, split_name
 from normnet.evaluate import EvaluateConfig, evaluate, load_case, main
-from normnet.inputs import find_sources
-from normnet.pairing import find_cases, find_patients, read_table, split_name
+from normnet.pairing import find_cases, find_patients, read_table
 from tests.test_io import volume, write_series
 
 SHAPE = (6, 6, 7)

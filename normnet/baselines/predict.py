@@ -12,13 +12,12 @@ import numpy as np
 import tyro
 
 from lesionsynth.commands import printable
+from lesionsynth.io import Source, find_sources, split_name
 from normnet.baselines.base import Baseline
 from normnet.baselines.score import find_lesions, score_volume
 from normnet.baselines.train import load_baseline
 from normnet.device import cpu_settings
-from normnet.inputs import Source, find_sources
 from normnet.maps import Folder
-from normnet.pairing import split_name
 from normnet.prepare import load_case
 from normnet.prepare.case import LungMethod
 from normnet.prepare.masks import check_lungs, find_mask

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from lesionsynth.io import CTVolume
+from lesionsynth.io import Scan
 from normnet.config import PredictConfig
 from normnet.postprocess import Mask
 from normnet.predict.volume import predict_volume
@@ -38,7 +38,7 @@ class CasePrediction:
     """Lungs and lesions in ml and percent, see `normnet.records.volumes_of`."""
     inflation: float
     """What HU in the lungs were multiplied with, see `normnet.inflation`."""
-    ct: CTVolume
+    ct: Scan
     """The CT; ``ct.write_like(lesions, "lesions.nii.gz")`` writes a map."""
 
 

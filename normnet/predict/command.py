@@ -16,14 +16,13 @@ from tqdm import tqdm
 
 import lesionsynth as ls
 from lesionsynth.commands import run
+from lesionsynth.io import Source, find_sources, split_name
 from lesionsynth.strict import name_of
 from normnet.config import PredictConfig
 from normnet.device import choose_device, cpu_settings
 from normnet.dicom_seg import write_segmentation
-from normnet.inputs import Source, find_sources
 from normnet.maps import Folder
 from normnet.model import bundled_models, find_models, load_model
-from normnet.pairing import split_name
 from normnet.predict.args import PredictArgs, parse
 from normnet.predict.case import CasePrediction, predict_case
 from normnet.predict.volume import bright_threshold, healthy_threshold, inflation_of, threshold_setting

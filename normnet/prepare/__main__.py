@@ -12,8 +12,7 @@ from typing import Annotated
 import tyro
 
 from lesionsynth.commands import run
-from lesionsynth.io import largest_series
-from normnet.inputs import dicom_folders
+from lesionsynth.io import dicom_folders, largest_series
 from normnet.prepare.case import LungMethod, Side
 from normnet.prepare.run import CaseSummary, prepare
 

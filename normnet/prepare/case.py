@@ -9,11 +9,11 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from lesionsynth.io import CTVolume, read_ct, read_mask
+from lesionsynth.io import Scan, read_ct, read_mask
+from normnet.prepare.grid import IsoGrid
 from normnet.prepare.lungmask import split_by_lungmask
 from normnet.prepare.lungs import Lungs, split_lungs, split_mask
 from normnet.prepare.morphology import Mask, Spacing
-from normnet.prepare.read import IsoGrid
 
 ISO_SPACING: Spacing = (1.0, 0.8, 0.8)
 """Working voxel in mm, axis order z, y, x (PAPER.md IV-B)."""
@@ -31,7 +31,7 @@ class LoadedCase:
         Raw HU, resampled linearly; -1024 outside the file.
     mask : (Z, Y, X) bool array
         Lung mask, nearest voxel.
-    volume : CTVolume
+    volume : Scan
         The CT as read; ``volume.write_like`` writes a result.
     native_mask : bool array
         The lung mask on the CT's own grid.
@@ -44,7 +44,7 @@ class LoadedCase:
 
     hu: npt.NDArray[np.int16]
     mask: Mask
-    volume: CTVolume
+    volume: Scan
     native_mask: Mask
     grid: IsoGrid
     native_left: Mask | None = None
@@ -141,7 +141,7 @@ def load_case(
 
 
 def _lungs(
-    volume: CTVolume, mask_path: str | os.PathLike[str] | None, keep_lung: Side, method: LungMethod
+    volume: Scan, mask_path: str | os.PathLike[str] | None, keep_lung: Side, method: LungMethod
 ) -> tuple[Mask, Mask | None]:
     """Lungs on the CT's grid, and the left one among them where that is known."""
     try:

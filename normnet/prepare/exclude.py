@@ -8,9 +8,9 @@ from pathlib import Path
 
 import numpy as np
 
-from lesionsynth.io import CTVolume
+from lesionsynth.io import Scan
 from lesionsynth.strict import name_of, rule_of, shown
-from normnet.prepare.read import IsoGrid
+from normnet.prepare.grid import IsoGrid
 from normnet.sheets import read_rows
 
 Range = tuple[int, int]
@@ -85,7 +85,7 @@ def _rows(path: Path) -> list[tuple[int, list[str]]]:
     return [(n, row) for n, row in rows if any(row) and not row[0].startswith("#")]
 
 
-def nodule_slices(volume: CTVolume, nodules: Sequence[Nodule]) -> list[Range]:
+def nodule_slices(volume: Scan, nodules: Sequence[Nodule]) -> list[Range]:
     """Slices of the file that nodules reach into, one more on each side."""
     ranges = []
     for x, y, z, diameter in nodules:

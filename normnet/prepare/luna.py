@@ -8,8 +8,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from lesionsynth.io import case_name
-from normnet.inputs import Source
+from lesionsynth.io import Source, case_name
 from normnet.prepare.exclude import Nodule, read_annotations
 
 

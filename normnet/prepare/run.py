@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from lesionsynth.files import claimed, refuse_foreign
+from lesionsynth.io import Source, find_sources
 from lesionsynth.strict import name_of
-from normnet.inputs import Source, find_sources
 from normnet.prepare.case import ISO_SPACING, LungMethod, Side, check_grid
 from normnet.prepare.exclude import read_exclusions
 from normnet.prepare.luna import find_annotations, match_annotations
@@ -47,7 +47,7 @@ def prepare(
     ----------
     inputs : sequence of paths
         Volume files, DICOM folders, and folders of these to any depth, LUNA16's among them; see
-        `normnet.inputs.find_sources`. A case is named after its file or folder.
+        `lesionsynth.io.find_sources`. A case is named after its file or folder.
     output : path
         Store to make or to go on with; finished cases are kept, what a killed run left is taken away.
     masks : path, optional

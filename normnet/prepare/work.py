@@ -14,8 +14,8 @@ import numpy as np
 
 import lesionsynth as ls
 from lesionsynth.files import is_picture
+from lesionsynth.io import Source
 from lesionsynth.strict import name_of
-from normnet.inputs import Source
 from normnet.prepare.case import LoadedCase, LungMethod, Side, load_case
 from normnet.prepare.exclude import Nodule, Range, kept_slices, nodule_slices, runs
 from normnet.prepare.masks import find_mask

@@ -9,8 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PureWindowsPath
 
-from normnet.inputs import Source, find_sources
-from normnet.pairing import split_name
+from lesionsynth.io import Source, find_sources, split_name
 from normnet.records import FILES, Record, read_records
 
 
@@ -88,7 +87,7 @@ def locate(records: Sequence[Record], inputs: Sequence[Path]) -> dict[str, Place
     Raises
     ------
     FileNotFoundError, ValueError
-        As `normnet.inputs.find_sources`.
+        As `lesionsynth.io.find_sources`.
     """
     sources = _sources(inputs)
     hint = "nothing in ct fits either" if inputs else "ct must name its new place"

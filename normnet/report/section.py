@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from lesionsynth.io import CTVolume, read_ct, read_mask
+from lesionsynth.io import Scan, read_ct, read_mask
 from normnet.records import Record
 from normnet.report.cases import Place
 from normnet.report.checks import Concern, doubt_maps, doubt_numbers
@@ -77,7 +77,7 @@ def look(folder: Path, record: Record, place: Place, count: int) -> Section:
 
 
 def _drawn(
-    record: Record, concerns: Sequence[Concern], ct: CTVolume, lesions: Mask, lung: Mask, count: int
+    record: Record, concerns: Sequence[Concern], ct: Scan, lesions: Mask, lung: Mask, count: int
 ) -> Section:
     """Measure and draw a case; arrays are (Z, Y, X) on the CT's grid."""
     z_mm, y_mm, x_mm = ct.spacing
@@ -106,7 +106,7 @@ def _drawn(
     return Section([*concerns, *more], facts, pictures, charts)
 
 
-def _positions(ct: CTVolume) -> npt.NDArray[np.float64]:
+def _positions(ct: Scan) -> npt.NDArray[np.float64]:
     """Z coordinate (LPS, mm) of the middle of every slice: what viewers show as its location."""
     corners = ct.grid.corners()[:, 2]  # the lowest slice's four, then the highest's
     return np.linspace(corners[:4].mean(), corners[4:].mean(), ct.hu.shape[0])

@@ -28,9 +28,9 @@ import pytest
 import SimpleITK as sitk
 from numpy.testing import assert_allclose, assert_array_equal
 
-from lesionsynth import _elements, _headers, _reader, io
+from lesionsynth import io
+from lesionsynth.io import checks, child, dicom_folders, elements, find_sources, read
 from lesionsynth.strict import name_of
-from normnet.inputs import dicom_folders, find_sources
 from normnet.prepare.__main__ import main
 from tests.hostile.tally import trial
 from tests.test_io import volume, write_nifti, write_series
@@ -96,7 +96,7 @@ def oracle(path: Path) -> np.ndarray:
     return np.frombuffer(body, kind).reshape(sizes[::-1])
 
 
-def stored(ct: io.CTVolume) -> np.ndarray:
+def stored(ct: io.Scan) -> np.ndarray:
     return ct.grid.from_lps(ct.hu)
 
 
@@ -346,7 +346,7 @@ def test_bombs(tmp_path: Path, name: str) -> None:
 
 
 def test_room_for_the_largest_ct() -> None:
-    assert 2000 * 1024 * 1024 <= _headers.MAX_VOXELS < 1500**3
+    assert 2000 * 1024 * 1024 <= checks.MAX_VOXELS < 1500**3
 
 
 @pytest.mark.parametrize("bits", [0, 1, 8, 15, 17, 32, -16])
@@ -658,8 +658,8 @@ def test_things_that_are_no_files(tmp_path: Path, name: str) -> None:
 
 
 def reader_pid() -> int:
-    assert _reader._state.process is not None
-    return _reader._state.process._child.pid
+    assert child._state.process is not None
+    return child._state.process._child.pid
 
 
 def test_a_crash_costs_one_file(tmp_path: Path) -> None:
@@ -670,7 +670,7 @@ def test_a_crash_costs_one_file(tmp_path: Path) -> None:
     insert(tmp_path / "s/001.dcm", opened * 20_000)
     with trial("readers"):
         with pytest.raises(RuntimeError, match=r"the reader crashed on it \(SIGSEGV\)"):
-            _reader.read("GDCMImageIO", [str(tmp_path / "s/001.dcm")], 1000)
+            child.read("GDCMImageIO", [str(tmp_path / "s/001.dcm")], 1000)
         assert_array_equal(stored(io.read_ct(tmp_path / "good.nii")), hu)
 
 
@@ -693,35 +693,36 @@ def test_a_process_that_was_killed_is_started_anew(tmp_path: Path, sent: signal.
 def test_time_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A named pipe stands for a disk that never answers."""
     os.mkfifo(tmp_path / "a.nii")
-    monkeypatch.setattr(_reader, "_SECONDS", 1)
+    monkeypatch.setattr(child, "_SECONDS", 1)
     with trial("readers"), pytest.raises(RuntimeError, match="takes longer than 1 seconds"):
-        _reader.read("NiftiImageIO", [str(tmp_path / "a.nii")], 1000)
+        child.read("NiftiImageIO", [str(tmp_path / "a.nii")], 1000)
 
 
 def test_memory_is_bounded(tmp_path: Path) -> None:
     """Native code that asks for more than the header that was checked gets an error."""
     huge(tmp_path / "a.nii", (1500, 1500, 1200))
     with trial("readers"), pytest.raises(RuntimeError):
-        _reader.read("NiftiImageIO", [str(tmp_path / "a.nii")], 1000)
+        child.read("NiftiImageIO", [str(tmp_path / "a.nii")], 1000)
 
 
 def test_a_file_that_changes_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write(tmp_path / "a.nii")
-    read = _reader.read
+    read = child.read
 
     def slow(*given: object) -> object:
         image = read(*given)
         os.utime(tmp_path / "a.nii", (1, 1))
         return image
 
-    monkeypatch.setattr(_reader, "read", slow)
+    monkeypatch.setattr(child, "read", slow)
     refused(tmp_path / "a.nii", "must not change while it is read")
 
 
 SCRIPT = """
 import os, sys
 sys.path[:] = {path!r}
-from lesionsynth import io, _reader
+import lesionsynth.io as io
+from lesionsynth.io import child
 {body}
 """
 
@@ -744,7 +745,7 @@ def test_no_process_is_left(tmp_path: Path, end: str) -> None:
     """However the one that asked ended; and a script needs no guard of its main part."""
     write(tmp_path / "a.nii")
     path = str(tmp_path / "a.nii")
-    body = f"io.read_ct({path!r}); print(_reader._state.process._child.pid, flush=True); {end}"
+    body = f"io.read_ct({path!r}); print(child._state.process._child.pid, flush=True); {end}"
     done = subprocess.run(
         [sys.executable, script(tmp_path, body)], capture_output=True, text=True, timeout=60
     )
@@ -772,7 +773,7 @@ FORKS = """
 import multiprocessing, threading
 def work(kind):
     assert io.read_ct({file!r}).hu.sum() == {total}
-    queue.put(_reader._state.process._child.pid)
+    queue.put(child._state.process._child.pid)
 work_in = lambda kind: work(kind)
 context = multiprocessing.get_context("fork")
 queue = context.SimpleQueue()
@@ -807,12 +808,12 @@ def test_daemons_that_were_forked_and_threads(tmp_path: Path) -> None:
 def test_in_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     hu = write(tmp_path / "a.nii")
     series = series_of(tmp_path / "s")
-    monkeypatch.setenv(_reader.IN_PROCESS, "1")
-    monkeypatch.setattr(_reader._state, "process", None)
+    monkeypatch.setenv(child.IN_PROCESS, "1")
+    monkeypatch.setattr(child._state, "process", None)
     with trial("readers"):
         assert_array_equal(stored(io.read_ct(tmp_path / "a.nii")), hu)
         assert_array_equal(io.read_ct(tmp_path / "s").hu, series)
-        assert _reader._state.process is None
+        assert child._state.process is None
     write_series(tmp_path / "t", series)
     (tmp_path / "t/002.dcm").write_bytes((tmp_path / "t/002.dcm").read_bytes()[:-10])
     with trial("readers"), pytest.raises(ValueError, match="truncated"):
@@ -899,7 +900,7 @@ WORDS = [
 @pytest.mark.parametrize("every", [False, True])
 def test_values_in_messages(tmp_path: Path, word: bytes, every: bool) -> None:
     """Of any element that is looked at: escaped, short, and on one line, in errors, warnings and lists."""
-    known: dict[int, bytes] = {**_elements._TEXTS, 0x00020010: b"UI"}
+    known: dict[int, bytes] = {**elements._TEXTS, 0x00020010: b"UI"}
     folder = tmp_path / "s"
     for tag, kind in known.items():
         hu = series_of(folder)
@@ -1269,14 +1270,14 @@ def test_a_file_that_changes_after_it_was_checked(
     write(path)
     body = next(p for p in (tmp_path / "a.raw", path / "002.dcm", path) if p.is_file())
     check = "find_series" if kind == "s" else "check_volume"
-    checked = getattr(io, check)
+    checked = getattr(read, check)
 
     def slow(*given: object) -> object:
         answer = checked(*given)
         os.utime(body, (1, 1))
         return answer
 
-    monkeypatch.setattr(io, check, slow)
+    monkeypatch.setattr(read, check, slow)
     with trial("readers"), pytest.raises(ValueError, match=rf"{body.name}: must not change while it is read"):
         io.read_ct(path)
 
@@ -1353,14 +1354,14 @@ def test_what_is_written_lies_where_it_was_read(tmp_path: Path) -> None:
 
 def readers_are_in_one_place() -> list[str]:
     calls = re.compile(r"ReadImage|ImageFileReader|ImageSeriesReader|GetGDCM|nib(abel)?\.load|dcmread")
-    root = Path(io.__file__).parent.parent
+    root = Path(io.__file__).parents[2]
     files: list[Path] = [*root.glob("lesionsynth/**/*.py"), *root.glob("normnet/**/*.py")]
     return sorted(str(p.relative_to(root)) for p in files if calls.search(p.read_text()))
 
 
 def test_native_readers_are_called_in_one_place() -> None:
     """pydicom, which is none, gets the files of a series that was walked through."""
-    assert readers_are_in_one_place() == ["lesionsynth/_reader.py", "normnet/dicom_seg.py"]
+    assert readers_are_in_one_place() == ["lesionsynth/io/child.py", "normnet/dicom_seg.py"]
 
 
 def variants() -> dict[str, tuple[str, bytes, bytes]]:

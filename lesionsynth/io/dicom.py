@@ -15,8 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from lesionsynth._elements import Damage, Elements, check_slice, read_elements
-from lesionsynth._headers import FARTHEST_MM, MAX_VOXELS, SPACING_MM, Stamp, number_of
+from lesionsynth.io.checks import FARTHEST_MM, MAX_VOXELS, SPACING_MM, Stamp, number_of
+from lesionsynth.io.elements import Damage, Elements, check_slice, read_elements
 from lesionsynth.strict import name_of, rule_of, shown, some_of
 
 _ORIENTATION, _POSITION, _PIXEL_SPACING = "0020|0037", "0020|0032", "0028|0030"

@@ -11,9 +11,10 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from lesionsynth.io import SUFFIXES, SeriesInfo, case_name, largest_series, list_series
+from lesionsynth.io.dicom import SeriesInfo, largest_series
+from lesionsynth.io.names import SUFFIXES, case_name, split_name
+from lesionsynth.io.read import list_series
 from lesionsynth.strict import name_of, some_of
-from normnet.pairing import split_name
 
 Inputs = Sequence[str | os.PathLike[str]]
 _Listed = dict[Path, list[SeriesInfo]]

@@ -1,14 +1,4 @@
-"""Read chest CT in the formats it comes in, in one orientation, and write results on the file's own grid.
-
-NIfTI, NRRD and MetaImage files and DICOM folders all become (z, y, x) arrays of Hounsfield units in LPS index
-order: z from feet to head, y from front to back, x from the patient's right to left. Reading needs SimpleITK
-(``pip install lesionsynth[io]``); importing this module does not.
-
-Files are not trusted. Headers, lengths and checksums are checked in Python; what passes is read by SimpleITK
-in a process of its own, one for all reads, so that a file which crashes it costs an error and nothing else.
-``LESIONSYNTH_READ_IN_PROCESS=1`` in the environment reads in the caller's process after the same checks,
-which saves the 0.3 seconds that the other takes to start (on Windows it is always so).
-"""
+"""Read one scan, or a mask or map that lies on its grid; write results on that grid."""
 
 from __future__ import annotations
 
@@ -23,36 +13,24 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from lesionsynth import _dicom, _reader, files
-from lesionsynth._dicom import SeriesInfo, find_series, largest_series
-from lesionsynth._grid import Grid
-from lesionsynth._headers import check_geometry, check_volume, file_stamp
-from lesionsynth._nifti import write_nifti
+from lesionsynth import files
 from lesionsynth.commands import optional
+from lesionsynth.io import child, dicom
+from lesionsynth.io.checks import Header, check_geometry, file_stamp, refuse
+from lesionsynth.io.dicom import SeriesInfo, find_series
+from lesionsynth.io.grid import Grid
+from lesionsynth.io.metaimage import check_metaimage
+from lesionsynth.io.names import SUFFIXES, case_name
+from lesionsynth.io.nifti import check_nifti, write_nifti
+from lesionsynth.io.nrrd import check_nrrd
 from lesionsynth.strict import name_of
-
-__all__ = [
-    "AIR_HU",
-    "SUFFIXES",
-    "CTVolume",
-    "Grid",
-    "SeriesInfo",
-    "case_name",
-    "largest_series",
-    "list_series",
-    "read_ct",
-    "read_map",
-    "read_mask",
-]
 
 AIR_HU = -1024
 """Lowest value kept; scanners pad with -2000 or -3024 outside the field of view."""
-SUFFIXES = (".nii", ".nii.gz", ".nrrd", ".nhdr", ".mhd", ".mha")
-"""Ends of the names of volume files that are read, in lower case."""
 
 
 @dataclass(frozen=True, eq=False)
-class CTVolume:
+class Scan:
     """A CT volume in LPS index order.
 
     Attributes
@@ -65,17 +43,36 @@ class CTVolume:
         Where it was read from.
     grid : Grid
         The file's own geometry.
+    series : str or None
+        SeriesInstanceUID, of DICOM.
+    files : tuple of Path
+        What was read: the file, or the slices of the series from the first along its normal to the last.
+    warnings : tuple of str
+        What the reader decided and the user should know; warned of as well.
     """
 
     hu: npt.NDArray[np.int16]
     spacing: tuple[float, float, float]
     path: Path
     grid: Grid
+    series: str | None = None
+    files: tuple[Path, ...] = ()
+    warnings: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
         """File or folder name without the format's suffix."""
         return case_name(self.path)
+
+    @property
+    def affine(self) -> npt.NDArray[np.float64]:
+        """Index (z, y, x) of `hu` to RAS mm (x, y, z) as a (4, 4) matrix: what nibabel and MONAI take."""
+        corners = np.array([-1.0, -1.0, 1.0]) * self.grid.corners()
+        ends = corners[[0, 4, 2, 1]]  # the first voxel, and the last along z, y and x
+        out = np.eye(4)
+        out[:3, 3] = ends[0]
+        out[:3, :3] = (ends[1:] - ends[0]).T / (np.array(self.hu.shape) - 1)
+        return out
 
     def index_of(self, points: npt.ArrayLike) -> npt.NDArray[np.float64]:
         """LPS coordinates (n, 3: x, y, z) in mm to voxel positions (n, 3: z, y, x) in this volume.
@@ -127,7 +124,7 @@ class CTVolume:
         return target
 
 
-def read_ct(path: str | os.PathLike[str], series: str | None = None) -> CTVolume:
+def read_ct(path: str | os.PathLike[str], series: str | None = None) -> Scan:
     """Read a chest CT volume.
 
     Parameters
@@ -141,7 +138,7 @@ def read_ct(path: str | os.PathLike[str], series: str | None = None) -> CTVolume
 
     Returns
     -------
-    CTVolume
+    Scan
         LPS index order, rescale slope and intercept applied, rounded to int16, padding raised to -1024 HU.
 
     Raises
@@ -177,7 +174,7 @@ def read_ct(path: str | os.PathLike[str], series: str | None = None) -> CTVolume
     hu = grid.to_lps(
         np.clip(np.rint(values) if values.dtype.kind == "f" else values, AIR_HU, 32767).astype(np.int16)
     )
-    return CTVolume(hu, grid.lps_spacing, source, grid)
+    return Scan(hu, grid.lps_spacing, source, grid)
 
 
 def list_series(path: str | os.PathLike[str]) -> list[SeriesInfo]:
@@ -203,10 +200,10 @@ def list_series(path: str | os.PathLike[str]) -> list[SeriesInfo]:
     source = Path(path)
     if not source.exists():
         raise FileNotFoundError(f"{name_of(source)}: no such file or folder")
-    return _dicom.list_series(source if source.is_dir() else source.parent)
+    return dicom.list_series(source if source.is_dir() else source.parent)
 
 
-def read_mask(path: str | os.PathLike[str], like: CTVolume) -> npt.NDArray[np.bool_]:
+def read_mask(path: str | os.PathLike[str], like: Scan) -> npt.NDArray[np.bool_]:
     """Read a label map that belongs to a CT volume; what is above zero is in the mask.
 
     Parameters
@@ -214,7 +211,7 @@ def read_mask(path: str | os.PathLike[str], like: CTVolume) -> npt.NDArray[np.bo
     path : path
         A file in one of the formats of `read_ct`, DICOM excepted. Its axes may be stored in another order
         than the CT's.
-    like : CTVolume
+    like : Scan
         The CT it must lie on.
 
     Returns
@@ -230,7 +227,7 @@ def read_mask(path: str | os.PathLike[str], like: CTVolume) -> npt.NDArray[np.bo
     return np.asarray(_read_on_grid(path, like, "mask") > 0)
 
 
-def read_map(path: str | os.PathLike[str], like: CTVolume) -> npt.NDArray[np.float32]:
+def read_map(path: str | os.PathLike[str], like: Scan) -> npt.NDArray[np.float32]:
     """Read a map of numbers that belongs to a CT volume, such as a probability.
 
     Parameters
@@ -251,7 +248,7 @@ def read_map(path: str | os.PathLike[str], like: CTVolume) -> npt.NDArray[np.flo
     return _read_on_grid(path, like, "map").astype(np.float32)
 
 
-def _read_on_grid(path: str | os.PathLike[str], like: CTVolume, what: str) -> npt.NDArray[Any]:
+def _read_on_grid(path: str | os.PathLike[str], like: Scan, what: str) -> npt.NDArray[Any]:
     """Values of a file that must lie on a CT's grid, in the CT's order; `what` names it in errors."""
     source = Path(path)
     if source.is_dir() or source.suffix.lower() == ".dcm":
@@ -274,23 +271,11 @@ def _read_on_grid(path: str | os.PathLike[str], like: CTVolume, what: str) -> np
     return ordered
 
 
-def case_name(path: Path) -> str:
-    """Name of a case: the file or folder name without the suffix of its format."""
-    name = path.name or path.resolve().name
-    # results are named after it: bytes that are no UTF-8 could be written to no table, lines break it
-    name = name.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
-    name = "".join(c if c.isprintable() else "_" for c in name)
-    for suffix in sorted((*SUFFIXES, ".dcm"), key=len, reverse=True):
-        if name.lower().endswith(suffix) and len(name) > len(suffix):
-            return name[: -len(suffix)]
-    return name
-
-
 def _simpleitk() -> ModuleType:
     return optional("SimpleITK", "reading CT needs SimpleITK: pip install 'lesionsynth[io]'")
 
 
-def _load(path: Path, series: str | None = None) -> _reader.Image:
+def _load(path: Path, series: str | None = None) -> child.Image:
     """Check and read; the one way of a user's file to native code."""
     if importlib.util.find_spec("SimpleITK") is None:
         _simpleitk()  # says how to install it
@@ -316,7 +301,18 @@ def _load(path: Path, series: str | None = None) -> _reader.Image:
     return replace(image, spacing=spacing, origin=origin, direction=direction)
 
 
-def _load_series(path: Path, series: str | None) -> _reader.Image:
+def check_volume(path: Path) -> Header:
+    """Check a NIfTI, NRRD or MetaImage file, told by its suffix, before native code sees it."""
+    size = file_stamp(path)[2]
+    name = path.name.lower()
+    if not size:
+        refuse(path, "an empty file")
+    if name.endswith((".nii", ".nii.gz")):
+        return check_nifti(path, size)
+    return (check_nrrd if name.endswith((".nrrd", ".nhdr")) else check_metaimage)(path, size)
+
+
+def _load_series(path: Path, series: str | None) -> child.Image:
     if not path.is_dir():
         file_stamp(path)
     found = find_series(path, series)
@@ -332,12 +328,12 @@ def _read(
     stamps: Mapping[Path, object],
     beside: Sequence[str] = (),
     real: bool = False,
-) -> _reader.Image:
+) -> child.Image:
     """Read what was checked; `stamps` tell whether it still is what is there."""
     try:
-        image = _reader.read(kind, files, voxel_bytes, beside, real)
+        image = child.read(kind, files, voxel_bytes, beside, real)
     except RuntimeError as error:
-        at = error.at if isinstance(error, _reader.Refused) else None
+        at = error.at if isinstance(error, child.Refused) else None
         where = path if at is None else files[at]
         raise ValueError(f"{name_of(where)}: unreadable: {name_of(str(error)[:400])}") from error
     for file, before in stamps.items():
@@ -346,7 +342,7 @@ def _read(
     return image
 
 
-def _scalar_array(path: Path, image: _reader.Image) -> npt.NDArray[Any]:
+def _scalar_array(path: Path, image: child.Image) -> npt.NDArray[Any]:
     if image.components != 1:
         raise ValueError(
             f"{name_of(path)}: a volume must have one value per voxel, got {image.components} "
@@ -366,7 +362,7 @@ def _scalar_array(path: Path, image: _reader.Image) -> npt.NDArray[Any]:
     return values
 
 
-def _grid(image: _reader.Image) -> Grid:
+def _grid(image: child.Image) -> Grid:
     return Grid.of(image.size, image.spacing, image.origin, image.direction)
 
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from lesionsynth._headers import MAX_VOXELS, Stamp, file_stamp, number_of
+from lesionsynth.io.checks import MAX_VOXELS, Stamp, file_stamp, number_of
 from lesionsynth.strict import name_of, shown
 
 MAX_DEPTH = 32

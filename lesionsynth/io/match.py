@@ -12,10 +12,9 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from lesionsynth.io import case_name
+from lesionsynth.io.find import Source, dicom_folders, find_sources
+from lesionsynth.io.names import case_name, split_name
 from lesionsynth.strict import name_of
-from normnet.inputs import Source, dicom_folders, find_sources
-from normnet.pairing import split_name
 
 _CT = (None, "ct")
 """Roles of files that may be CT: the name says nothing, or that."""
@@ -47,8 +46,8 @@ def find_scans(inputs: Sequence[Path], wanted: Sequence[Wanted]) -> dict[str, So
     Parameters
     ----------
     inputs : sequence of Path
-        Files, DICOM folders, and folders of these at any depth, searched as `normnet.inputs.find_sources`
-        does. Files whose names say that they are no CT are passed over.
+        Files, DICOM folders, and folders of these at any depth, searched as
+        `find_sources` does. Files whose names say that they are no CT are passed over.
     wanted : sequence of Wanted
         The cases.
 

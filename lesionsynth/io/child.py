@@ -71,7 +71,7 @@ def read(
     kind : str
         ITK's image IO: "NiftiImageIO", "GDCMImageIO", ...
     files : sequence of str
-        Several are slices, stacked in this order. They must have been checked, see `lesionsynth._headers`.
+        Several are slices, stacked in this order. They must have been checked, see `lesionsynth.io.checks`.
     expected : int
         Bytes of the voxels.
     beside : sequence of str

@@ -1,0 +1,67 @@
+"""What the name of a file says: its format, its case, and whether it is a CT, a mask or a map.
+
+``radiopaedia_4_hu.nii.gz``, ``radiopaedia_4_lung.nii.gz`` and ``radiopaedia_4_lesion.nii.gz`` are the CT,
+lungs and truth of the case ``radiopaedia_4``: the last word of a name tells the role, the rest the case.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+SUFFIXES = (".nii", ".nii.gz", ".nrrd", ".nhdr", ".mhd", ".mha")
+"""Ends of the names of volume files that are read, in lower case."""
+ROLE_WORDS: Mapping[str, frozenset[str]] = {
+    "ct": frozenset({"hu", "ct", "image", "img", "0000"}),
+    "lung": frozenset({"lung", "lungs"}),
+    "lesion": frozenset({"lesion", "lesions", "infection", "truth", "gt", "label", "labels", "seg"}),
+    "prediction": frozenset({"pred", "prediction"}),
+    "probability": frozenset({"prob", "probability"}),
+}
+"""Last words of a file's name, after ``_`` or ``-``, and what they say it is."""
+MAP_WORDS: Mapping[str, frozenset[str]] = {"core": frozenset({"core"}), "healthy": frozenset({"healthy"})}
+"""The same, among predictions alone: elsewhere ``anna_healthy`` is more likely a person."""
+_MASKS = frozenset({"mask", "msk"})
+
+
+def case_name(path: Path) -> str:
+    """Name of a case: the file or folder name without the suffix of its format."""
+    name = path.name or path.resolve().name
+    # results are named after it: bytes that are no UTF-8 could be written to no table, lines break it
+    name = name.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+    name = "".join(c if c.isprintable() else "_" for c in name)
+    for suffix in sorted((*SUFFIXES, ".dcm"), key=len, reverse=True):
+        if name.lower().endswith(suffix) and len(name) > len(suffix):
+            return name[: -len(suffix)]
+    return name
+
+
+def split_name(path: Path, *, predicted: bool = False) -> tuple[str, str | None]:
+    """Split a file name into case and role.
+
+    Parameters
+    ----------
+    path : Path
+        ``covid/r4_lung_mask.nii.gz``
+    predicted : bool
+        The file is among predictions: `MAP_WORDS` count too.
+
+    Returns
+    -------
+    case : str
+        ``r4``
+    role : str or None
+        ``lung``; None where the name says nothing. With several words the last one that says something
+        counts: ``r4_hu_prob`` is a probability.
+    """
+    name, role = case_name(path), None
+    words_of = {**ROLE_WORDS, **MAP_WORDS} if predicted else ROLE_WORDS
+    while True:
+        cut = max(name.rfind("_"), name.rfind("-"))
+        word = name[cut + 1 :].lower()
+        known = next((r for r, words in words_of.items() if word in words), None)
+        if cut <= 0 or (known is None and word not in _MASKS):
+            return name, role
+        role = role or known
+        name = name[:cut]
+        words_of = ROLE_WORDS  # anna_healthy_lesions are those of anna_healthy
