@@ -25,7 +25,7 @@ from lesionsynth import presets
 from lesionsynth._cache import kernel_folder
 from lesionsynth._cases import Case, load_case
 from lesionsynth._samples import check_output, checksums, read_plan, read_record, write_sample
-from lesionsynth.commands import printable, run
+from lesionsynth.commands import plainly, printable, run
 from lesionsynth.config import LesionConfig
 from lesionsynth.cpu._threads import check_threads, default_threads
 from lesionsynth.plan import WORD, check_lung_fraction, check_word
@@ -63,7 +63,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def body() -> int:
         arguments = build_parser().parse_args(given)
-        code: int = arguments.run(arguments)
+        with plainly():
+            code: int = arguments.run(arguments)
         return code
 
     return run(f"lesionsynth{command}: error", body)

@@ -19,6 +19,7 @@ import signal
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -248,6 +249,15 @@ def _stop_here(number: int, frame: FrameType | None) -> None:
         return
     _hooks["stopped"] = now
     raise KeyboardInterrupt if number == signal.SIGINT else _Terminated(number)
+
+
+@contextmanager
+def plainly() -> Iterator[None]:
+    """Print what is warned of as one line on standard error: a user is not to read places in the source."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", UserWarning)
+        warnings.showwarning = lambda message, *_, **__: _say(printable(f"warning: {message}"))
+        yield
 
 
 def _say(line: str) -> None:

@@ -7,9 +7,11 @@ result again gives the same instance, not a second one.
 from __future__ import annotations
 
 import hashlib
+import io
 import os
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +19,13 @@ import highdicom
 import numpy as np
 import numpy.typing as npt
 import pydicom
-from pydicom.errors import InvalidDicomError
 from pydicom.sr.codedict import codes
 from pydicom.uid import ExplicitVRLittleEndian, generate_uid
 
 from lesionsynth import __version__
 from lesionsynth.files import named_when_whole, replacing
-from lesionsynth.io import Grid, SeriesInfo, largest_series, list_series
-from lesionsynth.strict import name_of
+from lesionsynth.io import Scan, read_headers
+from lesionsynth.strict import name_of, shown, some_of
 
 Mask = npt.NDArray[np.bool_]
 
@@ -33,15 +34,35 @@ SEGMENTS: Mapping[str, tuple[Any, Any, tuple[int, int, int]]] = {
     "lesion": (codes.SCT.MorphologicallyAbnormalStructure, codes.SCT.Lesion, (220, 60, 50)),
 }
 """Names of segments: SNOMED category (DICOM CID 7150), SNOMED type, and an RGB colour for viewers."""
+_MAY_BE_EMPTY = (
+    "PatientID", "PatientName", "PatientBirthDate", "PatientSex", "AccessionNumber", "StudyID", "StudyDate",
+    "StudyTime", "ReferringPhysicianName", "PositionReferenceIndicator", "SliceThickness",
+)  # fmt: skip
+"""What a CT and a segmentation must have, though without a value: attributes of type 2."""
 
 
-def write_segmentation(
-    path: str | os.PathLike[str],
-    masks: Mapping[str, Mask],
-    source: str | os.PathLike[str],
-    *,
-    series: str | None = None,
-) -> Path:
+def check_segmentation(files: Sequence[Path]) -> None:
+    """Check that the headers of a CT series allow a segmentation, before one is computed.
+
+    Parameters
+    ----------
+    files : sequence of Path
+        The slices: files of a `Scan`, or of a `Source`.
+
+    Raises
+    ------
+    ValueError
+        They lack what a segmentation must repeat of them, or it is not as the standard wants it.
+    """
+    with _told(files):
+        slices = _slices(files)
+        voxel = np.zeros((1, int(slices[0].Rows), int(slices[0].Columns), 1), bool)
+        voxel[:, 0, 0] = True
+        # slices that agree: one is as good as all
+        _segmentation(slices[:1], ["lesion"], voxel, [""]).save_as(io.BytesIO())
+
+
+def write_segmentation(path: str | os.PathLike[str], masks: Mapping[str, Mask], scan: Scan) -> Path:
     """Write masks as one binary DICOM Segmentation.
 
     Parameters
@@ -49,12 +70,9 @@ def write_segmentation(
     path : path
         File to write; replaced atomically, folders are created.
     masks : mapping of str to (Z, Y, X) bool array
-        By name, "lung" or "lesion"; in LPS index order on the CT's own grid, as `lesionsynth.io.read_ct`
-        gives it. They may overlap.
-    source : path
-        The CT: a DICOM folder, or one file of the series.
-    series : str, optional
-        SeriesInstanceUID; where omitted, that of the file, or the one of the folder that `read_ct` takes.
+        By name, "lung" or "lesion"; on the grid of ``scan.hu``. They may overlap.
+    scan : Scan
+        The CT, of a DICOM series.
 
     Returns
     -------
@@ -64,114 +82,77 @@ def write_segmentation(
     Raises
     ------
     ValueError
-        `source` is no DICOM series or lacks what a segmentation must repeat of it, there is no mask, a name
+        `scan` is no DICOM series or lacks what a segmentation must repeat of it, there is no mask, a name
         is unknown, or a mask has not the shape of the CT.
-    FileNotFoundError
-        `source` does not exist.
 
     Notes
     -----
-    Frames without a voxel are left out, as the standard has it. An instance with the same voxels on the same
-    series has the same UIDs.
+    Frames without a voxel are left out, as the standard has it. What the CT may not leave out, though it may
+    be empty (a date of birth, say), is empty here where de-identification took it away. An instance with the
+    same voxels on the same series has the same UIDs.
     """
     if not masks:
         raise ValueError("masks must hold at least one mask, got none")
     if unknown := sorted(set(masks) - set(SEGMENTS)):
         raise ValueError(f"masks must be named {' or '.join(SEGMENTS)}, got {unknown[0]!r}")
-    slices = read_series(source, series)
-    grid = _grid(slices)
-    frames = [grid.from_lps(_checked(name, mask, grid)) for name, mask in masks.items()]
-    seed = [str(slices[0].SeriesInstanceUID), _digest(masks)]
+    if scan.series is None:
+        raise ValueError(
+            f"scan must be a DICOM series, for a segmentation refers to it, got {name_of(scan.path)}"
+        )
+    frames = []
+    for name, mask in masks.items():
+        if mask.shape != scan.hu.shape:
+            raise ValueError(
+                f"masks[{name!r}] must have the shape of the CT, {scan.hu.shape}, got {mask.shape}"
+            )
+        if mask.dtype != np.bool_:
+            raise ValueError(f"masks[{name!r}] must be bool, got {mask.dtype}")
+        frames.append(scan.grid.from_lps(mask))
+    seed = [scan.series, _digest(masks)]
+    with _told(scan.files):
+        dataset = _segmentation(_slices(scan.files), list(masks), np.stack(frames, axis=-1), seed)
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(target) as beside, named_when_whole(beside) as stream:
+        dataset.save_as(stream)
+    return target
+
+
+@contextmanager
+def _told(files: Sequence[Path]) -> Iterator[None]:
+    """Name the CT in whatever highdicom and pydicom miss in its headers."""
     try:
         with warnings.catch_warnings():
-            # of the patient's name, which is the CT's and not ours to change
-            warnings.filterwarnings("ignore", "The string .* is unlikely to represent the intended person")
-            dataset = _segmentation(slices, list(masks), np.stack(frames, axis=-1), seed)
-    except (AttributeError, KeyError, TypeError, ValueError) as error:  # whatever highdicom misses
-        raise ValueError(f"{source}: headers of the CT do not allow a segmentation: {error}") from error
-    return _save(dataset, Path(path))
+            # of a name or a UID, which is the CT's and not ours to change
+            for odd in ("The string .* is unlikely", "The value length", "Invalid value for VR"):
+                warnings.filterwarnings("ignore", odd)
+            yield
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        where = name_of(os.path.commonpath([file.parent for file in files]))
+        lacking = isinstance(error, AttributeError) and error.name
+        rule = f"{lacking} must be there" if lacking else error
+        raise ValueError(f"{where}: headers of the CT do not allow a segmentation: {rule}") from error
 
 
-def read_series(source: str | os.PathLike[str], series: str | None = None) -> list[pydicom.Dataset]:
-    """Read the headers of a CT series.
-
-    Parameters
-    ----------
-    source, series
-        As in `write_segmentation`.
-
-    Returns
-    -------
-    list of pydicom.Dataset
-        Without pixels; ascending along the slice normal, as `lesionsynth.io.read_ct` orders slices.
-
-    Raises
-    ------
-    FileNotFoundError, ValueError
-        Nothing is there; no DICOM series, or not the one asked for.
-    """
-    place = Path(source)
-    there = list_series(place)
-    if series is None:
-        series = _chosen(place, there)
-    # pydicom descends into sequences by recursion: only files that were walked through are given to it
-    files = sorted(name for info in there if info.uid == series and info.usable for name in info.files)
-    slices = [header for file in files if (header := _header(Path(file))) is not None]
-    if not slices:
-        raise ValueError(f"{name_of(place)}: series must be one that is there, got {series}")
-    normal = _axes(slices[0])[2]
-    return sorted(slices, key=lambda header: float(_position(header) @ normal))
-
-
-def _chosen(place: Path, there: Sequence[SeriesInfo]) -> str:
-    """Series of a file, or the one of a folder that `read_ct` reads."""
-    infos = there if place.is_dir() else [info for info in there if str(place) in info.files]
-    if infos:
-        return largest_series(infos).uid
-    raise ValueError(f"source must be a DICOM series, for a segmentation refers to it, got {name_of(place)}")
-
-
-def _header(file: Path) -> pydicom.Dataset | None:
-    """Header of an image with a place in a patient, or None."""
-    try:
-        header = pydicom.dcmread(file, stop_before_pixels=True)
-    except InvalidDicomError:
-        return None
-    needed = ("SeriesInstanceUID", "ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing")
-    return header if all(header.get(name) for name in needed) else None
-
-
-def _axes(header: pydicom.Dataset) -> npt.NDArray[np.float64]:
-    """Directions of columns, rows and slices (x, y, z index), one a row."""
-    row, column = np.asarray(header.ImageOrientationPatient, float).reshape(2, 3)
-    return np.stack([row, column, np.cross(row, column)])
-
-
-def _position(header: pydicom.Dataset) -> npt.NDArray[np.float64]:
-    return np.asarray(header.ImagePositionPatient, float)
-
-
-def _grid(slices: Sequence[pydicom.Dataset]) -> Grid:
-    first, last = slices[0], slices[-1]
-    axes = _axes(first)
-    distance = float((_position(last) - _position(first)) @ axes[2]) / max(len(slices) - 1, 1)
-    along_rows, along_columns = (float(s) for s in first.PixelSpacing)  # DICOM: row spacing comes first
-    return Grid.of(
-        (int(first.Columns), int(first.Rows), len(slices)),
-        (along_columns, along_rows, distance),
-        [float(v) for v in _position(first)],
-        [float(v) for v in axes.T.ravel()],
-    )
-
-
-def _checked(name: str, mask: Mask, grid: Grid) -> Mask:
-    file_shape = grid.size[::-1]
-    shape = tuple(file_shape[axis] for axis in grid.axes)
-    if mask.shape != shape:
-        raise ValueError(f"masks[{name!r}] must have the shape of the CT, {shape}, got {mask.shape}")
-    if mask.dtype != np.bool_:
-        raise ValueError(f"masks[{name!r}] must be bool, got {mask.dtype}")
-    return mask
+def _slices(files: Sequence[Path]) -> list[pydicom.Dataset]:
+    """Read the headers of slices that a segmentation can refer to; attributes of type 2 are there."""
+    slices = read_headers(files)
+    for header in slices:
+        for name in _MAY_BE_EMPTY:
+            if name not in header:
+                setattr(header, name, "")
+        if header.get("SpecificCharacterSet"):  # highdicom takes one, and texts may be in several
+            header.decode()
+            header.SpecificCharacterSet = "ISO_IR 192"
+        header.ImageOrientationPatient = slices[0].ImageOrientationPatient  # rounded otherwise, it may be
+    # of a Source, files are there twice where a folder was copied
+    each = len({(str(header.get("SOPInstanceUID")), str(header.ImagePositionPatient)) for header in slices})
+    for name, count in (("StudyInstanceUID", 1), ("FrameOfReferenceUID", 1), ("SOPInstanceUID", each)):
+        values = {str(header.get(name, "")) for header in slices}
+        if "" in values or len(values) != count:
+            rule = "one for all slices" if count == 1 else "another for each slice"
+            raise ValueError(f"{name} must be {rule}, got {some_of(', ', sorted(map(shown, values)), 3)}")
+    return slices
 
 
 def _digest(masks: Mapping[str, Mask]) -> str:
@@ -224,10 +205,3 @@ def _describe(number: int, name: str, algorithm: Any) -> Any:
         anatomic_regions=None if kind == codes.SCT.Lung else [codes.SCT.Lung],
         display_color=highdicom.color.CIELabColor.from_rgb(*colour),
     )
-
-
-def _save(dataset: pydicom.Dataset, target: Path) -> Path:
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(target) as beside, named_when_whole(beside) as stream:
-        dataset.save_as(stream)
-    return target

@@ -8,16 +8,16 @@ VAE=OUT2`` sets other methods' maps of the same cases beside them.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy.typing as npt
 
-from lesionsynth.commands import printable, run
+from lesionsynth.commands import plainly, printable, run
 from lesionsynth.files import same_file
-from lesionsynth.io import Scan, read_ct, read_map, read_mask
+from lesionsynth.io import Found, read_ct, read_map, read_mask
 from lesionsynth.strict import name_of
 from normnet.metrics import (
     CONTROL_VOXELS,
@@ -30,6 +30,7 @@ from normnet.metrics import (
 from normnet.origin import read_origin
 from normnet.pairing import CaseFiles, find_cases, read_table, with_predictions
 from normnet.prepare.lungs import segment_lungs
+from normnet.reasons import hear, reason, tell
 from normnet.report import percent
 from normnet.results import Evaluation, Failure, check_output
 from normnet.scoring import WITHOUT_GROWING, CaseVolumes, MethodScores, Rules
@@ -60,7 +61,8 @@ PROPOSED = "Proposed"
 class EvaluateConfig:
     """Compare predicted lesions with annotated ones.
 
-    Exit status: 0 when every case is evaluated, 1 when some failed (the others are), 2 for a wrong call.
+    Exit status: 0 when every case is evaluated, 1 when some failed or a file that was named was passed over
+    (the others are), 2 for a wrong call.
     """
 
     output: Path
@@ -74,6 +76,10 @@ class EvaluateConfig:
     depth."""
     lungs: tuple[Path, ...] = ()
     """Lung masks including lesions, or folders of them; those the prediction used where omitted."""
+    label: tuple[int, ...] = ()
+    """Labels of the truth that are lesions; all above zero where omitted."""
+    lung_label: tuple[int, ...] = ()
+    """Labels of the given lungs that are lungs; all above zero where omitted."""
     cases: Path | None = None
     """CSV with columns case, ct, lesion, prediction and, if any, lung, probability, core, healthy; replaces
     the above."""
@@ -96,6 +102,8 @@ class EvaluateConfig:
             raise ValueError("cases replaces predictions, truth, ct and lungs: give one or the other")
         if self.cases is None and not (self.predictions and self.truth and self.ct):
             raise ValueError("predictions, truth and ct must be given, or cases")
+        if self.lung_label and not (self.lungs or self.cases):
+            raise ValueError("lung_label must be omitted where neither lungs nor cases are given")
         if not 0 <= self.healthy_threshold <= 1:
             raise ValueError(f"healthy_threshold must lie in [0, 1], got {self.healthy_threshold}")
         if self.control_voxels < 0 or self.pictures < 0:
@@ -114,53 +122,54 @@ class EvaluateConfig:
     @property
     def compared(self) -> dict[str, Path]:
         """Folders of the other methods, by name."""
-        pairs = (text.partition("=") for text in self.compare)
-        return {name.strip(): Path(folder.strip()) for name, _, folder in pairs}
+        return {name.strip(): Path(path.strip()) for name, path in (t.split("=", 1) for t in self.compare)}
 
 
-@dataclass(frozen=True, eq=False)
-class _Opened:
-    """What all methods share of one case: it is read once, their maps one method after another."""
+def _open(
+    case: CaseFiles, label: Sequence[int], lung_label: Sequence[int]
+) -> Callable[[CaseFiles], CaseVolumes]:
+    """Read what all methods share of one case; the function returned adds the maps of one."""
+    if case.lung and same_file(case.lung, case.lesion) and set(label) == set(lung_label):
+        raise ValueError(f"{name_of(case.lesion)}: labels must tell truth and lungs of one file apart")
+    ct = read_ct(case.ct, case.series)
+    truth = read_mask(case.lesion, ct, label)
+    lungs = read_mask(case.lung, ct, lung_label) if case.lung else segment_lungs(ct.hu, ct.spacing)
 
-    ct: Scan
-    truth: Array
-    lung_mask: Array
-    notes: tuple[str, ...]
-
-    @classmethod
-    def read(cls, files: CaseFiles) -> _Opened:
-        ct = read_ct(files.ct, files.series)
-        truth = read_mask(files.lesion, ct)
-        if files.lung is None:
-            return cls(ct, truth, segment_lungs(ct.hu, ct.spacing), (OWN_LUNGS,))
-        return cls(ct, truth, read_mask(files.lung, ct), ())
-
-    def with_maps(self, files: CaseFiles) -> CaseVolumes:
-        ct = self.ct
+    def with_maps(files: CaseFiles) -> CaseVolumes:
+        if same_file(files.prediction, case.lesion):
+            raise ValueError(f"{name_of(case.lesion)}: must not be both the truth and the prediction")
         return CaseVolumes(
             case=files.case,
             hu=ct.hu,
             prediction=read_mask(files.prediction, ct),
-            truth=self.truth,
-            lung_mask=self.lung_mask,
+            truth=truth,
+            lung_mask=lungs,
             probability=None if files.probability is None else read_map(files.probability, ct),
             spacing=ct.spacing,
             healthy=None if files.healthy is None else read_mask(files.healthy, ct),
             core=None if files.core is None else read_mask(files.core, ct),
             origin=read_origin(files.prediction),
-            notes=self.notes,
+            notes=() if case.lung else (OWN_LUNGS,),
         )
 
+    return with_maps
 
-def load_case(files: CaseFiles) -> CaseVolumes:
+
+def load_case(files: CaseFiles, label: Sequence[int] = (), lung_label: Sequence[int] = ()) -> CaseVolumes:
     """Read a case's files; everything must lie on the CT's grid.
+
+    Parameters
+    ----------
+    files : CaseFiles
+    label, lung_label : sequence of int
+        See `EvaluateConfig`.
 
     Raises
     ------
     FileNotFoundError, ValueError
         A file is missing, unreadable or on another grid; the message names it.
     """
-    return _Opened.read(files).with_maps(files)
+    return _open(files, label, lung_label)(files)
 
 
 def evaluate_volumes(
@@ -229,7 +238,7 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
     if config.cases is not None:
         if same_file(config.cases, config.output / "cases.csv"):
             raise ValueError(f"output must not replace an input, got {config.output} for {config.cases}")
-        files = read_table(config.cases)
+        files = Found(read_table(config.cases))
     else:
         files = find_cases(
             predictions=config.predictions, truth=config.truth, ct=config.ct, lungs=config.lungs
@@ -248,38 +257,43 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
         for name in tables
     }
     failures: list[Failure] = []
+    warned: dict[str, list[str]] = {}
     for case in files:
-        failures += _score(case, {methods[name]: table.get(case.case) for name, table in tables.items()})
+        maps = {methods[name]: table.get(case.case) for name, table in tables.items()}
+        with hear() as warned[case.case]:
+            failures += _score(case, maps, config)
+        for method in methods.values():
+            if case.case in method.scores:
+                method.scores[case.case]["notes"] += warned[case.case]
+    asked = {"label": config.label, "lung_label": config.lung_label}
     evaluation = Evaluation(
         methods=tuple(methods.values()),
         failures=tuple(failures),
-        settings={**_settings(rules), "compare": {n: str(p) for n, p in config.compared.items()}},
+        warnings=warned,
+        passed=files.passed,
+        settings={**_settings(rules), **asked, "compare": {n: str(p) for n, p in config.compared.items()}},
     )
     evaluation.write(config.output)
     return evaluation
 
 
-def _score(case: CaseFiles, maps: Mapping[MethodScores, CaseFiles | None]) -> list[Failure]:
+def _score(
+    case: CaseFiles, maps: Mapping[MethodScores, CaseFiles | None], config: EvaluateConfig
+) -> list[Failure]:
     """Score one case by every method; what goes wrong with it is told and not raised."""
     failures = []
     try:
-        opened = _Opened.read(case)
+        with_maps = _open(case, config.label, config.lung_label)
     except Exception as error:  # whatever is wrong with one patient, the others are not to wait
-        return [Failure(case.case, None, _reason(error))]
+        return [Failure(case.case, None, reason(None, error))]
     for method, files in maps.items():
         try:
             if files is None:
                 raise ValueError("there is no lesion map of this case")
-            method.add(opened.with_maps(files))
+            method.add(with_maps(files))
         except Exception as error:
-            failures.append(Failure(case.case, method.name, _reason(error)))
+            failures.append(Failure(case.case, method.name, reason(None, error)))
     return failures
-
-
-def _reason(error: Exception) -> str:
-    """Say what is wrong; with its kind, an error that nobody foresaw."""
-    known = isinstance(error, ValueError | TypeError | OSError)
-    return str(error) if known else f"{type(error).__name__}: {error}"
 
 
 def _settings(rules: Rules) -> dict[str, Any]:
@@ -287,12 +301,13 @@ def _settings(rules: Rules) -> dict[str, Any]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; 0 when all went well, 1 when a case failed, 2 for a wrong call."""
+    """Run the command; returns the exit status."""
     import tyro
 
     def body() -> int:
         config = tyro.cli(EvaluateConfig, args=arguments, prog="python -m normnet.evaluate")
-        evaluation = evaluate(config)
+        with plainly():
+            evaluation = evaluate(config)
         print(plain_table(*evaluation.table()))
         for grid in (scores_grid(evaluation.methods), bright_grid(evaluation.methods)):
             print(f"\n{grid.title}")
@@ -305,9 +320,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
                     f"{method.oracle['threshold']:.2f}"
                 )
         print(f"report: {name_of(config.output / 'report.html')}")
+        named = tell(evaluation.warnings, evaluation.passed)
         for failure in evaluation.failures:
             print(f"error: {printable(str(failure))}", file=sys.stderr)
-        return 1 if evaluation.failures else 0
+        return 1 if evaluation.failures or named else 0
 
     return run("error", body, wrong=(OSError, TypeError, ValueError, ImportError))
 

@@ -11,6 +11,7 @@ whichever class is called positive.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, TypedDict
 
@@ -26,6 +27,9 @@ HEALTHY_THRESHOLD = 0.95
 """A voxel is called healthy where its probability exceeds this (PAPER.md IV-B)."""
 CONTROL_VOXELS = 100
 """Fewer lesion voxels make a lesion-free control: the paper leaves Radiopaedia 6 ("about 70") out."""
+ALL_LUNGS, FEW_INSIDE = 0.9, 0.5
+"""A truth that covers more of the lungs than the one, or lies in them with less than the other, is doubted:
+lungs that are lesions all through are rare, and lesions lie in lungs."""
 
 SCORES = ("dsc", "psc", "sen")
 """Table III."""
@@ -213,6 +217,11 @@ def evaluate_case(
     ValueError
         Shapes differ, the lung mask is empty, a probability is NaN or outside [0, 1], or a setting is out of
         range.
+
+    Warns
+    -----
+    UserWarning
+        The truth of a case that is no control looks like a mask of the lungs, or of another scan.
     """
     volumes = {
         "prediction": prediction,
@@ -228,6 +237,8 @@ def evaluate_case(
         raise ValueError(f"healthy_threshold must lie in [0, 1], got {healthy_threshold}")
     overlap = overlap_scores(prediction, lesion_truth, spacing)
     tp, fp, fn = overlap["tp"], overlap["fp"], overlap["fn"]
+    if tp + fn >= control_voxels and (doubt := _doubt(lesion_truth, lung_mask)):
+        warnings.warn(doubt, stacklevel=2)
     notes: list[str] = []
     if tp + fn == 0:
         notes.append("no lesion in the truth: SEN undefined")
@@ -277,6 +288,19 @@ def mean_and_sd(values: Array) -> dict[str, float]:
         "sd": float(values.std(ddof=1)) if values.size > 1 else float("nan"),
         "n": int(values.size),
     }
+
+
+def _doubt(truth: Array, lung_mask: Array) -> str:
+    """Say what a truth looks like that is none of these lungs' lesions."""
+    inside, lesion, lung = map(np.count_nonzero, (truth & lung_mask, truth, lung_mask))
+    if inside > ALL_LUNGS * lung:
+        return f"the truth covers {100 * inside / lung:.0f} % of the lungs: a lung mask?"
+    if lesion > lung:
+        return f"the truth has {100 * lesion / lung:.0f} % of the lungs' volume: a mask of something else?"
+    if inside < FEW_INSIDE * lesion:
+        share = f"{100 * inside / lesion:.0f} %"
+        return f"only {share} of the truth lies in the lungs: another scan's, or lungs without lesions?"
+    return ""
 
 
 def _bright_scores(

@@ -11,10 +11,13 @@ from collections.abc import Iterable, Sequence, Set
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from lesionsynth.io import MAP_WORDS, SUFFIXES, Wanted, find_scans, name_of_map, split_name
-from lesionsynth.strict import name_of, rule_of
+from lesionsynth.io import MAP_WORDS, SUFFIXES, Found, Wanted, case_name, find_scans, split_name
+from lesionsynth.strict import name_of, rule_of, some_of
 from normnet.origin import read_series
 from normnet.sheets import read_rows
+
+_EITHER = ("segmentation", "mask")
+"""Roles of files that may show lungs or lesions."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,7 +69,7 @@ def find_cases(
     truth: Sequence[Path],
     ct: Sequence[Path],
     lungs: Sequence[Path] = (),
-) -> list[CaseFiles]:
+) -> Found[CaseFiles]:
     """Pair files by the names of their cases.
 
     Parameters
@@ -83,8 +86,8 @@ def find_cases(
 
     Returns
     -------
-    list of CaseFiles
-        Sorted by case.
+    Found of CaseFiles
+        Sorted by case; `passed` are those in `ct` that are of none of them.
 
     Raises
     ------
@@ -99,23 +102,28 @@ def find_cases(
     if not predicted:
         raise ValueError(
             f"predictions must hold at least one lesion map, found none in {_names(predictions)}"
+            f"{_there(files, predictions)}"
         )
-    truths = _by_case("lesion", _listed(truth), {None, "lesion"})
-    wanted = [Wanted(case, name_of_map(path), read_series(path)) for case, path in predicted.items()]
-    images = find_scans(ct, wanted)
-    used = [f for f in files if split_name(f)[1] == "lung"]
-    lung_masks = _by_case("lung", _listed(lungs) or used, {None, "lung"})
-    for role, table, given in (
-        ("truth", truths.keys(), truth),
-        ("ct", images.keys(), ct),
-        ("lungs", lung_masks.keys(), lungs),
+    true, given = _listed(truth), _listed(lungs)
+    truths = _by_case("lesion", true, {None, "lesion", *_EITHER})
+    # a name that ends in a word for a role may be the CT's own
+    wanted = [
+        Wanted(case, case_name(path).removesuffix("_lesions"), read_series(path))
+        for case, path in predicted.items()
+    ]
+    images, scans = find_scans(ct, wanted)
+    lung_masks = _by_case("lung", given or files, {None, "lung", *_EITHER} if given else {"lung"})
+    for role, table, paths, there in (
+        ("truth", truths.keys(), truth, _there(true, truth)),
+        ("ct", images.keys(), ct, _there([source.path for source in scans]) + scans.over),
+        ("lungs", lung_masks.keys(), lungs, _there(given, lungs)),
     ):
         missing = sorted(predicted.keys() - table)
         if missing and (role != "lungs" or lungs):
             raise ValueError(
-                f"{role} must have a file for each prediction; {missing} not found in {_names(given)}"
+                f"{role} must have a file for each prediction; {missing} not found in {_names(paths)}{there}"
             )
-    return [
+    cases = [
         CaseFiles(
             case=case,
             ct=images[case].path,
@@ -127,6 +135,9 @@ def find_cases(
         )
         for case, path in sorted(predicted.items())
     ]
+    # masks and maps of these cases among their CT are no news
+    news = [one for one in scans.passed if one.named or split_name(one.path)[0] not in predicted]
+    return Found(cases, news)
 
 
 def with_predictions(cases: Sequence[CaseFiles], folder: Path) -> dict[str, CaseFiles]:
@@ -152,21 +163,24 @@ def with_predictions(cases: Sequence[CaseFiles], folder: Path) -> dict[str, Case
     ValueError
         It has a map of none of the cases, or two files for one role of a case.
     """
-    predicted, maps = _maps(_listed([folder]))
-    found = {
-        files.case: replace(
-            files,
-            prediction=predicted[files.case],
-            probability=maps["probability"].get(files.case),
-            core=maps["core"].get(files.case),
-            healthy=maps["healthy"].get(files.case),
+    files = _listed([folder])
+    predicted, maps = _maps(files)
+    others = {
+        case.case: replace(
+            case,
+            prediction=predicted[case.case],
+            probability=maps["probability"].get(case.case),
+            core=maps["core"].get(case.case),
+            healthy=maps["healthy"].get(case.case),
         )
-        for files in cases
-        if files.case in predicted
+        for case in cases
+        if case.case in predicted
     }
-    if not found:
-        raise ValueError(f"compare must name maps of the same cases, found none of them in {folder}")
-    return found
+    if not others:
+        raise ValueError(
+            f"compare must name maps of the same cases, found none of them in {folder}{_there(files)}"
+        )
+    return others
 
 
 def read_table(path: Path) -> list[CaseFiles]:
@@ -242,15 +256,17 @@ def find_patients(paths: Sequence[Path]) -> list[PatientFiles]:
         No patient, one without CT, or two files for one role of a patient.
     """
     files = _listed(paths)
-    lesions, lungs = (_by_case(role, files, {role}) for role in ("lesion", "lung"))
+    lesions, lungs = _by_case("lesion", files, {"lesion", "segmentation"}), _by_case("lung", files, {"lung"})
     if not lesions:
         raise ValueError(
             f"patients must hold at least one lesion truth (NAME_lesion...), found none in {_names(paths)}"
+            f"{_there(files, paths)}"
         )
-    images = find_scans(paths, [Wanted(case, case) for case in lesions])
+    images, scans = find_scans(paths, [Wanted(case, case) for case in lesions])
     for case, path in lesions.items():
         if case not in images:
-            raise ValueError(f"patients must have a CT for each truth, got none for {path}")
+            there = _there([source.path for source in scans]) + scans.over
+            raise ValueError(f"patients must have a CT for each truth, got none for {path}{there}")
     return [
         PatientFiles(
             case=case, ct=images[case].path, series=images[case].series, lesion=path, lung=lungs.get(case)
@@ -287,15 +303,14 @@ def _rows(path: Path, needed: Sequence[str], optional: Sequence[str]) -> dict[st
 
 def _maps(files: Sequence[Path]) -> tuple[dict[str, Path], dict[str, dict[str, Path]]]:
     """Lesion maps by case, and by their role those that may be beside them."""
-    roles = {file: split_name(file, predicted=True)[1] for file in files}
     lesions = _by_case(
-        "prediction", [f for f in files if roles[f] not in MAP_WORDS], {None, "prediction", "ct", "lesion"}
+        "prediction",
+        [file for file in files if split_name(file, predicted=True)[1] not in MAP_WORDS],
+        {None, "prediction", "ct", "lesion", *_EITHER},
     )
-    beside = {
-        role: _by_case(role, [f for f in files if roles[f] == role], {role}, predicted=True)
-        for role in ("probability", *MAP_WORDS)
+    return lesions, {
+        role: _by_case(role, files, {role}, predicted=True) for role in ("probability", *MAP_WORDS)
     }
-    return lesions, beside
 
 
 def _listed(paths: Iterable[Path]) -> list[Path]:
@@ -314,19 +329,25 @@ def _listed(paths: Iterable[Path]) -> list[Path]:
 def _by_case(
     role: str, files: Iterable[Path], roles: Set[str | None], *, predicted: bool = False
 ) -> dict[str, Path]:
-    """Files of the accepted roles by case; one that names `role` itself wins over one that says nothing."""
-    table: dict[str, Path] = {}
-    for path in files:
-        case, own = split_name(path, predicted=predicted)
-        if own not in roles:
-            continue
-        other = table.get(case)
-        if other is None or (own == role and split_name(other, predicted=predicted)[1] != role):
-            table[case] = path
-        elif own == role or split_name(other, predicted=predicted)[1] != role:
-            raise ValueError(f"{role} of case {case!r} must be one file, got {other} and {path}")
-    return table
+    """Files of the accepted roles by case: one that names `role`, else a segmentation, else another."""
+    ranks = {role: 0, **dict.fromkeys(_EITHER, 1)}
+    table: dict[str, tuple[int, Path]] = {}
+    named = [(*split_name(path, predicted=predicted), path) for path in files]
+    for case, own, path in sorted(named, key=lambda one: ranks.get(one[1] or "", 2)):
+        rank = ranks.get(own or "", 2)
+        if own in roles and table.setdefault(case, (rank, path)) != (rank, path) and table[case][0] == rank:
+            raise ValueError(f"{role} of case {case!r} must be one file, got {table[case][1]} and {path}")
+    return {case: path for case, (_, path) in table.items()}
 
 
 def _names(paths: Sequence[Path]) -> str:
     return ", ".join(str(p) for p in paths) or "nothing"
+
+
+def _there(files: Sequence[Path], paths: Sequence[Path] = ()) -> str:
+    """Tell, at the end of an error, the files that are there and the cases that their names give."""
+    texts = [f"{name_of(path)} (case {name_of(split_name(path)[0])})" for path in files]
+    inside = {p for path in paths if path.is_dir() for p in path.iterdir() if p.name[0] != "."}
+    rest = some_of(", ", [name_of(p) for p in sorted(inside.difference(files))])
+    found = some_of(", ", texts) or "no file of a format that is read"
+    return f"; there: {found}{rest and f'; passed over: {rest}'}"

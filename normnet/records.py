@@ -30,7 +30,7 @@ FILES: Mapping[str, str] = {
 """What a case may have, and how its files end."""
 SETTINGS = "settings.json"
 """Settings and models of the last call, beside the cases."""
-SAME = ("ct", "series", "lungs_from", "settings", "models")
+SAME = ("ct", "series", "lungs_from", "label", "settings", "models")
 """Entries of a record that make it the result of the same call."""
 STAMPS = {"ct_stamp": "the CT", "lungs_stamp": "the lung mask"}
 """Entries that tell whether a file was changed since; see `normnet.stamps`. Older records have none."""
@@ -62,8 +62,8 @@ def read_record(path: Path) -> Record:
         ) from error
     if wrong := _wrong(record):
         raise ValueError(f"{name_of(path)}: not the record of a prediction: {wrong}")
-    whole: Record = record
-    return whole
+    # earlier versions knew of no labels
+    return {"label": None, **record}
 
 
 def read_records(folder: Path) -> tuple[list[Record], dict[str, str]]:
@@ -136,6 +136,8 @@ class _Made:
     volumes: dict[str, float | None]
     files: dict[str, str | None]
     inflation: float = 1.0
+    label: Any = None
+    warnings: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         for name in ("case", "ct"):

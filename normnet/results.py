@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from lesionsynth.files import refuse_foreign, write_atomically
+from lesionsynth.io import Passed
 from lesionsynth.strict import read_json
 from normnet.metrics import CaseScores
 from normnet.report import Report
@@ -18,6 +20,7 @@ from normnet.strict_json import dumps
 from normnet.tables import Grid, lay_out, markdown, volumes_grid, with_ungrown
 
 TITLE = "NormNet: evaluation"
+CONTROLS = "Controls: marked where there is next to no lesion"
 RECORD = "results.json"
 MOST_RECORD = 2**27
 """Bytes of it: it grows with the cases, by about a thousand each."""
@@ -50,12 +53,18 @@ class Evaluation:
         The method that is evaluated, then those it is compared with.
     failures : tuple of Failure
         What could not be evaluated; the other cases could.
+    warnings : dict of str to list of str
+        What was warned of, by case; among the notes of its scores, too.
+    passed : tuple of Passed
+        What was passed over where the CT were searched.
     settings : dict
-        Thresholds used.
+        Thresholds and labels used.
     """
 
     methods: tuple[MethodScores, ...]
     failures: tuple[Failure, ...] = ()
+    warnings: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    passed: tuple[Passed, ...] = ()
     settings: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -86,8 +95,12 @@ class Evaluation:
     def grids(self, *, paper: bool = True) -> list[Grid]:
         """Every table; see `normnet.tables.lay_out`."""
         failed = [[f.case, f.method or "all", f.reason] for f in self.failures]
-        failures = [Grid("Could not be evaluated", ["case", "method", "reason"], failed)] if failed else []
-        return [*failures, *lay_out(self.methods, paper=paper)]
+        grids = [
+            Grid("Could not be evaluated", ["case", "method", "reason"], failed),
+            *lay_out(self.methods, paper=paper),
+            Grid("Notes", ["case", "method", "note"], self._notes()),
+        ]
+        return [grid for grid in grids if grid.rows]
 
     def write(self, output: Path) -> None:
         """Write cases.csv, results.json, tables.md and report.html into a folder, each atomically.
@@ -120,20 +133,18 @@ class Evaluation:
             report.table(grid.header, grid.rows)
             if grid.note:
                 report.paragraph(grid.note, note=True)
-        for (case, note), names in self._notes().items():
-            whose = "" if len(names) == len(self.methods) else f" ({', '.join(names)})"
-            report.paragraph(f"{case}{whose}: {note}.", note=True)
         self._add_histograms(report)
         self._add_pictures(report)
 
-    def _notes(self) -> dict[tuple[str, str], list[str]]:
-        """Collect notes by case, with the methods that they are about."""
+    def _notes(self) -> list[list[str]]:
+        """Collect notes of cases, each once, with the methods that it is about."""
         notes: dict[tuple[str, str], list[str]] = {}
         for method in self.methods:
             for case, s in method.scores.items():
                 for note in s["notes"]:
                     notes.setdefault((case, note), []).append(method.name)
-        return notes
+        every = len(self.methods)
+        return [[case, "all" if len(m) == every else ", ".join(m), note] for (case, note), m in notes.items()]
 
     def _add_histograms(self, report: Report) -> None:
         drawn = [(m, caption, png) for m in self.methods for caption, png in m.voxels.pictures().items()]
@@ -145,23 +156,21 @@ class Evaluation:
             )
 
     def _add_pictures(self, report: Report) -> None:
-        shown = {case: pictures for case, pictures in self.pictures.items() if pictures}
-        patients = [case for case in shown if not self.scores[case]["control"]]
-        controls = [case for case in shown if self.scores[case]["control"]]
-        if patients:
-            report.heading("Worst slices first")
-            report.legend()
-        for case in sorted(patients, key=lambda c: _or_one(self.scores[c]["dsc"])):
-            for z, picture in shown[case]:
-                text = f"{case} (DSC {100 * self.scores[case]['dsc']:.1f} %), slice {z}"
-                report.picture(picture, text, width=600)
-        if controls:
-            report.heading("Controls: marked where there is next to no lesion")
-            report.legend()
-        for case in sorted(controls, key=lambda c: -self.scores[c]["false_positive_ml"]):
-            for z, picture in shown[case]:
-                text = f"{case} ({self.scores[case]['false_positive_ml']:.1f} ml wrongly marked), slice {z}"
-                report.picture(picture, text, width=600)
+        for control, heading in enumerate(("Worst slices first", CONTROLS)):
+            ranked = sorted(
+                (-s["false_positive_ml"] if control else np.nan_to_num(s["dsc"], nan=1.0), case)
+                for case, s in self.scores.items()
+                if self.pictures[case] and s["control"] == control
+            )
+            if ranked:
+                report.heading(heading)
+                report.legend()
+            for _, case in ranked:
+                s = self.scores[case]
+                dsc = f"DSC {100 * s['dsc']:.1f} %"
+                text = f"{s['false_positive_ml']:.1f} ml wrongly marked" if control else dsc
+                for z, picture in self.pictures[case]:
+                    report.picture(picture, f"{case} ({text}), slice {z}", width=600)
 
     def _document(self) -> dict[str, Any]:
         return {
@@ -182,6 +191,7 @@ class Evaluation:
             },
             "files": list(FILES),
             "failures": [{"case": f.case, "method": f.method, "reason": f.reason} for f in self.failures],
+            "warnings": self.warnings,
         }
 
     def _csv(self) -> str:
@@ -213,8 +223,3 @@ def check_output(output: Path) -> None:
         record = None
     ours = isinstance(record, dict) and record.keys() >= _RECORDED
     refuse_foreign(output, FILES, ours=ours, maker="an evaluation")
-
-
-def _or_one(dsc: float) -> float:
-    """DSC to sort by: undefined is not bad."""
-    return 1.0 if math.isnan(dsc) else dsc

@@ -7,6 +7,7 @@ import functools
 import json
 import math
 import shutil
+import warnings
 from dataclasses import replace
 
 import numpy as np
@@ -393,6 +394,45 @@ def test_files_of_patients(tiny, tmp_path):
     (folder / "p5_hu.nii.gz").unlink()
     with pytest.raises(ValueError, match="patients must have a CT for each truth"):
         find_patients(config)
+
+
+def test_labels_of_patients_are_chosen_or_told(tiny, tmp_path):
+    nibabel = pytest.importorskip("nibabel")
+    folder = tmp_path / "patients"
+    folder.mkdir()
+    chest = ls.phantom.chest_ct(shape=(24, 48, 60), seed=5)
+    ill = ls.phantom.add_pneumonia(chest.hu, chest.lung_mask, chest.spacing, seed=5)
+    halves = np.where(np.arange(60) < 30, 1, 2) * chest.lung_mask
+    volumes = {"hu": ill.hu, "lesion": np.where(ill.lesion_mask, 3, halves), "lung": halves}
+    for role, array in volumes.items():
+        image = nibabel.Nifti1Image(array.astype(np.int16).transpose(2, 1, 0), np.diag([1.6, 1.6, 2.0, 1.0]))
+        nibabel.save(image, folder / f"p5_{role}.nii.gz")
+    given = {"patients": (folder,), "phantom_patients": None, "phantom_shape": None, "seeds": 1}
+    given |= {"rows": ("covid_lung",), "runs": tmp_path / "runs"}
+    chosen = tiny("modules", label=(3,), lung_label=(1, 2), output=tmp_path / "chosen", **given)
+    score = ablate(chosen).cells["covid_lung"].votes[1]["p5"]
+    assert score["tp"] + score["fn"] == np.count_nonzero(ill.lesion_mask)
+    assert not [note for note in score["notes"] if "label" in note]
+    (one,) = find_patients(replace(chosen, lung_label=(2,)))
+    assert one.identity != find_patients(chosen)[0].identity  # cached scores of the one are not the other's
+    assert np.count_nonzero(one.load().native_lung) == np.count_nonzero(halves == 2)
+    config = replace(chosen, label=(), lung_label=(), output=tmp_path / "all")
+    for _ in range(2):  # the second time from the cache
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always", UserWarning)
+            table = ablate(config)
+        notes = table.cells["covid_lung"].votes[1]["p5"]["notes"]
+        for text in (
+            "p5_lung.nii.gz: labels 1 (",
+            "p5_lesion.nii.gz: labels 1 (",
+            "the truth covers 100 % of",
+        ):
+            assert sum(text in note for note in notes) == 1
+            assert text in (config.output / "table.md").read_text()
+            assert text in (config.output / "report.html").read_text()
+    assert not said
+    with pytest.raises(ValueError, match="label and lung_label must be omitted without patients"):
+        tiny("modules", lung_label=(1,))
 
 
 @pytest.mark.parametrize(

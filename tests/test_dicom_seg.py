@@ -6,6 +6,7 @@ Series are written here with pydicom; where a voxel lies is worked out from the 
 from __future__ import annotations
 
 import shutil
+import warnings
 
 import numpy as np
 import pytest
@@ -14,11 +15,13 @@ pytest.importorskip("torch")
 highdicom = pytest.importorskip("highdicom")
 pydicom = pytest.importorskip("pydicom")
 
+from hypothesis import given, settings  # noqa: E402
+from hypothesis import strategies as st  # noqa: E402
 from pydicom.dataset import Dataset, FileMetaDataset  # noqa: E402
 from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, generate_uid  # noqa: E402
 
-from lesionsynth.io import read_ct  # noqa: E402
-from normnet.dicom_seg import read_series, write_segmentation  # noqa: E402
+from lesionsynth.io import read_ct, read_headers  # noqa: E402
+from normnet.dicom_seg import check_segmentation, write_segmentation  # noqa: E402
 
 SHAPE, SPACING, ORIGIN = (6, 7, 9), (2.5, 0.7, 0.9), (-31.0, 12.5, 40.0)
 AXIAL, CORONAL, SAGITTAL = (1, 0, 0, 0, 1, 0), (1, 0, 0, 0, 0, -1), (0, 1, 0, 0, 0, -1)
@@ -125,15 +128,16 @@ def voxels_of(path, shape):
 @pytest.mark.parametrize("orientation", [AXIAL, FEET_FIRST, CORONAL, SAGITTAL])
 def test_voxels_come_back_where_they_were(tmp_path, orientation):
     hu, masks = chest(), some_masks()
-    series = write_series(tmp_path / "ct", hu, orientation)
-    np.testing.assert_array_equal(read_ct(tmp_path / "ct").hu, hu)  # the masks' grid
-    path = write_segmentation(tmp_path / "deep/er/out.dcm", masks, tmp_path / "ct")
+    write_series(tmp_path / "ct", hu, orientation)
+    ct = read_ct(tmp_path / "ct")
+    np.testing.assert_array_equal(ct.hu, hu)  # the masks' grid
+    path = write_segmentation(tmp_path / "deep/er/out.dcm", masks, ct)
     assert [p.name for p in path.parent.iterdir()] == ["out.dcm"]
     found, references = voxels_of(path, SHAPE)
     for name, mask in masks.items():
         np.testing.assert_array_equal(found[name], mask)
     # each frame refers to the slice of the CT at its own place
-    headers = {h.SOPInstanceUID: h for h in read_series(tmp_path / "ct", series)}
+    headers = {h.SOPInstanceUID: h for h in read_headers(ct.files)}
     assert references
     for source, position in references.items():
         np.testing.assert_allclose(headers[source].ImagePositionPatient, position, atol=1e-5)
@@ -142,7 +146,7 @@ def test_voxels_come_back_where_they_were(tmp_path, orientation):
 def test_what_the_segments_are(tmp_path):
     write_series(tmp_path / "ct", chest())
     segmentation = highdicom.seg.segread(
-        write_segmentation(tmp_path / "out.dcm", some_masks(), tmp_path / "ct")
+        write_segmentation(tmp_path / "out.dcm", some_masks(), read_ct(tmp_path / "ct"))
     )
     lung, lesion = (segmentation.get_segment_description(n) for n in (1, 2))
     assert (lung.segment_label, lesion.segment_label) == ("lung", "lesion")
@@ -162,7 +166,7 @@ def test_uids_follow_from_series_and_voxels(tmp_path):
     write_series(tmp_path / "b", chest(), name="b")
 
     def uids(masks, source):
-        data = pydicom.dcmread(write_segmentation(tmp_path / "out.dcm", masks, tmp_path / source))
+        data = pydicom.dcmread(write_segmentation(tmp_path / "out.dcm", masks, read_ct(tmp_path / source)))
         organization = data.DimensionOrganizationSequence[0].DimensionOrganizationUID
         assert {d.DimensionOrganizationUID for d in data.DimensionIndexSequence} == {organization}
         return data.SOPInstanceUID, data.SeriesInstanceUID, organization
@@ -176,27 +180,19 @@ def test_uids_follow_from_series_and_voxels(tmp_path):
     assert not set(uids(masks, "a")) & set(first)
 
 
-def test_the_series_asked_for_of_several(tmp_path):
-    """A folder with two: the larger one, or the one named; other files are passed over."""
-    large = write_series(tmp_path / "ct", chest(), name="large")
+def test_the_series_that_was_read_of_several(tmp_path):
+    write_series(tmp_path / "ct", chest(), name="large")
     small = write_series(tmp_path / "ct", chest((4, 7, 9)), name="small")
-    (tmp_path / "ct/notes.txt").write_text("no DICOM")
-    (tmp_path / "ct/folder").mkdir()
-    for series, shape, expected in ((None, SHAPE, large), (large, SHAPE, large), (small, (4, 7, 9), small)):
-        path = write_segmentation(tmp_path / "o.dcm", some_masks(shape), tmp_path / "ct", series=series)
-        assert pydicom.dcmread(path).ReferencedSeriesSequence[0].SeriesInstanceUID == expected
-    one = next(p for p in (tmp_path / "ct").iterdir() if p.name.startswith("small"))
-    path = write_segmentation(tmp_path / "o.dcm", some_masks((4, 7, 9)), one)
+    ct = read_ct(tmp_path / "ct", small)
+    path = write_segmentation(tmp_path / "o.dcm", some_masks((4, 7, 9)), ct)
     assert pydicom.dcmread(path).ReferencedSeriesSequence[0].SeriesInstanceUID == small
-    with pytest.raises(ValueError, match=r"ct: series must be one that is there, got 1\.2\.3"):
-        write_segmentation(tmp_path / "o.dcm", some_masks(), tmp_path / "ct", series="1.2.3")
 
 
 def test_a_patient_with_one_name_and_no_lesion(tmp_path):
     write_series(tmp_path / "ct", chest(), patient="Lung_Dx-A0002")
     masks = some_masks()
     masks["lesion"][:] = False
-    found, _ = voxels_of(write_segmentation(tmp_path / "o.dcm", masks, tmp_path / "ct"), SHAPE)
+    found, _ = voxels_of(write_segmentation(tmp_path / "o.dcm", masks, read_ct(tmp_path / "ct")), SHAPE)
     np.testing.assert_array_equal(found["lung"], masks["lung"])
     assert not found["lesion"].any()
 
@@ -205,36 +201,169 @@ def test_bad_input(tmp_path):
     write_series(tmp_path / "ct", chest())
     masks = some_masks()
     out = tmp_path / "out"
-    with pytest.raises(ValueError, match="source must be a DICOM series"):
-        write_segmentation(out / "a.dcm", masks, tmp_path)
-    (tmp_path / "ct.nii.gz").write_bytes(b"x" * 200)
-    with pytest.raises(ValueError, match=r"source must be a DICOM series.*ct\.nii\.gz"):
-        write_segmentation(out / "a.dcm", masks, tmp_path / "ct.nii.gz")
-    with pytest.raises(FileNotFoundError, match="nowhere: no such file"):
-        write_segmentation(out / "a.dcm", masks, tmp_path / "nowhere")
+    ct = read_ct(tmp_path / "ct")
+    nifti = read_ct(ct.write_like(ct.hu, tmp_path / "ct.nii.gz"))
+    with pytest.raises(ValueError, match=r"scan must be a DICOM series.*ct\.nii\.gz"):
+        write_segmentation(out / "a.dcm", masks, nifti)
     with pytest.raises(ValueError, match="masks must hold at least one mask"):
-        write_segmentation(out / "a.dcm", {}, tmp_path / "ct")
+        write_segmentation(out / "a.dcm", {}, ct)
     with pytest.raises(ValueError, match="masks must be named lung or lesion, got 'liver'"):
-        write_segmentation(out / "a.dcm", {"liver": masks["lung"]}, tmp_path / "ct")
+        write_segmentation(out / "a.dcm", {"liver": masks["lung"]}, ct)
     with pytest.raises(ValueError, match=r"masks\['lung'\] must have the shape of the CT, \(6, 7, 9\)"):
-        write_segmentation(out / "a.dcm", {"lung": masks["lung"][1:]}, tmp_path / "ct")
+        write_segmentation(out / "a.dcm", {"lung": masks["lung"][1:]}, ct)
     with pytest.raises(ValueError, match=r"masks\['lung'\] must be bool, got uint8"):
-        write_segmentation(out / "a.dcm", {"lung": masks["lung"].astype(np.uint8)}, tmp_path / "ct")
+        write_segmentation(out / "a.dcm", {"lung": masks["lung"].astype(np.uint8)}, ct)
     assert not out.exists()
 
 
-def test_headers_that_lack_what_must_be_repeated(tmp_path):
-    write_series(tmp_path / "ct", chest())
-    for file in (tmp_path / "ct").iterdir():
+TYPE_2 = [
+    "PatientID", "PatientName", "PatientBirthDate", "PatientSex", "AccessionNumber", "StudyID", "StudyDate",
+    "StudyTime", "ReferringPhysicianName", "PositionReferenceIndicator", "SeriesNumber", "InstanceNumber",
+    "SliceThickness",
+]  # fmt: skip
+
+
+def change(folder, **values):
+    """Change attributes of every slice; None takes one away, a list has a value for each slice."""
+    for number, file in enumerate(sorted(folder.iterdir())):
         data = pydicom.dcmread(file)
-        del data.FrameOfReferenceUID
+        for name, value in values.items():
+            value = value[number] if isinstance(value, list) else value
+            if value is None:
+                del data[name]
+            else:
+                with pydicom.config.disable_value_validation():
+                    setattr(data, name, value)
         data.save_as(file)
-    with pytest.raises(ValueError, match=r"ct: headers of the CT do not allow .* Frame Of Reference"):
-        write_segmentation(tmp_path / "o.dcm", some_masks(), tmp_path / "ct")
+
+
+@settings(max_examples=12)
+@given(st.sets(st.sampled_from(TYPE_2), min_size=1), st.booleans())
+def test_what_was_taken_away_is_empty(tmp_path_factory, lacking, some):
+    """De-identified: attributes that may be empty are away, in all slices or in the first alone."""
+    tmp_path = tmp_path_factory.mktemp("lacking")
+    hu, masks = chest(), some_masks()
+    write_series(tmp_path / "ct", hu)
+    for number, file in enumerate(sorted((tmp_path / "ct").iterdir())):
+        data = pydicom.dcmread(file)
+        for name in lacking if number == 0 or not some else ():
+            del data[name]
+        data.save_as(file)
+    ct = read_ct(tmp_path / "ct")
+    check_segmentation(ct.files)
+    path = write_segmentation(tmp_path / "o.dcm", masks, ct)
+    found, _ = voxels_of(path, SHAPE)
+    for name, mask in masks.items():
+        np.testing.assert_array_equal(found[name], mask)
+    written = pydicom.dcmread(path)
+    for name in lacking - {"SeriesNumber", "InstanceNumber", "SliceThickness"}:
+        assert name in written
+        assert some or not written[name].value
+
+
+def test_slices_in_two_folders_with_jitter(tmp_path):
+    """Frames lie where their own slices do, of which orientations are rounded otherwise."""
+    write_series(tmp_path / "ct/a", chest())
+    rng = np.random.default_rng(0)
+    for number, file in enumerate(sorted((tmp_path / "ct/a").iterdir())):
+        data = pydicom.dcmread(file)
+        data.ImagePositionPatient[2] = round(
+            float(data.ImagePositionPatient[2]) + rng.uniform(-0.02, 0.02), 3
+        )
+        data.ImageOrientationPatient = [1, 0, 0, 0, 1, 1e-5 * (number % 2)]
+        target = tmp_path / "ct" / "ab"[number % 2] / file.name
+        target.parent.mkdir(exist_ok=True)
+        file.unlink()
+        data.save_as(target)
+    ct = read_ct(tmp_path / "ct")
+    check_segmentation(ct.files)
+    masks = some_masks()
+    segmentation = highdicom.seg.segread(write_segmentation(tmp_path / "o.dcm", masks, ct))
+    headers = read_headers(ct.files)
+    uids = [h.SOPInstanceUID for h in headers]
+    frames = segmentation.get_pixels_by_source_instance(uids, assert_missing_frames_are_empty=True)
+    for number, mask in enumerate(masks.values()):
+        np.testing.assert_array_equal(frames[..., number] > 0, mask)
+    places = {h.SOPInstanceUID: h.ImagePositionPatient for h in headers}
+    for frame in segmentation.PerFrameFunctionalGroupsSequence:
+        source = frame.DerivationImageSequence[0].SourceImageSequence[0].ReferencedSOPInstanceUID
+        # highdicom rounds places to micrometres
+        np.testing.assert_allclose(
+            frame.PlanePositionSequence[0].ImagePositionPatient, places[source], atol=1e-3
+        )
+
+
+@pytest.mark.parametrize(
+    ("sets", "name"),
+    [
+        ("ISO_IR 100", "Müller^Jörg"),
+        ("ISO_IR 192", "Müller^山田"),
+        ("GB18030", "王^小东"),
+        (["", "ISO 2022 IR 87"], "Yamada^Tarou=山田^太郎"),
+        (["", "ISO 2022 IR 149"], "Hong^Gildong=洪^吉洞=홍^길동"),
+    ],
+)
+def test_names_in_any_alphabet(tmp_path, sets, name):
+    """Also where a text changes between several character sets, as in East Asia."""
+    write_series(tmp_path / "ct", chest())
+    change(tmp_path / "ct", SpecificCharacterSet=[sets] * len(list((tmp_path / "ct").iterdir())))
+    change(tmp_path / "ct", PatientName=name)
+    ct = read_ct(tmp_path / "ct")
+    check_segmentation(ct.files)
+    written = pydicom.dcmread(write_segmentation(tmp_path / "o.dcm", some_masks(), ct))
+    assert str(written.PatientName) == name
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("StudyID", "x" * 30), ("PatientID", "x" * 70), ("FrameOfReferenceUID", "1.02.x")]
+)
+def test_values_of_the_ct_that_break_a_rule_are_kept(tmp_path, name, value):
+    """Without a warning: they are those of the CT."""
+    write_series(tmp_path / "ct", chest())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of pydicom, that writes and reads them here
+        change(tmp_path / "ct", **{name: value})
+    ct = read_ct(tmp_path / "ct")
+    check_segmentation(ct.files)
+    path = write_segmentation(tmp_path / "o.dcm", some_masks(), ct)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert pydicom.dcmread(path)[name].value == value
+
+
+UIDS = ["1.2.3", *["1.2.4"] * 5]
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "rule"),
+    [
+        ("FrameOfReferenceUID", None, "FrameOfReferenceUID must be one for all slices, got ''"),
+        ("FrameOfReferenceUID", UIDS, "FrameOfReferenceUID must be one for all slices, got '1.2.3', '1.2.4'"),
+        ("StudyInstanceUID", None, "StudyInstanceUID must be one for all slices, got ''"),
+        ("StudyInstanceUID", UIDS, "StudyInstanceUID must be one"),
+        ("SOPInstanceUID", None, "SOPInstanceUID must be another for each slice"),
+        ("SOPInstanceUID", UIDS, "SOPInstanceUID must be another for each slice"),
+        ("SOPClassUID", None, "SOPClassUID must be there"),
+        ("PatientSex", "UNKNOWN", "UNKNOWN"),
+        ("StudyDate", "ANON", ""),
+    ],
+)
+def test_what_is_wrong_is_told_before(tmp_path, name, value, rule):
+    write_series(tmp_path / "ct", chest())
+    ct = read_ct(tmp_path / "ct")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # pydicom's own, of a value that it reads all the same
+        change(tmp_path / "ct", **{name: value})
+        rule = rf"ct: headers of the CT do not allow a segmentation: .*{rule}"
+        with pytest.raises(ValueError, match=rule):
+            check_segmentation(ct.files)
+        with pytest.raises(ValueError, match=rule):
+            write_segmentation(tmp_path / "o.dcm", some_masks(), ct)
 
 
 def test_a_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
     write_series(tmp_path / "ct", chest())
+    ct = read_ct(tmp_path / "ct")
     target = tmp_path / "out/o.dcm"
     target.parent.mkdir()
     target.write_text("old")
@@ -244,7 +373,7 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
 
     monkeypatch.setattr("normnet.dicom_seg.os.fsync", full)
     with pytest.raises(OSError, match="No space left"):
-        write_segmentation(target, some_masks(), tmp_path / "ct")
+        write_segmentation(target, some_masks(), ct)
     assert [p.name for p in target.parent.iterdir()] == ["o.dcm"]
     assert target.read_text() == "old"
 
@@ -256,9 +385,9 @@ def test_a_real_series(tmp_path, shared_data):
     lung = (ct.hu < -500) & (np.arange(ct.hu.shape[0])[:, None, None] > 3)
     lesion = np.zeros_like(lung)
     lesion[10:13, 200:260, 100:180] = True
-    path = write_segmentation(tmp_path / "o.dcm", {"lung": lung, "lesion": lesion}, source)
+    path = write_segmentation(tmp_path / "o.dcm", {"lung": lung, "lesion": lesion}, ct)
     segmentation = highdicom.seg.segread(path)
-    headers = read_series(source)
+    headers = read_headers(ct.files)
     uids = [h.SOPInstanceUID for h in headers]
     # highdicom puts the frames of a segment in the order of these slices; patients lie upright in LPS here
     assert [h.ImagePositionPatient[2] for h in headers] == sorted(h.ImagePositionPatient[2] for h in headers)

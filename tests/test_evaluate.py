@@ -222,7 +222,11 @@ def test_oracle_equals_a_search_by_brute_force():
         ("radiopaedia_4_lung.nii.gz", "radiopaedia_4", "lung"),
         ("radiopaedia_4_hu_prob.nii.gz", "radiopaedia_4", "probability"),
         ("r4-lung-mask.nrrd", "r4", "lung"),
-        ("case_mask.mha", "case", None),
+        ("case_mask.mha", "case", "mask"),
+        ("r4_hu_mask.nii", "r4", "mask"),
+        ("r4_lung_seg.nii", "r4", "lung"),
+        ("r4_Lesion-Label.nii", "r4", "lesion"),
+        ("r4_lung.seg.nrrd", "r4", "lung"),
         ("coronacases_001.nii", "coronacases_001", None),
         ("lung.nii", "lung", None),
     ],
@@ -425,3 +429,25 @@ def test_command_line(written, capsys):
     (written / "data" / "r2_lesion.nii.gz").unlink()
     assert main(arguments) == 2
     assert "truth must have a file for each prediction; ['r2']" in capsys.readouterr().err
+
+
+def test_one_file_is_no_truth_of_itself(written, capsys):
+    """Neither as a prediction nor, without labels that differ, as lungs; whatever name or link leads to it."""
+    (written / "link").mkdir()
+    for k in (1, 2):
+        (written / f"link/r{k}.nii.gz").symlink_to(written / f"out/r{k}_hu.nii.gz")
+    common = {"output": written / "results", "predictions": (written / "out",), "ct": (written / "data",)}
+    for truth in ("out", "link"):
+        evaluation = evaluate(EvaluateConfig(**common, truth=(written / truth,)))
+        assert not evaluation.scores
+        assert [str(one.reason).partition("nii.gz: ")[2] for one in evaluation.failures] == [
+            "must not be both the truth and the prediction"
+        ] * 2
+    places = [f"--{name}={written / place}" for name, place in (("truth", "same"), ("lungs", "same"))]
+    (written / "same").mkdir()
+    for k in (1, 2):
+        (written / f"data/r{k}_lung.nii.gz").rename(written / f"same/r{k}.nii.gz")
+    call = [f"--{name}={path if name == 'output' else path[0]}" for name, path in common.items()] + places
+    assert main(call) == 1
+    assert "r1: " in (err := capsys.readouterr().err)
+    assert err.count("labels must tell truth and lungs of one file apart") == 2

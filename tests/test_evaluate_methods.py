@@ -19,7 +19,7 @@ pytest.importorskip("SimpleITK")
 import SimpleITK as sitk
 from matplotlib.image import imread
 
-from normnet.evaluate import CaseVolumes, EvaluateConfig, evaluate, evaluate_volumes, main
+from normnet.evaluate import CaseVolumes, EvaluateConfig, evaluate, evaluate_case, evaluate_volumes, main
 from normnet.histograms import BINS, DRAWN, VoxelCounts, values_of
 from normnet.oracle import oracle_threshold, summary_at, threshold_counts
 from normnet.origin import UNKNOWN, Origin, read_origin
@@ -209,10 +209,94 @@ def test_the_report_is_one_page_with_histograms_and_the_worst_first(study):
 def test_a_note_of_every_method_is_told_once(study):
     for path in study.glob("vae/*_probability.nii.gz"):
         path.unlink()
-    for predictions, whose in ((study / "out",), " (VAE)"), (study.glob("out/?_lesions.nii.gz"), ""):
-        evaluate(config_of(study, predictions=tuple(predictions)))
-        notes = re.findall(r"<p class=note>(a.*?)</p>", (study / "results/report.html").read_text())
-        assert notes == [f"a{whose}: no healthy probability: Table II not computed."]
+    for predictions, whose in ((study / "out",), "VAE"), (study.glob("out/?_lesions.nii.gz"), "all"):
+        evaluation = evaluate(config_of(study, predictions=tuple(predictions)))
+        note = ["a", whose, "no healthy probability: Table II not computed"]
+        (notes,) = (grid for grid in evaluation.grids() if grid.title == "Notes")
+        assert [row for row in notes.rows if row[0] == "a"] == [note]
+        assert f"| {' | '.join(note)} |" in (study / "results/tables.md").read_text()
+        assert "".join(f"<td>{text}</td>" for text in note) in (study / "results/report.html").read_text()
+
+
+def main_on(study, *more):
+    places = {"predictions": "out", "truth": "data", "ct": "data", "lungs": "data", "output": "results"}
+    call = [text for name, place in places.items() for text in (f"--{name}", str(study / place))]
+    return main([*call, "--control-voxels", "20", "--pictures", "0", *more])
+
+
+def test_labels_of_truth_and_lungs_are_chosen_or_told(study, capsys):
+    rng = np.random.default_rng(7)
+    for case in "ab":
+        v = voxels_of(case)
+        labels = np.where(v["truth"], 3, rng.integers(1, 3, SHAPE) * v["lung"])  # lungs are 1 and 2
+        save(study / "data" / f"{case}_truth.nii.gz", labels.astype(np.uint8))
+    ml = 5 * 0.8 * 0.8 / 1000
+    assert main_on(study) == 0
+    lines = capsys.readouterr().err.splitlines()
+    labels = sitk.GetArrayFromImage(sitk.ReadImage(str(study / "data/a_truth.nii.gz")))
+    told = ", ".join(f"{k} ({(labels == k).sum() * ml:.1f} ml)" for k in (1, 2, 3))
+    text = f"{study / 'data/a_truth.nii.gz'}: labels {told} all count as the mask; label chooses"
+    lung = voxels_of("a")["lung"]
+    covered = (
+        f"the truth covers {100 * ((labels > 0) & lung).sum() / lung.sum():.0f} % of the lungs: a lung mask?"
+    )
+    assert [line for line in lines if ": a: " in line] == [f"warning: a: {text}", f"warning: a: {covered}"]
+    assert {line.split(": ")[1] for line in lines} == {"a", "b"}
+    document = json.loads((study / "results/results.json").read_text())
+    assert document["cases"]["a"]["notes"][-2:] == document["warnings"]["a"] == [text, covered]
+    assert document["cases"]["a"]["tp"] == (voxels_of("a")["lesions"] & (labels > 0)).sum()
+    assert covered in (study / "results/tables.md").read_text()
+    with (study / "results/cases.csv").open() as stream:
+        rows = [row["notes"] for row in csv.DictReader(stream) if row["case"] == "a"]
+    assert all(notes.endswith(f"{text}; {covered}") for notes in rows)
+
+    # truth of one label has no third: these cases fail, the others are what they were with one label
+    assert main_on(study, "--label", "3") == 1
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.split(": ")[:2] for line in lines] == [["error", "c"], ["error", "d"]]
+    assert all("label must be among 1 (" in line for line in lines)
+    document = json.loads((study / "results/results.json").read_text())
+    assert document["settings"]["label"] == [3]
+    for case in "ab":
+        v = voxels_of(case)
+        assert document["cases"][case]["tp"] == (v["lesions"] & v["truth"]).sum()
+        assert not document["cases"][case]["notes"]
+
+    # of both, the given ones that are there
+    assert main_on(study, "--label", "1", "3", "--lung-label", "1") == 0
+    for case, line in zip("cd", capsys.readouterr().err.splitlines()[2:], strict=False):
+        assert line.startswith(f"warning: {case}: ")
+    assert main_on(study, "--lung-label", "2") == 1
+    assert "c_lung.nii.gz: label must be among 1 (" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="lung_label must be omitted where neither lungs nor cases"):
+        config_of(study, lungs=(), lung_label=(1,))
+
+
+@pytest.mark.parametrize("share", [0.95, 1.0])
+def test_a_truth_that_is_a_lung_mask_is_told(share):
+    rng = np.random.default_rng(3)
+    v = voxels_of("a")
+    truth = v["lung"] & (rng.random(SHAPE) < share)
+    covered = f"{100 * truth.sum() / v['lung'].sum():.0f} %"
+    with pytest.warns(UserWarning, match=f"the truth covers {covered} of the lungs: a lung mask"):
+        evaluate_case(v["lesions"], truth, v["lung"], v["hu"])
+
+
+def test_a_truth_that_lies_elsewhere_is_told():
+    v = voxels_of("a")
+    left = np.zeros(SHAPE, bool)
+    left[..., :6] = True
+    with pytest.warns(
+        UserWarning, match="the truth has 133 % of the lungs' volume: a mask of something else"
+    ):
+        evaluate_case(v["lesions"], ~left, left, v["hu"])
+    outside = ~left & (np.arange(14) < 10)
+    outside[0] |= left[0]
+    share = f"{100 * 6 / (6 + 5 * 4):.0f} %"
+    with pytest.warns(UserWarning, match=f"only {share} of the truth lies in the lungs: another scan's"):
+        evaluate_case(v["lesions"], outside, left, v["hu"])
+    # next to no truth says nothing
+    evaluate_case(v["lesions"], outside, left, v["hu"], control_voxels=outside.sum() + 1)
 
 
 def test_oracle_stands_apart_and_says_what_it_is(study):

@@ -130,19 +130,6 @@ def test_padding_is_raised_and_floats_are_rounded(tmp_path: Path) -> None:
     assert_array_equal(io.read_ct(tmp_path / "a.nii").hu[0, 0, :4], (-1024, -1024, 13, 0))
 
 
-def test_nifti_slope_and_intercept_are_applied(tmp_path: Path) -> None:
-    image = nib.Nifti1Image((volume() + 1024).transpose(2, 1, 0).astype(np.int16), ras_affine())
-    image.header.set_slope_inter(1, -1024)
-    # nibabel rescales on saving; write the stored values and the slope as they are
-    header = image.header.copy()
-    header.set_slope_inter(1, -1024)
-    header["vox_offset"] = 352
-    data = (volume() + 1024).astype(np.int16)
-    body = header.binaryblock + b"\0" * 4 + data.tobytes()
-    (tmp_path / "a.nii").write_bytes(body)
-    assert_array_equal(io.read_ct(tmp_path / "a.nii").hu, volume())
-
-
 # ---- masks
 
 
@@ -150,7 +137,8 @@ def test_mask_in_another_orientation_fits(tmp_path: Path) -> None:
     write_nifti(tmp_path / "ct.nii.gz", volume(), (0, 1, 2), (1, 1, 1))
     labels = np.random.default_rng(1).integers(0, 4, SHAPE).astype(np.uint8)
     write_nifti(tmp_path / "mask.nii.gz", labels, (2, 0, 1), (-1, 1, -1))
-    assert_array_equal(io.read_mask(tmp_path / "mask.nii.gz", io.read_ct(tmp_path / "ct.nii.gz")), labels > 0)
+    ct = io.read_ct(tmp_path / "ct.nii.gz")
+    assert_array_equal(io.read_mask(tmp_path / "mask.nii.gz", ct, (1, 2, 3)), labels > 0)
 
 
 @pytest.mark.parametrize(
@@ -221,7 +209,7 @@ def refuse(path: Path, *parts: str) -> None:
         (np.random.default_rng(0).integers(0, 255, SHAPE).astype(np.uint8), "not a CT in Hounsfield units"),
         (np.full(SHAPE, -1000, np.int16), "not a CT in Hounsfield units"),
         (np.full(SHAPE, 40, np.int16), "not a CT in Hounsfield units"),
-        (np.where(np.arange(7) > 2, np.nan, -900.0) * np.ones(SHAPE), "NaN"),
+        (np.where(np.arange(7) == 3, np.nan, -900.0) * np.ones(SHAPE), "NaN"),
         (np.full((1, 6, 7), -900, np.int16), "at least two voxels along each axis"),
     ],
 )
@@ -275,22 +263,16 @@ def test_nifti_byte_orders(tmp_path: Path, big_endian: bool) -> None:
     refuse(tmp_path / "a.nii", f"{len(whole) - 2} bytes of the {len(whole)}")
 
 
-def test_damaged_gzip_is_refused(tmp_path: Path) -> None:
-    path = tmp_path / "hit.nii.gz"
-    sitk.WriteImage(sitk.GetImageFromArray(volume(shape=(20, 30, 40))), str(path))
-    whole = bytearray(path.read_bytes())
-    whole[len(whole) // 2] ^= 0xFF
-    path.write_bytes(bytes(whole))
-    refuse(path, "damaged or truncated gzip")
-
-
-def test_missing_simpleitk_names_the_extra() -> None:
+def test_missing_simpleitk_names_the_extra(tmp_path: Path) -> None:
+    sitk.WriteImage(sitk.GetImageFromArray(volume()), str(tmp_path / "x.nrrd"))
     script = (
-        "import sys; sys.modules['SimpleITK'] = None\n"
+        f"import sys; sys.path[:] = {sys.path!r}; sys.modules['SimpleITK'] = None\n"
         "import lesionsynth.io as io\n"
-        "try:\n    io.read_ct('x.nii')\nexcept ImportError as e:\n    print(e)\n"
+        "try:\n    io.read_ct('x.nrrd')\nexcept ImportError as e:\n    print(e)\n"
     )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, check=True
+    )
     assert "lesionsynth[io]" in done.stdout
 
 

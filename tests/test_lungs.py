@@ -3,15 +3,26 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from numpy.testing import assert_array_equal
 from scipy import ndimage
 
 from lesionsynth import io
-from normnet.prepare.lungs import Lungs, body_mask, segment_lungs, split_lungs, split_mask
+from normnet.prepare.lungs import (
+    MOST_CUT,
+    Lungs,
+    body_mask,
+    check_lungs,
+    segment_lungs,
+    split_lungs,
+    split_mask,
+)
 from normnet.prepare.morphology import (
     block_mean,
     closed,
@@ -200,6 +211,156 @@ def test_given_mask_is_split(body: Body) -> None:
     assert_array_equal(sides.left, body.parts["left"])
     with pytest.raises(ValueError, match="two lungs side by side"):
         split_mask(body.parts["left"], body.spacing)
+
+
+# ---- what lies outside the field of view, and images cut through the chest
+
+COARSE = (4.0, 3.0, 3.0)
+FILLS = ("constant", "noise", "ramp", "steps")
+SHAPES = ("frame", "circle", "ellipse", "rotated box")
+
+
+@cache
+def small() -> tuple[np.ndarray, Lungs]:
+    """The drawn body with arms at its sides, 360 mm in view on a coarse grid, and its lungs."""
+    body = Body(COARSE)
+    arms = (np.abs(body.x) > 125) & (np.abs(body.x) < 174) & (np.abs(body.y) < 50)
+    body.hu[arms & body.parts["outside"]] = 40
+    hu = np.pad(body.hu, [(0, 0), (16, 17), (0, 0)], constant_values=-1000)
+    return hu, split_lungs(hu, COARSE)
+
+
+def beyond(shape: tuple[int, ...], name: str) -> np.ndarray:
+    """How far in mm each voxel of a slice lies out, by an outline's shape."""
+    ny, nx = shape[1:]
+    y = ((np.arange(ny) - (ny - 1) / 2) * COARSE[1])[:, None]
+    x = ((np.arange(nx) - (nx - 1) / 2) * COARSE[2])[None]
+    turned = 0.94 * x + 0.34 * y, 0.94 * y - 0.34 * x
+    return {
+        "frame": np.maximum(abs(x), abs(y)),
+        "circle": np.hypot(x, y),
+        "ellipse": np.hypot(x, 1.5 * y),
+        "rotated box": np.maximum(abs(turned[0]), abs(turned[1])),
+    }[name]
+
+
+def filled(shape: tuple[int, ...], fill: str, level: float, sigma: float, out: np.ndarray) -> np.ndarray:
+    rng = np.random.default_rng(round(abs(level)))
+    return {
+        "constant": np.full(shape, level),
+        "noise": rng.normal(level, sigma, shape),
+        "ramp": np.broadcast_to(np.linspace(-100, level, shape[2]), shape),
+        "steps": np.broadcast_to(np.where(out > 30, level, np.where(out > 12, -50.0, 120.0)), shape),
+    }[fill]
+
+
+@settings(max_examples=25)
+@given(
+    fill=st.sampled_from(FILLS),
+    name=st.sampled_from(SHAPES),
+    level=st.sampled_from([0.0, 40.0, 300.0, 3071.0, 32767.0]) | st.floats(0, 3000),
+    sigma=st.floats(1, 300),
+    gap=st.floats(10, 60),
+    blend=st.just(0.0) | st.floats(3, 12),
+)
+def test_padding_is_no_lung(
+    fill: str,
+    name: str,
+    level: float,
+    sigma: float,
+    gap: float,
+    blend: float,
+) -> None:
+    """Whatever fills the outside, up to 10 mm from a lung: through chest wall and arms."""
+    hu, lungs = small()
+    distance = beyond(hu.shape, name)
+    out = distance - distance[(lungs.right | lungs.left).any(axis=0)].max() - gap - blend / 2
+    weight = np.clip(out / blend + 0.5, 0, 1) if blend else out > 0
+    values = hu * (1 - weight) + filled(hu.shape, fill, level, sigma, out) * weight
+    found = split_lungs(np.rint(values).clip(-1024, 32767).astype(np.int16), COARSE)
+    # 1 %: what the outside adds or takes at the lungs' own surface would be more
+    assert found.right.sum() == pytest.approx(lungs.right.sum(), rel=0.01)
+    assert found.left.sum() == pytest.approx(lungs.left.sum(), rel=0.01)
+
+
+@settings(max_examples=25)
+@given(
+    cut=st.sampled_from(["box", "right", "left", "front", "back", "right half", "left half"]),
+    place=st.floats(0, 1),
+    padded=st.booleans(),
+    mirrored=st.booleans(),
+)
+def test_cut_image_keeps_its_lungs(cut: str, place: float, padded: bool, mirrored: bool) -> None:
+    """Cropped to the lungs' box, up to 40 % of them cut off at a side, or cut within 8 mm of the midline."""
+    hu, lungs = small()
+    right, left = lungs.right, lungs.left
+    if mirrored:
+        hu, right, left = (np.ascontiguousarray(a[:, :, ::-1]) for a in (hu, left, right))
+    both = right | left
+    (y0, y1), (x0, x1) = (np.flatnonzero(both.any(axis=a))[[0, -1]] + (0, 1) for a in ((0, 2), (0, 1)))
+    gap = np.flatnonzero(right.any(axis=(0, 1)))[-1] + np.flatnonzero(left.any(axis=(0, 1)))[0]
+    middle = round(gap / 2 + (place - 0.5) * 16 / COARSE[2])
+    x, y = round(0.4 * place * (x1 - x0) / 2), round(0.4 * place * (y1 - y0))
+    window = {
+        "box": np.s_[:, y0:y1, x0:x1],
+        "right": np.s_[:, :, x0 + x :],
+        "left": np.s_[:, :, : x1 - x],
+        "front": np.s_[:, y0 + y :],
+        "back": np.s_[:, : y1 - y],
+        "right half": np.s_[:, :, :middle],
+        "left half": np.s_[:, :, middle:],
+    }[cut]
+    image = np.full_like(hu, -1024)
+    image[window] = hu[window]
+    found = split_lungs(image if padded else np.ascontiguousarray(hu[window]), COARSE)
+    if padded:
+        image[window] = 0
+        assert not ((found.right | found.left) & (image == -1024)).any()
+    for one, whole in ((found.right, right), (found.left, left)):
+        # of both lungs: a half-seen trachea is 1 %, the rim of the other lung beyond the midline another
+        expected = whole[window].sum()
+        assert one.sum() == pytest.approx(expected, abs=0.025 * both[window].sum())
+
+
+def test_cut_lungs_are_told() -> None:
+    hu, lungs = small()
+    both = lungs.right | lungs.left
+    check_lungs(hu, both, COARSE, lungs.left)  # whole lungs: not a word
+    front = int(np.flatnonzero(both.any(axis=(0, 2)))[0])
+    share = [float(both[:, y].sum() / both[:, y:].any(axis=1).sum()) for y in range(front, hu.shape[1] // 2)]
+    cut = front + next(i for i, s in enumerate(share) if s > 2 * MOST_CUT)
+    with pytest.warns(UserWarning, match="the image ends within the lungs at the patient's front"):
+        check_lungs(hu[:, cut:], both[:, cut:], COARSE, lungs.left[:, cut:])
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("empty", "got 0 ml and 0%"),
+        ("everything", "must have more than 0 and at most 12000 ml and 95% of the image, got .* 100%"),
+        ("inverted", "at most 12000 ml .* air around the body, or another mask"),
+    ],
+)
+def test_lungs_of_nobody_are_refused(kind: str, message: str) -> None:
+    hu, lungs = small()
+    both = lungs.right | lungs.left
+    mask = {"empty": both & ~both, "everything": both | ~both, "inverted": ~both}[kind]
+    with pytest.raises(ValueError, match=message):
+        check_lungs(hu, mask, COARSE)
+
+
+def test_unlikely_lungs_are_told() -> None:
+    hu, lungs = small()
+    both = lungs.right | lungs.left
+    child = tuple(s / 3 for s in COARSE)
+    grown = tuple(s * (10_600_000 / (both.sum() * np.prod(COARSE))) ** (1 / 3) for s in COARSE)
+    with pytest.warns(UserWarning, match="the lungs have 10600 ml, more than 10500"):
+        check_lungs(hu, both, grown)
+    with pytest.warns(UserWarning, match=r"the right lung has \d+ ml, the left 0: is one collapsed"):
+        check_lungs(hu, lungs.right, COARSE, lungs.left & ~lungs.left)
+    with pytest.warns(UserWarning, match="of the lungs lie between -960 and -320 HU: are they lungs"):
+        check_lungs(hu, (hu > 0) & ~both, child)
+    check_lungs(hu, both, child, lungs.left)  # 1/27 of the volume is a newborn's: no warning
 
 
 # ---- morphology against plain definitions

@@ -967,7 +967,132 @@ def test_dicom_in_and_dicom_segmentation_out(tmp_path, undecided, capsys):
         assert "1 of 1 volumes" in capsys.readouterr().out
     call[-1] = str(tmp_path)
     assert predict.main([str(tmp_path / "p1_hu.nii.gz"), *call]) == 1
-    assert "dicom_seg must be left out, as the CT is no DICOM series" in capsys.readouterr().err
+    said = capsys.readouterr()
+    rule = (
+        "p1_hu.nii.gz: dicom_seg must be left out, as the CT is no DICOM series; the other files are written"
+    )
+    assert said.err.count(rule) == 2  # before the computation, and at the end
+    assert said.err.index(rule) < said.err.index("predict: 100%")
+    assert "1 of 1 volumes" in said.out
+    record = json.loads((tmp_path / "scans/out/p1.json").read_text())
+    assert record["files"]["lesions"] == "p1_lesions.nii.gz"
+    assert record["files"]["dicom_seg"] is None
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_maps_are_written_where_the_headers_allow_no_segmentation(
+    tmp_path, undecided, capsys, monkeypatch, when
+):
+    """What is wrong is told beforehand; what nobody foresaw does not cost the maps either."""
+    write_case(tmp_path, "p1")
+    hu = sitk.GetArrayFromImage(sitk.ReadImage(str(tmp_path / "p1_hu.nii.gz")))
+    lung = sitk.GetArrayFromImage(sitk.ReadImage(str(tmp_path / "p1_lung.nii.gz")))
+    write_series(tmp_path / "scans/p9", hu)
+    read_ct(tmp_path / "scans/p9").write_like(lung, tmp_path / "masks/p9_lung.nii.gz")
+
+    def refuse(*_):
+        raise ValueError("003.dcm: StudyDate must be a date")
+
+    name = "check_segmentation" if when == "before" else "write_segmentation"
+    monkeypatch.setattr(f"normnet.predict.command.{name}", refuse)
+    call = [str(tmp_path / "scans"), "--models", str(undecided / "a"), "--threads", "1", "--dicom-seg"]
+    call += ["--output", str(tmp_path / "out"), "--settings.slab", "16", "--masks", str(tmp_path / "masks")]
+    for again in (False, True):
+        assert predict.main(call) == 1
+        said = capsys.readouterr()
+        told = "003.dcm: StudyDate must be a date; the other files are written"
+        assert said.err.count(told) == (2 if when == "before" else 1)
+        early = f"warning: p9: {tmp_path / 'scans/p9'}: {told}"
+        assert (early in said.err.splitlines()[0]) == (when == "before")
+        assert "1 of 1 volumes segmented" in said.out
+        assert ("by an earlier call" in said.out) == (again and when == "before")
+        record = json.loads((tmp_path / "out/p9.json").read_text())
+        assert record["files"]["lesions"] == "p9_lesions.nii.gz"
+        assert not (tmp_path / "out/p9_lesions.dcm").exists()
+    monkeypatch.undo()
+    assert predict.main(call) == 0
+    assert (tmp_path / "out/p9_lesions.dcm").exists()
+
+
+def test_what_is_passed_over_is_told_and_counts_where_it_was_named(tmp_path, undecided, capsys):
+    scans = tmp_path / "in"
+    for folder in (scans, scans / "Lungs", scans / "sub"):
+        folder.mkdir(parents=True)
+        write_case(folder, f"p_{folder.name}")
+    (scans / "old.img").touch()
+    (scans / "gone.nii").symlink_to(scans / "nothing")
+    call = ["--models", str(undecided / "a"), "--threads", "1", "--settings.slab", "16", "--output"]
+    assert predict.main([str(scans), *call, str(scans / "out")]) == 0
+    said = capsys.readouterr()
+    assert "2 of 2 volumes" in said.out
+    told = [line for line in said.err.splitlines() if line.startswith("passed over: ")]
+    names = (
+        "gone.nii",
+        "old.img",
+        "p_in_lung.nii.gz",
+        "Lungs/p_Lungs_hu.nii.gz",
+        "Lungs/p_Lungs_lung.nii.gz",
+    )
+    names += ("sub/p_sub_lung.nii.gz",)
+    assert sorted(line.split(": ")[1] for line in told) == sorted(str(scans / name) for name in names)
+    named = [str(scans / name) for name in ("gone.nii", "old.img")]
+    assert predict.main([str(scans / "sub"), *named, *call, str(scans / "out")]) == 1
+    said = capsys.readouterr()
+    assert "1 of 1 volumes" in said.out
+    assert said.err.index("gone.nii: a link that leads nowhere") < said.err.index(
+        "p_sub_lung.nii.gz: named as"
+    )
+    assert "old.img: of no format that is read" in said.err
+    assert predict.main([*named, *call, str(tmp_path / "other")]) == 2
+    assert "found none; passed over: " in capsys.readouterr().err
+    # named itself, a folder or a file is read whatever it is called
+    assert predict.main([str(scans / "Lungs"), *call, str(tmp_path / "lungs")]) == 0
+    assert "1 of 1 volumes" in capsys.readouterr().out
+
+
+def test_warnings_of_a_case_are_told_and_kept(tmp_path, undecided, capsys):
+    """A mask of several labels is used as a whole, with a warning; --label chooses."""
+    write_case(tmp_path, "p1")
+    path = str(tmp_path / "p1_lung.nii.gz")
+    image = sitk.ReadImage(path)
+    labels = sitk.GetArrayFromImage(image)
+    labels[:, :, 36:] *= 2
+    two = sitk.GetImageFromArray(labels)
+    two.CopyInformation(image)
+    sitk.WriteImage(two, path)
+    volumes = {}
+    for flags in ((), ("--label", "1", "--overwrite"), ("--label", "1", "2", "--overwrite")):
+        assert run(tmp_path, undecided, *flags) == 0
+        said = capsys.readouterr().err
+        record = json.loads((tmp_path / "out/p1.json").read_text())
+        assert "UserWarning" not in said
+        told = [line for line in said.splitlines() if line.startswith("warning: p1: ")]
+        assert [line.removeprefix("warning: p1: ") for line in told] == record["warnings"]
+        assert bool(told) == (not flags)
+        volumes[flags[1:-1]] = record["volumes"]["lung_ml"]
+        assert record["label"] == ([int(label) for label in flags[1:-1]] or None)
+    assert volumes[("1",)] < 0.6 * volumes[()]
+    assert volumes[("1", "2")] == volumes[()]
+    assert run(tmp_path, undecided, "--label", "1") == 2
+    assert "label must be that of this call" in capsys.readouterr().err
+    assert run(tmp_path, undecided, "--overwrite") == 0
+    capsys.readouterr()
+    assert run(tmp_path, undecided) == 0  # there by an earlier call: still told
+    assert "warning: p1: " in capsys.readouterr().err
+    assert run(tmp_path, undecided, "--label", "1", masks=False) == 2
+    assert "label must be left out where no masks are given, got [1]" in capsys.readouterr().err
+
+
+def test_records_of_earlier_versions_go_on(tmp_path, undecided, capsys):
+    """They know of no labels and no warnings."""
+    write_case(tmp_path, "p1")
+    assert run(tmp_path, undecided) == 0
+    file = tmp_path / "out/p1.json"
+    record = json.loads(file.read_text())
+    file.write_text(json.dumps({k: v for k, v in record.items() if k not in ("label", "warnings")}))
+    assert run(tmp_path, undecided) == 0
+    assert "(1 by an earlier call)" in capsys.readouterr().out
+    assert run(tmp_path, undecided, "--label", "1") == 2
 
 
 def test_settings_reach_the_post_processing():

@@ -18,7 +18,7 @@ import lesionsynth as ls  # noqa: E402
 from normnet.config import laptop  # noqa: E402
 from normnet.model import build_unet, save_model  # noqa: E402
 
-SLICES, SPACING = 600, (1.0, 0.8, 0.8)
+SLICES, SPACING = 600, (0.7, 0.8, 0.8)
 GIB = 2**30
 MEASURED = """
 import resource, sys

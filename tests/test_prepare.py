@@ -403,6 +403,35 @@ def test_given_masks_are_used(folder: Path, tmp_path: Path) -> None:
     assert_array_equal(here, hu[z0 : z0 + len(here), 20:50, 20:80])
 
 
+def test_labels_and_warnings_are_kept(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    hu, truth = chest(1)
+    write(tmp_path / "in/a.nii.gz", hu)
+    write(tmp_path / "in/sub/7_Thorax_1.0_Lung.nii.gz", hu)
+    write(tmp_path / "masks/a.nii.gz", truth * np.where(np.arange(100) < 50, 3, 7).astype(np.uint8))
+    call = [str(tmp_path / "in"), "--output", str(tmp_path / "s"), "--masks", str(tmp_path / "masks")]
+    call += ["--spacing", "5", "3", "3", "--size", "96"]
+    told = f"passed over: {tmp_path}/in/sub/7_Thorax_1.0_Lung.nii.gz: named as"
+    for labels, both in (((), True), ((3,), False), ((3, 7), True)):
+        flags = ["--label", *map(str, labels), "--overwrite"] if labels else []
+        assert main([*call, *flags]) == 0
+        assert told in capsys.readouterr().err
+        case = Store.open(tmp_path / "s")["a"]
+        assert case.meta["label"] == list(labels)
+        assert bool(case.meta["warnings"]) == (not labels)
+        (row,) = csv.DictReader((tmp_path / "s/summary.csv").read_text().splitlines())
+        assert all(text in row["message"] for text in case.meta["warnings"])
+        share = case.meta["lung_ml"] / (truth.sum() * 0.045)  # ml of a voxel of 5 x 3 x 3 mm
+        assert (share > 0.9) == both  # edges are taken out of the mask: a few percent
+        assert share > 0.4
+    assert main([*call, "--label", "3"]) == 0
+    assert "prepared with another label; overwrite" in capsys.readouterr().out
+    (tmp_path / "gone.nii").symlink_to(tmp_path / "nothing")
+    assert main([*call[:1], str(tmp_path / "gone.nii"), *call[1:]]) == 1
+    assert f"passed over: {tmp_path}/gone.nii: a link that leads nowhere" in capsys.readouterr().err
+
+
 def test_mask_names(tmp_path: Path) -> None:
     for name in ("a.nii.gz", "a_lung.nrrd", "b.nii", "c_lung.nii.gz", "d_lung.nii", "d_mask.nii"):
         (tmp_path / name).touch()

@@ -179,7 +179,7 @@ def test_a_mask_of_another_shape(good: Path, tmp_path: Path) -> None:
     assert summary.store.case_ids == ["good"]
     none, wrong = summary.failed
     assert "wrong_lung.nii.gz: the mask's shape must be that of" in wrong.message
-    assert "(24, 96, 120), got (23, 96, 120)" in wrong.message
+    assert "(24, 96, 120) (z, y, x), got (23, 96, 120)" in wrong.message
     assert "no lung mask for case none" in none.message
     with pytest.raises(FileNotFoundError, match="gone"):
         prepare([good], tmp_path / "t", masks=tmp_path / "gone", **SETTINGS)

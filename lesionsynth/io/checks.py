@@ -7,14 +7,18 @@ and the voxels are counted; compressed ones are unpacked once, block by block, n
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 import re
 import stat
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any, NoReturn
+from typing import IO, NoReturn
+
+import numpy as np
 
 from lesionsynth.strict import name_of, shown
 
@@ -34,8 +38,11 @@ MAX_LINES = 10_000
 BLOCK = 1 << 20
 
 
-Geometry = tuple[tuple[float, ...], tuple[float, ...], tuple[float, ...]]
-"""Spacing, origin and direction."""
+EXACT, SHEAR, UNIT = 1e-5, 1.7e-3, 1e-2
+"""Products of a volume's axes. Up to the first (float32, six decimals), no corner is 0.01 mm off. Up to the
+second, which cosines of three decimals reach, axes are made orthogonal; beyond, voxels are no boxes. The
+third, which cosines of two decimals reach, bounds how far their squares are from 1."""
+PAIR = "a pair of .hdr and .img (Analyze, NIfTI) is not read; convert it to one .nii file"
 
 
 @dataclass(frozen=True)
@@ -50,8 +57,6 @@ class Header:
         Memory for its voxels, eight bytes each where they are rescaled.
     beside : mapping of str to Stamp
         The file that holds the voxels, where it is another one, and its stamp before it was checked.
-    geometry : Geometry or None
-        Spacing, origin and direction as ITK has them, where the reader's are not to be taken.
     warnings : tuple of str
         What was decided and the user should know.
     """
@@ -59,7 +64,6 @@ class Header:
     kind: str
     voxel_bytes: int
     beside: Mapping[str, Stamp] = field(default_factory=dict)
-    geometry: Geometry | None = None
     warnings: tuple[str, ...] = ()
 
 
@@ -86,20 +90,51 @@ def file_stamp(path: str | os.PathLike[str]) -> Stamp:
     return info.st_dev, info.st_ino, info.st_size, info.st_mtime_ns
 
 
+def check_shape(path: Path, size: Sequence[int], components: int = 1) -> None:
+    """Check that an image is one volume; `size` is x first."""
+    if components != 1:
+        raise ValueError(
+            f"{name_of(path)}: a volume must have one value per voxel, got {components} (a colour picture?)"
+        )
+    if len(size) != 3 or min(size) < 2:
+        hint = f": {math.prod(size[3:])} volumes in one file? Save the one to read" if len(size) > 3 else ""
+        raise ValueError(
+            f"{name_of(path)}: a volume must be 3-D with at least two voxels along each axis, got size "
+            f"{tuple(size)} (x, y, z){hint}"
+        )
+
+
 def check_geometry(
-    path: Path, spacing: Sequence[float], origin: Sequence[float], direction: Sequence[float]
-) -> None:
-    """Check where the voxels of a 3-D image lie, mm; raises ValueError naming the field."""
+    path: Path,
+    size: Sequence[int],
+    spacing: Sequence[float],
+    origin: Sequence[float],
+    direction: Sequence[float],
+) -> tuple[tuple[float, ...], tuple[str, ...]]:
+    """Check where the voxels of a volume lie, mm; its direction, made orthogonal, and what that changed."""
     low, high = SPACING_MM
     check_numbers(path, "spacing", spacing, low, high)
     check_numbers(path, "origin", origin, -FARTHEST_MM, FARTHEST_MM)
     check_numbers(path, "direction", direction, -2, 2)
-    # cosines with three decimals stay below this; beyond it, a voxel is no box of the spacing's sides
-    columns = [direction[axis::3] for axis in range(3)]
-    products = [sum(x * y for x, y in zip(a, b, strict=True)) - (a is b) for a in columns for b in columns]
-    if max(map(abs, products)) > 1e-2:
+    cosines = np.reshape(direction, (3, 3))
+    products = cosines.T @ cosines - np.eye(3)
+    shear = float(np.abs(products[~np.eye(3, dtype=bool)]).max())
+    if shear > SHEAR or float(np.abs(products).max()) > UNIT:
         numbers = ", ".join(f"{value:g}" for value in direction)
-        refuse(path, f"direction must be three orthogonal unit vectors, got {numbers}")
+        refuse(
+            path,
+            f"direction must be three orthogonal unit vectors, sheared by at most {SHEAR:g}, got {numbers} "
+            f"({shear:.2g}); resample it on upright axes, or (NIfTI) clear sform_code if the qform is right",
+        )
+    if float(np.abs(products).max()) <= EXACT:
+        return tuple(direction), ()
+    left, _, right = np.linalg.svd(cosines)
+    nearest = left @ right
+    ends = np.array(list(itertools.product((0, 1), repeat=3))) * (np.array(size) - 1) * spacing
+    moved = float(np.linalg.norm(ends @ (nearest - cosines).T, axis=1).max())
+    return tuple(nearest.ravel().tolist()), (
+        f"{name_of(path)}: axes sheared by {shear:.2g} are made orthogonal; a corner moves by {moved:.3f} mm",
+    )
 
 
 def number_of(text: str) -> float:
@@ -130,11 +165,12 @@ def check_sizes(path: Path, field: str, sizes: Sequence[int]) -> int:
     return voxels
 
 
-def check_length(path: Path, length: int, needed: int) -> None:
-    """Check that the voxels have as many bytes as their header announces."""
+def check_length(path: Path, length: int, needed: int, data: Path | None = None) -> None:
+    """Check that the voxels, in `data` if that is another file, have as many bytes as announced."""
     if length < needed:
+        where = f"{name_of(data)} has " if data not in (None, path) else ""
         raise ValueError(
-            f"{name_of(path)}: truncated: {length} bytes of the {needed} that its header announces"
+            f"{name_of(path)}: truncated: {where}{length} bytes of the {needed} that its header announces"
         )
     if length > needed:
         refuse(path, f"{length - needed} bytes more than the {needed} that its header announces")
@@ -150,12 +186,32 @@ def check_growth(path: Path, packed: int, needed: int) -> None:
         )
 
 
-def unpacked_length(stream: Any, known: int, needed: int) -> int:
-    """Bytes in a stream of which `known` have been read; no more than one above `needed`."""
-    length = known
-    while length <= needed and (block := stream.read(min(BLOCK, needed + 1 - length))):
-        length += len(block)
-    return length
+def check_unpacked(path: Path, length: int, needed: int) -> None:
+    """Check the length of data that was unpacked, to one byte above `needed` at most."""
+    if length > needed:
+        refuse(path, f"damaged compressed data, or a wrong header: more than the {needed} bytes announced")
+    check_length(path, length, needed)
+
+
+def check_packed(path: Path, stream: IO[bytes], needed: int) -> None:
+    """Check that one zlib or gzip stream, to its checksum and the end of the file, holds the voxels."""
+    unpack, length = zlib.decompressobj(47), 0
+    try:
+        while not unpack.eof and length <= needed:
+            block = unpack.unconsumed_tail or stream.read(BLOCK)
+            if not block:
+                raise EOFError("it ends early")
+            length += len(unpack.decompress(block, min(BLOCK * 4, needed + 1 - length)))
+    except (EOFError, zlib.error) as error:
+        raise ValueError(f"{name_of(path)}: damaged or truncated compressed data ({error})") from error
+    check_unpacked(path, length, needed)
+    if unpack.unused_data or stream.read(1):
+        refuse(path, "bytes follow the compressed voxels")
+
+
+def no_spacing(path: Path, field: str) -> str:
+    """Say that a header does not tell how large voxels are."""
+    return f"{name_of(path)}: there is no {field}; taking voxels to be 1 mm long along each axis"
 
 
 def check_digits(path: Path, stream: IO[bytes], needed: int) -> None:
@@ -225,8 +281,8 @@ def _how_many(count: int | None, what: str) -> str:
     return f"a{'n' if what[0] == 'i' else ''} {what}" if count == 1 else f"{count or ''} {what}s".lstrip()
 
 
-def data_file(path: Path, field: str, name: str) -> tuple[Path, Stamp]:
-    """Find the data file that a header names, one plain name in the header's own folder; and stamp it."""
+def data_file(path: Path, field: str, name: str, needed: int) -> tuple[Path, Stamp]:
+    """Find and stamp the file of `needed` bytes that a header names, one plain name in its own folder."""
     plain = re.fullmatch(r"(\./)?[^\s/\\%:][^/\\%:]*", name) is not None
     if not plain or len(name) > 250 or name in (".", "..", "LIST") or name.startswith(("LIST ", "../")):
         refuse(path, f"{field} must be the name of one file in the header's folder, got {shown(name)}")
@@ -235,7 +291,8 @@ def data_file(path: Path, field: str, name: str) -> tuple[Path, Stamp]:
         stamp = file_stamp(data)
     except (OSError, ValueError) as error:
         raise type(error)(
-            f"{name_of(path)}: {field} must be a file in the header's folder: {error}"
+            f"{name_of(path)}: {field} must be a file in the header's folder, of {needed} bytes of voxels: "
+            f"{error}"
         ) from None
     if data.resolve().parent != path.resolve().parent and data.resolve().parent != path.parent.resolve():
         refuse(path, f"{field} must lie in the header's folder, {shown(name)} links to another")

@@ -22,6 +22,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 IN_PROCESS = "LESIONSYNTH_READ_IN_PROCESS"
@@ -49,6 +50,12 @@ class Image:
         In file order, x fastest.
     owner : object
         What keeps the buffer alive.
+    series : str or None
+        SeriesInstanceUID, of DICOM.
+    files : tuple of Path
+        Slices in the order of the voxels; empty for one file.
+    warnings : tuple of str
+        What was decided and the user should know.
     """
 
     size: tuple[int, ...]
@@ -59,6 +66,9 @@ class Image:
     dtype: str
     voxels: Any
     owner: Any = None
+    series: str | None = None
+    files: tuple[Path, ...] = ()
+    warnings: tuple[str, ...] = ()
 
 
 def read(
@@ -69,7 +79,7 @@ def read(
     Parameters
     ----------
     kind : str
-        ITK's image IO: "NiftiImageIO", "GDCMImageIO", ...
+        ITK's image IO: "NrrdImageIO", "GDCMImageIO", ...
     files : sequence of str
         Several are slices, stacked in this order. They must have been checked, see `lesionsynth.io.checks`.
     expected : int
@@ -209,24 +219,15 @@ class _State:
 _state = _State()
 
 
-def _is_misled(path: str) -> bool:
-    """NIfTI's reader demands a suffix in small letters, and takes voxels from a.nii beside an a.nii.gz."""
-    stem = re.sub(r"\.nii(\.gz)?$", "", path, flags=re.IGNORECASE)
-    if stem == path:
-        return False
-    others = (f"{stem}{end}" for end in (".nii", ".nii.gz", ".hdr", ".hdr.gz", ".img", ".img.gz", ".nia"))
-    return not path.endswith((".nii", ".nii.gz")) or any(os.path.lexists(o) for o in others if o != path)
-
-
 @contextmanager
 def _plain_names(files: Sequence[str], beside: Sequence[str]) -> Iterator[list[str]]:
     """Absolute paths that native code takes: text in UTF-8 (SimpleITK aborts on others) without formats.
 
-    Where one is odd, or would mislead NIfTI's reader, links stand in for all.
+    Where one is odd, links stand in for all.
     """
     paths = [os.path.abspath(file) for file in files]
     # bytes that are no UTF-8 arrive as lone surrogates, which are not printable
-    if all(path.isprintable() and "%" not in path and not _is_misled(path) for path in paths):
+    if all(path.isprintable() and "%" not in path for path in paths):
         yield paths
         return
     with tempfile.TemporaryDirectory(prefix="lesionsynth-") as folder:
@@ -234,23 +235,14 @@ def _plain_names(files: Sequence[str], beside: Sequence[str]) -> Iterator[list[s
             os.symlink(os.path.abspath(other), os.path.join(folder, os.path.basename(other)))
         names = []
         for number, path in enumerate(paths):
-            end = os.path.splitext(path)[1].lower()
-            names.append(os.path.join(folder, f"{number:05d}{'.nii' if end == '.gz' else ''}{end}"))
+            names.append(os.path.join(folder, f"{number:05d}{os.path.splitext(path)[1].lower()}"))
             os.symlink(path, names[-1])
         yield names
 
 
 def _image(answer: dict[str, Any], voxels: Any, owner: Any = None) -> Image:
-    return Image(
-        tuple(int(n) for n in answer["size"]),
-        tuple(float(v) for v in answer["spacing"]),
-        tuple(float(v) for v in answer["origin"]),
-        tuple(float(v) for v in answer["direction"]),
-        int(answer["components"]),
-        str(answer["dtype"]),
-        voxels,
-        owner,
-    )
+    size, spacing, origin, direction = (tuple(answer[n]) for n in ("size", "spacing", "origin", "direction"))
+    return Image(size, spacing, origin, direction, answer["components"], answer["dtype"], voxels, owner)
 
 
 def _read(request: dict[str, Any]) -> tuple[dict[str, Any], Any, Any]:
@@ -339,7 +331,6 @@ def _attempt(request: dict[str, Any]) -> tuple[dict[str, Any], int]:
     import resource
 
     sys.path[:] = [folder for folder in request["path"] if folder]  # the empty one is where the caller is
-    os.environ["ITK_NIFTI_SFORM_PERMISSIVE"] = "1"  # where voxels lie is checked by who asks
     import SimpleITK as sitk
 
     sitk.ProcessObject.SetGlobalDefaultNumberOfThreads(1)  # each would have its own stack and heap

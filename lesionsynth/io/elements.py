@@ -10,13 +10,11 @@ from __future__ import annotations
 import io
 import struct
 import zlib
-from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
 from lesionsynth.io.checks import MAX_VOXELS, Stamp, file_stamp, number_of
-from lesionsynth.strict import name_of, shown
+from lesionsynth.strict import name_of, rule_of, shown
 
 MAX_DEPTH = 32
 """Sequences within sequences; structured reports reach about ten."""
@@ -29,7 +27,7 @@ _LONG = frozenset((b"OB", b"OD", b"OF", b"OL", b"OV", b"OW", b"SQ", b"SV", b"UC"
 _SHORT = frozenset(
     (b"AE", b"AS", b"AT", b"CS", b"DA", b"DS", b"DT", b"FD", b"FL", b"IS", b"LO", b"LT", b"PN", b"SH", b"SL")
 ) | {b"SS", b"ST", b"TM", b"UI", b"UL", b"US"}
-_SYNTAX, _DIRECTORY, _TABLE = 0x00020010, 0x00041220, 0x00283000
+_CLASS, _SYNTAX, _DIRECTORY, _TABLE = 0x00020002, 0x00020010, 0x00041220, 0x00283000
 _NOT_HU = frozenset(("OD", "MGML", "Z_EFF", "ED", "EDW", "PCT"))
 """Units of rescaled values that the standard knows beside Hounsfield's."""
 _NUMBERS = frozenset(
@@ -40,9 +38,9 @@ _TEXTS = {
     **dict.fromkeys(
         (0x00180088, 0x00181120, 0x00200032, 0x00200037, 0x00280030, 0x00281052, 0x00281053), b"DS"
     ),
-    **dict.fromkeys((0x00080016, 0x0020000E), b"UI"),
-    **dict.fromkeys((0x0008103E, 0x00281054), b"LO"),
-    0x00280008: b"IS",
+    **dict.fromkeys((0x00080016, 0x0020000D, 0x0020000E, 0x00200052), b"UI"),
+    **dict.fromkeys((0x0008103E, 0x00100020, 0x00281054), b"LO"),
+    **dict.fromkeys((0x00200012, 0x00280008), b"IS"),
 }
 """Their VR; readers stop at another."""
 _IMPLICIT, _BIG = "1.2.840.10008.1.2", "1.2.840.10008.1.2.2"
@@ -65,14 +63,15 @@ class Damage(Exception):
     ----------
     series : str
         SeriesInstanceUID, where the file told it before.
+    known : bool
+        It is a DICOM file by its mark or its suffix.
     """
 
-    def __init__(self, rule: str, series: str = "") -> None:
+    def __init__(self, rule: str, series: str = "", known: bool = True) -> None:
         super().__init__(rule)
-        self.series = series
+        self.series, self.known = series, known
 
 
-@dataclass(frozen=True)
 class Elements:
     """Values of a DICOM file, and where its pixels are.
 
@@ -94,68 +93,19 @@ class Elements:
         Stored values become others by a ModalityLUTSequence.
     """
 
-    values: Mapping[str, str]
-    syntax: str
-    pixels: tuple[int, ...]
-    encapsulated: bool
-    frame: bytes
-    stamp: Stamp
-    has_table: bool = False
-
-
-def read_elements(path: Path, frame: bool = False) -> Elements | None:
-    """Walk through a file.
-
-    Parameters
-    ----------
-    path : Path
-        Any file.
-    frame : bool
-        Keep the compressed pixels.
-
-    Returns
-    -------
-    Elements or None
-        None where it is no DICOM file.
-
-    Raises
-    ------
-    Damage
-        It is one, or bears its suffix, and cannot be read.
-    OSError
-        It cannot be opened.
-    """
-    stamp = file_stamp(path)
-    with path.open("rb") as stream:
-        head = stream.read(132)
-        marked = head[128:] == b"DICM"
-        if not marked and head[:2] not in (b"\x02\x00", b"\x08\x00"):
-            if path.suffix.lower() == ".dcm":
-                raise Damage("not a readable DICOM file: it has no DICOM header")
-            return None
-        walk = _Walk(stream, stamp, frame)
-        try:
-            return walk.run(132 if marked else 0)
-        except Damage as damage:
-            if not marked and path.suffix.lower() != ".dcm":
-                return None  # some other file that begins with these two bytes
-            raise Damage(str(damage), walk.values.get("0020|000e", "")) from None
-
-
-class _Walk:
     def __init__(self, stream: IO[bytes], stamp: Stamp, keep: bool) -> None:
         self.stream, self.stamp, self.size, self.keep = stream, stamp, stamp[2], keep
         self.values: dict[str, str] = {}
-        self.order = "<"
-        self.syntax: str | None = None
+        self.order, self.syntax = "<", ""
         self.pixels: tuple[int, ...] = ()
         self.encapsulated, self.frame = False, b""
         self.is_directory = self.has_table = False
         self.count = 0
 
-    def run(self, at: int) -> Elements:
-        at = self._meta(at)
-        if self.syntax is None:  # files from before there were file headers
+    def walk(self, at: int) -> None:
+        """Find what the attributes tell, from the first element on."""
+        at, told = self._meta(at)
+        if not told:  # files from before there were file headers
             self.stream.seek(at)
             letters = self.stream.read(6)[4:]
             self.syntax = "1.2.840.10008.1.2.1" if letters in _LONG | _SHORT else _IMPLICIT
@@ -171,12 +121,11 @@ class _Walk:
             raise Damage("SeriesInstanceUID must be there")
         if foreign:
             raise Damage(f"the transfer syntax must be one for CT slices, got {shown(self.syntax)}")
-        return Elements(
-            self.values, self.syntax, self.pixels, self.encapsulated, self.frame, self.stamp, self.has_table
-        )
+        del self.stream  # what it holds is no longer needed
 
-    def _meta(self, at: int) -> int:
-        """Walk through the file header; returns where it ends."""
+    def _meta(self, at: int) -> tuple[int, bool]:
+        """Walk through the file header; where it ends, and whether it told the transfer syntax."""
+        told = False
         while self.size - at >= 8:
             self.stream.seek(at)
             if self.stream.read(2) != b"\x02\x00":
@@ -185,10 +134,14 @@ class _Walk:
             if length == _UNDEFINED or letters == b"SQ":
                 raise Damage("the file header must not hold sequences")
             self._check(tag, length, start, self.size)
-            if tag == _SYNTAX:
-                self.syntax = self._bytes(start, length).decode("latin-1").strip("\0 ")
+            if tag in (_SYNTAX, _CLASS):
+                uid = self._bytes(start, min(length, 64)).decode("latin-1").strip("\0 ")
+                if tag == _SYNTAX:
+                    self.syntax, told = uid, True
+                else:
+                    self.values["0002|0002"] = name_of(uid)
             at = start + length
-        return at
+        return at, told
 
     def _inflate(self, at: int) -> int:
         self.stream.seek(at)
@@ -329,9 +282,8 @@ class _Walk:
         if tag in _NUMBERS:
             if length not in (0, 2) or letters not in (b"", b"US"):
                 raise Damage(f"element {key} must be one number of 16 bits")
-            self.values[key] = (
-                str(struct.unpack(f"{self.order}H", self._bytes(start, 2))[0]) if length else ""
-            )
+            numbers = struct.unpack(f"{self.order}{length // 2}H", self._bytes(start, length))
+            self.values[key] = "".join(map(str, numbers))
         else:
             if letters not in (b"", b"UN", _TEXTS[tag]):
                 raise Damage(f"element {key} must be {_TEXTS[tag].decode()}, got {letters.decode()}")
@@ -344,6 +296,46 @@ class _Walk:
             except UnicodeDecodeError:
                 text = data.decode("latin-1")
             self.values[key] = name_of(text.strip("\0 \t\r\n"))  # values end in messages, on one line
+
+
+def read_elements(path: Path, frame: bool = False) -> Elements:
+    """Walk through a file.
+
+    Parameters
+    ----------
+    path : Path
+        Any file.
+    frame : bool
+        Keep the compressed pixels.
+
+    Returns
+    -------
+    Elements
+
+    Raises
+    ------
+    Damage
+        It is no DICOM file, or cannot be read.
+    """
+    known = path.suffix.lower() == ".dcm"
+    try:
+        stamp, stream = file_stamp(path), path.open("rb")
+    except (OSError, ValueError) as error:
+        rule = getattr(error, "strerror", None) or rule_of(error, path)
+        raise Damage(rule, known=known) from None
+    with stream:
+        head = stream.read(132)
+        marked = head[128:] == b"DICM"
+        known |= marked
+        if not marked and head[:2] not in (b"\x02\x00", b"\x08\x00"):
+            rule = "not a readable DICOM file: it has no DICOM header" if head else "an empty file"
+            raise Damage(rule, known=known)
+        found = Elements(stream, stamp, frame)
+        try:
+            found.walk(132 if marked else 0)
+        except Damage as damage:  # of some other file that begins with these two bytes, too
+            raise Damage(str(damage), found.values.get("0020|000e", ""), known) from None
+        return found
 
 
 def check_slice(elements: Elements) -> int:
@@ -359,8 +351,8 @@ def check_slice(elements: Elements) -> int:
     def number(tag: str, name: str, allowed: range | tuple[int, ...]) -> int:
         text = values.get(tag, "")
         if not text or int(text) not in allowed:
-            several = f"from {allowed[0]} to {allowed[-1]}" if isinstance(allowed, range) else ""
-            kinds = several or " or ".join(map(str, allowed))
+            is_range = isinstance(allowed, range)
+            kinds = f"from {allowed[0]} to {allowed[-1]}" if is_range else " or ".join(map(str, allowed))
             raise Damage(f"{name} must be {kinds}, got {text or 'none'}")
         return int(text)
 
@@ -437,10 +429,8 @@ def _check_jpeg(frame: bytes, marks: bytes, rows: int, columns: int, bits: int, 
     """Check that a JPEG is whole, of the kind that its transfer syntax has, and fills the pixels exactly."""
     if frame.rstrip(b"\0\xff")[-1:] != b"\xd9" or frame[:1] != b"\xff":
         raise Damage("truncated: the compressed pixels must begin and end with JPEG's marks")
-    if not marks:  # JPEG 2000
-        size, parts, precision = _size_of_2000(frame, signed)
-    else:
-        size, parts, precision = _size_of_jpeg(frame, marks)
+    # of JPEG 2000 there are no marks
+    size, parts, precision = _size_of_jpeg(frame, marks) if marks else _size_of_2000(frame, signed)
     if (*size, parts) != (rows, columns, 1):
         got = f"{size[0]} x {size[1]}, {parts}"
         raise Damage(f"the compressed pixels must be {rows} x {columns}, 1 value each, got {got}")

@@ -66,14 +66,20 @@ class Grid:
 
     def to_lps(self, array: npt.NDArray[Any]) -> npt.NDArray[Any]:
         """Bring an array in the file's (z, y, x) order to LPS order (a contiguous copy)."""
-        flipped = tuple(slice(None, None, -1 if flip else 1) for flip in self.flips)
         # always a copy: the array may be a view of a SimpleITK image that is about to be freed
-        return np.array(array.transpose(self.axes)[flipped], order="C")
+        return np.array(array.transpose(self.axes)[self._flipped], order="C")
 
     def from_lps(self, array: npt.NDArray[Any]) -> npt.NDArray[Any]:
         """Inverse of `to_lps`."""
-        flipped = tuple(slice(None, None, -1 if flip else 1) for flip in self.flips)
-        return np.ascontiguousarray(array[flipped].transpose(np.argsort(self.axes)))
+        return np.ascontiguousarray(self.as_stored(array))
+
+    def as_stored(self, array: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        """View an array in LPS order in that of the file."""
+        return array[self._flipped].transpose(np.argsort(self.axes))
+
+    @property
+    def _flipped(self) -> tuple[slice, ...]:
+        return tuple(slice(None, None, -1 if flip else 1) for flip in self.flips)
 
     def corners(self) -> npt.NDArray[np.float64]:
         """World positions (8, 3) in mm of the corner voxels, in LPS index order of the corners."""

@@ -3,29 +3,27 @@
 from __future__ import annotations
 
 import re
-import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import IO
 
-import numpy as np
-
 from lesionsynth.io.checks import (
-    BLOCK,
     MAX_LINES,
     Header,
     check_growth,
     check_length,
     check_numbers,
+    check_packed,
     check_sizes,
     check_text,
     data_file,
     floats,
     integers,
+    no_spacing,
     quoted,
     refuse,
 )
-from lesionsynth.strict import name_of, shown
+from lesionsynth.strict import shown
 
 _BYTES = {
     **dict.fromkeys(("MET_CHAR", "MET_UCHAR"), 1),
@@ -50,14 +48,12 @@ _SAME = (
     ("BinaryDataByteOrderMSB", "ElementByteOrderMSB"),
 )
 """Names of one thing; a reader takes the one or the other."""
-_AXES = frozenset(
-    re.findall(
-        r"\w+",
-        "DimSize ElementSpacing ElementSize Offset Position Origin TransformMatrix Rotation Orientation "
-        "CenterOfRotation",
-    )
-)
-"""Fields of as many numbers as there are axes."""
+_PLACES = {
+    **dict.fromkeys(("ElementSpacing", "ElementSize"), (1, 1e-9, 1e9)),
+    **dict.fromkeys(("Offset", "Position", "Origin", "CenterOfRotation"), (1, -1e9, 1e9)),
+    **dict.fromkeys(("TransformMatrix", "Rotation", "Orientation"), (2, -2.0, 2.0)),
+}
+"""Fields of as many numbers as there are axes, or of its square; and their range."""
 _AS_IF = {"ElementToIntensityFunctionSlope": 1.0, "ElementToIntensityFunctionOffset": 0.0}
 """What readers ignore, and so must change nothing."""
 _MAX_VALUE = 250
@@ -86,15 +82,16 @@ def check_metaimage(path: Path, size: int) -> Header:
             f"ElementType must be one of {', '.join(_BYTES)}, got {shown(field.get('ElementType', 'none'))}",
         )
     _check_space(path, field, count)
+    told = () if {"ElementSpacing", "ElementSize"} & set(field) else (no_spacing(path, "ElementSpacing"),)
     name = field.get("ElementDataFile", "")
     if name.upper() == "LOCAL":
         if name != "LOCAL":
             refuse(path, f"ElementDataFile must be LOCAL or a file, got {shown(name)}")
         _check_voxels(path, path, start, size, field, voxels, each)
-        return Header("MetaImageIO", voxels * each)
-    data, stamp = data_file(path, "ElementDataFile", name)
+        return Header("MetaImageIO", voxels * each, warnings=told)
+    data, stamp = data_file(path, "ElementDataFile", name, voxels * each)
     _check_voxels(path, data, 0, stamp[2], field, voxels, each)
-    return Header("MetaImageIO", voxels * each, {str(data): stamp})
+    return Header("MetaImageIO", voxels * each, {str(data): stamp}, told)
 
 
 def _fields(path: Path, stream: IO[bytes]) -> dict[str, str]:
@@ -119,7 +116,7 @@ def _fields(path: Path, stream: IO[bytes]) -> dict[str, str]:
             field[known] = match[2].decode("ascii")
         except UnicodeDecodeError:
             refuse(path, f"{known} must be plain text, got {quoted(match[2])}")
-        if known in _AXES and "NDims" not in field:
+        if (known in _PLACES or known == "DimSize") and "NDims" not in field:
             refuse(path, f"NDims must come before {known}")
         if "%" in field[known] or not field[known].isprintable():
             refuse(path, f"{known} must be plain text without formats, got {quoted(match[2])}")
@@ -129,18 +126,9 @@ def _fields(path: Path, stream: IO[bytes]) -> dict[str, str]:
 
 
 def _check_space(path: Path, field: Mapping[str, str], count: int) -> None:
-    for name in ("ElementSpacing", "ElementSize"):
+    for name, (power, low, high) in _PLACES.items():
         if name in field:
-            check_numbers(path, name, floats(path, name, field[name], count), 1e-9, 1e9)
-    for name in ("Offset", "Position", "Origin", "CenterOfRotation"):
-        if name in field:
-            check_numbers(path, name, floats(path, name, field[name], count), -1e9, 1e9)
-    for name in ("TransformMatrix", "Rotation", "Orientation"):
-        if name in field:
-            numbers = floats(path, name, field[name], count * count)
-            check_numbers(path, name, numbers, -2, 2)
-            if count == 3 and abs(np.linalg.det(np.reshape(numbers, (3, 3)))) < 1e-3:
-                refuse(path, f"{name} must be three axes that differ, got {shown(field[name])}")
+            check_numbers(path, name, floats(path, name, field[name], count**power), low, high)
     for names in _SAME:
         given = [name for name in names if name in field]
         if len(given) > 1:
@@ -187,23 +175,7 @@ def _check_voxels(
             if start + told != size and (told or data == path):
                 refuse(path, f"CompressedDataSize must be {size - start}, got {told}")
             check_growth(path, size - start, needed)
-            check_length(path, _inflated_length(path, stream, needed), needed)
+            check_packed(path, stream, needed)
         else:
             start += max(skip, 0)
-            check_length(path, size, max(size, start + needed) if skip == -1 else start + needed)
-
-
-def _inflated_length(path: Path, stream: IO[bytes], needed: int) -> int:
-    """Bytes of a zlib or gzip stream to its end, no more than one above `needed`."""
-    unpack, length = zlib.decompressobj(47), 0
-    try:
-        while not unpack.eof and length <= needed:
-            block = unpack.unconsumed_tail or stream.read(BLOCK)
-            if not block:
-                raise EOFError("it ends early")
-            length += len(unpack.decompress(block, min(BLOCK * 4, needed + 1 - length)))
-        if length <= needed and (unpack.unused_data or stream.read(1)):
-            refuse(path, "bytes follow the compressed voxels")
-    except (EOFError, zlib.error) as error:
-        raise ValueError(f"{name_of(path)}: damaged or truncated compressed data ({error})") from error
-    return length
+            check_length(path, size, max(size, start + needed) if skip == -1 else start + needed, data)

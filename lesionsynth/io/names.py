@@ -13,27 +13,36 @@ SUFFIXES = (".nii", ".nii.gz", ".nrrd", ".nhdr", ".mhd", ".mha")
 """Ends of the names of volume files that are read, in lower case."""
 ROLE_WORDS: Mapping[str, frozenset[str]] = {
     "ct": frozenset({"hu", "ct", "image", "img", "0000"}),
-    "lung": frozenset({"lung", "lungs"}),
-    "lesion": frozenset({"lesion", "lesions", "infection", "truth", "gt", "label", "labels", "seg"}),
+    "lung": frozenset({"lung", "lungs", "lungmask", "lobes", "lunge", "lungen"}),
+    "lesion": frozenset({"lesion", "lesions", "infection", "truth", "gt", "annotation", "annotations"}),
+    "segmentation": frozenset({"label", "labels", "labelmap", "seg", "segmentation"}),
+    "mask": frozenset({"mask", "masks", "msk", "maske"}),
     "prediction": frozenset({"pred", "prediction"}),
     "probability": frozenset({"prob", "probability"}),
 }
-"""Last words of a file's name, after ``_`` or ``-``, and what they say it is."""
+"""Last words of a file's name, after ``_`` or ``-``, and what they say it is: a "segmentation" or "mask" may
+be of lungs or of lesions."""
 MAP_WORDS: Mapping[str, frozenset[str]] = {"core": frozenset({"core"}), "healthy": frozenset({"healthy"})}
 """The same, among predictions alone: elsewhere ``anna_healthy`` is more likely a person."""
-_MASKS = frozenset({"mask", "msk"})
 
 
 def case_name(path: Path) -> str:
     """Name of a case: the file or folder name without the suffix of its format."""
+    return _stem(path)[0]
+
+
+def _stem(path: Path) -> tuple[str, bool]:
+    """Name of a case, and whether it is followed by ``.seg``: so 3-D Slicer ends names of segmentations."""
     name = path.name or path.resolve().name
     # results are named after it: bytes that are no UTF-8 could be written to no table, lines break it
     name = name.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
     name = "".join(c if c.isprintable() else "_" for c in name)
     for suffix in sorted((*SUFFIXES, ".dcm"), key=len, reverse=True):
         if name.lower().endswith(suffix) and len(name) > len(suffix):
-            return name[: -len(suffix)]
-    return name
+            name = name[: -len(suffix)]
+            is_mask = len(name) > 4 and name.lower().endswith(".seg")
+            return (name[:-4], True) if is_mask else (name, False)
+    return name, False
 
 
 def split_name(path: Path, *, predicted: bool = False) -> tuple[str, str | None]:
@@ -51,17 +60,18 @@ def split_name(path: Path, *, predicted: bool = False) -> tuple[str, str | None]
     case : str
         ``r4``
     role : str or None
-        ``lung``; None where the name says nothing. With several words the last one that says something
-        counts: ``r4_hu_prob`` is a probability.
+        ``lung``; None where the name says nothing. With several words the last one counts: ``r4_hu_prob`` is
+        a probability. One that says of what a mask is counts more: ``r4_lung_seg`` are lungs.
     """
-    name, role = case_name(path), None
+    (name, is_mask), role = _stem(path), None
     words_of = {**ROLE_WORDS, **MAP_WORDS} if predicted else ROLE_WORDS
     while True:
         cut = max(name.rfind("_"), name.rfind("-"))
         word = name[cut + 1 :].lower()
         known = next((r for r, words in words_of.items() if word in words), None)
-        if cut <= 0 or (known is None and word not in _MASKS):
-            return name, role
-        role = role or known
+        if cut <= 0 or known is None:
+            return name, "segmentation" if is_mask and role in (None, "ct") else role
+        if role is None or (role in ("segmentation", "mask") and known != "ct"):
+            role = known
         name = name[:cut]
         words_of = ROLE_WORDS  # anna_healthy_lesions are those of anna_healthy

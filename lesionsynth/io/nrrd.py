@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import gzip
 import math
 import re
-import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO
@@ -18,16 +16,17 @@ from lesionsynth.io.checks import (
     check_growth,
     check_length,
     check_numbers,
+    check_packed,
     check_sizes,
     check_text,
     data_file,
     floats,
     integers,
+    no_spacing,
     quoted,
     refuse,
-    unpacked_length,
 )
-from lesionsynth.strict import name_of, shown
+from lesionsynth.strict import shown
 
 _BYTES = {
     **dict.fromkeys(("signed char", "int8", "int8_t", "uchar", "unsigned char", "uint8", "uint8_t"), 1),
@@ -70,15 +69,16 @@ def check_nrrd(path: Path, size: int) -> Header:
         if each is None:
             refuse(path, f"type must be that of a number, got {shown(field.get('type', 'none'))}")
         _check_space(path, field, count)
+        told = () if {"spacings", "spacedirections"} & set(field) else (no_spacing(path, "space directions"),)
         if "datafile" not in field:
             if path.name.lower().endswith(".nhdr"):
                 refuse(path, "data file must name the file with the voxels")
-            _check_voxels(path, stream, start, size, field, voxels, each)
-            return Header("NrrdImageIO", voxels * each)
-    data, stamp = data_file(path, "data file", field["datafile"])
+            _check_voxels(path, path, stream, start, size, field, voxels, each)
+            return Header("NrrdImageIO", voxels * each, warnings=told)
+    data, stamp = data_file(path, "data file", field["datafile"], voxels * each)
     with data.open("rb") as stream:
-        _check_voxels(path, stream, 0, stamp[2], field, voxels, each)
-    return Header("NrrdImageIO", voxels * each, {str(data): stamp})
+        _check_voxels(path, data, stream, 0, stamp[2], field, voxels, each)
+    return Header("NrrdImageIO", voxels * each, {str(data): stamp}, told)
 
 
 def _lines(path: Path, stream: IO[bytes], size: int) -> tuple[list[bytes], int]:
@@ -156,6 +156,7 @@ def _check_space(path: Path, field: Mapping[str, str], count: int) -> None:
 
 def _check_voxels(
     path: Path,
+    data: Path,
     stream: IO[bytes],
     start: int,
     size: int,
@@ -179,15 +180,10 @@ def _check_voxels(
             if not stream.readline(MAX_HEADER).endswith(b"\n"):
                 refuse(path, f"line skip must lie in the file, got {lines}")
         start = stream.tell() + max(skip, 0)
-        check_length(path, size, max(size, start + needed) if skip == -1 else start + needed)
+        check_length(path, size, max(size, start + needed) if skip == -1 else start + needed, data)
     elif coding in ("gzip", "gz"):
         check_growth(path, size - start, needed)
-        try:
-            with gzip.GzipFile(fileobj=stream) as unpacked:
-                length = unpacked_length(unpacked, 0, needed)
-        except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-            raise ValueError(f"{name_of(path)}: damaged or truncated gzip data ({error})") from error
-        check_length(path, length, needed)
+        check_packed(path, stream, needed)
     elif coding == "hex":
         check_digits(path, stream, 2 * needed)
     elif coding in ("ascii", "text", "txt"):

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 import os
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -16,13 +17,15 @@ import numpy.typing as npt
 from lesionsynth import files
 from lesionsynth.commands import optional
 from lesionsynth.io import child, dicom
-from lesionsynth.io.checks import Header, check_geometry, file_stamp, refuse
+from lesionsynth.io.checks import PAIR, check_geometry, check_shape, file_stamp, refuse
 from lesionsynth.io.dicom import SeriesInfo, find_series
 from lesionsynth.io.grid import Grid
+from lesionsynth.io.labels import mask_of
 from lesionsynth.io.metaimage import check_metaimage
 from lesionsynth.io.names import SUFFIXES, case_name
-from lesionsynth.io.nifti import check_nifti, write_nifti
+from lesionsynth.io.nifti import read_nifti, write_nifti
 from lesionsynth.io.nrrd import check_nrrd
+from lesionsynth.io.outside import find_padding, is_outside
 from lesionsynth.strict import name_of
 
 AIR_HU = -1024
@@ -131,7 +134,7 @@ def read_ct(path: str | os.PathLike[str], series: str | None = None) -> Scan:
     ----------
     path : path
         ``.nii``, ``.nii.gz`` (NIfTI-1), ``.nrrd``, ``.nhdr``, ``.mhd``, ``.mha``, a folder with a DICOM
-        series, or one ``.dcm`` file of a series.
+        series in it or in folders below, or one ``.dcm`` file of a series in its own folder.
     series : str, optional
         SeriesInstanceUID, for a folder with several; see `list_series`. Omitted: the largest that is a
         readable CT volume; a warning names it and the others.
@@ -146,11 +149,11 @@ def read_ct(path: str | os.PathLike[str], series: str | None = None) -> Scan:
     FileNotFoundError
         Nothing is there.
     ValueError
-        Unreadable or truncated; not one 3-D scalar volume; NaN; values that are not Hounsfield units; a DICOM
-        series with missing slices, irregular spacing or gantry tilt; no series of this UID (the error names
-        those there), or a `series` for a file that is not DICOM.
+        Unreadable or truncated; not one 3-D scalar volume; NaN or infinity; values that are not Hounsfield
+        units; sheared axes; a DICOM series with missing slices, irregular spacing or gantry tilt; no series
+        of this UID (the error names those there), or a `series` for a file that is not DICOM.
     ImportError
-        SimpleITK is not installed.
+        nibabel, for NIfTI, or SimpleITK, for the others, is not installed.
 
     Notes
     -----
@@ -159,22 +162,59 @@ def read_ct(path: str | os.PathLike[str], series: str | None = None) -> Scan:
     intercept.
 
     Of NIfTI's two geometries, sform is taken where its code is set, else qform; a warning tells how far apart
-    they lie, or that neither is set.
+    they lie, or that neither is set. Axes that rounding has sheared are made orthogonal, with a warning.
+
+    What surrounds a convex field of view and is NaN, or of one value that is no air, as registration and
+    resampling leave it, is read as air, with a warning. Any other NaN, and infinity, are refused.
     """
     source = Path(path)
     image = _load(source, series)
-    values = _scalar_array(source, image)
-    low, high = float(values.min()), float(values.max())
+    hu, told = _hounsfield(source, _values(source, image), grid := _grid(image))
+    texts = (*image.warnings, *told)
+    for text in texts:
+        warnings.warn(text, stacklevel=2)
+    return Scan(hu, grid.lps_spacing, source, grid, image.series, image.files or (source,), texts)
+
+
+def _hounsfield(
+    path: Path, values: npt.NDArray[Any], grid: Grid
+) -> tuple[npt.NDArray[np.int16], tuple[str, ...]]:
+    """HU in LPS order, air outside the field of view, and what the user should know."""
+    told: list[str] = []
+    count, found = _not_finite(values)
+    if count and (np.isinf(values).any() or not is_outside(grid.to_lps(np.isnan(values)))):
+        raise ValueError(
+            f"{name_of(path)}: voxels must be finite, or NaN outside a convex field of view alone; {found}"
+        )
+    if count:
+        told.append(f"{name_of(path)}: {count} voxels outside the field of view are NaN; reading them as air")
+    low, high = float(np.nanmin(values)), float(np.nanmax(values))
     if low > -300 or high < -200 or high > 65535:
         raise ValueError(
-            f"{name_of(source)}: not a CT in Hounsfield units: values must reach below -300 (air) and above "
+            f"{name_of(path)}: not a CT in Hounsfield units: values must reach below -300 (air) and above "
             f"-200 (tissue), at most 65535; got {low:g} to {high:g}"
         )
-    grid = _grid(image)
-    hu = grid.to_lps(
-        np.clip(np.rint(values) if values.dtype.kind == "f" else values, AIR_HU, 32767).astype(np.int16)
-    )
-    return Scan(hu, grid.lps_spacing, source, grid)
+    hu = np.empty([values.shape[axis] for axis in grid.axes], np.int16)
+    for plane, out in zip(values, grid.as_stored(hu), strict=True):  # no copies of the whole
+        numbers = np.rint(np.nan_to_num(plane, nan=AIR_HU)) if plane.dtype.kind == "f" else plane
+        out[...] = np.clip(numbers, AIR_HU, 32767)
+    if padding := find_padding(hu):
+        hu[padding[1]] = AIR_HU
+        told.append(
+            f"{name_of(path)}: {', '.join(map(str, padding[0]))} HU fills the outside of the field of view "
+            f"({padding[1].mean():.1%} of the voxels); reading it as air"
+        )
+    return hu, tuple(told)
+
+
+def _not_finite(values: npt.NDArray[Any]) -> tuple[int, str]:
+    """Count NaN and infinity, and tell where the first is."""
+    counts = [int((~np.isfinite(plane)).sum()) if values.dtype.kind == "f" else 0 for plane in values]
+    if not (count := sum(counts)):
+        return 0, ""
+    z = next(z for z, bad in enumerate(counts) if bad)
+    at = (z, *(int(n[0]) for n in np.nonzero(~np.isfinite(values[z]))))
+    return count, f"found {count} NaN or infinite voxels, the first at {at} (z, y, x as stored)"
 
 
 def list_series(path: str | os.PathLike[str]) -> list[SeriesInfo]:
@@ -183,7 +223,7 @@ def list_series(path: str | os.PathLike[str]) -> list[SeriesInfo]:
     Parameters
     ----------
     path : path
-        A folder; folders inside it are not searched. Of one file, the folder it lies in.
+        A folder, searched with those below it, as `read_ct` does. Of one file, the folder it lies in.
 
     Returns
     -------
@@ -200,31 +240,44 @@ def list_series(path: str | os.PathLike[str]) -> list[SeriesInfo]:
     source = Path(path)
     if not source.exists():
         raise FileNotFoundError(f"{name_of(source)}: no such file or folder")
-    return dicom.list_series(source if source.is_dir() else source.parent)
+    return dicom.list_series(*(dicom.folders_below(source) if source.is_dir() else [source.parent]))
 
 
-def read_mask(path: str | os.PathLike[str], like: Scan) -> npt.NDArray[np.bool_]:
-    """Read a label map that belongs to a CT volume; what is above zero is in the mask.
+def read_mask(
+    path: str | os.PathLike[str], like: Scan, label: int | Sequence[int] | None = None
+) -> npt.NDArray[np.bool_]:
+    """Read a label map that belongs to a CT volume.
 
     Parameters
     ----------
     path : path
         A file in one of the formats of `read_ct`, DICOM excepted. Its axes may be stored in another order
-        than the CT's.
+        than the CT's. Its values are labels: whole numbers, at most 200 different ones.
     like : Scan
         The CT it must lie on.
+    label : int or sequence of int, optional
+        What is in the mask. Where omitted or empty, all that is above zero; of a file with several labels, a
+        warning then tells them and their volumes.
 
     Returns
     -------
     (Z, Y, X) bool array
-        In the order of ``like.hu``.
+        In the order of ``like.hu``. A file of zeros is an empty mask, whatever `label` is.
 
     Raises
     ------
     FileNotFoundError, ValueError
-        As `read_ct`; also where the grids differ by more than a tenth of a voxel at a corner of the volume.
+        As `read_ct`; also where the grids differ by more than a tenth of a voxel at a corner of the volume,
+        where values are no labels, or some below zero and `label` is omitted, and where a file with labels
+        has none of those chosen; a warning tells if it lacks some.
+    TypeError
+        `label` is no integer.
     """
-    return np.asarray(_read_on_grid(path, like, "mask") > 0)
+    values = _read_on_grid(path, like, "mask")
+    mask, warning = mask_of(Path(path), values, math.prod(like.spacing) / 1000, label)
+    if warning:
+        warnings.warn(warning, stacklevel=2)
+    return mask
 
 
 def read_map(path: str | os.PathLike[str], like: Scan) -> npt.NDArray[np.float32]:
@@ -254,31 +307,51 @@ def _read_on_grid(path: str | os.PathLike[str], like: Scan, what: str) -> npt.ND
     if source.is_dir() or source.suffix.lower() == ".dcm":
         raise ValueError(f"{name_of(source)}: a {what} must be one file of {', '.join(SUFFIXES)}")
     image = _load(source)
-    values = _scalar_array(source, image)
+    layers = image.components * math.prod(image.size[3:])
+    if layers > 1:
+        raise ValueError(
+            f"{name_of(source)}: a {what} must have one value per voxel, got {layers} (a colour picture, or "
+            "segments in layers, as 3-D Slicer stores those that overlap? Export a label map)"
+        )
+    values = _values(source, image)
+    count, found = _not_finite(values)
+    if count:
+        raise ValueError(f"{name_of(source)}: voxels must be finite; {found}")
+    for text in image.warnings:
+        warnings.warn(text, stacklevel=3)
     grid = _grid(image)
     ordered = grid.to_lps(values)
     if ordered.shape != like.hu.shape:
         raise ValueError(
-            f"{name_of(source)}: the {what}'s shape must be that of {name_of(like.path)}, {like.hu.shape}, "
-            f"got {ordered.shape}"
+            f"{name_of(source)}: the {what}'s shape must be that of {name_of(like.path)}, {like.hu.shape} "
+            f"(z, y, x), got {ordered.shape}"
         )
-    apart = float(np.abs(grid.corners() - like.grid.corners()).max())
-    if apart > 0.1 * min(like.spacing):
+    mine, theirs = grid.corners(), like.grid.corners()
+    if np.abs(like.index_of(mine) - like.index_of(theirs)).max() > 0.1:
+        far = int(np.abs(mine - theirs).max(1).argmax())
+        ends = [f"({', '.join(f'{mm:.2f}' for mm in corner)})" for corner in (mine[far], theirs[far])]
         raise ValueError(
             f"{name_of(source)}: the {what} must lie on the grid of {name_of(like.path)}; their corners are "
-            f"{apart:.2f} mm apart (spacing {grid.lps_spacing} against {like.spacing})"
+            f"{np.abs(mine - theirs).max():.2f} mm apart, at {ends[0]} against {ends[1]} (x, y, z)"
         )
     return ordered
 
 
-def _simpleitk() -> ModuleType:
-    return optional("SimpleITK", "reading CT needs SimpleITK: pip install 'lesionsynth[io]'")
-
-
 def _load(path: Path, series: str | None = None) -> child.Image:
-    """Check and read; the one way of a user's file to native code."""
-    if importlib.util.find_spec("SimpleITK") is None:
-        _simpleitk()  # says how to install it
+    """Check and read; where a volume lies is checked here for every format."""
+    image = _stored(path, series)
+    while len(image.size) > 3 and image.size[-1] == 1:  # a series of one volume
+        axes = len(image.size) - 1
+        cosines = np.reshape(image.direction, (axes + 1, axes + 1))[:axes, :axes]
+        parts = {n: getattr(image, n)[:axes] for n in ("size", "spacing", "origin")}
+        image = replace(image, **parts, direction=tuple(cosines.ravel().tolist()))
+    if len(image.size) != 3:
+        return image  # of which the size is told
+    direction, told = check_geometry(path, image.size, image.spacing, image.origin, image.direction)
+    return replace(image, direction=direction, warnings=(*image.warnings, *told))
+
+
+def _stored(path: Path, series: str | None) -> child.Image:
     if not path.exists():
         raise FileNotFoundError(f"{name_of(path)}: no such file or folder")
     if path.is_dir() or path.suffix.lower() == ".dcm":
@@ -287,29 +360,25 @@ def _load(path: Path, series: str | None = None) -> child.Image:
         raise ValueError(
             f"{name_of(path)}: series must be omitted for a file that is not DICOM, got {name_of(series)}"
         )
+    if path.name.lower().endswith((".hdr", ".img", ".hdr.gz", ".img.gz")):
+        raise ValueError(f"{name_of(path)}: {PAIR}")
     if not path.name.lower().endswith(SUFFIXES):
         raise ValueError(
             f"{name_of(path)}: not a known CT format; read are {', '.join(SUFFIXES)} and DICOM folders"
         )
     stamps = {path: file_stamp(path)}
-    header = check_volume(path)
-    stamps.update((Path(name), stamp) for name, stamp in header.beside.items())
-    image = _read(path, header.kind, [str(path)], header.voxel_bytes, stamps, list(header.beside))
-    if header.geometry is None or len(image.size) != 3:
-        return image
-    spacing, origin, direction = header.geometry
-    return replace(image, spacing=spacing, origin=origin, direction=direction)
-
-
-def check_volume(path: Path) -> Header:
-    """Check a NIfTI, NRRD or MetaImage file, told by its suffix, before native code sees it."""
-    size = file_stamp(path)[2]
+    size = stamps[path][2]
     name = path.name.lower()
     if not size:
         refuse(path, "an empty file")
     if name.endswith((".nii", ".nii.gz")):
-        return check_nifti(path, size)
-    return (check_nrrd if name.endswith((".nrrd", ".nhdr")) else check_metaimage)(path, size)
+        image = read_nifti(path, size)
+        _check_stamps(stamps)
+        return image
+    header = (check_nrrd if name.endswith((".nrrd", ".nhdr")) else check_metaimage)(path, size)
+    stamps.update((Path(name), stamp) for name, stamp in header.beside.items())
+    image = _read(path, header.kind, [str(path)], header.voxel_bytes, stamps, list(header.beside))
+    return replace(image, warnings=header.warnings)
 
 
 def _load_series(path: Path, series: str | None) -> child.Image:
@@ -317,7 +386,15 @@ def _load_series(path: Path, series: str | None) -> child.Image:
         file_stamp(path)
     found = find_series(path, series)
     image = _read(path, "GDCMImageIO", found.files, found.voxel_bytes, found.stamps, real=found.real)
-    return replace(image, spacing=found.spacing, origin=found.origin, direction=found.direction)
+    return replace(
+        image,
+        spacing=found.spacing,
+        origin=found.origin,
+        direction=found.direction,
+        series=found.uid,
+        files=tuple(map(Path, found.files)),
+        warnings=found.warnings,
+    )
 
 
 def _read(
@@ -329,36 +406,32 @@ def _read(
     beside: Sequence[str] = (),
     real: bool = False,
 ) -> child.Image:
-    """Read what was checked; `stamps` tell whether it still is what is there."""
+    """Let native code read what was checked; `stamps` tell whether it still is what is there."""
+    if importlib.util.find_spec("SimpleITK") is None:
+        optional("SimpleITK", "NRRD, MetaImage and DICOM need SimpleITK: pip install 'lesionsynth[io]'")
     try:
         image = child.read(kind, files, voxel_bytes, beside, real)
     except RuntimeError as error:
         at = error.at if isinstance(error, child.Refused) else None
         where = path if at is None else files[at]
-        raise ValueError(f"{name_of(where)}: unreadable: {name_of(str(error)[:400])}") from error
-    for file, before in stamps.items():
-        if file_stamp(file) != before:
-            raise ValueError(f"{name_of(file)}: must not change while it is read")
+        rule = str(error) if at is None else dicom.why_unread(files[at], str(error))
+        raise ValueError(f"{name_of(where)}: unreadable: {name_of(rule[:400])}") from error
+    _check_stamps(stamps)
     return image
 
 
-def _scalar_array(path: Path, image: child.Image) -> npt.NDArray[Any]:
-    if image.components != 1:
-        raise ValueError(
-            f"{name_of(path)}: a volume must have one value per voxel, got {image.components} "
-            "(a colour picture?)"
-        )
-    if len(image.size) != 3 or min(image.size) < 2:
-        raise ValueError(
-            f"{name_of(path)}: a volume must be 3-D with at least two voxels along each axis, got size "
-            f"{image.size} (x, y, z)"
-        )
-    check_geometry(path, image.spacing, image.origin, image.direction)
+def _check_stamps(stamps: Mapping[Path, object]) -> None:
+    for file, before in stamps.items():
+        if file_stamp(file) != before:
+            raise ValueError(f"{name_of(file)}: must not change while it is read")
+
+
+def _values(path: Path, image: child.Image) -> npt.NDArray[Any]:
+    """Voxels in file order (z, y, x) of what must be one volume."""
+    check_shape(path, image.size, image.components)
     values = np.frombuffer(image.voxels, image.dtype).reshape(image.size[::-1])
     if values.dtype.kind not in "iuf":
         raise ValueError(f"{name_of(path)}: voxels must be integers or floats, got {values.dtype}")
-    if values.dtype.kind == "f" and not np.isfinite(values).all():
-        raise ValueError(f"{name_of(path)}: voxels must be finite, found NaN or infinity")
     return values
 
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import tyro
 
-from lesionsynth.commands import printable, run
+from lesionsynth.commands import plainly, printable, run
 from lesionsynth.strict import name_of
 from normnet.ablate import AblateConfig, ablate
 from normnet.tables import plain_table
@@ -27,7 +27,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     def body() -> int:
         config = tyro.cli(AblateConfig, args=arguments, prog="python -m normnet.ablate", description=HELP)
-        table = ablate(config, say=lambda line: print(printable(line), flush=True))
+        with plainly():
+            table = ablate(config, say=lambda line: print(printable(line), flush=True))
         print(table.title)
         print(plain_table(table.header, table.rows))
         for line in table.failures:

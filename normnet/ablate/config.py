@@ -85,6 +85,10 @@ class AblateConfig:
     """CT, lesion truth and lung masks (NAME_hu, NAME_lesion, NAME_lung), or folders of them (CT and DICOM
     series at any depth), or one CSV with the columns case, ct, lesion and, if any, lung; phantoms with
     pneumonia where omitted."""
+    label: tuple[int, ...] = ()
+    """Labels of the truth that are lesions; all above zero where omitted."""
+    lung_label: tuple[int, ...] = ()
+    """Labels of the lung masks that are lungs; all above zero where omitted."""
     rows: tuple[str, ...] = ()
     """Only these: voting, model_1, ...; covid_lung, no_shapes, ...; or thresholds in HU; all by default."""
     config: Path | None = None
@@ -127,6 +131,8 @@ class AblateConfig:
             check_phantoms(self.phantom_shape)
         if self.patients and (self.phantom_patients or self.phantom_shape):
             raise ValueError("patients replaces phantom_patients and phantom_shape: give one or the other")
+        if (self.label or self.lung_label) and not self.patients:
+            raise ValueError("label and lung_label must be omitted without patients: phantoms have none")
         usual = PredictConfig()
         for name, ours, default in (
             ("slab", self.predict.slab, usual.slab),

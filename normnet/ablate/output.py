@@ -109,9 +109,11 @@ def _report(table: AblationTable, notes: Sequence[str]) -> Report:
         report.paragraph(f"Failed: {line}")
     for picture, caption in _pictures(table):
         report.picture(picture, caption)
-    for title, header, rows, _ in table.details:
+    for title, header, rows, note in table.details:
         report.heading(title)
         report.table(header, rows)
+        if note:
+            report.paragraph(note, note=True)
     for note in notes:
         report.paragraph(note, note=True)
     return report

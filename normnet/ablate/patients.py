@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -76,7 +76,7 @@ def find_patients(config: AblateConfig) -> list[Patient]:
         No patient, a patient without CT, two files for one role, too many phantoms, or a CSV with gaps.
     """
     if config.patients:
-        return _listed(config.patients)
+        return _listed(config)
     scale = SCALES[config.scale]
     count = config.phantom_patients or scale.patients
     most = PHANTOM_SEED - PATIENT_SEED
@@ -96,7 +96,8 @@ def _phantom(name: str, seed: int, shape: tuple[int, int, int]) -> Patient:
     return Patient(name, {"phantom": seed, "shape": list(shape)}, load)
 
 
-def _listed(paths: Sequence[Path]) -> list[Patient]:
+def _listed(config: AblateConfig) -> list[Patient]:
+    paths = config.patients
     for path in paths:
         if not path.exists():
             raise ValueError(f"patients must be files or folders that exist, got {path}")
@@ -107,26 +108,26 @@ def _listed(paths: Sequence[Path]) -> list[Patient]:
     for files in cases:
         if Path(files.case).name != files.case:  # their scores go into files
             raise ValueError(f"{tables[0]}: case must be a file name, got {files.case!r}")
-    return [_scanned(files) for files in sorted(cases, key=lambda files: files.case)]
+    return [_scanned(files, config) for files in sorted(cases, key=lambda files: files.case)]
 
 
-def _scanned(files: PatientFiles) -> Patient:
+def _scanned(files: PatientFiles, config: AblateConfig) -> Patient:
     def load() -> Volumes:
-        loaded = load_case(files.ct, files.lung, series=files.series)
+        loaded = load_case(files.ct, files.lung, series=files.series, label=config.lung_label)
         return Volumes(
             loaded.hu,
             loaded.mask,
             loaded.volume.hu,
             loaded.native_mask,
-            read_mask(files.lesion, loaded.volume),
+            read_mask(files.lesion, loaded.volume, config.label),
             loaded.volume.spacing,
             lambda array: np.asarray(loaded.to_native(array)),
         )
 
     paths = {"ct": files.ct, "lesion": files.lesion, "lung": files.lung}
     identity: dict[str, Any] = {role: _stamp(path) for role, path in paths.items() if path is not None}
-    if files.series is not None:
-        identity["series"] = files.series
+    chosen = {"series": files.series, "label": config.label, "lung_label": config.lung_label}
+    identity |= {name: value for name, value in chosen.items() if value}
     return Patient(files.case, identity, load)
 
 

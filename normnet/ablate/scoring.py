@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field, make_dataclass
 from pathlib import Path
@@ -24,6 +25,7 @@ from normnet.metrics import BRIGHT, SCORES, CaseScores, evaluate_case
 from normnet.model import load_model
 from normnet.postprocess import postprocess
 from normnet.predict import predict_volume
+from normnet.reasons import hear
 from normnet.strict_json import without_nan
 
 Array = npt.NDArray[Any]
@@ -131,9 +133,14 @@ def score_cell(
         if scores is None:
             models = models or [load_model(cell.models[seed].weights) for seed in seeds]
             try:
-                scores = _score_patient(patient.load(), models, config, device)
+                with hear() as texts:
+                    scores = _score_patient(patient.load(), models, config, device)
             except (OSError, TypeError, ValueError) as error:
                 raise ValueError(f"patient {patient.name}: {error}") from error
+            for one in scores["votes"]:  # the first of them is the first model alone, too
+                one["notes"] += texts
+            for text in texts:
+                warnings.warn(f"{patient.name}: {text}", stacklevel=2)
             cache.mkdir(parents=True, exist_ok=True)
             write_atomically(file, json.dumps({"key": own, **scores}, indent=1) + "\n")
         cell.without[patient.name] = _scores(scores["without"])

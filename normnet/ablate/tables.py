@@ -210,7 +210,9 @@ def _patients(cells: Mapping[str, Cell], seeds: int) -> Grid:
         control = any(s is not None and s["control"] for s in found)
         values = ["–" if s is None or s["control"] else percent(s["dsc"]) for s in found]
         body.append([f"{patient} (control)" if control else patient, *values])
-    return Grid("Dice of the vote by patient (%)", ["patient", *voted], body)
+    notes = [f"{p}: {note}." for scores in voted.values() for p, s in scores.items() for note in s["notes"]]
+    note = " ".join(dict.fromkeys(notes))
+    return Grid("Dice of the vote by patient (%)", ["patient", *voted], body, note)
 
 
 def _training(cells: Mapping[str, Cell]) -> Grid:

@@ -11,11 +11,12 @@ from typing import Annotated, Literal
 
 import tyro
 
-from lesionsynth.commands import run
+from lesionsynth.commands import plainly, run
 from lesionsynth.strict import name_of
 from normnet.baselines.config import METHODS, PRESETS, BaselineConfig, Method
 from normnet.baselines.predict import BaselinePredictArgs, predict
 from normnet.baselines.train import train_baseline
+from normnet.reasons import tell
 
 PROGRAM = "python -m normnet.baselines"
 HELP = """Train a comparison method of the paper (IV-C, Table III) on healthy slices.
@@ -81,10 +82,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _predict(argv: Sequence[str]) -> int:
     args = tyro.cli(BaselinePredictArgs, args=argv, prog=f"{PROGRAM} predict")
-    failures = predict(args)
-    for reason in failures.values():
+    with plainly():
+        summary = predict(args)
+    named = tell(summary.warnings, summary.passed)
+    for reason in summary.failures.values():
         print(f"normnet.baselines: {reason}", file=sys.stderr)
-    return 1 if failures else 0
+    return 1 if summary.failures or named else 0
 
 
 if __name__ == "__main__":

@@ -12,16 +12,17 @@ import numpy as np
 import tyro
 
 from lesionsynth.commands import printable
-from lesionsynth.io import Source, find_sources, split_name
+from lesionsynth.io import Source
 from normnet.baselines.base import Baseline
 from normnet.baselines.score import find_lesions, score_volume
 from normnet.baselines.train import load_baseline
 from normnet.device import cpu_settings
 from normnet.maps import Folder
+from normnet.predict.command import PredictSummary, find_ct
 from normnet.prepare import load_case
 from normnet.prepare.case import LungMethod
 from normnet.prepare.masks import check_lungs, find_mask
-from normnet.reasons import reason
+from normnet.reasons import hear, reason
 from normnet.records import baseline_maker
 
 WHOLE = 512
@@ -32,7 +33,8 @@ WHOLE = 512
 class BaselinePredictArgs:
     """Map anomalies in CT volumes with a trained baseline.
 
-    Exit status: 0 when every case is done, 1 when some failed (the others are written), 2 for a wrong call.
+    Exit status: 0 when every case is done, 1 when some failed or a file that was named was passed over (the
+    others are written), 2 for a wrong call.
     """
 
     run: Annotated[Path, tyro.conf.Positional]
@@ -44,6 +46,8 @@ class BaselinePredictArgs:
     tells the threshold."""
     masks: Path | None = None
     """Lung mask of a single CT, or folder with a <case>_lung file per case; segmented where omitted."""
+    label: tuple[int, ...] = ()
+    """Labels of the masks that are lung; all above zero where omitted."""
     lungs: LungMethod = "thresholds"
     """How lungs are segmented: by thresholds and morphology, or by the lungmask package."""
     series: str = "largest"
@@ -58,7 +62,7 @@ class BaselinePredictArgs:
     """CPU threads; all cores where omitted."""
 
 
-def predict(args: BaselinePredictArgs, say: Callable[[str], None] = print) -> dict[str, str]:
+def predict(args: BaselinePredictArgs, say: Callable[[str], None] = print) -> PredictSummary:
     """Segment files and write the results.
 
     Parameters
@@ -70,8 +74,8 @@ def predict(args: BaselinePredictArgs, say: Callable[[str], None] = print) -> di
 
     Returns
     -------
-    dict
-        Why cases failed; broken ones do not stop the others.
+    PredictSummary
+        Broken cases do not stop the others.
 
     Raises
     ------
@@ -88,8 +92,8 @@ def predict(args: BaselinePredictArgs, say: Callable[[str], None] = print) -> di
     if args.threads is not None and args.threads < 1:
         raise ValueError(f"threads must be >= 1, got {args.threads}")
     baseline = load_baseline(args.run, device=args.device)
-    sources = find_sources(args.inputs, series=args.series, case_of=lambda path: split_name(path)[0])
-    check_lungs(args.masks, args.lungs, len(sources))
+    sources = find_ct(args.inputs, args.output, series=args.series)
+    check_lungs(args.masks, args.lungs, len(sources), args.label)
     failures: dict[str, str] = {}
     masks: dict[str, Path | None] = {}
     for source in sources:
@@ -102,21 +106,32 @@ def predict(args: BaselinePredictArgs, say: Callable[[str], None] = print) -> di
     folder.check({s.case: [*s.files, *([] if (m := masks[s.case]) is None else [m])] for s in found})
     for source in found:
         folder.check_own(source.case, overwrite=args.overwrite)
+    said: dict[str, list[str]] = {}
+    written: list[str] = []
     with cpu_settings(args.threads):
         for source in found:
             try:
-                _predict_case(baseline, source, masks[source.case], args, folder)
+                _predict_case(baseline, source, masks[source.case], args, folder, said)
+                written.append(source.case)
                 say(f"{printable(source.case)}: done")
             except Exception as error:  # whatever is wrong with one patient, the others are not to wait
                 failures[source.case] = reason(source.path, error)
-    return failures
+    return PredictSummary(written, [], failures, said, sources.passed)
 
 
 def _predict_case(
-    baseline: Baseline, source: Source, mask: Path | None, args: BaselinePredictArgs, folder: Folder
+    baseline: Baseline,
+    source: Source,
+    mask: Path | None,
+    args: BaselinePredictArgs,
+    folder: Folder,
+    said: dict[str, list[str]],
 ) -> None:
     size = None if baseline.config.lungs_only else WHOLE
-    case = load_case(source.path, mask, series=source.series, lungs=args.lungs, size=size)
+    with hear() as said[source.case]:
+        case = load_case(
+            source.path, mask, series=source.series, lungs=args.lungs, size=size, label=args.label
+        )
     anomaly = case.to_native(score_volume(baseline, case.hu, case.mask, spacing=case.spacing))
     anomaly = np.clip(anomaly, 0, 1)  # linear resampling may round beyond
     lung = case.native_mask
@@ -133,6 +148,8 @@ def _predict_case(
             "threshold": threshold,
             "calibrated": args.threshold is None,
         },
+        "label": list(args.label) or None,
+        "warnings": said[source.case],
     }
     writers = {kind: partial(case.volume.write_like, array) for kind, array in maps.items()}
     folder.write(source.case, writers, record, overwrite=args.overwrite)

@@ -25,8 +25,9 @@ from normnet.prepare.case import LungMethod
 class PredictArgs:
     """Segment CT volumes with trained models.
 
-    Exit status: 0 when every case is done, 1 when some failed (the others are written), 2 for a wrong call.
-    A call that was interrupted goes on where it stopped when it is given again.
+    Exit status: 0 when every case is done, 1 when some failed or a file that was named was passed over (the
+    others are written), 2 for a wrong call. A call that was interrupted goes on where it stopped when it is
+    given again.
     """
 
     inputs: Annotated[tuple[Path, ...], tyro.conf.Positional]
@@ -41,6 +42,8 @@ class PredictArgs:
     """Case names, one per CT; file names where omitted."""
     masks: Path | None = None
     """Lung mask of a single CT, or folder with a <case>_lung file per case; segmented where omitted."""
+    label: tuple[int, ...] = ()
+    """Labels of the masks that are lung; all above zero where omitted."""
     lungs: LungMethod = "thresholds"
     """How lungs are segmented: by thresholds and morphology, or by the lungmask package."""
     save_probability: bool = False
@@ -49,7 +52,8 @@ class PredictArgs:
     save_core: bool = False
     """Also write <case>_core.nii.gz: the lesions before region growing."""
     dicom_seg: bool = False
-    """Also write <case>_lesions.dcm, a DICOM Segmentation of lungs and lesions; for DICOM input."""
+    """Also write <case>_lesions.dcm, a DICOM Segmentation of lungs and lesions; for DICOM input. A case whose
+    headers do not allow one fails, but has its other files."""
     overwrite: bool = False
     """Replace results of other settings, models, CTs or methods. Files that no call wrote stay."""
     config: Path | None = None

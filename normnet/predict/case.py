@@ -48,6 +48,7 @@ def predict_case(
     config: PredictConfig | None = None,
     *,
     mask_path: str | os.PathLike[str] | None = None,
+    label: Sequence[int] = (),
     series: str | None = None,
     lungs: LungMethod = "thresholds",
     device: str = "auto",
@@ -65,6 +66,8 @@ def predict_case(
         The paper's where omitted.
     mask_path : path, optional
         Lung mask on the CT's grid; the lungs are segmented where it is omitted.
+    label : sequence of int
+        Labels of the mask that are lung; all above zero where omitted.
     series : str, optional
         SeriesInstanceUID, in a DICOM folder with several.
     lungs : {"thresholds", "lungmask"}
@@ -83,7 +86,7 @@ def predict_case(
     FileNotFoundError, ValueError
         As `normnet.prepare.load_case` and `predict_volume`.
     """
-    loaded = load_case(path, mask_path, series=series, lungs=lungs)
+    loaded = load_case(path, mask_path, series=series, lungs=lungs, label=label)
     native, lung = loaded.to_native, loaded.native_mask
     found = predict_volume(
         loaded.hu,

@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,20 +16,20 @@ import torch
 from tqdm import tqdm
 
 import lesionsynth as ls
-from lesionsynth.commands import run
-from lesionsynth.io import Source, find_sources, split_name
+from lesionsynth.commands import plainly, run
+from lesionsynth.io import Found, Passed, Source, find_sources, split_name
 from lesionsynth.strict import name_of
 from normnet.config import PredictConfig
 from normnet.device import choose_device, cpu_settings
-from normnet.dicom_seg import write_segmentation
+from normnet.dicom_seg import check_segmentation, write_segmentation
 from normnet.maps import Folder
 from normnet.model import bundled_models, find_models, load_model
 from normnet.predict.args import PredictArgs, parse
 from normnet.predict.case import CasePrediction, predict_case
 from normnet.predict.volume import bright_threshold, healthy_threshold, inflation_of, threshold_setting
 from normnet.prepare.masks import check_lungs, find_mask
-from normnet.reasons import reason
-from normnet.records import Record, as_record, model_record
+from normnet.reasons import hear, reason, tell
+from normnet.records import Record, as_record, model_record, read_record
 from normnet.stage import Writer
 from normnet.stamps import stamp
 
@@ -42,7 +43,11 @@ class PredictSummary:
     there: list[str]
     """Finished by an earlier call with the same settings."""
     failures: dict[str, str]
-    """Why the others failed."""
+    """Why the others failed, or why cases that have their maps have no DICOM Segmentation."""
+    warnings: dict[str, list[str]] = field(default_factory=dict)
+    """What was warned of, by case."""
+    passed: tuple[Passed, ...] = ()
+    """What lay in the inputs and was not taken for a CT."""
 
 
 def predict(args: PredictArgs, *, progress_bar: bool = False) -> PredictSummary:
@@ -70,8 +75,8 @@ def predict(args: PredictArgs, *, progress_bar: bool = False) -> PredictSummary:
     ImportError
         Lungs shall be segmented by lungmask, which is not installed.
     """
-    sources = _sources(args)
-    check_lungs(args.masks, args.lungs, len(sources))
+    sources = find_ct(args.inputs, args.output, series=args.series, names=args.name or None)
+    check_lungs(args.masks, args.lungs, len(sources), args.label)
     choose_device(args.device)
     files = find_models(args.models) if args.models else bundled_models()
     models = [load_model(file) for file in files]
@@ -81,21 +86,27 @@ def predict(args: PredictArgs, *, progress_bar: bool = False) -> PredictSummary:
     jobs, failures = _plan(args, sources, records)
     folder = Folder(args.output)
     todo, there = _left(args, folder, jobs)
+    said = {case: list(read_record(args.output / f"{case}.json").get("warnings", ())) for case in there}
     written: list[str] = []
     with cpu_settings(args.threads):
         if todo:
             folder.write_settings(args.settings, records)
         try:
             for job in tqdm(todo, disable=not progress_bar, unit="case", desc="predict"):
+                case = job.source.case
                 try:
-                    _run(args, job, models, folder)
-                    written.append(job.source.case)
+                    with hear() as said[case]:
+                        found, seconds = _run(args, job, models)
+                    problem = _write(args, job, folder, found, {"seconds": seconds, "warnings": said[case]})
+                    written.append(case)
+                    if problem:
+                        failures[case] = problem
                 except Exception as error:  # whatever is wrong with one patient, the others are not to wait
-                    failures[job.source.case] = reason(job.source.path, error)
+                    failures[case] = reason(job.source.path, error)
         finally:
             if args.output.is_dir():
                 folder.write_table()
-    return PredictSummary(written, there, failures)
+    return PredictSummary(written, there, failures, said, sources.passed)
 
 
 @dataclass(frozen=True)
@@ -123,14 +134,13 @@ def _record(file: Path, model: torch.nn.Module, config: PredictConfig) -> Record
         raise ValueError(f"{file}: {error}") from error
 
 
-def _sources(args: PredictArgs) -> list[Source]:
-    found = find_sources(
-        args.inputs, series=args.series, names=args.name or None, case_of=lambda path: split_name(path)[0]
+def find_ct(
+    inputs: Sequence[Path], output: Path, *, series: str, names: Sequence[str] | None = None
+) -> Found[Source]:
+    """Find CT as `lesionsynth.io.find_sources` does; words for a role are no part of a case's name."""
+    return find_sources(
+        inputs, series=series, names=names, case_of=lambda path: split_name(path)[0], output=output
     )
-    # an output folder below an input holds DICOM too: the segmentations of earlier calls
-    given = {path.resolve() for path in args.inputs}
-    own = {args.output.resolve()} - given
-    return [source for source in found if source.path.resolve() not in own]
 
 
 def _plan(
@@ -141,20 +151,18 @@ def _plan(
         "core": args.save_core,
         "probability": args.save_probability,
         "healthy": args.save_probability,
-        "dicom_seg": args.dicom_seg,
     }
     kinds = ("lesions", "lung", *(kind for kind, wanted in flags.items() if wanted))
     jobs, failures = [], {}
     for source in sources:
         try:
-            if args.dicom_seg and source.series is None:
-                raise ValueError("dicom_seg must be left out, as the CT is no DICOM series")
             mask = None if args.masks is None else find_mask(args.masks, source.case)
             record = {
                 "case": source.case,
                 "ct": os.path.abspath(source.path),
                 "series": source.series,
                 "lungs_from": args.lungs if mask is None else os.path.abspath(mask),
+                "label": list(args.label) or None,
                 # before anything is read: what changes meanwhile is not taken for what was segmented
                 "ct_stamp": stamp(source.files),
                 "lungs_stamp": None if mask is None else stamp([mask]),
@@ -164,8 +172,24 @@ def _plan(
         except (ValueError, OSError) as error:
             failures[source.case] = reason(source.path, error)
         else:
-            jobs.append(_Job(source, mask, record, kinds))
+            problem = _seg_problem(source) if args.dicom_seg else ""
+            if problem:
+                failures[source.case] = problem
+                warnings.warn(f"{source.case}: {problem}", stacklevel=3)  # hours before the end
+            seg = ("dicom_seg",) if args.dicom_seg and not problem else ()
+            jobs.append(_Job(source, mask, record, (*kinds, *seg)))
     return jobs, failures
+
+
+def _seg_problem(source: Source) -> str:
+    """Why there can be no DICOM Segmentation of a CT; empty where there can."""
+    try:
+        if source.series is None:
+            raise ValueError("dicom_seg must be left out, as the CT is no DICOM series")
+        check_segmentation(source.files)
+    except (ValueError, OSError) as error:
+        return f"{reason(source.path, error)}; the other files are written"
+    return ""
 
 
 def _left(args: PredictArgs, folder: Folder, jobs: Sequence[_Job]) -> tuple[list[_Job], list[str]]:
@@ -187,31 +211,33 @@ def _left(args: PredictArgs, folder: Folder, jobs: Sequence[_Job]) -> tuple[list
     return todo, there
 
 
-def _run(args: PredictArgs, job: _Job, models: Sequence[torch.nn.Module], folder: Folder) -> None:
-    """Segment a case and write it."""
+def _run(args: PredictArgs, job: _Job, models: Sequence[torch.nn.Module]) -> tuple[CasePrediction, float]:
+    """Segment a case; returns the seconds that it took, too."""
     start = time.perf_counter()
     found = predict_case(
         job.source.path,
         models,
         args.settings,
         mask_path=job.mask,
+        label=args.label,
         series=job.source.series,
         lungs=args.lungs,
         device=args.device,
         keep_probability="probability" in job.kinds,
     )
+    return found, round(time.perf_counter() - start, 2)
+
+
+def _write(args: PredictArgs, job: _Job, folder: Folder, found: CasePrediction, more: Record) -> str:
+    """Write a case; returns why it has no DICOM Segmentation, where one fails to be made."""
     record = {
         **job.record,
         "grid": {"shape": list(found.lung.shape), "spacing": [float(s) for s in found.ct.spacing]},
         "volumes": found.volumes,
         "inflation": found.inflation,
-        "seconds": round(time.perf_counter() - start, 2),
         "version": ls.__version__,
+        **more,
     }
-    folder.write(job.source.case, _writers(found, job), record, overwrite=args.overwrite)
-
-
-def _writers(found: CasePrediction, job: _Job) -> Mapping[str, Writer]:
     maps: dict[str, Any] = {
         "lesions": found.lesions,
         "lung": found.lung,
@@ -222,12 +248,19 @@ def _writers(found: CasePrediction, job: _Job) -> Mapping[str, Writer]:
     writers: dict[str, Writer] = {
         kind: partial(found.ct.write_like, maps[kind]) for kind in job.kinds if kind in maps
     }
+    problem = ""
     if "dicom_seg" in job.kinds:
         masks = {"lung": found.lung, "lesion": found.lesions}
-        writers["dicom_seg"] = lambda path: write_segmentation(
-            path, masks, job.source.path, series=job.source.series
-        )
-    return writers
+        seg = {"dicom_seg": lambda path: write_segmentation(path, masks, found.ct)}
+        try:
+            folder.write(job.source.case, {**writers, **seg}, record, overwrite=args.overwrite)
+            return ""
+        except OSError:
+            raise
+        except Exception as error:  # of the segmentation: the maps do not depend on it
+            problem = f"{reason(job.source.path, error)}; the other files are written"
+    folder.write(job.source.case, writers, record, overwrite=args.overwrite)
+    return problem
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -235,13 +268,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def body() -> int:
         args = parse(argv)
-        summary = predict(args, progress_bar=True)
+        with plainly():
+            summary = predict(args, progress_bar=True)
+        done, there = {*summary.written, *summary.there}, len(summary.there)
+        earlier = f" ({there} by an earlier call)" if there else ""
+        count = len(done | summary.failures.keys())
+        print(f"{len(done)} of {count} volumes segmented{earlier}, in {name_of(args.output)}", flush=True)
+        named = tell(summary.warnings, summary.passed)
         for said in summary.failures.values():
             print(f"normnet.predict: {said}", file=sys.stderr)
-        done, there = len(summary.written) + len(summary.there), len(summary.there)
-        earlier = f" ({there} by an earlier call)" if there else ""
-        count = done + len(summary.failures)
-        print(f"{done} of {count} volumes segmented{earlier}, in {name_of(args.output)}")
-        return 1 if summary.failures else 0
+        return 1 if summary.failures or named else 0
 
     return run("normnet.predict", body)

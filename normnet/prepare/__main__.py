@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,18 +10,20 @@ from typing import Annotated
 
 import tyro
 
-from lesionsynth.commands import run
-from lesionsynth.io import dicom_folders, largest_series
+from lesionsynth.commands import plainly, run
+from lesionsynth.io import SeriesInfo, dicom_folders, largest_series
 from normnet.prepare.case import LungMethod, Side
 from normnet.prepare.run import CaseSummary, prepare
+from normnet.reasons import tell
 
 
 @dataclass(frozen=True)
 class PrepareArgs:
     """Prepare CT volumes for training: read, segment the lungs, resample, store.
 
-    Exit status: 0 when every case is in the store, 1 when some failed (the others are in), 2 for a wrong
-    call. A call that was interrupted goes on where it stopped when it is given again.
+    Exit status: 0 when every case is in the store, 1 when some failed or a file that was named was passed
+    over (the others are in), 2 for a wrong call. A call that was interrupted goes on where it stopped when
+    it is given again.
     """
 
     inputs: Annotated[tuple[Path, ...], tyro.conf.Positional]
@@ -35,6 +36,8 @@ class PrepareArgs:
     """Print the DICOM series in the inputs, and do nothing else."""
     masks: Path | None = None
     """Lung mask, or folder with a <case>_lung.nii.gz per case; segmented where omitted."""
+    label: tuple[int, ...] = ()
+    """Labels of the masks that are lung; all above zero where omitted."""
     lungs: LungMethod = "thresholds"
     """How lungs are segmented: by thresholds, or by the network of the package lungmask, if installed."""
     exclude: Path | None = None
@@ -61,17 +64,17 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def body() -> int:
         args = tyro.cli(PrepareArgs, args=argv, prog="python -m normnet.prepare")
-        with warnings.catch_warnings():
-            warnings.simplefilter("always", UserWarning)
-            warnings.showwarning = _warn
-            return _list(args) if args.list_series else _prepare(args)
+        with plainly():
+            return _list(args.inputs) if args.list_series else _prepare(args)
 
     return run("error", body)
 
 
-def _list(args: PrepareArgs) -> int:
-    sys.stdout.write(series_table(args.inputs))
-    return 0
+def _list(inputs: Sequence[Path]) -> int:
+    found = dicom_folders(inputs)
+    sys.stdout.write(series_table(found))
+    sys.stdout.flush()
+    return int(tell({}, found.passed))
 
 
 def _prepare(args: PrepareArgs) -> int:
@@ -81,6 +84,7 @@ def _prepare(args: PrepareArgs) -> int:
         args.inputs,
         args.output,
         masks=args.masks,
+        label=args.label,
         exclude=args.exclude,
         annotations=args.annotations,
         keep_lung=_sides(args.lung),
@@ -96,13 +100,15 @@ def _prepare(args: PrepareArgs) -> int:
     sys.stdout.write(f"\n{summary.table()}\n")
     store = summary.store.path
     sys.stdout.write(f"\nlook at the pictures in {store / 'qc'}; the table is {store / 'summary.csv'}\n")
-    return 1 if summary.failed else 0
+    sys.stdout.flush()
+    named = tell({}, summary.passed)
+    return 1 if summary.failed or named else 0
 
 
-def series_table(inputs: Sequence[Path]) -> str:
-    """Lay out the DICOM series below `inputs`; a star marks those that "largest" takes."""
+def series_table(folders: Sequence[tuple[Path, Sequence[SeriesInfo]]]) -> str:
+    """Lay out the DICOM series of folders; a star marks those that "largest" takes."""
     lines = []
-    for folder, infos in dicom_folders(inputs):
+    for folder, infos in folders:
         lines.append(f"{folder}")
         taken = largest_series(infos)
         for info in infos:
@@ -126,15 +132,11 @@ def _sides(entries: Sequence[str]) -> dict[str, Side]:
     return sides
 
 
-def _warn(message: Warning | str, *place: object, **more: object) -> None:
-    sys.stderr.write(f"warning: {message}\n")
-
-
 def _progress(case: CaseSummary) -> None:
-    sys.stderr.write(
-        f"{case.case_id}: {case.status} ({case.seconds:.1f} s){' ' + case.message if case.message else ''}\n"
-    )
-    sys.stderr.flush()
+    failed = f" {case.message}" if case.status == "failed" else ""
+    print(f"{case.case_id}: {case.status} ({case.seconds:.1f} s){failed}", file=sys.stderr, flush=True)
+    if not failed:
+        tell({case.case_id: case.remarks})
 
 
 if __name__ == "__main__":

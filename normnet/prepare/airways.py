@@ -44,9 +44,9 @@ class Airways:
     large: Mask
 
 
-def grow_airways(coarse: npt.NDArray[np.float32], body: Mask, mm: Spacing) -> Airways:
-    """Grow the airways from the trachea downwards; empty masks where no trachea is in view."""
-    seed = find_trachea(coarse, body, mm)
+def grow_airways(coarse: npt.NDArray[np.float32], body: Mask, mm: Spacing, middle: float) -> Airways:
+    """Grow the airways from the trachea downwards; empty masks where none is near x = `middle` (voxels)."""
+    seed = find_trachea(coarse, body, mm, middle)
     empty = np.zeros(coarse.shape, bool)
     if seed is None:
         return Airways(empty, empty)
@@ -58,13 +58,9 @@ def grow_airways(coarse: npt.NDArray[np.float32], body: Mask, mm: Spacing) -> Ai
     return Airways(tree, plane_dilated(hanging, 2.2, mm))
 
 
-def find_trachea(coarse: npt.NDArray[np.float32], body: Mask, mm: Spacing) -> Mask | None:
+def find_trachea(coarse: npt.NDArray[np.float32], body: Mask, mm: Spacing, middle: float) -> Mask | None:
     """Chain of round air sections near the midline, the longest from the top; None where it is too short."""
     air = (coarse < -650) & body
-    columns = np.flatnonzero(body.any(axis=(0, 1)))
-    if columns.size == 0:
-        return None
-    middle = body.sum(axis=(0, 1)) @ np.arange(body.shape[2]) / body.sum()
     area = mm[1] * mm[2]
     best: list[tuple[int, Mask]] = []
     open_chains: list[list[tuple[int, Mask]]] = []

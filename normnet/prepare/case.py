@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -12,7 +13,7 @@ import numpy.typing as npt
 from lesionsynth.io import Scan, read_ct, read_mask
 from normnet.prepare.grid import IsoGrid
 from normnet.prepare.lungmask import split_by_lungmask
-from normnet.prepare.lungs import Lungs, split_lungs, split_mask
+from normnet.prepare.lungs import Lungs, check_lungs, split_lungs, split_mask
 from normnet.prepare.morphology import Mask, Spacing
 
 ISO_SPACING: Spacing = (1.0, 0.8, 0.8)
@@ -98,6 +99,7 @@ def load_case(
     keep_lung: Side = "both",
     series: str | None = None,
     lungs: LungMethod = "thresholds",
+    label: Sequence[int] = (),
 ) -> LoadedCase:
     """Read a CT, find its lungs and resample both.
 
@@ -120,12 +122,14 @@ def load_case(
     lungs : {"thresholds", "lungmask"}
         How lungs are segmented: `segment_lungs`, or the network of the package ``lungmask``, which must be
         installed. Without effect where `mask_path` is given.
+    label : sequence of int
+        Labels of the mask that are lung; see `read_mask`.
 
     Raises
     ------
     FileNotFoundError, ValueError
-        As `read_ct`, `read_mask` and `segment_lungs`; an empty lung mask; a bad `spacing`, `size`,
-        `keep_lung` or `lungs`.
+        As `read_ct`, `read_mask`, `segment_lungs` and `check_lungs`; an empty lung mask; a bad `spacing`,
+        `size`, `keep_lung` or `lungs`.
     ImportError
         `lungs` is "lungmask", which is not installed.
     """
@@ -135,28 +139,35 @@ def load_case(
     if lungs not in ("thresholds", "lungmask"):
         raise ValueError(f"lungs must be thresholds or lungmask, got {lungs!r}")
     volume = read_ct(path, series)
-    native, left = _lungs(volume, mask_path, keep_lung, lungs)
+    native, left = _lungs(volume, mask_path, keep_lung, lungs, label)
     grid = IsoGrid.around(native, volume.spacing, spacing, margin=margin, size=size)
     return LoadedCase(grid.to_iso(volume.hu), grid.to_iso(native), volume, native, grid, left)
 
 
 def _lungs(
-    volume: Scan, mask_path: str | os.PathLike[str] | None, keep_lung: Side, method: LungMethod
+    volume: Scan,
+    mask_path: str | os.PathLike[str] | None,
+    keep_lung: Side,
+    method: LungMethod,
+    label: Sequence[int],
 ) -> tuple[Mask, Mask | None]:
     """Lungs on the CT's grid, and the left one among them where that is known."""
+    left = None
     try:
         if mask_path is None:
             split = split_lungs if method == "thresholds" else split_by_lungmask
-            return _side(split(volume.hu, volume.spacing), keep_lung)
-        mask = read_mask(mask_path, volume)
-        if not mask.any():
-            raise ValueError(f"the lung mask {os.fspath(mask_path)} must not be empty")
-        if keep_lung == "both":
-            return mask, None
-        return _side(split_mask(mask, volume.spacing), keep_lung)
+            mask, left = _side(split(volume.hu, volume.spacing), keep_lung)
+        else:
+            mask = read_mask(mask_path, volume, label)
+            if not mask.any():
+                raise ValueError(f"the lung mask {os.fspath(mask_path)} must not be empty")
+            if keep_lung != "both":
+                mask, left = _side(split_mask(mask, volume.spacing), keep_lung)
+        check_lungs(volume.hu, mask, volume.spacing, left if keep_lung == "both" else None)
     except ValueError as error:
         name = str(volume.path)
         raise error if name in str(error) else ValueError(f"{name}: {error}") from error
+    return mask, left
 
 
 def _side(lungs: Lungs, keep_lung: Side) -> tuple[Mask, Mask]:

@@ -8,6 +8,7 @@ nodules, consolidation), outline.
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,8 +28,10 @@ from normnet.prepare.morphology import (
     fill_slices,
     largest,
     plane_dilated,
+    plane_eroded,
     plane_opened,
     spread,
+    within,
 )
 
 AIR_HU = -320
@@ -40,14 +43,35 @@ COSTAL_MM, BITE_MM, COSTAL_COSINE = 25.0, 4.0, 0.0
 """Disc, least half-thickness and direction of the dents that are filled at the chest wall."""
 DOME_MM = 18.0
 """So far below a dent there must be lung again."""
+PADDED_RIM = 0.6
+"""Share of the image's border that is as dense as tissue, from which on it may be padding.
+
+Up to 0.45 in scans cropped to the chest, 0.69 and more around a circle that ends within the image or 5 %
+outside it.
+"""
+WALL_MM = 60.0
+"""Reach of the chest wall around the lungs' shadow, where padding hangs on it."""
+PLAIN_AIR_HU, SPACE_DEPTH_MM = -980, 6.0
+"""An air space with a fifth below, so far from its walls, is no lung.
+
+Lungs have no tenth below -976 (emphysema), the outside a quarter below -996, in 25 scans of ten scanners; the
+foam of a table lies higher. Nearer to the walls are partial volume and blended padding.
+"""
 BONE_HU = 200
 THICK_MM = 4.0
 """From this slice distance on, neighbouring slices differ too much to close across them."""
 MIN_LUNG_ML = 30.0
 MIN_LUNG_RATIO = 0.08
 """Least volume of the second lung, of the first: a collapsed lung, not a stomach beside it."""
-APART_MM = 40.0
-"""Distance of the two lungs' centres from right to left."""
+JOINED_RATIO = 0.3
+"""A second air space of more than this share of the first is the other lung; else the first may be both."""
+APART_MM, APART_SHARE = 40.0, 0.42
+"""Distance of the two lungs' centres from right to left, in mm and as a share of their common width.
+
+It is 0.47 to 0.57 in 26 scans; parts of one lung lie closer.
+"""
+CUT_SHARE = 0.7
+"""Share of a body's height and depth that is tissue where an image ends at its middle; less at an arm."""
 SPLIT_DEPTHS_MM = (0.0, 2.5, 4.5, 6.5, 9.0, 12.0)
 """Tried in turn: the lungs touch in front of and behind the mediastinum, where they are thin."""
 HEAD_BONE_HU = 300
@@ -58,6 +82,19 @@ A skull is about a sixth of a head and its sinuses a fiftieth; ribs and spine ar
 chest, and lungs a fifth or more. Both must hold: a chest full of contrast has air, lungs full of fluid no
 more bone.
 """
+MOST_ML, LARGE_ML = 12_000.0, 10_500.0
+"""Lungs that are refused, and warned of: 10.5 l is the 95th percentile of total lung capacity in men of 2.0 m
+(Hall et al., Eur Respir J 2021;57:2000289), and emphysema adds to it; a mask with the air around the body has
+20 l and more."""
+MOST_SHARE = 0.95
+"""Of the image: both lungs fill about half of their own box, and one lung two thirds of its own."""
+LEAST_RATIO = 1 / 6
+"""The smaller lung, of the other one: less is a collapsed lung, none, or one outside the image."""
+AERATED_HU, LEAST_AERATED = -960, 0.3
+"""Share of lung that lies between this and tissue: 0.71 (emphysema) and more in 27 scans, 0.27 and less
+in all that is no lung in them."""
+MOST_CUT = 0.05
+"""Share of the lungs' shadow on a side of the image; less where an image is cropped to their box."""
 REACH_MM, DEPTH_MM, RIM_MM = 2.5, 3.0, 1.5
 CHUNK = 32
 """Slices whose distances are worked out at once."""
@@ -113,26 +150,97 @@ def split_lungs(hu: npt.NDArray[np.int16], spacing: Spacing) -> Lungs:
     fz, fy, fx = (max(1, round(COARSE_MM / s)) for s in spacing)
     coarse = block_mean(hu, (fz, fy, fx))
     mm = (spacing[0] * fz, spacing[1] * fy, spacing[2] * fx)
-    body = body_mask(coarse, mm)
+    fillers = _fillers(hu)
+    slabs = (hu[z : z + 16 * fz] for z in range(0, len(hu), 16 * fz))
+    filled = np.concatenate([block_mean(np.isin(slab, fillers), (fz, fy, fx)) for slab in slabs])
+    empty = ndimage.binary_dilation(filled == 1) & (filled > 0)  # with blocks that are half in it
+    body = body_mask(coarse, mm, empty)
     box = bounding_box(body)
     if box is None:
         raise ValueError("no lung found: no body in the volume (no tissue thicker than 8 mm)")
     right, left, airway = (np.zeros(coarse.shape, bool) for _ in range(3))
-    cropped = grow_airways(coarse[box], body[box], mm)
+    inner, outer = coarse[box], body[box]
+    middle = _centre_x(outer)
+    cropped = grow_airways(inner, outer, mm, middle)
+    found = find_lungs(inner, outer, cropped, mm)
+    cut = None if all(lung.any() for lung in found) else _cut_end(found[0] | found[1], inner, outer)
+    if cut is not None:  # the trachea lies there, and not in the middle of this half
+        cropped = grow_airways(inner, outer, mm, cut)
+        found = find_lungs(inner, outer, cropped, mm)
     airway[box] = cropped.large
-    found = find_lungs(coarse[box], body[box], cropped, mm)
-    check_chest(coarse[box], body[box], found)
-    right[box], left[box] = close_lungs(coarse[box], found, body[box], cropped, mm)
-    return outline(hu, spacing, (right, left), airway, (fz, fy, fx))
+    check_chest(inner, outer, found)
+    right[box], left[box] = close_lungs(inner, found, outer, cropped, mm)
+    return outline(hu, spacing, (right, left), airway, (fz, fy, fx), (empty & ~body, fillers))
 
 
-def body_mask(coarse: npt.NDArray[np.float32], mm: Spacing) -> Mask:
-    """Fill the patient: tissue left by an opening (tables are thin shells), largest piece, holes filled."""
+def body_mask(coarse: npt.NDArray[np.float32], mm: Spacing, empty: Mask | None = None) -> Mask:
+    """Fill the patient: tissue left by an opening (tables are thin shells), largest piece, holes filled.
+
+    Parameters
+    ----------
+    coarse : (Z, Y, X) float32 array
+        HU on the coarse grid.
+    mm : (3,) floats
+        Its voxel size, axis order z, y, x.
+    empty : (Z, Y, X) bool array, optional
+        Where the file holds one value only, beyond what was scanned.
+
+    Returns
+    -------
+    (Z, Y, X) bool array
+        A lung that the image cuts through is part of the body, although its air reaches the image's border.
+        Where most of the border is as dense as tissue, the image may be padded (with noise, a gradient,
+        anything): air spaces that are plain air are then the outside, whatever surrounds them.
+    """
     tissue = coarse >= AIR_HU
-    core = largest(plane_opened(tissue, 4.2, mm))
+    rim = np.ones(coarse.shape, bool)
+    rim[:, 1:-1, 1:-1] = False
+    padded = tissue[rim].mean() > PADDED_RIM
+    core = plane_opened(tissue, 4.2, mm)
     # the opening rounds corners off: take back tissue close to the core
-    core = largest(plane_dilated(core, 4.2, mm) & tissue)
-    return fill_slices(core)
+    core = plane_dilated(core if padded else largest(core), 4.2, mm) & tissue
+    if not padded:
+        core = largest(core)
+    spaces = ~core if padded or empty is None else ~core & ~empty
+    labels, count = ndimage.label(spaces)
+    large = np.flatnonzero(component_sizes(labels, count) * (mm[0] * mm[1] * mm[2]) > 1000 * MIN_LUNG_ML)
+    large = large[large > 0]
+    deep = np.where(plane_eroded(spaces, SPACE_DEPTH_MM, mm), labels, 0)
+    walled = _between(core, 1) | _between(core, 2)
+    lungs = [
+        n
+        for n in large
+        if (at := deep == n).any()
+        and np.percentile(coarse[at], 20) > PLAIN_AIR_HU
+        and np.median(coarse[at]) < AIR_HU
+        and walled[at].mean() > 0.5
+    ]
+    lung = np.isin(labels, lungs)
+    body: Mask = fill_slices(core) | lung
+    if not padded:
+        return body
+    body &= lung | ~np.isin(labels, large)
+    if lungs:  # padding that touches the body reaches farther
+        body &= within(np.asarray(lung.any(axis=0, keepdims=True)), WALL_MM, mm)
+    pieces, count = ndimage.label(body)
+    held = component_sizes(np.where(lung, pieces, 0) if lungs else pieces, count)
+    held[0] = 0
+    return np.asarray(pieces == max(int(held.argmax()), 1))
+
+
+def _fillers(hu: npt.NDArray[np.int16]) -> npt.NDArray[np.int16]:
+    """List the values of a constant outside: those in a twentieth of the border, in runs of 8 voxels."""
+    border = np.concatenate([hu[:, 0], hu[:, -1], hu[:, :, 0], hu[:, :, -1]], axis=1).ravel()
+    runs = border[: border.size // 8 * 8].reshape(-1, 8)
+    values, counts = np.unique(runs[np.ptp(runs, axis=1) == 0, 0], return_counts=True)
+    return np.asarray(values[counts > 0.05 * len(runs)])
+
+
+def _between(mask: Mask, axis: int) -> Mask:
+    """Tell where the mask lies on both sides along an axis."""
+    before = np.logical_or.accumulate(mask, axis)
+    after = np.flip(np.logical_or.accumulate(np.flip(mask, axis), axis), axis)
+    return np.asarray(before & after)
 
 
 def find_lungs(
@@ -154,15 +262,28 @@ def find_lungs(
             f"at least {MIN_LUNG_ML:.0f}"
         )
     one: Mask = labels == first
-    parts = split_two(one, mm)
+    second = _opposite(labels, volumes, one, mm)
+    parts = None if second.sum() > JOINED_RATIO * one.sum() else split_two(one, mm)
     if parts is None:
-        second = _opposite(labels, volumes, one, mm)
         parts = (one, second)
-    middle = float(body.sum(axis=(0, 1)) @ np.arange(body.shape[2]) / body.sum())
     centres = [_centre_x(part) for part in parts]
-    if np.isnan(centres[1]):
-        return parts if centres[0] < middle else (parts[1], parts[0])
+    if not parts[1].any():
+        cut = _cut_end(one, coarse, body)
+        centres[1] = _centre_x(body) if cut is None else cut
     return parts if centres[0] < centres[1] else (parts[1], parts[0])
+
+
+def _cut_end(lung: Mask, coarse: npt.NDArray[np.float32], body: Mask) -> float | None:
+    """Tell where, along x, a body with one lung in view is cut at the midline; None where it is whole.
+
+    The lung lies then in the middle of what is left, and more of that end is tissue than of the round one.
+    """
+    ends = (body & (coarse >= AIR_HU)).sum(axis=(0, 1)) / body.any(axis=2).sum()
+    first, last = ends[:2].max(), ends[-2:].max()  # the outermost voxels may be half outside
+    off = abs(_centre_x(body) - _centre_x(lung)) / body.shape[2]
+    if first == last or not (off < 0.1 or (max(first, last) > CUT_SHARE and abs(last - first) > 0.1)):
+        return None
+    return 0.0 if first > last else float(body.shape[2] - 1)
 
 
 def check_chest(coarse: npt.NDArray[np.float32], body: Mask, lungs: tuple[Mask, Mask]) -> None:
@@ -205,6 +326,7 @@ def _opposite(labels: npt.NDArray[Any], volumes: npt.NDArray[Any], one: Mask, mm
 def split_two(mask: Mask, mm: Spacing) -> tuple[Mask, Mask] | None:
     """Part an air space, where it is thin, into two halves side by side; None where it is one lung."""
     deep = ndimage.distance_transform_edt(mask, sampling=mm)
+    width = np.ptp(np.flatnonzero(mask.any(axis=(0, 1)))) * mm[2]
     for depth in SPLIT_DEPTHS_MM:
         labels, count = ndimage.label(deep > depth)
         if count < 2:
@@ -215,7 +337,8 @@ def split_two(mask: Mask, mm: Spacing) -> tuple[Mask, Mask] | None:
         if sizes[b] < 0.1 * sizes[a]:
             continue
         markers = (labels == a).view(np.uint8) + np.uint8(2) * (labels == b).view(np.uint8)
-        if abs(_centre_x(markers == 1) - _centre_x(markers == 2)) * mm[2] < APART_MM:
+        apart = abs(_centre_x(markers == 1) - _centre_x(markers == 2)) * mm[2]
+        if apart < max(APART_MM, APART_SHARE * width):
             continue
         nearest = ndimage.distance_transform_edt(
             markers == 0, sampling=mm, return_distances=False, return_indices=True
@@ -276,11 +399,13 @@ def outline(
     lungs: tuple[Mask, Mask],
     airway: Mask,
     factors: tuple[int, int, int],
+    outside: tuple[Mask, npt.NDArray[np.int16]],
 ) -> Lungs:
     """Bring the coarse lungs to the volume's own grid and set their outline by the air threshold there.
 
-    Air counts as lung up to `REACH_MM` outside the coarse outline; tissue only from `DEPTH_MM` inside it, or
-    where it is thick: a rim of chest wall (partial volume) is left out, a consolidation at the pleura stays.
+    Air counts as lung up to `REACH_MM` outside the coarse outline, but for what is empty (mask and values of
+    `outside`); tissue only from `DEPTH_MM` inside it, or where it is thick: a rim of chest wall (partial
+    volume) is left out, a consolidation at the pleura stays.
     """
     mm = (spacing[0] * factors[0], spacing[1] * factors[1], spacing[2] * factors[2])
     around = bounding_box(lungs[0] | lungs[1])
@@ -293,7 +418,12 @@ def outline(
         slice(s.start * f, min(s.stop * f, n)) for s, f, n in zip(box, factors, hu.shape, strict=True)
     )
     part = hu[fine]
-    air = part < AIR_HU
+    empty = outside[0][box]
+    for axis, factor in enumerate(factors):
+        empty = empty.repeat(factor, axis)
+    empty = empty[tuple(slice(n) for n in part.shape)]
+    empty[empty] = np.isin(part[empty], outside[1])
+    air = (part < AIR_HU) & ~empty
     bronchi = spread(_signed(airway[box], mm), factors, part.shape) > 0
     found = []
     taken = np.zeros(part.shape, bool)
@@ -303,13 +433,73 @@ def outline(
             distance = spread(_signed(lung[box], mm), factors, part.shape)
             tissue = plane_opened((distance > 0) & ~air, RIM_MM, spacing)
             mask = (air & (distance > -REACH_MM)) | (distance > DEPTH_MM) | tissue
-            mask &= ~bronchi & ~taken
+            mask &= ~bronchi & ~taken & ~empty
             mask = fill_slices(fill_enclosed(mask), round(HOLE_MM2 / (spacing[1] * spacing[2])))
             mask = largest(mask & ~bronchi & ~taken)
             taken |= mask
             whole[fine] = mask
         found.append(whole)
     return Lungs(found[0], found[1])
+
+
+def check_lungs(hu: npt.NDArray[np.int16], mask: Mask, spacing: Spacing, left: Mask | None = None) -> None:
+    """Refuse lungs that nobody has, and warn of unlikely ones: outside air, a mask of something else.
+
+    Small lungs are none of it: children, a collapsed lung, a few slices.
+
+    Parameters
+    ----------
+    hu : (Z, Y, X) int16 array
+        Hounsfield units.
+    mask : (Z, Y, X) bool array
+        Both lungs, or the one that is asked for.
+    spacing : (3,) floats
+        Voxel size in mm, axis order z, y, x.
+    left : (Z, Y, X) bool array, optional
+        The left lung, where both were searched.
+
+    Raises
+    ------
+    ValueError
+        `mask` is empty, or has more than `MOST_ML` or `MOST_SHARE` of the image.
+
+    Warns
+    -----
+    UserWarning
+        Volume above `LARGE_ML`, one lung below `LEAST_RATIO` of the other, a mask with less than
+        `LEAST_AERATED`, lungs cut by the image's border by more than `MOST_CUT`.
+    """
+    count = int(mask.sum())
+    ml = count * float(np.prod(spacing)) / 1000
+    if not count or ml > MOST_ML or count > MOST_SHARE * mask.size:
+        raise ValueError(
+            f"lungs must have more than 0 and at most {MOST_ML:.0f} ml and {MOST_SHARE:.0%} of the image, "
+            f"got {ml:.0f} ml and {count / mask.size:.0%}: air around the body, or another mask?"
+        )
+    said = [f"the lungs have {ml:.0f} ml, more than {LARGE_ML:.0f}: look at their outline"] * (ml > LARGE_ML)
+    if left is not None and count * LEAST_RATIO > (1 + LEAST_RATIO) * min(
+        part := int(left.sum()), count - part
+    ):
+        said.append(
+            f"the right lung has {ml * (1 - part / count):.0f} ml, the left {ml * part / count:.0f}: is one "
+            "collapsed, removed or outside the image?"
+        )
+    aerated = sum(
+        int(((plane[at] > AERATED_HU) & (plane[at] < AIR_HU)).sum())
+        for plane, at in zip(hu, mask, strict=True)
+    )
+    if aerated < LEAST_AERATED * count:
+        said.append(
+            f"{aerated / count:.0%} of the lungs lie between {AERATED_HU} and {AIR_HU} HU: are they lungs?"
+        )
+    for axis, index, side in ((1, 0, "front"), (1, -1, "back"), (2, 0, "right"), (2, -1, "left")):
+        cut = mask.take(index, axis).sum() / mask.any(axis).sum()
+        if cut > MOST_CUT:
+            said.append(
+                f"the image ends within the lungs at the patient's {side}: what lies beyond is missing"
+            )
+    for text in said:
+        warnings.warn(text, stacklevel=2)
 
 
 def _signed(mask: Mask, mm: Spacing) -> npt.NDArray[np.float32]:

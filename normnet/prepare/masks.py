@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
+from lesionsynth.io import SUFFIXES, case_name, split_name
+from lesionsynth.strict import name_of, some_of
 from normnet.prepare.case import LungMethod
 from normnet.prepare.lungmask import check_installed
 
-_MASK_ENDINGS = ("", "_lung", "_lungs", "_mask", "_lung_mask", "-lung", "_lobes")
-_CT_ENDINGS = ("", "_hu", "_ct", "_0000")
-_FORMATS = (".nii.gz", ".nii", ".nrrd", ".nhdr", ".mha", ".mhd")
 
-
-def check_lungs(masks: Path | None, lungs: LungMethod, cases: int) -> None:
+def check_lungs(masks: Path | None, lungs: LungMethod, cases: int, label: Sequence[int] = ()) -> None:
     """Refuse a call that cannot give every case its own lungs, before the first case is read.
 
     Parameters
@@ -23,17 +22,21 @@ def check_lungs(masks: Path | None, lungs: LungMethod, cases: int) -> None:
         How lungs are segmented where there are no masks.
     cases : int
         How many CT there are.
+    label : sequence of int
+        Labels of the masks that are lung.
 
     Raises
     ------
     FileNotFoundError
         `masks` does not exist.
     ValueError
-        It is one file for several CT.
+        It is one file for several CT; `label` without `masks`.
     ImportError
         `lungs` is "lungmask", which is needed and not installed.
     """
     if masks is None:
+        if label:
+            raise ValueError(f"label must be left out where no masks are given, got {list(label)}")
         if lungs == "lungmask":
             check_installed()
         return
@@ -53,18 +56,22 @@ def find_mask(masks: Path, case_id: str) -> Path:
     """
     if not masks.is_dir():
         return masks
-    stems = {case_id.removesuffix(ending) for ending in _CT_ENDINGS}
-    # the CT itself may lie in the same folder: its own name only counts where nothing longer does
-    for endings in (_MASK_ENDINGS[1:], _MASK_ENDINGS[:1]):
-        found = [
-            p
-            for stem in sorted(stems)
-            for ending in endings
-            for suffix in _FORMATS
-            if (p := masks / f"{stem}{ending}{suffix}").is_file()
-        ]
-        if len(found) > 1:
-            raise ValueError(f"{masks}: several masks for case {case_id}: {', '.join(p.name for p in found)}")
-        if found:
-            return found[0]
-    raise ValueError(f"{masks}: no lung mask for case {case_id}; expected a file like {case_id}_lung.nii.gz")
+    cases = {case_id, split_name(Path(case_id))[0]}
+    files = sorted(p for p in masks.iterdir() if p.name.lower().endswith(SUFFIXES) and p.name[0] != ".")
+    named, alike = [], []
+    for path in files:
+        case, role = split_name(path)
+        if case_name(path) in cases and ".seg." not in path.name.lower():
+            alike.append(path)  # in the same folder it is the CT itself
+        elif case in cases and role in ("lung", "segmentation", "mask"):
+            named.append(path)
+    found = named or alike
+    there = some_of(", ", [name_of(path.name) for path in found or files])
+    if len(found) > 1:
+        raise ValueError(f"{name_of(masks)}: several masks for case {case_id}: {there}")
+    if not found:
+        raise ValueError(
+            f"{name_of(masks)}: no lung mask for case {case_id}; expected a file like {case_id}_lung.nii.gz; "
+            f"there: {there or 'no file of a format that is read'}"
+        )
+    return found[0]

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from lesionsynth.files import claimed, refuse_foreign
-from lesionsynth.io import Source, find_sources
+from lesionsynth.io import Found, Source, find_sources
 from lesionsynth.strict import name_of
 from normnet.prepare.case import ISO_SPACING, LungMethod, Side, check_grid
 from normnet.prepare.exclude import read_exclusions
@@ -29,6 +29,7 @@ def prepare(
     output: str | os.PathLike[str],
     *,
     masks: str | os.PathLike[str] | None = None,
+    label: Sequence[int] = (),
     exclude: str | os.PathLike[str] | None = None,
     annotations: str | os.PathLike[str] | None = None,
     keep_lung: Mapping[str, Side] | None = None,
@@ -52,8 +53,10 @@ def prepare(
         Store to make or to go on with; finished cases are kept, what a killed run left is taken away.
     masks : path, optional
         Lung mask for a single input, or a folder where each case has one: ``<case>.nii.gz``,
-        ``<case>_lung.nii.gz`` (or nrrd, mha, mhd; ``_hu`` and ``_ct`` at the end of the case's name may be
-        missing). Omitted: the lungs are segmented.
+        ``<case>_lung.nii.gz`` (or nrrd, mha, mhd, ``.seg.nrrd``; words such as ``_hu`` at the end of the
+        case's name may be missing). Omitted: the lungs are segmented.
+    label : sequence of int
+        Labels of the `masks` that are lung; all above zero where omitted.
     exclude : path, optional
         CSV ``case,first_slice,last_slice``: slices of the file, from 0 at the feet, ends included, left out.
     annotations : path, optional
@@ -99,11 +102,12 @@ def prepare(
     check_grid(spacing, size)  # before there is a store that is stuck with it
     if workers < 1:
         raise ValueError(f"workers must be at least 1, got {workers}")
-    sources = _sources(inputs, names, series)
+    found = find_sources(inputs, series=series, names=names, output=Path(output))
+    sources = _by_name(found, names)
     sides = dict(keep_lung or {})
     left_out = read_exclusions(Path(exclude)) if exclude is not None else {}
     _check_names(list(sources), exclude=left_out, keep_lung=sides)
-    check_lungs(None if masks is None else Path(masks), lungs, len(sources))
+    check_lungs(None if masks is None else Path(masks), lungs, len(sources), label)
     files = [Path(annotations)] if annotations is not None else find_annotations(inputs)
     nodules = match_annotations(files, list(sources.values()))
     store = Store.create(output, {"spacing": [float(s) for s in spacing], "size": int(size)})
@@ -117,6 +121,7 @@ def prepare(
             spacing=spacing,
             size=size,
             masks=None if masks is None else Path(masks),
+            label=tuple(label),
             left_out=tuple(left_out.get(case_id, ())),
             nodules=tuple(nodules.get(source, ())),
             side=sides.get(case_id, "both"),
@@ -127,16 +132,13 @@ def prepare(
     with claimed(store.path):
         store.clean()
         try:
-            return _run(tasks, store, workers, overwrite, report)
+            return Summary(_run(tasks, store, workers, overwrite, report), store, found.passed)
         finally:
             store.clean()  # what a worker left that was killed
 
 
-def _sources(
-    inputs: Sequence[str | os.PathLike[str]], names: Sequence[str] | None, series: str
-) -> dict[str, Source]:
+def _by_name(found: Found[Source], names: Sequence[str] | None) -> dict[str, Source]:
     """CT by their names in the store."""
-    found = find_sources(inputs, series=series, names=names)
     for name in names or ():
         if name != case_name_for_store(name):
             raise ValueError(
@@ -162,7 +164,7 @@ def _run(
     workers: int,
     overwrite: bool,
     report: Callable[[CaseSummary], None] | None,
-) -> Summary:
+) -> tuple[CaseSummary, ...]:
     """Prepare what is not there yet, and keep ``summary.csv`` up to date."""
     done: dict[str, CaseSummary] = {}
     if not overwrite:
@@ -178,7 +180,7 @@ def _run(
             report(case)
         _write_summary(store, [done[w.case_id] for w in tasks if w.case_id in done] + others)
     _write_summary(store, [done[work.case_id] for work in tasks] + others)
-    return Summary(tuple(done[work.case_id] for work in tasks), store)
+    return tuple(done[work.case_id] for work in tasks)
 
 
 def _prepared(tasks: Sequence[Work], workers: int) -> Iterator[CaseSummary]:

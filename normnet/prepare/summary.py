@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lesionsynth.files import write_atomically
+from lesionsynth.io import Passed
 from normnet.prepare.morphology import Spacing
 from normnet.prepare.store import Store
 from normnet.sheets import has_columns, sheet
@@ -40,8 +41,8 @@ class CaseSummary:
     case_id : str
     status : {"prepared", "there", "failed"}
         "there": finished by an earlier run.
-    message : str
-        Why it failed, or a remark.
+    remarks : tuple of str
+        Why it failed, or what was warned of.
     slices : int
         Slices in use on the working grid.
     source_spacing : 3-tuple
@@ -61,7 +62,7 @@ class CaseSummary:
 
     case_id: str
     status: str
-    message: str = ""
+    remarks: tuple[str, ...] = ()
     slices: int = 0
     source_spacing: Spacing = (0.0, 0.0, 0.0)
     lung_ml: float = 0.0
@@ -72,6 +73,11 @@ class CaseSummary:
     series: str = ""
     lungs_from: str = ""
 
+    @property
+    def message(self) -> str:
+        """The remarks on one line."""
+        return "; ".join(self.remarks)
+
     @classmethod
     def of(
         cls, case_id: str, meta: Mapping[str, Any], status: str, seconds: float = 0.0, remark: str = ""
@@ -81,11 +87,12 @@ class CaseSummary:
         remarks = [remark] if remark else []
         if cropped:
             remarks.append(f"{cropped:.1%} of the lungs lie outside the {meta['shape'][1]} voxels in plane")
+        remarks += map(str, meta.get("warnings", ()))
         z, y, x = meta.get("source_spacing", (0.0, 0.0, 0.0))
         return cls(
             case_id,
             status,
-            "; ".join(remarks),
+            tuple(remarks),
             sum(b - a for a, b in meta["segments"]),
             (float(z), float(y), float(x)),
             float(meta.get("lung_ml", 0)),
@@ -124,10 +131,13 @@ class Summary:
     cases : tuple of CaseSummary
         In the order of the inputs.
     store : Store
+    passed : tuple of Passed
+        What lay in the inputs and was not taken for a CT.
     """
 
     cases: tuple[CaseSummary, ...]
     store: Store
+    passed: tuple[Passed, ...] = ()
 
     @property
     def failed(self) -> tuple[CaseSummary, ...]:

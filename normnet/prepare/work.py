@@ -23,7 +23,7 @@ from normnet.prepare.morphology import Mask, Spacing, bounding_box, plane_eroded
 from normnet.prepare.qc import write_picture
 from normnet.prepare.store import Store
 from normnet.prepare.summary import CaseSummary
-from normnet.reasons import FORESEEN, reason
+from normnet.reasons import FORESEEN, hear, reason
 
 _LOG = logging.getLogger(__name__)
 EDGE_MM = 3.2
@@ -43,6 +43,7 @@ class Work:
     spacing: Spacing
     size: int
     masks: Path | None
+    label: tuple[int, ...]
     left_out: tuple[Range, ...]
     nodules: tuple[Nodule, ...]
     side: Side
@@ -56,6 +57,7 @@ class Work:
             "excluded": [list(r) for r in self.left_out],
             "nodules": [list(n) for n in self.nodules],
             "lungs_from": lungs,
+            "label": list(self.label),
             "kept_lung": self.side,
         }
 
@@ -66,7 +68,8 @@ def attempt(work: Work) -> CaseSummary:
     try:
         meta = prepare_one(work)
     except Exception as error:  # one bad file must not cost the others, whatever a library makes of it
-        _LOG.warning("%s failed: %s", work.case_id, error, exc_info=not isinstance(error, FORESEEN))
+        if not isinstance(error, FORESEEN):
+            _LOG.warning("%s failed: %s", work.case_id, error, exc_info=True)
         return failed(work, reason(work.source.path, error), time.perf_counter() - start)
     return CaseSummary.of(work.case_id, meta, "prepared", time.perf_counter() - start)
 
@@ -77,7 +80,7 @@ def failed(work: Work, message: str, seconds: float = 0.0) -> CaseSummary:
     return CaseSummary(
         work.case_id,
         "failed",
-        message,
+        (message,),
         seconds=seconds,
         source=name_of(source.path.name),
         series=source.series or "",
@@ -88,16 +91,18 @@ def prepare_one(work: Work) -> dict[str, Any]:
     """Prepare a case and store it; returns its meta data. Errors as in `load_case` and `Store.add`."""
     store, source = Store.open(work.store), work.source
     mask_path = None if work.masks is None else find_mask(work.masks, source.case)
-    case = load_case(
-        source.path,
-        mask_path,
-        spacing=work.spacing,
-        size=work.size,
-        margin=MARGIN_SLICES,
-        keep_lung=work.side,
-        series=source.series,
-        lungs=work.lungs,
-    )
+    with hear() as said:
+        case = load_case(
+            source.path,
+            mask_path,
+            spacing=work.spacing,
+            size=work.size,
+            margin=MARGIN_SLICES,
+            keep_lung=work.side,
+            series=source.series,
+            lungs=work.lungs,
+            label=work.label,
+        )
     keep = kept_slices(case.grid, [*work.left_out, *nodule_slices(case.volume, work.nodules)])
     mask, removed = _without_edges(case)
     mask[~keep] = False
@@ -115,6 +120,7 @@ def prepare_one(work: Work) -> dict[str, Any]:
         "bright_fraction": float((case.hu[mask] >= -500).mean()),
         "edge_voxels": int(removed.sum()),
         "cropped_fraction": _cropped(case),
+        "warnings": said,
     }
     title = (
         f"{work.case_id}: source {'/'.join(f'{s:.2f}' for s in case.volume.spacing)} mm, lungs "

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import tyro
 
-from lesionsynth.commands import printable, run
+from lesionsynth.commands import plainly, printable, run
 from lesionsynth.strict import name_of
 from normnet.report.maps import ReportConfig, report_maps
 
@@ -17,7 +17,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def body() -> int:
         config = tyro.cli(ReportConfig, args=argv, prog="python -m normnet.report")
-        result = report_maps(config, progress_bar=True)
+        with plainly():
+            result = report_maps(config, progress_bar=True)
         for case, reason in result.failures.items():
             print(f"normnet.report: {printable(f'{case}: {reason}')}", file=sys.stderr)
         print(f"{len(result.cases)} cases, in {name_of(result.path)}")

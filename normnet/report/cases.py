@@ -9,7 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PureWindowsPath
 
-from lesionsynth.io import Source, find_sources, split_name
+from lesionsynth.io import Found, Source, find_sources, split_name
+from normnet.reasons import hear
 from normnet.records import FILES, Record, read_records
 
 
@@ -89,8 +90,11 @@ def locate(records: Sequence[Record], inputs: Sequence[Path]) -> dict[str, Place
     FileNotFoundError, ValueError
         As `lesionsynth.io.find_sources`.
     """
-    sources = _sources(inputs)
-    hint = "nothing in ct fits either" if inputs else "ct must name its new place"
+    sources = _sources(inputs) if inputs else Found[Source]()
+    hint = f"nothing in ct fits either{sources.over}" if inputs else "ct must name its new place"
+    for one in sources.passed:
+        if one.named:
+            warnings.warn(f"passed over: {one}", stacklevel=3)
     places = {r["case"]: Place(Path(r["ct"]), r["series"], hint) for r in records}
     claims: dict[Path, list[tuple[int, str]]] = defaultdict(list)
     for record in records:
@@ -118,21 +122,16 @@ def locate(records: Sequence[Record], inputs: Sequence[Path]) -> dict[str, Place
     return places
 
 
-def _sources(inputs: Sequence[Path]) -> list[Source]:
+def _sources(inputs: Sequence[Path]) -> Found[Source]:
     """Every CT in files and folders, each once."""
-    found: dict[tuple[Path, str | None], Source] = {}
-    for given in inputs:
-        with warnings.catch_warnings():
-            # that localizers are left out is no news: series are looked up by UID
-            warnings.simplefilter("ignore", UserWarning)
-            try:
-                sources = find_sources([given], series="all", case_of=os.fspath)
-            except FileNotFoundError:
-                raise FileNotFoundError(f"ct must exist, got {given}: no such file or folder") from None
-            except ValueError as error:
-                raise ValueError(f"ct must name CT volumes or DICOM series, got {error}") from error
-        found.update({(source.path.resolve(), source.series): source for source in sources})
-    return list(found.values())
+    try:
+        # that localizers are left out is no news: series are looked up by UID
+        with hear():
+            return find_sources(list(dict.fromkeys(inputs)), series="all", case_of=os.fspath)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"ct must exist, got {error}") from None
+    except ValueError as error:
+        raise ValueError(f"ct must name CT volumes or DICOM series, got {error}") from error
 
 
 def _fit(source: Source, record: Record) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lesionsynth.io import Scan, read_ct, read_mask
+from normnet.reasons import FORESEEN, hear, reason
 from normnet.records import Record
 from normnet.report.cases import Place
 from normnet.report.checks import Concern, doubt_maps, doubt_numbers
@@ -59,21 +60,26 @@ def look(folder: Path, record: Record, place: Place, count: int) -> Section:
     Section
         With `failure` set where CT or maps are missing, damaged, or do not fit each other.
     """
-    concerns = doubt_numbers(record["volumes"], _slice_mm(record))
+    warned = record.get("warnings", ())
+    concerns = [*doubt_numbers(record["volumes"], _slice_mm(record)), *_told(warned)]
     if not count:
         return Section(concerns)
     try:
         if not place.path.exists():
             raise FileNotFoundError(f"{place.path}: no such file or folder; {place.hint}")
-        ct = read_ct(place.path, place.series)
-        lung, lesions = (read_mask(folder / record["files"][kind], ct) for kind in ("lung", "lesions"))
+        with hear() as said:
+            ct = read_ct(place.path, place.series)
+            lung, lesions = (read_mask(folder / record["files"][kind], ct) for kind in ("lung", "lesions"))
+        concerns += _told(text for text in said if text not in warned)
         if not lung.any():
             raise ValueError(f"{folder / record['files']['lung']}: the lung map must not be empty")
         return _drawn(record, concerns, ct, lesions, lung, count)
-    except (ValueError, OSError) as error:
-        return Section(concerns, failure=str(error))
-    except Exception as error:  # one that nobody foresaw: its kind says more than its text
-        return Section(concerns, failure=f"{place.path}: {type(error).__name__}: {error}")
+    except Exception as error:
+        return Section(concerns, failure=reason(None if isinstance(error, FORESEEN) else place.path, error))
+
+
+def _told(warnings: Iterable[str]) -> list[Concern]:
+    return [Concern("warned of", text) for text in warnings]
 
 
 def _drawn(

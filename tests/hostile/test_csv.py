@@ -82,7 +82,7 @@ def test_every_table_neutralises_names(name: str) -> None:
     from normnet.ablate.tables import AblationTable
     from normnet.prepare.summary import COLUMNS, CaseSummary
 
-    summary = CaseSummary("p1", "failed", name, source=name, series=name)
+    summary = CaseSummary("p1", "failed", (name,), source=name, series=name)
     table = AblationTable("modules", "title", ["row", name], [[name, "-3.5"]])
     for made in (sheet([COLUMNS, summary.row()]), table.csv()):
         with trial("csv"):

@@ -1,0 +1,359 @@
+"""What lies in the inputs is taken for a CT or told to be passed over; a series in several folders is one."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from numpy.testing import assert_array_equal
+
+from lesionsynth.commands import plainly
+from lesionsynth.io import SUFFIXES, Passed, dicom_folders, find_sources, read_ct
+from normnet.pairing import find_cases, find_patients
+from normnet.prepare.__main__ import main as prepare
+from normnet.prepare.masks import find_mask
+from normnet.reasons import tell
+from normnet.report.cases import locate
+from tests.test_inputs_dicom import SCOUT
+from tests.test_io import volume, write_series
+
+MASKS = {
+    "masks", "lungs", "lesions", "labelstr", "seg-lungs-luna16", "lung_and_infection_mask", "gt", "masken",
+    "annotations", "ground-truth",
+}  # fmt: skip
+FOLDERS = (
+    "masks", "Lungs", "lesions", "labelsTr", "p1", "p2", "data", ".trash", "seg-lungs-LUNA16", "site_b",
+    "Lung_and_Infection_Mask", "GT", "Masken", "annotations", "Ground-Truth", "with_masks", "lung", "5_Lung",
+)  # fmt: skip
+FILES = (
+    "a.nii.gz", "a_hu.nii.gz", "a_lung.nii.gz", "7_Thorax_1.0_Lung.nii.gz", "b-Mask.nrrd", "b_SEG.MHA",
+    "c.nii", "c.seg.nrrd", "c_healthy.nii.gz", "d.img", "d.hdr", "e.mgz", "notes.txt", "._a.nii.gz",
+    "gone.nii", "gone", "pipe.mha", "lung.nii", "a_LUNGE.nii", "Maske.mhd", "b_annotations.nii", "f.tar.gz",
+)  # fmt: skip
+
+
+LOST = re.compile(r"^gone|\.(img|hdr|mgz|tar\.gz)$")
+"""What is not read even where it is named."""
+
+
+def grow(folder: Path, random: np.random.Generator, depth: int = 0) -> None:
+    """A tree of files and DICOM folders under names of all kinds."""
+    folder.mkdir()
+    for name in random.permutation(FILES)[: random.integers(0, 5)]:
+        path = folder / str(name)
+        if "gone" in path.name:
+            path.symlink_to(folder / "nothing")
+        elif "pipe" in path.name:
+            os.mkfifo(path)
+        else:
+            path.touch()
+    if random.random() < 0.3:
+        write_series(folder, volume(shape=(2, 3, 4)), names=["1", "2"])
+    if depth < 3:
+        for name in random.permutation(FOLDERS)[: random.integers(1, 4)]:
+            grow(folder / str(name), random, depth + 1)
+
+
+def visible(folder: Path) -> Iterator[Path]:
+    """Every file that somebody may take for a CT, and every folder with slices."""
+    for path in sorted(folder.iterdir()):
+        if path.name[0] == ".":
+            continue
+        if path.is_dir():
+            yield from visible(path)
+        elif path.name == "1":
+            yield folder
+        elif path.is_symlink() or path.name.lower().endswith((*SUFFIXES, ".img", ".hdr", ".mgz", ".tar.gz")):
+            yield path
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_everything_is_taken_or_told(tmp_path: Path, seed: int) -> None:
+    """The whole tree is accounted for: nothing twice, and nothing passed over without a reason."""
+    root = tmp_path / "in"
+    grow(root, np.random.default_rng(seed))
+    (root / "always.nii").touch()
+    found = find_sources([root], case_of=os.fspath)
+    taken, passed = [source.path for source in found], [one.path for one in found.passed]
+    assert sorted(taken + passed) == sorted(visible(root))
+    for one in found.passed:
+        assert one.why
+        assert not one.named
+        parts = {part.lower() for part in one.path.relative_to(root).parts}
+        assert bool(MASKS & parts) == one.why.startswith("in ") or LOST.search(one.path.name)
+    # what a name hides is read where the user gives it
+    named = find_sources(taken + passed, case_of=os.fspath)
+    lost = {path for path in passed if LOST.search(path.name)}
+    assert {source.path for source in named} >= {*taken, *passed} - lost
+    assert {one.path for one in named.passed if one.named} == lost
+
+
+def touched(path: Path) -> Path:
+    path.touch()
+    return path
+
+
+def test_a_folder_in_which_all_is_passed_over(tmp_path: Path) -> None:
+    for name in ("7_Thorax_1.0_Lung.nii.gz", "Lungs/p1.nii.gz", "d.img"):
+        (tmp_path / "in" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "in" / name).touch()
+    with pytest.raises(ValueError, match=r"a folder must hold CT .*found none; passed over: ") as caught:
+        find_sources([tmp_path / "in"])
+    for name in ("7_Thorax_1.0_Lung.nii.gz: named as", "Lungs/p1.nii.gz: in Lungs", "d.img: of no format"):
+        assert name in str(caught.value)
+    assert [source.case for source in find_sources([tmp_path / "in/Lungs"])] == ["p1"]
+    with pytest.raises(ValueError, match=r"at least one CT, found none; passed over: .*d\.img"):
+        find_sources([tmp_path / "in/d.img"])
+    (tmp_path / "gone.nii").symlink_to(tmp_path / "nothing")
+    found = find_sources([tmp_path / "gone.nii", tmp_path / "in/Lungs"])
+    assert [str(one) for one in found.passed] == [f"{tmp_path}/gone.nii: a link that leads nowhere"]
+    assert found.passed[0].named
+
+
+def test_an_output_folder_is_no_input(tmp_path: Path) -> None:
+    for name in ("a.nii", "out/a_lesions.nii.gz", "out/b.nii"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    found = find_sources([tmp_path], output=tmp_path / "out")
+    assert ([source.case for source in found], found.passed) == (["a"], ())
+    assert [source.case for source in find_sources([tmp_path / "out"], output=tmp_path / "out")] == ["b"]
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_a_series_in_several_folders_is_one(tmp_path: Path, seed: int) -> None:
+    """Wherever it is cut: in halves, in turns, at random, each slice by itself; at any depth."""
+    random = np.random.default_rng(seed)
+    count = int(random.integers(4, 12))
+    hu = volume(seed, (count, 6, 7))
+    uid = write_series(tmp_path / "all", hu)
+    parts = int(random.integers(2, count // 2 + 1)) if seed else count
+    slices = np.arange(count)
+    of_part = [slices % parts, slices * parts // count, random.permutation(slices % parts)][seed % 3]
+    patient = tmp_path / "in" / "patient"
+    folders = [
+        patient / ("deep/" * int(random.integers(0, 3) if n else 0)) / f"part{n}" for n in range(parts)
+    ]
+    for z, part in enumerate(of_part):
+        folders[part].mkdir(parents=True, exist_ok=True)
+        shutil.move(tmp_path / "all" / f"{z:03d}.dcm", folders[part])
+    write_series(
+        folders[0],
+        volume(1, (count + 2, 6, 7)),
+        names=[f"s{z}.dcm" for z in range(count + 2)],
+        ImageType=SCOUT,
+    )
+    other = write_series(tmp_path / "in" / "other", volume(99, (3, 6, 7)))
+    with pytest.warns(UserWarning, match=f"taking {uid}; left: "):
+        found = find_sources([tmp_path / "in"])
+    assert [(s.case, s.series) for s in found] == [("other", other), ("patient", uid)]
+    assert found[1].path.is_relative_to(patient)
+    assert_array_equal(read_ct(found[1].path, uid).hu, hu)
+    assert sorted(path.name for path in found[1].files) == [f"{z:03d}.dcm" for z in slices]
+    # given one by one: what else lies beside them is not to be searched for more slices
+    with pytest.raises(
+        ValueError, match=f"found none; passed over: .*a part of series {uid}; give .*{patient}"
+    ):
+        find_sources(folders)
+    (source,) = rest = find_sources([*folders, tmp_path / "in/other"])
+    assert source.series == other
+    assert {one.path for one in rest.passed if one.named} == set(folders)
+    (listed,) = (infos for path, infos in dicom_folders([tmp_path / "in"]) if path == found[1].path)
+    assert {info.uid: info.slices for info in listed if info.usable} == {uid: count}
+
+
+def test_parts_of_two_patients_side_by_side(tmp_path: Path) -> None:
+    """Both lie in one folder: it names neither."""
+    uids = {}
+    for name in ("p1", "p2"):
+        uids[name] = write_series(tmp_path / "in" / f"{name}_a", volume(int(name[1]), (6, 6, 7)))
+        (tmp_path / "in" / f"{name}_b").mkdir()
+        for z in (1, 3, 5):
+            shutil.move(tmp_path / "in" / f"{name}_a" / f"{z:03d}.dcm", tmp_path / "in" / f"{name}_b")
+    found = find_sources([tmp_path / "in"])
+    assert [(s.case, s.series) for s in found] == [("p1_a", uids["p1"]), ("p2_a", uids["p2"])]
+    for number, source in enumerate(found, 1):
+        assert_array_equal(read_ct(source.path, source.series).hu, volume(number, (6, 6, 7)))
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_copies_are_taken_once(tmp_path: Path, seed: int) -> None:
+    """Whole copies, and copies of some slices."""
+    random = np.random.default_rng(seed)
+    hu = volume(seed, (8, 6, 7))
+    names = [f"f{n}" for n in random.permutation(3)]
+    whole, *copies = (tmp_path / "in" / name for name in names)
+    uid = write_series(whole, hu)
+    write_series(whole, volume(1, (3, 6, 7)), names=["a", "b", "c"], ImageType=SCOUT)
+    for copy in copies:
+        shutil.copytree(whole, copy)
+        for z in random.permutation(8)[: random.integers(0, 4) * (seed % 2)]:
+            (copy / f"{z:03d}.dcm").unlink()
+    with pytest.warns(UserWarning, match=f"taking {uid}"):
+        found = find_sources([tmp_path / "in"])
+    (source,) = found
+    assert source.series == uid
+    assert_array_equal(read_ct(source.path, uid).hu, hu)
+    assert sorted([source.path, *(one.path for one in found.passed)]) == sorted([whole, *copies])
+    assert all("a copy" in one.why and str(source.path) in one.why for one in found.passed)
+    with pytest.warns(UserWarning, match=f"taking {uid}"):
+        assert sum(one.named for one in find_sources([whole, *copies]).passed) == 2
+
+
+@pytest.mark.parametrize(
+    "name", ["p.seg.nrrd", "p_Segmentation.seg.nrrd", "p-label.nrrd", "p_ct.seg.nrrd", "P.nrrd"]
+)
+def test_truth_as_segmentation_programs_name_it(tmp_path: Path, name: str) -> None:
+    for path in ("ct/p.nii.gz", "maps/p_lesions.nii.gz", f"truth/{name}"):
+        (tmp_path / path).parent.mkdir()
+        (tmp_path / path).touch()
+    places = {
+        role: [tmp_path / folder]
+        for role, folder in (("predictions", "maps"), ("truth", "truth"), ("ct", "ct"))
+    }
+    if name != "P.nrrd":
+        assert find_cases(**places)[0].lesion == tmp_path / "truth" / name
+        return
+    with pytest.raises(
+        ValueError, match=r"truth must have .*\['p'\] not found in .*; there: .*P\.nrrd \(case P\)"
+    ):
+        find_cases(**places)
+
+
+def test_a_truth_that_is_no_file_of_a_known_format_is_named(tmp_path: Path) -> None:
+    for path in ("ct/p.nii.gz", "maps/p_lesions.nii.gz", "truth/p.img", "truth/p/p_lesion.nii"):
+        (tmp_path / path).parent.mkdir(exist_ok=True, parents=True)
+        (tmp_path / path).touch()
+    truth = tmp_path / "truth"
+    rule = f"there: no file of a format that is read; passed over: {truth / 'p'}, {truth / 'p.img'}"
+    with pytest.raises(ValueError, match=re.escape(rule)):
+        find_cases(predictions=[tmp_path / "maps"], truth=[truth], ct=[tmp_path / "ct"])
+
+
+def test_a_ct_that_is_not_found_says_what_is_there(tmp_path: Path) -> None:
+    for path in ("ct/q.nii.gz", "ct/p.img", "ct/Lungs/p.nii.gz", "maps/p_lesions.nii.gz", "truth/p.nii"):
+        (tmp_path / path).parent.mkdir(exist_ok=True, parents=True)
+        (tmp_path / path).touch()
+    with pytest.raises(
+        ValueError, match=r"ct must have .*; there: .*q\.nii\.gz \(case q\); passed over: "
+    ) as caught:
+        find_cases(predictions=[tmp_path / "maps"], truth=[tmp_path / "truth"], ct=[tmp_path / "ct"])
+    assert "p.img: of no format" in str(caught.value)
+    assert "Lungs/p.nii.gz: in Lungs" in str(caught.value)
+    (tmp_path / "truth/p.nii").rename(tmp_path / "truth/p_lesion.nii")
+    with pytest.raises(
+        ValueError, match=r"a CT for each truth, got none for .*; there: .*q\.nii\.gz \(case q\)"
+    ):
+        find_patients([tmp_path / "ct", tmp_path / "truth"])
+    (tmp_path / "ct/p_hu.nii").touch()
+    found = find_cases(predictions=[tmp_path / "maps"], truth=[tmp_path / "truth"], ct=[tmp_path / "ct"])
+    assert [case.ct.name for case in found] == ["p_hu.nii"]
+    with pytest.raises(
+        ValueError, match=r"no lung mask for case x; expected .*; there: p_hu\.nii, q\.nii\.gz"
+    ):
+        find_mask(tmp_path / "ct", "x")
+
+
+def test_what_is_told_at_the_end(capsys: pytest.CaptureFixture[str]) -> None:
+    passed = [Passed(Path(f"f{n}.nii"), "why") for n in range(30)]
+    assert not tell({"p": ["one\n\x1b", "two"]}, passed)
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[:3] == ["warning: p: one\\n\\x1b", "warning: p: two", "passed over: f0.nii: why"]
+    assert (len(lines), lines[-1]) == (13, "and 20 more")
+    assert tell({}, [*passed, Passed(Path("g.nii"), "why", named=True)])
+    assert capsys.readouterr().err.startswith("passed over: g.nii: why\n")
+    assert not tell({})
+    with plainly():
+        warnings.warn("text", stacklevel=1)
+    assert capsys.readouterr().err == "warning: text\n"
+
+
+def test_a_report_says_what_was_passed_over(tmp_path: Path) -> None:
+    uid = write_series(tmp_path / "in/a", volume(shape=(6, 6, 7)))
+    for folder in ("b", "masks"):
+        (tmp_path / "in" / folder).mkdir()
+    shutil.move(tmp_path / "in/a/003.dcm", tmp_path / "in/b")
+    (tmp_path / "in/masks/p.nii").touch()
+    records = [{"case": case, "ct": f"/gone/{case}.nii", "series": None} for case in "pq"]
+    records[1]["series"] = uid
+    places = locate(records, [tmp_path / "in"])
+    assert f"passed over: {tmp_path}/in/masks/p.nii: in masks" in places["p"].hint
+    assert (places["q"].path, places["q"].series) == (tmp_path / "in", uid)
+    with pytest.warns(UserWarning, match=r"passed over: .*p\.hdr: of no format"):
+        locate(records, [tmp_path / "in", touched(tmp_path / "p.hdr")])
+
+
+def test_series_in_folders_of_masks_are_no_secret(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    uids = [write_series(tmp_path / name, volume(shape=(2, 3, 4))) for name in ("p1", "lesions/p1")]
+    assert prepare([str(tmp_path), "--list-series"]) == 0
+    said = capsys.readouterr()
+    assert [uid in said.out for uid in uids] == [True, False]
+    assert f"passed over: {tmp_path}/lesions/p1: in lesions" in said.err
+
+
+def test_baselines_tell_the_same(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("torch")
+    from normnet.baselines import predict
+    from normnet.baselines.__main__ import main
+
+    def fail(*_: object, **__: object) -> None:
+        warnings.warn("odd", stacklevel=1)
+        raise ValueError("bad")
+
+    method = SimpleNamespace(method="ae", lungs_only=True)
+    monkeypatch.setattr(predict, "load_baseline", lambda *_, **__: SimpleNamespace(config=method))
+    monkeypatch.setattr(predict, "load_case", fail)
+    names = [os.fspath(touched(tmp_path / name)) for name in ("a.nii", "c_lung.nii", "d.img")]
+    assert main(["predict", "run", str(tmp_path), "--output", str(tmp_path / "out")]) == 1
+    said = capsys.readouterr().err.splitlines()
+    assert said[0] == "warning: a: odd"
+    assert [line.split(": ")[1] for line in said[1:3]] == names[1:]
+    assert said[3] == f"normnet.baselines: {names[0]}: bad"
+    monkeypatch.setattr(predict, "_predict_case", lambda *_: None)
+    for inputs, code in (([str(tmp_path)], 0), (names, 1), (names[:2], 0), (names[2:], 2)):
+        assert main(["predict", "run", *inputs, "--output", str(tmp_path / "out")]) == code
+
+
+@pytest.mark.parametrize("case", ["p", "7_Thorax_1.0", "a b.c", "Zoë_1.0_Lung"])
+@pytest.mark.parametrize("ct", ["", "_ct", "_HU", "_0000"])
+@pytest.mark.parametrize(
+    "mask",
+    ["_Lung", "_lungs", "-LUNGE", "_Lung_Mask", ".seg", "_Segmentation.seg", "_label", "_MASKE", "_lobes"],
+)
+def test_lungs_are_found_however_they_are_named(tmp_path: Path, case: str, ct: str, mask: str) -> None:
+    """By `prepare`, `predict` and `evaluate`; beside the CT and lesions of the case, and other cases."""
+    end = ".nrrd" if "seg" in mask.lower() else ".nii.gz"
+    lungs = touched(tmp_path / f"{case}{mask}{end}")
+    for name in (f"{case}{ct}.nii", f"{case}_lesions.nii", f"{case}2_lung.nii", "q.nii", f"{case}_prob.mha"):
+        touched(tmp_path / name)
+    assert find_mask(tmp_path, f"{case}{ct}") == lungs
+    if case.endswith("Lung"):
+        return  # which is no part of the case's name there
+    (tmp_path / "maps").mkdir()
+    touched(tmp_path / "maps" / f"{case}_lesions.nii.gz")
+    places = {"predictions": [tmp_path / "maps"], "truth": [tmp_path], "ct": [tmp_path]}
+    for given in (lungs, tmp_path):
+        (one,) = find_cases(**places, lungs=[given])
+        assert (one.lung, one.lesion.name, one.ct.name) == (lungs, f"{case}_lesions.nii", f"{case}{ct}.nii")
+
+
+@pytest.mark.parametrize("deep", ["lungs", "data/masks", "GT/x"])
+def test_inputs_that_overlap(tmp_path: Path, deep: str) -> None:
+    """What another input holds is taken once, whichever comes first, and a link is the same as its folder."""
+    (tmp_path / "in" / deep).mkdir(parents=True)
+    ct = touched(tmp_path / "in" / deep / "p.nii")
+    (tmp_path / "link").symlink_to(tmp_path / "in")
+    top = ct.parent.relative_to(tmp_path)
+    for inputs in ([ct, tmp_path / "in"], [tmp_path / "in", ct], [tmp_path / top, tmp_path / "in"]):
+        found = find_sources(inputs)
+        assert ([(one.case, one.path) for one in found], found.passed) == ([("p", ct)], ())
+    with pytest.raises(ValueError, match=f"p more than once, from {ct}, {tmp_path}/link/{deep}/p.nii; give"):
+        find_sources([ct, tmp_path / "link" / deep])
