@@ -29,7 +29,7 @@ from normnet.metrics import (
 )
 from normnet.origin import read_origin
 from normnet.pairing import CaseFiles, find_cases, read_table, with_predictions
-from normnet.prepare.lungs import segment_lungs
+from normnet.prepare.lungs import check_lungs, segment_lungs
 from normnet.reasons import hear, reason, tell
 from normnet.report import percent
 from normnet.results import Evaluation, Failure, check_output
@@ -133,7 +133,11 @@ def _open(
         raise ValueError(f"{name_of(case.lesion)}: labels must tell truth and lungs of one file apart")
     ct = read_ct(case.ct, case.series)
     truth = read_mask(case.lesion, ct, label)
-    lungs = read_mask(case.lung, ct, lung_label) if case.lung else segment_lungs(ct.hu, ct.spacing)
+    if case.lung:
+        lungs = read_mask(case.lung, ct, lung_label)
+    else:
+        lungs = segment_lungs(ct.hu, ct.spacing)
+        check_lungs(ct.hu, lungs, ct.spacing)
 
     def with_maps(files: CaseFiles) -> CaseVolumes:
         if same_file(files.prediction, case.lesion):

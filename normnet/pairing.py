@@ -1,8 +1,4 @@
-"""Find the files that belong to one case: by name, or from a CSV table.
-
-``radiopaedia_4_hu.nii.gz``, ``radiopaedia_4_lung.nii.gz`` and ``radiopaedia_4_lesion.nii.gz`` are the CT,
-lungs and truth of the case ``radiopaedia_4``: the last word of a name tells the role, the rest the case.
-"""
+"""Find the files that belong to one case: by name, as `lesionsynth.io.split_name` reads it, or from a CSV."""
 
 from __future__ import annotations
 
@@ -201,37 +197,19 @@ def read_table(path: Path) -> list[CaseFiles]:
         A column or a cell is missing, a case occurs twice, or there is no row.
     """
     rows = _rows(path, ("ct", "lesion", "prediction"), ("lung", "probability", "core", "healthy"))
-    cases = []
-    for case, files in rows.items():
-        # a path that the system refuses fails its own case, when it is read
-        dicom = os.path.isdir(files["ct"]) or files["ct"].suffix.lower() == ".dcm"
-        cases.append(
-            CaseFiles(case=case, **files, series=read_series(files["prediction"]) if dicom else None)
-        )
-    return cases
+    # a path that the system refuses fails its own case, when it is read
+    series = {
+        case: read_series(files["prediction"])
+        for case, files in rows.items()
+        if os.path.isdir(files["ct"]) or files["ct"].suffix.lower() == ".dcm"
+    }
+    return [CaseFiles(case=case, **files, series=series.get(case)) for case, files in rows.items()]
 
 
 def read_patients(path: Path) -> list[PatientFiles]:
-    """Read a CSV with the columns case, ct, lesion and, if any, lung.
-
-    Parameters
-    ----------
-    path : Path
-        As in `read_table`.
-
-    Returns
-    -------
-    list of PatientFiles
-
-    Raises
-    ------
-    ValueError
-        As in `read_table`.
-    """
-    return [
-        PatientFiles(case=case, series=None, **files)
-        for case, files in _rows(path, ("ct", "lesion"), ("lung",)).items()
-    ]
+    """Read a CSV with the columns case, ct, lesion and, if any, lung; else as `read_table`."""
+    rows = _rows(path, ("ct", "lesion"), ("lung",))
+    return [PatientFiles(case=case, series=None, **files) for case, files in rows.items()]
 
 
 def find_patients(paths: Sequence[Path]) -> list[PatientFiles]:

@@ -91,8 +91,9 @@ def test_what_is_odd_about_a_file_changes_nothing(
     else:
         with pytest.warns(UserWarning, match=warning):
             found = volumes(path)
-    # a crop moves the outline by a voxel here and there, and lesions of a small volume with it
-    assert found == pytest.approx(right, rel=0.02, abs=0.3)
+    # a crop moves the working grid by a part of a voxel and takes what lies around the lungs from the network
+    assert found == pytest.approx(right, rel=0.05)
+    assert found["lung_ml"] == pytest.approx(right["lung_ml"], rel=0.001)
 
 
 @pytest.mark.parametrize(("name", "distance"), [("08", 0.625), ("09", 1.0)])
@@ -125,7 +126,7 @@ def test_a_padded_frame_is_air(clinical: Path, tmp_path: Path, capsys: pytest.Ca
         lungs[name] = json.loads((tmp_path / "store" / "cases" / name / "meta.json").read_text())["lung_ml"]
     assert lungs["plain"] == pytest.approx(4312.5, rel=1e-3)  # ml, as published with the cases
     assert lungs["framed"] == pytest.approx(lungs["plain"], rel=0.01)  # 14 mm of the field are gone
-    assert "warning" in capsys.readouterr().err or "0 HU" in capsys.readouterr().out
+    assert "warning: framed: " in capsys.readouterr().err
 
 
 def test_two_folders_are_one_case(clinical: Path, tmp_path: Path) -> None:

@@ -432,13 +432,14 @@ def test_command_line(written, capsys):
 
 
 def test_one_file_is_no_truth_of_itself(written, capsys):
-    """Neither as a prediction nor, without labels that differ, as lungs; whatever name or link leads to it."""
+    """Neither as a prediction nor, without labels that differ, as lungs; whatever link leads to it."""
     (written / "link").mkdir()
     for k in (1, 2):
-        (written / f"link/r{k}.nii.gz").symlink_to(written / f"out/r{k}_hu.nii.gz")
+        maps = (written / f"out/r{k}_hu.nii.gz").rename(written / f"out/r{k}_lesions.nii.gz")
+        (written / f"link/r{k}.nii.gz").symlink_to(maps)
     common = {"output": written / "results", "predictions": (written / "out",), "ct": (written / "data",)}
     for truth in ("out", "link"):
-        evaluation = evaluate(EvaluateConfig(**common, truth=(written / truth,)))
+        evaluation = evaluate(EvaluateConfig(**common, truth=(written / truth,), lungs=(written / "data",)))
         assert not evaluation.scores
         assert [str(one.reason).partition("nii.gz: ")[2] for one in evaluation.failures] == [
             "must not be both the truth and the prediction"

@@ -345,6 +345,14 @@ def test_lungs_are_found_however_they_are_named(tmp_path: Path, case: str, ct: s
         assert (one.lung, one.lesion.name, one.ct.name) == (lungs, f"{case}_lesions.nii", f"{case}{ct}.nii")
 
 
+def test_lungs_win_over_what_may_be_lesions(tmp_path: Path) -> None:
+    for name in ("p_hu.nii", "p_seg.nii", "p_lung.nii"):
+        touched(tmp_path / name)
+    for name in ("p_lung.nii", "p_seg.nii", "p_hu.nii"):
+        assert find_mask(tmp_path, "p_hu").name == name
+        (tmp_path / name).unlink()
+
+
 @pytest.mark.parametrize("deep", ["lungs", "data/masks", "GT/x"])
 def test_inputs_that_overlap(tmp_path: Path, deep: str) -> None:
     """What another input holds is taken once, whichever comes first, and a link is the same as its folder."""

@@ -969,7 +969,8 @@ def test_dicom_in_and_dicom_segmentation_out(tmp_path, undecided, capsys):
     assert predict.main([str(tmp_path / "p1_hu.nii.gz"), *call]) == 1
     said = capsys.readouterr()
     rule = (
-        "p1_hu.nii.gz: dicom_seg must be left out, as the CT is no DICOM series; the other files are written"
+        "p1_hu.nii.gz: dicom_seg must be left out, as the CT is no DICOM series; "
+        "the other files do not need it"
     )
     assert said.err.count(rule) == 2  # before the computation, and at the end
     assert said.err.index(rule) < said.err.index("predict: 100%")
@@ -1000,7 +1001,7 @@ def test_maps_are_written_where_the_headers_allow_no_segmentation(
     for again in (False, True):
         assert predict.main(call) == 1
         said = capsys.readouterr()
-        told = "003.dcm: StudyDate must be a date; the other files are written"
+        told = "003.dcm: StudyDate must be a date; the other files do not need it"
         assert said.err.count(told) == (2 if when == "before" else 1)
         early = f"warning: p9: {tmp_path / 'scans/p9'}: {told}"
         assert (early in said.err.splitlines()[0]) == (when == "before")

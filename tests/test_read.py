@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import gzip
+import itertools
 import re
 import warnings
 from pathlib import Path
@@ -224,7 +225,11 @@ def test_rounded_cosines_are_read(tmp_path_factory: pytest.TempPathFactory, seed
     turn = np.linalg.qr(rng.normal(size=(3, 3)))[0].round(decimals)
     rows = " ".join(f"{v:.{decimals}f}" for v in turn.T.ravel())
     path.write_bytes(
-        re.sub(b"TransformMatrix = .*", b"TransformMatrix = " + rows.encode(), path.read_bytes())
+        re.sub(
+            rb"TransformMatrix = .*((.*\n)*)AnatomicalOrientation = .*\n",
+            rb"TransformMatrix = " + rows.encode() + rb"\1",
+            path.read_bytes(),
+        )
     )
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
@@ -383,6 +388,45 @@ def test_padding_that_was_blended_with_the_scan(fill: int) -> None:
         assert (found[1] & (whole > -500)).mean() < 5e-3
 
 
+@pytest.mark.parametrize("around", [-1024, 40, "noise"])
+@pytest.mark.parametrize("fill", [32767, 1000, 0, -200])
+@pytest.mark.parametrize("inner", ["circle", "ellipse", "turned"])
+def test_padding_that_was_padded_again(tmp_path: Path, inner: str, fill: int, around: int | str) -> None:
+    """A scanner's circle in a registration's frame: the corners have the value of the frame alone."""
+    rng = np.random.default_rng(FILLS.index(fill))
+    inside = fields(chest().shape, rng)[inner]
+    if inner == "turned":  # so far that something of it is left in the frame
+        angle = float(rng.uniform(10, 20))
+        inside = rotate(np.ones(inside.shape, np.float32), angle, (1, 2), reshape=False, order=1) > 0.999
+    value = -1000 + rng.integers(-20, 20, inside.shape) if around == "noise" else around
+    z, y, x = np.indices(inside.shape, sparse=True)
+    wide = int(rng.integers(1, 4))
+    frame = (np.minimum(y, inside.shape[1] - 1 - y) < wide) | (np.minimum(x, inside.shape[2] - 1 - x) < wide)
+    hu = np.where(frame | (z < 0), value, np.where(inside, chest(), fill)).astype(np.int16)
+    path = save(tmp_path / "a.nii", hu, LPS)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        ct = io.read_ct(path)
+    assert len(told) == (around != "noise"), "noise is no padding, and what lies in it may be anything"
+    if around != "noise":
+        assert f"{fill} HU fills the outside" in str(told[0].message)
+        assert (ct.hu[frame | ~inside] == -1024).all()
+
+
+@given(seed=SEEDS, tissue=st.integers(-150, 300), size=st.integers(40, 140), share=st.floats(0.3, 0.98))
+def test_constant_tissue_around_lungs_stays(seed: int, tissue: int, size: int, share: float) -> None:
+    """Two lungs, or one, of any width and noise, in tissue of one value up to the border."""
+    rng = np.random.default_rng(seed)
+    shape = (int(rng.integers(8, 30)), size, int(size * rng.uniform(1, 1.3)))
+    z, y, x = np.meshgrid(*(np.linspace(-1, 1, n) for n in shape), indexing="ij", sparse=True)
+    places = [(-0.5, 0.45), (0.5, 0.45)] if rng.random() < 0.7 else [(0.0, 0.8)]
+    lung = np.any([((x - at) / w) ** 2 + (y / share) ** 2 + (z / 1.3) ** 2 < 1 for at, w in places], axis=0)
+    air = rng.uniform(-900, -700) + rng.uniform(0, 30) * rng.normal(size=shape)
+    vessels = rng.random(shape) < rng.uniform(0, 0.1)
+    hu = np.where(lung, np.where(vessels, tissue + 20, air), tissue).round().astype(np.int16)
+    assert find_padding(hu) is None
+
+
 def lungs(shape: tuple[int, int, int] = (14, 96, 112), apart: float = 0.24) -> np.ndarray:
     z, y, x = np.meshgrid(*(np.linspace(-1, 1, n) for n in shape), indexing="ij")
     return np.any(
@@ -536,6 +580,39 @@ def test_voxels_of_no_size_are_told(tmp_path: Path, name: str) -> None:
     assert ct.spacing == (1, 1, 1)
 
 
+@pytest.mark.parametrize("inter", [0, np.nan])
+def test_a_scale_of_nan_is_none(tmp_path: Path, inter: float) -> None:
+    """As in nibabel's own headers."""
+    path = save(tmp_path / "a.nii", chest(), LPS, slope=np.nan, inter=inter)
+    assert_array_equal(io.read_ct(path).hu, chest())
+    with pytest.raises(ValueError, match="scl_inter must be zero where scl_slope is, got -1024"):
+        io.read_ct(save(path, chest(), LPS, slope=np.nan, inter=-1024))
+
+
+@pytest.mark.parametrize("axes", list(itertools.permutations(range(3))))
+@pytest.mark.parametrize("process", ["", "1"])
+def test_letters_that_contradict_the_matrix(
+    tmp_path: Path, axes: tuple[int, ...], process: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """ITK writes where axes come from, others where they go; of a third, that it is not used."""
+    monkeypatch.setenv(child.IN_PROCESS, process)
+    for signs in itertools.product((-1, 1), repeat=3):
+        path = save(tmp_path / "a.mha", chest(), LPS @ np.diag((*signs, 1.0))[[*axes, 3]])
+        whole = path.read_bytes()
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            wanted = io.read_ct(path)
+        (own,) = re.findall(rb"AnatomicalOrientation = (\w+)", whole)
+        for letters in (own.translate(bytes.maketrans(b"RLAPIS", b"LRPASI")), b"???"):
+            path.write_bytes(whole.replace(own, letters, 1))
+            assert io.read_ct(path).warnings == ()
+        path.write_bytes(whole.replace(own, own.translate(bytes.maketrans(b"RL", b"LR")), 1))
+        with pytest.warns(UserWarning, match=f"run from {own.decode()}; taking TransformMatrix"):
+            ct = io.read_ct(path)
+        assert_array_equal(ct.hu, wanted.hu)
+        assert ct.grid == wanted.grid
+
+
 @pytest.mark.parametrize(("field", "value"), [("pixdim", 0.0), ("pixdim", -0.7), ("vox_offset", 100.0)])
 def test_nifti_fields_by_name(tmp_path: Path, field: str, value: float) -> None:
     path = save(tmp_path / "a.nii", chest(), LPS)
@@ -553,3 +630,21 @@ def test_padding_of_real_volumes_is_not_made_up(shared_data: Path) -> None:
     assert len(names) >= 4
     for path in names:
         assert io.read_ct(path).warnings == ()
+
+
+@pytest.mark.parametrize("name", ["healthy2/lidc_0003", "healthy2/lungx_ct004", "covid/radiopaedia_6_hu"])
+def test_padding_of_real_volumes_is_found(shared_data: Path, name: str) -> None:
+    """Around the whole scan, and around a part of it that the body fills to all borders."""
+    hu = io.read_ct(shared_data / f"{name}.nii.gz").hu
+    hu = np.array(hu[:: max(1, len(hu) // 24), :: hu.shape[1] // 120, :: hu.shape[2] // 120])
+    rng = np.random.default_rng(0)
+    for scan in (hu, hu[:, 30:-25, 22:-22]):
+        assert find_padding(scan) is None
+        for field, inside in fields(scan.shape, rng).items():
+            fill = int(rng.choice((0, 1000, 32767, -200)))
+            found = find_padding(np.where(inside, scan, fill).astype(np.int16))
+            assert found is not None, field
+            assert found[0] == [fill]
+            assert found[1][~inside].all()
+            # of two voxels along the rim of so coarse a scan, those by air
+            assert found[1][inside].mean() < 0.05

@@ -14,14 +14,13 @@ which saves the 0.3 seconds that the other takes to start (on Windows it is alwa
 from lesionsynth.io.dicom import SeriesInfo, largest_series, read_headers
 from lesionsynth.io.find import Found, Passed, Source, Wanted, dicom_folders, find_scans, find_sources
 from lesionsynth.io.grid import Grid
-from lesionsynth.io.names import MAP_WORDS, ROLE_WORDS, SUFFIXES, case_name, split_name
+from lesionsynth.io.names import MAP_WORDS, SUFFIXES, case_name, split_name
 from lesionsynth.io.nifti import write_nifti
 from lesionsynth.io.read import AIR_HU, Scan, list_series, read_ct, read_map, read_mask
 
 __all__ = [
     "AIR_HU",
     "MAP_WORDS",
-    "ROLE_WORDS",
     "SUFFIXES",
     "Found",
     "Grid",

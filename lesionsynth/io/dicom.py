@@ -170,7 +170,7 @@ def find_series(path: Path, series: str | None = None) -> Series:
         infos = [_info(path, uid, found[uid]) for uid in own]
         chosen = largest_series(infos)
         series = chosen.uid
-        there = some_of("; ", [str(info) for info in _largest_first(infos)])
+        there = some_of("; ", [str(info) for info in largest_first(infos)])
         where = "" if chosen.folder == path else f" in {name_of(chosen.folder)}"
         warnings.append(f"{name_of(path)}: several DICOM series: {there}; reading {_short(series)}{where}")
     elif series not in found:
@@ -185,7 +185,7 @@ def list_series(*folders: Path) -> list[SeriesInfo]:
     Slices of one SeriesInstanceUID in several of the folders are one series.
     """
     groups = _files_by_series(*folders).items()
-    return _largest_first([_info(Path(os.path.commonpath(folders)), uid, group) for uid, group in groups])
+    return largest_first([_info(Path(os.path.commonpath(folders)), uid, group) for uid, group in groups])
 
 
 def join_series(infos: Iterable[SeriesInfo]) -> list[SeriesInfo]:
@@ -294,8 +294,8 @@ def _short(uid: str) -> str:
     return uid if len(uid) <= 64 else f"{uid[:64]}..."
 
 
-def _largest_first(infos: Sequence[SeriesInfo]) -> list[SeriesInfo]:
-    # between equals the smaller UID, so that the choice does not depend on the file system
+def largest_first(infos: Sequence[SeriesInfo]) -> list[SeriesInfo]:
+    """Sort series by their slices; equals by UID, so that no choice depends on the file system."""
     return sorted(infos, key=lambda info: (-info.slices, info.uid))
 
 

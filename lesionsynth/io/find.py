@@ -11,11 +11,19 @@ import re
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TypeVar
 
-from lesionsynth.io.dicom import SeriesInfo, folders_below, join_series, largest_series, list_series
+from lesionsynth.io.dicom import (
+    SeriesInfo,
+    folders_below,
+    join_series,
+    largest_first,
+    largest_series,
+    list_series,
+)
 from lesionsynth.io.names import ROLE_WORDS, SUFFIXES, case_name, split_name
 from lesionsynth.strict import name_of, some_of
 
@@ -375,13 +383,12 @@ class _Look:
             first, infos = parts[0][0], [whole]
             for place in dict.fromkeys(place for place, _ in parts):
                 infos += [info for info in place.infos if info.uid != uid]
-            infos.sort(key=lambda info: (-info.slices, info.uid))
-            joined = _Place(first.given, whole.folder, infos, first.name or first.path)
+            joined = _Place(first.given, whole.folder, largest_first(infos), first.name or first.path)
             self.places[self.places.index(first)] = joined
             self.places = [place for place in self.places if all(place is not part for part, _ in parts)]
             return
         if own is None:  # all that lies in and below a folder is searched for slices: none but the inputs are
-            why = f"a part of series {uid}; give the folder of all its parts, {name_of(whole.folder)}"
+            why = f"a part of series {uid}; give all parts, {name_of(whole.folder)}, or one"
         else:
             why = f"a copy or another acquisition: series {uid} is whole in {name_of(own.path)}"
         for place, info in parts:
@@ -442,7 +449,7 @@ def _no_ct(path: Path, why: str) -> str:
     last = re.split(r"[_-]", case.lower())[-1]
     if last == "healthy" and path.with_name(f"{case[: -len('healthy')]}lesions.nii.gz").exists():
         return "a map of normnet.predict"  # by itself the word may well describe a CT
-    if last in _NO_CT or split_name(path)[1] not in (None, "ct"):
+    if last in _NO_CT or not _may_be_ct(path):
         return "named as a mask or a map is; give the file itself to read it as a CT"
     return ""
 
@@ -459,13 +466,11 @@ def _no_ct_in(folder: Path, subsets: bool) -> str:
 
 
 def _is_dicom(path: Path) -> bool:
-    try:
-        if not path.is_file():
-            return False
-        with path.open("rb") as stream:
-            return stream.read(132)[128:] == b"DICM"
-    except OSError:
-        return False
+    with suppress(OSError):
+        if path.is_file():
+            with path.open("rb") as stream:
+                return stream.read(132)[128:] == b"DICM"
+    return False
 
 
 def _named(
@@ -505,8 +510,7 @@ def _unlike(found: Sequence[_Chosen], case_of: Callable[[Path], str]) -> list[st
 
 def _between(root: Path, path: Path) -> tuple[str, ...]:
     """Folders from an input down to what was found in it."""
-    there, top = Path(os.path.abspath(path)), Path(os.path.abspath(root))
-    return there.relative_to(top).parts[:-1] if _is_below(path, root) else ()
+    return Path(os.path.relpath(path, root)).parts[:-1] if _is_below(path, root) else ()
 
 
 def _is_below(path: Path, root: Path) -> bool:
@@ -537,8 +541,7 @@ def _may_be_ct(path: Path) -> bool:
 
 
 def _is_case(path: Path, case: str) -> bool:
-    name, role = split_name(path)
-    return name == case and role in (None, "ct")
+    return split_name(path) in ((case, None), (case, "ct"))
 
 
 def _namer() -> Callable[[Path], str]:

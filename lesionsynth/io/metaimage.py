@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import IO
 
+import numpy as np
+
 from lesionsynth.io.checks import (
     MAX_LINES,
     Header,
@@ -23,7 +25,7 @@ from lesionsynth.io.checks import (
     quoted,
     refuse,
 )
-from lesionsynth.strict import shown
+from lesionsynth.strict import name_of, shown
 
 _BYTES = {
     **dict.fromkeys(("MET_CHAR", "MET_UCHAR"), 1),
@@ -82,7 +84,9 @@ def check_metaimage(path: Path, size: int) -> Header:
             f"ElementType must be one of {', '.join(_BYTES)}, got {shown(field.get('ElementType', 'none'))}",
         )
     _check_space(path, field, count)
-    told = () if {"ElementSpacing", "ElementSize"} & set(field) else (no_spacing(path, "ElementSpacing"),)
+    told = _other_orientation(path, field, count)
+    if not {"ElementSpacing", "ElementSize"} & set(field):
+        told = (no_spacing(path, "ElementSpacing"), *told)
     name = field.get("ElementDataFile", "")
     if name.upper() == "LOCAL":
         if name != "LOCAL":
@@ -138,6 +142,27 @@ def _check_space(path: Path, field: Mapping[str, str], count: int) -> None:
             refuse(path, f"{name} must be {idle:g}, got {shown(field[name])}")
     if field.get("DistanceUnits", "mm") not in ("mm", "?"):
         refuse(path, f"DistanceUnits must be mm, got {shown(field['DistanceUnits'])}")
+
+
+def _other_orientation(path: Path, field: Mapping[str, str], count: int) -> tuple[str, ...]:
+    """Tell where letters, that readers ignore, name other axes than the matrix, whose rows are the axes."""
+    letters = field.get("AnatomicalOrientation", "").upper()
+    text = next(
+        (field[name] for name in _SAME[1] if name in field), " ".join(map(str, np.eye(count).ravel()))
+    )
+    rows = np.reshape(floats(path, "TransformMatrix", text), (count, count))
+    if count != 3 or re.fullmatch("[RLAPIS]{3}", letters) is None or np.abs(rows).max(1).min() < 0.9:
+        return ()
+    ends = [
+        ("RL", "AP", "IS")[at][:: int(np.sign(row[at]))]
+        for row, at in zip(rows, np.abs(rows).argmax(1), strict=True)
+    ]
+    if letters in map(
+        "".join, zip(*ends, strict=True)
+    ):  # where axes come from, as ITK has it, or where they go
+        return ()
+    where = f"{name_of(path)}: AnatomicalOrientation {letters} is not that of TransformMatrix"
+    return (f"{where}, whose axes run from {''.join(e[0] for e in ends)}; taking TransformMatrix",)
 
 
 def _flag(path: Path, field: Mapping[str, str], name: str, otherwise: bool = False) -> bool:

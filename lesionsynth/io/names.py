@@ -6,6 +6,7 @@ lungs and truth of the case ``radiopaedia_4``: the last word of a name tells the
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -27,22 +28,15 @@ MAP_WORDS: Mapping[str, frozenset[str]] = {"core": frozenset({"core"}), "healthy
 
 
 def case_name(path: Path) -> str:
-    """Name of a case: the file or folder name without the suffix of its format."""
-    return _stem(path)[0]
-
-
-def _stem(path: Path) -> tuple[str, bool]:
-    """Name of a case, and whether it is followed by ``.seg``: so 3-D Slicer ends names of segmentations."""
+    """Name of a case: the file or folder name without the suffix of its format, or 3-D Slicer's ``.seg``."""
     name = path.name or path.resolve().name
     # results are named after it: bytes that are no UTF-8 could be written to no table, lines break it
     name = name.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
     name = "".join(c if c.isprintable() else "_" for c in name)
     for suffix in sorted((*SUFFIXES, ".dcm"), key=len, reverse=True):
         if name.lower().endswith(suffix) and len(name) > len(suffix):
-            name = name[: -len(suffix)]
-            is_mask = len(name) > 4 and name.lower().endswith(".seg")
-            return (name[:-4], True) if is_mask else (name, False)
-    return name, False
+            return re.sub(r"(?<=.)\.seg$", "", name[: -len(suffix)], flags=re.IGNORECASE)
+    return name
 
 
 def split_name(path: Path, *, predicted: bool = False) -> tuple[str, str | None]:
@@ -63,14 +57,14 @@ def split_name(path: Path, *, predicted: bool = False) -> tuple[str, str | None]
         ``lung``; None where the name says nothing. With several words the last one counts: ``r4_hu_prob`` is
         a probability. One that says of what a mask is counts more: ``r4_lung_seg`` are lungs.
     """
-    (name, is_mask), role = _stem(path), None
+    name, role = case_name(path), None
     words_of = {**ROLE_WORDS, **MAP_WORDS} if predicted else ROLE_WORDS
     while True:
         cut = max(name.rfind("_"), name.rfind("-"))
         word = name[cut + 1 :].lower()
         known = next((r for r, words in words_of.items() if word in words), None)
         if cut <= 0 or known is None:
-            return name, "segmentation" if is_mask and role in (None, "ct") else role
+            return name, "segmentation" if role in (None, "ct") and ".seg." in path.name.lower() else role
         if role is None or (role in ("segmentation", "mask") and known != "ct"):
             role = known
         name = name[:cut]

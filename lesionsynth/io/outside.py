@@ -74,7 +74,7 @@ def find_padding(hu: npt.NDArray[np.int16]) -> tuple[list[int], Mask] | None:
 
     Notes
     -----
-    Two corners of the volume have the value, or it is next to most of what has theirs, air included: a scan
+    Two corners of the volume have the value, or it is next to much of what has theirs, air included: a scan
     that was padded may have been padded again. The field of view holds tissue and air, other values right
     inside its rim, and no lung along most of it: neither a saturated volume nor constant tissue around lungs
     is taken for padding.
@@ -89,7 +89,7 @@ def find_padding(hu: npt.NDArray[np.int16]) -> tuple[list[int], Mask] | None:
         parts, _ = label(np.isin(hu, corners))
         around = np.isin(parts, np.setdiff1d(parts[ends], 0))
         common, counts = np.unique(hu[binary_dilation(around) & ~around], return_counts=True)
-        if 2 * counts.max(initial=0) > counts.sum() and (value := int(common[counts.argmax()])) > _AIR:
+        if counts.max(initial=0) > _INSIDE * counts.sum() and (value := int(common[counts.argmax()])) > _AIR:
             tries.append((value, around))
     found = {value: _padding(hu, hu == value, around) for value, around in tries}
     masks = {value: mask for value, mask in found.items() if mask is not None}

@@ -82,13 +82,9 @@ class Scan:
 
         LUNA16's annotations are such coordinates.
         """
-        cosines = np.array(self.grid.direction).reshape(3, 3)
-        offset = np.atleast_2d(np.asarray(points, float)) - np.array(self.grid.origin)
-        index = (offset @ np.linalg.inv(cosines).T) / np.array(self.grid.spacing)  # file order x, y, z
-        out: npt.NDArray[np.float64] = np.empty_like(index)
-        for place, (axis, flip) in enumerate(zip(self.grid.axes, self.grid.flips, strict=True)):
-            along = index[:, 2 - axis]
-            out[:, place] = self.grid.size[2 - axis] - 1 - along if flip else along
+        affine = self.affine
+        ras = np.atleast_2d(np.asarray(points, float)) * (-1, -1, 1)
+        out: npt.NDArray[np.float64] = (ras - affine[:3, 3]) @ np.linalg.inv(affine[:3, :3]).T
         return out
 
     def write_like(self, array: npt.NDArray[Any], path: str | os.PathLike[str]) -> Path:

@@ -188,7 +188,7 @@ def _seg_problem(source: Source) -> str:
             raise ValueError("dicom_seg must be left out, as the CT is no DICOM series")
         check_segmentation(source.files)
     except (ValueError, OSError) as error:
-        return f"{reason(source.path, error)}; the other files are written"
+        return f"{reason(source.path, error)}; the other files do not need it"
     return ""
 
 
@@ -258,7 +258,7 @@ def _write(args: PredictArgs, job: _Job, folder: Folder, found: CasePrediction, 
         except OSError:
             raise
         except Exception as error:  # of the segmentation: the maps do not depend on it
-            problem = f"{reason(job.source.path, error)}; the other files are written"
+            problem = f"{reason(job.source.path, error)}; the other files do not need it"
     folder.write(job.source.case, writers, record, overwrite=args.overwrite)
     return problem
 

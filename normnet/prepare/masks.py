@@ -12,18 +12,7 @@ from normnet.prepare.lungmask import check_installed
 
 
 def check_lungs(masks: Path | None, lungs: LungMethod, cases: int, label: Sequence[int] = ()) -> None:
-    """Refuse a call that cannot give every case its own lungs, before the first case is read.
-
-    Parameters
-    ----------
-    masks : Path, optional
-        Lung mask, or a folder of them.
-    lungs : {"thresholds", "lungmask"}
-        How lungs are segmented where there are no masks.
-    cases : int
-        How many CT there are.
-    label : sequence of int
-        Labels of the masks that are lung.
+    """Refuse a call that cannot give each of `cases` CT its own lungs; the other arguments as of `prepare`.
 
     Raises
     ------
@@ -52,20 +41,21 @@ def find_mask(masks: Path, case_id: str) -> Path:
     Raises
     ------
     ValueError
-        None, or several.
+        None, or several that are named alike.
     """
     if not masks.is_dir():
         return masks
     cases = {case_id, split_name(Path(case_id))[0]}
     files = sorted(p for p in masks.iterdir() if p.name.lower().endswith(SUFFIXES) and p.name[0] != ".")
-    named, alike = [], []
+    fits: dict[str | None, list[Path]] = {}
     for path in files:
         case, role = split_name(path)
         if case_name(path) in cases and ".seg." not in path.name.lower():
-            alike.append(path)  # in the same folder it is the CT itself
-        elif case in cases and role in ("lung", "segmentation", "mask"):
-            named.append(path)
-    found = named or alike
+            fits.setdefault(None, []).append(path)  # in the same folder it is the CT itself
+        elif case in cases:
+            fits.setdefault("lung" if role == "mask" else role, []).append(path)
+    # a segmentation may be of lesions
+    found = next((fits[role] for role in ("lung", "segmentation", None) if role in fits), [])
     there = some_of(", ", [name_of(path.name) for path in found or files])
     if len(found) > 1:
         raise ValueError(f"{name_of(masks)}: several masks for case {case_id}: {there}")

@@ -84,10 +84,10 @@ class CaseSummary:
     ) -> CaseSummary:
         """Sum a stored case up from its meta data."""
         cropped = float(meta.get("cropped_fraction", 0))
-        remarks = [remark] if remark else []
-        if cropped:
-            remarks.append(f"{cropped:.1%} of the lungs lie outside the {meta['shape'][1]} voxels in plane")
-        remarks += map(str, meta.get("warnings", ()))
+        told = f"{cropped:.1%} of the lungs lie outside the {meta['shape'][1]} voxels in plane"
+        remarks = [
+            text for text in (remark, told * bool(cropped), *map(str, meta.get("warnings", ()))) if text
+        ]
         z, y, x = meta.get("source_spacing", (0.0, 0.0, 0.0))
         return cls(
             case_id,
@@ -106,20 +106,12 @@ class CaseSummary:
 
     def row(self) -> tuple[Any, ...]:
         """Give the values of `COLUMNS`; those that a failed case lacks are empty."""
-        name = (self.case_id, self.status, self.message)
-        if self.status == "failed":
-            return (*name, *[""] * 7, self.source, self.series, "", f"{self.seconds:.1f}")
-        numbers = (f"{self.lung_ml:.1f}", f"{self.bright_fraction:.5f}", self.edge_voxels, self.slices)
-        spacing = (f"{s:.5g}" for s in self.source_spacing)
-        return (
-            *name,
-            *numbers,
-            *spacing,
-            self.source,
-            self.series,
-            self.lungs_from,
-            f"{self.seconds:.1f}",
-        )
+        numbers: list[Any] = [""] * 7
+        if self.status != "failed":
+            numbers = [f"{self.lung_ml:.1f}", f"{self.bright_fraction:.5f}", self.edge_voxels, self.slices]
+            numbers += (f"{s:.5g}" for s in self.source_spacing)
+        origin = (self.source, self.series, self.lungs_from, f"{self.seconds:.1f}")
+        return (self.case_id, self.status, self.message, *numbers, *origin)
 
 
 @dataclass(frozen=True)

@@ -296,8 +296,9 @@ FAILURES = [
 
 @pytest.mark.parametrize(("error", "kind", "said"), FAILURES)
 def test_only_a_missing_package_is_to_be_installed(monkeypatch, tmp_path, error, kind, said) -> None:
-    """Whatever imports an optional package: SimpleITK, matplotlib, lungmask."""
-    from lesionsynth import io, preview
+    """Whatever imports an optional package: nibabel, matplotlib, lungmask."""
+    from lesionsynth import preview
+    from lesionsynth.io import nifti
     from normnet.prepare import lungmask
 
     def fail(name: str, package: str | None = None) -> None:
@@ -308,7 +309,7 @@ def test_only_a_missing_package_is_to_be_installed(monkeypatch, tmp_path, error,
 
     monkeypatch.setattr(importlib, "import_module", fail)
     for call in (
-        io._simpleitk,
+        nifti._nibabel,
         lungmask.check_installed,
         lambda: preview._figure(*[None] * 4, [], (1, 1, 1), 0, None),
     ):
