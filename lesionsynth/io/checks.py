@@ -13,7 +13,7 @@ import os
 import re
 import stat
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, NoReturn
@@ -209,9 +209,19 @@ def check_packed(path: Path, stream: IO[bytes], needed: int) -> None:
         refuse(path, "bytes follow the compressed voxels")
 
 
-def no_spacing(path: Path, field: str) -> str:
-    """Say that a header does not tell how large voxels are."""
-    return f"{name_of(path)}: there is no {field}; taking voxels to be 1 mm long along each axis"
+def check_told(
+    path: Path, field: Collection[str], size: Sequence[str], way: Sequence[str]
+) -> tuple[str, ...]:
+    """Say that a header does not tell how large voxels are, or which way axes run; by fields' own names."""
+    rules = (
+        (size, "voxels to be 1 mm long along each axis"),
+        (way, "axes to run to the left, back and head"),
+    )
+    return tuple(
+        f"{name_of(path)}: there is no {names[0]}; taking {rule}"
+        for names, rule in rules
+        if not any(name.replace(" ", "") in field for name in names)
+    )
 
 
 def check_digits(path: Path, stream: IO[bytes], needed: int) -> None:

@@ -18,10 +18,10 @@ from lesionsynth.io.checks import (
     check_packed,
     check_sizes,
     check_text,
+    check_told,
     data_file,
     floats,
     integers,
-    no_spacing,
     quoted,
     refuse,
 )
@@ -84,9 +84,8 @@ def check_metaimage(path: Path, size: int) -> Header:
             f"ElementType must be one of {', '.join(_BYTES)}, got {shown(field.get('ElementType', 'none'))}",
         )
     _check_space(path, field, count)
-    told = _other_orientation(path, field, count)
-    if not {"ElementSpacing", "ElementSize"} & set(field):
-        told = (no_spacing(path, "ElementSpacing"), *told)
+    told = check_told(path, field, ("ElementSpacing", "ElementSize"), _SAME[1])
+    told += _other_orientation(path, field, count)
     name = field.get("ElementDataFile", "")
     if name.upper() == "LOCAL":
         if name != "LOCAL":

@@ -19,10 +19,10 @@ from lesionsynth.io.checks import (
     check_packed,
     check_sizes,
     check_text,
+    check_told,
     data_file,
     floats,
     integers,
-    no_spacing,
     quoted,
     refuse,
 )
@@ -69,7 +69,7 @@ def check_nrrd(path: Path, size: int) -> Header:
         if each is None:
             refuse(path, f"type must be that of a number, got {shown(field.get('type', 'none'))}")
         _check_space(path, field, count)
-        told = () if {"spacings", "spacedirections"} & set(field) else (no_spacing(path, "space directions"),)
+        told = check_told(path, field, ("space directions", "spacings"), ("space",))
         if "datafile" not in field:
             if path.name.lower().endswith(".nhdr"):
                 refuse(path, "data file must name the file with the voxels")

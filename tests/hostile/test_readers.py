@@ -36,7 +36,7 @@ from tests.hostile.tally import trial
 from tests.test_io import volume, write_nifti, write_series
 from tests.test_wrong_input import good  # noqa: F401  (a fixture)
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*taking voxels to be 1 mm")
+pytestmark = pytest.mark.filterwarnings("ignore:.*taking (voxels to be 1 mm|axes to run)")
 
 SHAPE = (4, 5, 6)
 MUTANTS = 250
