@@ -29,7 +29,7 @@ from normnet.metrics import (
 )
 from normnet.origin import read_origin
 from normnet.pairing import CaseFiles, find_cases, read_table, with_predictions
-from normnet.prepare.lungs import check_lungs, segment_lungs
+from normnet.prepare.lungs import check_plausible, segment_lungs
 from normnet.reasons import hear, reason, tell
 from normnet.report import percent
 from normnet.results import Evaluation, Failure, check_output
@@ -137,7 +137,7 @@ def _open(
         lungs = read_mask(case.lung, ct, lung_label)
     else:
         lungs = segment_lungs(ct.hu, ct.spacing)
-        check_lungs(ct.hu, lungs, ct.spacing)
+        check_plausible(ct.hu, lungs, ct.spacing)
 
     def with_maps(files: CaseFiles) -> CaseVolumes:
         if same_file(files.prediction, case.lesion):

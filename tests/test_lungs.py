@@ -18,7 +18,7 @@ from normnet.prepare.lungs import (
     MOST_CUT,
     Lungs,
     body_mask,
-    check_lungs,
+    check_plausible,
     segment_lungs,
     split_lungs,
     split_mask,
@@ -325,12 +325,12 @@ def test_cut_image_keeps_its_lungs(cut: str, place: float, padded: bool, mirrore
 def test_cut_lungs_are_told() -> None:
     hu, lungs = small()
     both = lungs.right | lungs.left
-    check_lungs(hu, both, COARSE, lungs.left)  # whole lungs: not a word
+    check_plausible(hu, both, COARSE, lungs.left)  # whole lungs: not a word
     front = int(np.flatnonzero(both.any(axis=(0, 2)))[0])
     share = [float(both[:, y].sum() / both[:, y:].any(axis=1).sum()) for y in range(front, hu.shape[1] // 2)]
     cut = front + next(i for i, s in enumerate(share) if s > 2 * MOST_CUT)
     with pytest.warns(UserWarning, match="the image ends within the lungs at the patient's front"):
-        check_lungs(hu[:, cut:], both[:, cut:], COARSE, lungs.left[:, cut:])
+        check_plausible(hu[:, cut:], both[:, cut:], COARSE, lungs.left[:, cut:])
 
 
 @pytest.mark.parametrize(
@@ -346,7 +346,7 @@ def test_lungs_of_nobody_are_refused(kind: str, message: str) -> None:
     both = lungs.right | lungs.left
     mask = {"empty": both & ~both, "everything": both | ~both, "inverted": ~both}[kind]
     with pytest.raises(ValueError, match=message):
-        check_lungs(hu, mask, COARSE)
+        check_plausible(hu, mask, COARSE)
 
 
 def test_unlikely_lungs_are_told() -> None:
@@ -355,12 +355,12 @@ def test_unlikely_lungs_are_told() -> None:
     child = tuple(s / 3 for s in COARSE)
     grown = tuple(s * (10_600_000 / (both.sum() * np.prod(COARSE))) ** (1 / 3) for s in COARSE)
     with pytest.warns(UserWarning, match="the lungs have 10600 ml, more than 10500"):
-        check_lungs(hu, both, grown)
+        check_plausible(hu, both, grown)
     with pytest.warns(UserWarning, match=r"the right lung has \d+ ml, the left 0: is one collapsed"):
-        check_lungs(hu, lungs.right, COARSE, lungs.left & ~lungs.left)
+        check_plausible(hu, lungs.right, COARSE, lungs.left & ~lungs.left)
     with pytest.warns(UserWarning, match="of the lungs lie between -960 and -320 HU: are they lungs"):
-        check_lungs(hu, (hu > 0) & ~both, child)
-    check_lungs(hu, both, child, lungs.left)  # 1/27 of the volume is a newborn's: no warning
+        check_plausible(hu, (hu > 0) & ~both, child)
+    check_plausible(hu, both, child, lungs.left)  # 1/27 of the volume is a newborn's: no warning
 
 
 # ---- morphology against plain definitions

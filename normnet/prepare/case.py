@@ -13,7 +13,7 @@ import numpy.typing as npt
 from lesionsynth.io import Scan, read_ct, read_mask
 from normnet.prepare.grid import IsoGrid
 from normnet.prepare.lungmask import split_by_lungmask
-from normnet.prepare.lungs import Lungs, check_lungs, split_lungs, split_mask
+from normnet.prepare.lungs import Lungs, check_plausible, split_lungs, split_mask
 from normnet.prepare.morphology import Mask, Spacing
 
 ISO_SPACING: Spacing = (1.0, 0.8, 0.8)
@@ -128,7 +128,7 @@ def load_case(
     Raises
     ------
     FileNotFoundError, ValueError
-        As `read_ct`, `read_mask`, `segment_lungs` and `check_lungs`; an empty lung mask; a bad `spacing`,
+        As `read_ct`, `read_mask`, `segment_lungs` and `check_plausible`; an empty lung mask; a bad `spacing`,
         `size`, `keep_lung` or `lungs`.
     ImportError
         `lungs` is "lungmask", which is not installed.
@@ -163,7 +163,7 @@ def _lungs(
                 raise ValueError(f"the lung mask {os.fspath(mask_path)} must not be empty")
             if keep_lung != "both":
                 mask, left = _side(split_mask(mask, volume.spacing), keep_lung)
-        check_lungs(volume.hu, mask, volume.spacing, left if keep_lung == "both" else None)
+        check_plausible(volume.hu, mask, volume.spacing, left if keep_lung == "both" else None)
     except ValueError as error:
         name = str(volume.path)
         raise error if name in str(error) else ValueError(f"{name}: {error}") from error

@@ -442,7 +442,9 @@ def outline(
     return Lungs(found[0], found[1])
 
 
-def check_lungs(hu: npt.NDArray[np.int16], mask: Mask, spacing: Spacing, left: Mask | None = None) -> None:
+def check_plausible(
+    hu: npt.NDArray[np.int16], mask: Mask, spacing: Spacing, left: Mask | None = None
+) -> None:
     """Refuse lungs that nobody has, and warn of unlikely ones: outside air, a mask of something else.
 
     Small lungs are none of it: children, a collapsed lung, a few slices.

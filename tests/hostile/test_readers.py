@@ -33,6 +33,7 @@ from lesionsynth.io import checks, child, dicom_folders, elements, find_sources,
 from lesionsynth.strict import name_of
 from normnet.prepare.__main__ import main
 from tests.hostile.tally import trial
+from tests.test_dicom_series import recode
 from tests.test_io import volume, write_nifti, write_series
 from tests.test_wrong_input import good  # noqa: F401  (a fixture)
 
@@ -531,24 +532,8 @@ def test_transfer_syntaxes(tmp_path: Path, syntax: str) -> None:
     """Each is read, and each mutant of it read or refused."""
     hu = volume(1, (5, 64, 64))
     write_series(tmp_path / "s", hu)
-    uid = getattr(pydicom.uid, syntax)
     for path in (tmp_path / "s").iterdir():
-        data = pydicom.dcmread(path)
-        if syntax == "RLELossless":
-            data.compress(uid)
-        elif syntax == "ExplicitVRBigEndian":
-            data.PixelData = data.pixel_array.astype(">u2").tobytes()
-        fresh = pydicom.Dataset()
-        fresh.update(data)
-        fresh.file_meta = data.file_meta
-        fresh.file_meta.TransferSyntaxUID = uid
-        pydicom.dcmwrite(
-            path,
-            fresh,
-            implicit_vr=uid.is_implicit_VR,
-            little_endian=uid.is_little_endian,
-            enforce_file_format=True,
-        )
+        recode(path, syntax)
     with trial("readers"):
         assert_array_equal(io.read_ct(tmp_path / "s").hu, hu)
     rng = np.random.default_rng(5)
