@@ -1,6 +1,6 @@
 """Every setting, as frozen dataclasses with the paper's value as default and its section cited.
 
-Presets are values: `paper`, `laptop`, `few` and `phantom`. A run writes its configuration as JSON beside its
+Presets are values: `paper`, `laptop`, `few`, `lungs` and `phantom`. A run writes its configuration as JSON beside its
 weights.
 """
 
@@ -26,6 +26,9 @@ MOST_LEVELS = 10
 MOST_WEIGHTS = 2**27
 """Of a network, half a gigabyte; the paper's has 4.8 million."""
 
+Task = Literal["lesions", "lungs"]
+OUTPUTS: dict[Task, int] = {"lesions": 1, "lungs": 2}
+"""Logits that a network of each task has for a voxel."""
 Probability = float | Literal["calibrated"]
 """Threshold of the healthy probability: a number, or a model's own calibration."""
 
@@ -39,6 +42,10 @@ PAPER_FULL_THRESHOLD = 0.15
 """What the mean filter of Fig. 4f to 4g must exceed (IV-B.3), an intensity, as τ is: T = -500 HU is 1/3."""
 WEIGHTS = "model.safetensors"
 """Name of the weights in a run folder. Here, as what reads a folder of maps needs no torch."""
+BUNDLED = Path(__file__).parent / "weights"
+"""Weights that ship with the package."""
+BUNDLED_LUNGS = BUNDLED / "lungs.safetensors"
+"""Those of the lung network."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +60,8 @@ class ModelConfig:
     """Residual units of a level; 0 gives plain convolutions."""
     norm: Literal["batch", "instance"] = "batch"
     """Normalisation. Instance norm would tie a voxel's answer to the content of its window."""
+    outputs: int = 1
+    """Logits a voxel: 1, healthy bright tissue; or 2, right and left lung."""
 
     def __post_init__(self) -> None:
         """Check sizes."""
@@ -70,7 +79,7 @@ class ModelConfig:
             raise ValueError(f"model.norm must be 'batch' or 'instance', got {shown(self.norm)}")
         if len(self.channels) > MOST_LEVELS:
             raise ValueError(f"model.channels must be at most {MOST_LEVELS} widths, got {len(self.channels)}")
-        domains = {"channels": (1, 4096), "strides": (1, 8), "residual_units": (0, 16)}
+        domains = {"channels": (1, 4096), "strides": (1, 8), "residual_units": (0, 16), "outputs": (1, 2)}
         check_fields(self, domains, "model.")
         if self.multiple > 256:
             raise ValueError(f"model.strides must have a product of at most 256, got {self.multiple}")
@@ -151,11 +160,44 @@ class AugmentConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ChestConfig:
+    """How chests vary in the training of the lung network, beside `AugmentConfig` (`normnet.chests`)."""
+
+    diseased: float = 0.85
+    """Share of the samples that disease is painted into (`normnet.painting`)."""
+    tilt: float = 8.0
+    """Turn about the other two axes by up to so many degrees, to either side."""
+    stretch: float = 0.1
+    """Scale each axis by up to 1 + this, and down to its inverse."""
+    bend: float = 3.0
+    """Bend by up to so many voxels."""
+    contrast: float = 0.3
+    """Share of the samples whose soft tissue is given contrast."""
+    arms: float = 0.2
+    """Share with an arm beside the body."""
+    cropped: float = 0.35
+    """Share whose field of view is cut, and filled as files are."""
+
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        settle(self)
+        for name in ("diseased", "contrast", "arms", "cropped"):
+            value = getattr(self, name)
+            _check(f"chest.{name}", value, 0 <= value <= 1, "in [0, 1]")
+        check_fields(self, {"tilt": (0, 90.0), "stretch": (0, 1.0), "bend": (0, 8.0)}, "chest.")
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """One training run (PAPER.md IV-B.3)."""
 
+    task: Task = "lesions"
+    """What to learn: the healthy tissue behind lesions, the paper's; or "lungs", the right and the left lung
+    behind dense disease (`normnet.chests`), which `lesions`, `threshold_hu`, `inflation_hu` and `probability`
+    say nothing about."""
     data: Path | None = None
-    """Store written by `normnet.prepare`; the built-in phantom where omitted."""
+    """Store written by `normnet.prepare`, for lungs by ``--task lungs``; the built-in phantom where
+    omitted."""
     output: Path = Path("runs/normnet")
     """Run folder: weights, configuration, metrics."""
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -197,6 +239,8 @@ class TrainConfig:
     """Least and largest thickness of those slices in mm."""
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     """Variation of the healthy anatomy. The paper, with 453 volumes, has none."""
+    chest: ChestConfig = field(default_factory=ChestConfig)
+    """More of it, for the lung network."""
     average: float = 0.0
     """Decay of the running average of the weights that is saved; 0 saves the last weights, as the paper."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
@@ -221,7 +265,7 @@ class TrainConfig:
     threads: int | None = None
     """CPU threads; all cores where omitted."""
     phantoms: int = 6
-    """Phantom volumes to train on, without `data`."""
+    """Phantom volumes to train on, without `data`; for lungs beside it."""
     phantom_shape: tuple[int, int, int] = (64, 512, 512)
     """Their size (z, y, x)."""
     phantom_spacing: tuple[float, float, float] = (1.0, 0.8, 0.8)
@@ -266,6 +310,11 @@ class TrainConfig:
         _check("slab", self.slab, self.slab % multiple == 0, rule)
         if self.crop is not None:
             _check("crop", self.crop, self.crop >= multiple and self.crop % multiple == 0, rule)
+        _check("task", self.task, self.task in OUTPUTS, f"one of {', '.join(OUTPUTS)}")
+        wanted = OUTPUTS[self.task]
+        rule = f"{wanted} for the task {self.task}"
+        _check("model.outputs", self.model.outputs, self.model.outputs == wanted, rule)
+        _check("crop", self.crop, self.task != "lungs" or self.crop is not None, "given for the task lungs")
         check_fields(self, _TRAIN)
         check_phantoms(self.phantom_shape)
 
@@ -418,6 +467,35 @@ def few() -> TrainConfig:
     )
 
 
+def lungs() -> TrainConfig:
+    """Return what the shipped lung network was trained with: an hour on two CPU cores.
+
+    Samples are whole chests on a coarse grid (`normnet.prepare.chest`), so voxels are 3 mm of an adult.
+    """
+    return TrainConfig(
+        task="lungs",
+        output=Path("runs/lungs"),
+        model=ModelConfig(channels=(16, 32, 64, 128, 128), strides=(2, 2, 2, 2), outputs=2),
+        slab=64,
+        crop=112,
+        batch_size=2,
+        iterations=8_000,
+        learning_rate=2e-3,
+        schedule="cosine",
+        mirror=True,
+        average=0.995,
+        thick_slices=0.35,
+        thick_mm=(4.0, 10.0),
+        augment=AugmentConfig(rotate=15.0, zoom=0.35, blur=1.2, noise=80.0, offset=40.0, gain=0.05),
+        validate_every=500,
+        validation_pairs=16,
+        held_out=1,
+        phantoms=3,
+        phantom_shape=(96, 96, 128),
+        phantom_spacing=(3.0, 3.0, 3.0),
+    )
+
+
 def phantom() -> TrainConfig:
     """Return the embedded default: `laptop` for four minutes on the built-in phantom."""
     return replace(laptop(), minutes=4.0, phantoms=4, phantom_shape=(64, 320, 400))
@@ -427,6 +505,7 @@ PRESETS: dict[str, Callable[[], TrainConfig]] = {
     "paper": paper,
     "laptop": laptop,
     "few": few,
+    "lungs": lungs,
     "phantom": phantom,
 }
 """Every preset, by the name the command line uses."""

@@ -88,6 +88,17 @@ class Batch:
         return self.image[span], self.target[span]
 
 
+class Stream(Protocol):
+    """Batches of a run, each a function of its step."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where they are made."""
+
+    def batch(self, step: int) -> Batch:
+        """Make the batch of a step."""
+
+
 class PairStream:
     """Batches of synthetic pairs, each a function of its step.
 
@@ -372,19 +383,20 @@ class Batches:
 
     Parameters
     ----------
-    stream : PairStream
+    stream : Stream
         Makes them.
     steps : range
         Which ones, in order.
     """
 
-    def __init__(self, stream: PairStream, steps: range) -> None:
+    def __init__(self, stream: Stream, steps: range) -> None:
         self._stream, self._steps = stream, steps
         self._ready: Prefetcher[Any] | None = None
+        self._finish: Callable[[Slabs], Batch] | None = None
         if stream.device.type == "cpu":
             self._ready = Prefetcher(stream.batch, steps)
-        elif not stream.resident:
-            self._ready = Prefetcher(stream.slabs, steps)
+        elif isinstance(stream, PairStream) and not stream.resident:
+            self._ready, self._finish = Prefetcher(stream.slabs, steps), stream.pairs
 
     @property
     def waited(self) -> float:
@@ -395,10 +407,10 @@ class Batches:
         """Yield the batches in order."""
         if self._ready is None:
             yield from (self._stream.batch(step) for step in self._steps)
-        elif self._stream.device.type == "cpu":
+        elif self._finish is None:
             yield from self._ready
         else:
-            yield from (self._stream.pairs(slabs) for slabs in self._ready)
+            yield from map(self._finish, self._ready)
 
     def close(self) -> None:
         """Stop the background thread, if there is one."""

@@ -5,7 +5,6 @@ Half precision: a weight keeps 11 bits, which moves a probability by less than a
 
 from __future__ import annotations
 
-import hashlib
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from lesionsynth.strict import name_of
 from normnet.config import PredictConfig, Probability
 from normnet.model import EXPORTED, find_models, load_model, save_model
 from normnet.predict import healthy_threshold
+from normnet.records import sha256
 from normnet.stage import load
 from normnet.strict_json import dumps
 
@@ -105,7 +105,7 @@ def export(runs: Sequence[Path], output: Path, probability: Probability | None =
             )
         for name in earlier.keys() - set(names):  # an earlier, larger ensemble's would vote
             (output / name).unlink(missing_ok=True)
-        _record(output, {name: _sha256(output / name) for name in names})
+        _record(output, {name: sha256(output / name) for name in names})
     return [output / name for name in names]
 
 
@@ -130,14 +130,9 @@ def _check_output(output: Path, inputs: Sequence[Path]) -> dict[str, str | None]
         refuse_foreign(output, (path.name,), ours=path.name in files, maker="an export")
         if any(same_file(path, file) for file in inputs):
             raise ValueError(f"output must not replace an input, got {output} for {path}")
-        if files[path.name] not in (None, _sha256(path)):
+        if files[path.name] not in (None, sha256(path)):
             raise ValueError(f"output holds {path.name}, changed since it was exported: move it away")
     return {path.name: files[path.name] for path in sorted(output.glob(EXPORTED))}
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -20,11 +20,14 @@ from safetensors.torch import load, save
 from lesionsynth.files import write_atomically
 from lesionsynth.strict import build, name_of, parse_json, read_bytes, regular_file, shown
 from normnet.config import (
+    BUNDLED,
+    OUTPUTS,
     PAPER_PROBABILITY,
     PAPER_THRESHOLD_HU,
     WEIGHTS,
     ModelConfig,
     Probability,
+    Task,
     TrainConfig,
 )
 
@@ -37,18 +40,19 @@ HEADER = "normnet"
 """Key of the safetensors header that holds architecture and calibration, as JSON."""
 PROGRESS = "progress"
 """The same key of a run's state, which `normnet.trainer` writes."""
-BUNDLED = Path(__file__).parent / "weights"
-"""Weights that ship with the package."""
 Calibration = dict[str, float]
 """What a model found best on synthetic pairs of its held-out volumes: threshold ``probability``, ``dice``."""
 
 
 def build_unet(config: ModelConfig) -> torch.nn.Module:
-    """Build the network: (b, 1, z, y, x) image in, (b, 1, z, y, x) logit of "healthy bright tissue" out."""
+    """Build the network: (b, 1, z, y, x) image in, (b, outputs, z, y, x) logits out.
+
+    One output is the logit of "healthy bright tissue"; two are those of right and left lung.
+    """
     network: torch.nn.Module = UNet(
         spatial_dims=3,
         in_channels=1,
-        out_channels=1,
+        out_channels=config.outputs,
         channels=config.channels,
         strides=config.strides,
         num_res_units=config.residual_units,
@@ -66,6 +70,7 @@ def save_model(
     threshold_hu: float = PAPER_THRESHOLD_HU,
     inflation_hu: float | None = None,
     probability: Probability = PAPER_PROBABILITY,
+    task: Task = "lesions",
 ) -> None:
     """Write weights, architecture, calibration, and what training settled for prediction, atomically.
 
@@ -79,7 +84,7 @@ def save_model(
         Its architecture.
     calibration : Calibration, optional
         From synthetic pairs.
-    threshold_hu, inflation_hu, probability
+    threshold_hu, inflation_hu, probability, task
         As in `normnet.config.TrainConfig`.
     """
     header = {
@@ -88,6 +93,7 @@ def save_model(
         "threshold_hu": threshold_hu,
         "inflation_hu": inflation_hu,
         "probability": probability,
+        "task": task,
     }
     # one key: safetensors writes several in any order, and equal models shall be equal files
     write_tensors(path, model.state_dict(), {HEADER: json.dumps(header)})
@@ -117,21 +123,26 @@ class _Header:
     threshold_hu: float = PAPER_THRESHOLD_HU
     inflation_hu: float | None = None
     probability: Probability = PAPER_PROBABILITY
+    task: Task = "lesions"
 
     def __post_init__(self) -> None:
         # a run's own domains, where each is explained
         TrainConfig(
             threshold_hu=self.threshold_hu, inflation_hu=self.inflation_hu, probability=self.probability
         )
+        if self.task not in OUTPUTS or self.model.outputs != OUTPUTS[self.task]:
+            raise ValueError(f"model.outputs must fit the task {self.task}, got {self.model.outputs}")
 
 
-def load_model(path: str | os.PathLike[str]) -> torch.nn.Module:
+def load_model(path: str | os.PathLike[str], task: Task = "lesions") -> torch.nn.Module:
     """Load a network for prediction.
 
     Parameters
     ----------
     path : path
         A run folder, or a weights file written by `save_model`.
+    task : {"lesions", "lungs"}
+        What it must have learned.
 
     Returns
     -------
@@ -143,11 +154,13 @@ def load_model(path: str | os.PathLike[str]) -> torch.nn.Module:
     Raises
     ------
     ValueError
-        There are no weights at `path`, or they are not ours.
+        There are no weights at `path`, or they are not ours, or of another task.
     """
     file = weights_file(Path(path))
     stored = TensorFile.open(file)
     header = stored.header(HEADER, _Header, "normnet model (its header names no architecture)")
+    if header.task != task:
+        raise ValueError(f"{name_of(file)}: the model's task must be {task}, got {header.task}")
     model = fill(stored, lambda: build_unet(header.model))
     # nn.Module types every attribute as a tensor or a module
     model.config = header.model  # type: ignore[assignment]

@@ -22,6 +22,7 @@ Record = dict[str, Any]
 FILES: Mapping[str, str] = {
     "lesions": "_lesions.nii.gz",
     "lung": "_lung.nii.gz",
+    "classical": "_classical.nii.gz",
     "core": "_core.nii.gz",
     "probability": "_probability.nii.gz",
     "healthy": "_healthy.nii.gz",
@@ -30,7 +31,7 @@ FILES: Mapping[str, str] = {
 """What a case may have, and how its files end."""
 SETTINGS = "settings.json"
 """Settings and models of the last call, beside the cases."""
-SAME = ("ct", "series", "lungs_from", "label", "settings", "models")
+SAME = ("ct", "series", "lungs_from", "lungs_sha256", "label", "settings", "models")
 """Entries of a record that make it the result of the same call."""
 STAMPS = {"ct_stamp": "the CT", "lungs_stamp": "the lung mask"}
 """Entries that tell whether a file was changed since; see `normnet.stamps`. Older records have none."""
@@ -62,8 +63,8 @@ def read_record(path: Path) -> Record:
         ) from error
     if wrong := _wrong(record):
         raise ValueError(f"{name_of(path)}: not the record of a prediction: {wrong}")
-    # earlier versions knew of no labels
-    return {"label": None, **record}
+    # earlier versions knew of no labels, and of no weights for lungs
+    return {"label": None, "lungs_sha256": None, **record}
 
 
 def read_records(folder: Path) -> tuple[list[Record], dict[str, str]]:
@@ -187,10 +188,18 @@ def model_record(file: Path, **usage: object) -> Record:
         ``probability``, the threshold it votes with; ``calibrated``, whether that is from synthetic pairs;
         ``threshold_hu``, its T; ``inflation_hu``, the density it expects of healthy lung, or None.
     """
-    name = file.resolve().parent.name if file.name == WEIGHTS else file.stem
+    return {"name": model_name(file), "sha256": sha256(file), **usage}
+
+
+def model_name(file: Path) -> str:
+    """Name weights: by their run, or by their file."""
+    return file.resolve().parent.name if file.name == WEIGHTS else file.stem
+
+
+def sha256(file: Path) -> str:
+    """Return the SHA-256 of a file in hexadecimal."""
     with file.open("rb") as stream:
-        digest = hashlib.file_digest(stream, "sha256").hexdigest()
-    return {"name": name, "sha256": digest, **usage}
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def as_record(config: PredictConfig) -> Record:

@@ -29,6 +29,7 @@ class RunLog:
         "val_loss",
         "val_dice",
         "val_auc",
+        "val_recall",
         "calibrated",
     )
 

@@ -1,7 +1,7 @@
 """Train NormNet: ``python -m normnet.train [--data STORE] [--output RUN]`` (PAPER.md III-A, IV-B.3).
 
 Label-free: the network sees healthy CT with synthetic lesions and learns to recover the healthy bright
-tissue. A run folder holds ``config.json``, ``model.safetensors`` (what is used), ``best.safetensors`` (best
+tissue; with ``--task lungs`` it sees healthy chests with dense disease and learns where the lungs are. A run folder holds ``config.json``, ``model.safetensors`` (what is used), ``best.safetensors`` (best
 on synthetic validation pairs), ``state.safetensors`` (to resume from), ``metrics.csv`` and TensorBoard
 events. Weights are replaced as a whole, so a killed run leaves none half-written.
 
@@ -29,14 +29,16 @@ from tqdm import tqdm
 import lesionsynth as ls
 from lesionsynth.commands import run
 from lesionsynth.files import claimed, refuse_foreign, sweep, write_atomically
+from normnet.chests import lung_streams
 from normnet.config import PRESETS, WEIGHTS, TrainConfig, read_config, to_json
-from normnet.data import VALIDATION_INDEX, Batch, Batches, PairStream, ThickSlices, pair_device
+from normnet.data import VALIDATION_INDEX, Batch, Batches, PairStream, Stream, ThickSlices, pair_device
 from normnet.device import choose_device, cpu_settings
 from normnet.distributed import World, join, launched_first
 from normnet.model import save_model
 from normnet.runlog import METRICS, RunLog
 from normnet.trainer import Trainer
-from normnet.validate import validate
+from normnet.validate import BEST as BEST_SCORE
+from normnet.validate import validate, validate_lungs
 from normnet.volumes import Volume, choose_place, inflated, keep, phantom_volumes, split, store_volumes
 
 __all__ = ["BEST", "CONFIG", "METRICS", "STATE", "TrainResult", "main", "parse", "train"]
@@ -114,25 +116,26 @@ def train(config: TrainConfig, *, progress_bar: bool = False) -> TrainResult:
 
 
 def _train(config: TrainConfig, device: torch.device, world: World, progress_bar: bool) -> TrainResult:
-    training, validation = _volumes(config, device, world)
+    make = lung_streams if config.task == "lungs" else _streams
+    stream, checks = make(config, device, world)
     with contextlib.ExitStack() as held:
         refused = world.agree(_claim(config, held) if world.leads else None)
         if refused:
             raise ValueError(refused)
-        return _trained(config, device, world, (training, validation), progress_bar)
+        return _trained(config, device, world, stream, checks, progress_bar)
 
 
 def _trained(
     config: TrainConfig,
     device: torch.device,
     world: World,
-    volumes: tuple[list[Volume], list[Volume]],
+    stream: Stream,
+    checks: list[Batch],
     progress_bar: bool,
 ) -> TrainResult:
     trainer = Trainer(config, device, world)
     if config.resume and (config.output / STATE).exists():  # killed before its first save it starts anew
         trainer.restore(config.output / STATE)
-    stream, checks = _streams(config, *volumes, device, world)
     log = RunLog(config.output, trainer.progress) if world.leads else None
     _loop(config, trainer, stream, checks, log, progress_bar)
     done = trainer.progress
@@ -150,7 +153,7 @@ def _trained(
 def _loop(
     config: TrainConfig,
     trainer: Trainer,
-    stream: PairStream,
+    stream: Stream,
     checks: list[Batch],
     log: RunLog | None,
     progress_bar: bool,
@@ -208,13 +211,17 @@ def _validate(config: TrainConfig, trainer: Trainer, checks: list[Batch], log: R
     progress.validated = progress.iteration
     if not log or not checks:
         return
-    scores, progress.calibration = validate(trainer, checks, ls.threshold(config.threshold_hu))
+    if config.task == "lungs":
+        scores = validate_lungs(trainer, checks)
+    else:
+        scores, progress.calibration = validate(trainer, checks, ls.threshold(config.threshold_hu))
     if progress.calibration:
         scores["calibrated"] = progress.calibration["probability"]
     log.scores(progress, scores)
     progress.scores = {k: round(v, 4) for k, v in scores.items()}
-    if not scores["val_auc"] <= progress.best_auc:  # NaN, without bright healthy tissue: the last
-        progress.best_auc = scores["val_auc"]
+    score = scores[BEST_SCORE[config.task]]
+    if not score <= progress.best_auc:  # NaN, without bright healthy tissue: the last
+        progress.best_auc = score
         _save_model(config, trainer, BEST)
 
 
@@ -233,6 +240,7 @@ def _save_model(config: TrainConfig, trainer: Trainer, name: str) -> None:
         threshold_hu=config.threshold_hu,
         inflation_hu=config.inflation_hu,
         probability=config.probability,
+        task=config.task,
     )
 
 
@@ -298,14 +306,9 @@ def _volumes(config: TrainConfig, device: torch.device, world: World) -> tuple[l
     return keep(training, place, pairs), validation
 
 
-def _streams(
-    config: TrainConfig,
-    training: Sequence[Volume],
-    validation: Sequence[Volume],
-    device: torch.device,
-    world: World,
-) -> tuple[PairStream, list[Batch]]:
+def _streams(config: TrainConfig, device: torch.device, world: World) -> tuple[PairStream, list[Batch]]:
     """Return the training stream and the fixed validation batches."""
+    training, validation = _volumes(config, device, world)
     lesions = replace(ls.presets.get(config.lesions), hu_threshold=config.threshold_hu)
     # One thread: on a CPU synthesis runs beside the network, which has the others.
     synthesizer = ls.LesionSynthesizer(lesions, seed=config.seed, threads=1)
@@ -339,7 +342,8 @@ class TrainArgs(TrainConfig):
     """Settings of the command line."""
 
     preset: str | None = None
-    """paper, laptop, few or phantom: the defaults below; phantom without --data, laptop with it."""
+    """paper, laptop, few, lungs or phantom: the defaults below; lungs with --task lungs, else phantom without
+    --data and laptop with it."""
     config: Path | None = None
     """JSON as a run writes it (config.json): the defaults below, in place of a preset."""
     ensemble: int = 1
@@ -369,12 +373,13 @@ def parse(argv: Sequence[str]) -> Command:
         Both are given, the preset is unknown, or the file holds no such settings.
     """
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    for flag in ("--preset", "--config", "--data"):
+    for flag in ("--preset", "--config", "--data", "--task"):
         early.add_argument(flag)
     first, _ = early.parse_known_args(list(argv))
     if first.preset and first.config:
         raise ValueError(f"preset and config exclude each other, got {first.preset} and {first.config}")
-    name = first.preset or ("laptop" if first.data else "phantom")
+    usual = "lungs" if first.task == "lungs" else "laptop" if first.data else "phantom"
+    name = first.preset or usual
     if name not in PRESETS:
         raise ValueError(f"preset must be one of {', '.join(PRESETS)}, got {name!r}")
     base = PRESETS[name]()

@@ -171,8 +171,16 @@ def phantom_volumes(
 
 
 def store_volumes(path: Path) -> list[Volume]:
-    """Open every case of a store."""
+    """Open every case of a store.
+
+    Raises
+    ------
+    ValueError
+        It was prepared for another task.
+    """
     store = Store.open(path)
+    if (task := store.meta.get("task", "lesions")) != "lesions":
+        raise ValueError(f"data must be a store prepared for lesions, got {path} for --task {task}")
     return [StoreVolume(store[name]) for name in store.case_ids]
 
 

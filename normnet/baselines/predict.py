@@ -48,8 +48,8 @@ class BaselinePredictArgs:
     """Lung mask of a single CT, or folder with a <case>_lung file per case; segmented where omitted."""
     label: tuple[int, ...] = ()
     """Labels of the masks that are lung; all above zero where omitted."""
-    lungs: LungMethod = "thresholds"
-    """How lungs are segmented: by thresholds and morphology, or by the lungmask package."""
+    lungs: LungMethod = "network"
+    """How lungs are segmented; see `normnet.predict`."""
     series: str = "largest"
     """DICOM series to read: the "largest" of a folder, "all", or a SeriesInstanceUID."""
     threshold: float | None = None

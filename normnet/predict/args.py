@@ -33,7 +33,8 @@ class PredictArgs:
     inputs: Annotated[tuple[Path, ...], tyro.conf.Positional]
     """NIfTI, NRRD or MetaImage files, DICOM folders, and folders of these."""
     output: Path = Path("predictions")
-    """Folder for <case>_lesions.nii.gz, <case>_lung.nii.gz, <case>.json and volumes.csv."""
+    """Folder for <case>_lesions.nii.gz, <case>_lung.nii.gz, <case>.json and volumes.csv; where thresholds
+    find other lungs than the network, also <case>_classical.nii.gz, theirs."""
     models: tuple[Path, ...] = ()
     """Run folders or weights files; several vote. Those that ship with the package where omitted."""
     series: str = "largest"
@@ -44,8 +45,9 @@ class PredictArgs:
     """Lung mask of a single CT, or folder with a <case>_lung file per case; segmented where omitted."""
     label: tuple[int, ...] = ()
     """Labels of the masks that are lung; all above zero where omitted."""
-    lungs: LungMethod = "thresholds"
-    """How lungs are segmented: by thresholds and morphology, or by the lungmask package."""
+    lungs: LungMethod = "network"
+    """How lungs are segmented: network, that of this package; classical, thresholds and morphology; lungmask,
+    the network of that package, if installed; or weights of your own (normnet.train --task lungs)."""
     save_probability: bool = False
     """Also write <case>_probability.nii.gz, the mean healthy probability, 0 outside the lung, and
     <case>_healthy.nii.gz, the bright voxels that the models' vote calls healthy: what Table II needs."""

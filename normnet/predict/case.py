@@ -29,6 +29,8 @@ class CasePrediction:
     """Before region growing."""
     lung: Mask
     """The lungs that were searched."""
+    classical: Mask | None
+    """The lungs by thresholds, where these and the lung network disagree; else None."""
     probability: npt.NDArray[np.float32] | None
     """Mean healthy probability, 0 outside the lung. None where it was not asked for."""
     healthy: Mask | None
@@ -50,7 +52,7 @@ def predict_case(
     mask_path: str | os.PathLike[str] | None = None,
     label: Sequence[int] = (),
     series: str | None = None,
-    lungs: LungMethod = "thresholds",
+    lungs: LungMethod = "network",
     device: str = "auto",
     keep_probability: bool = True,
 ) -> CasePrediction:
@@ -70,8 +72,8 @@ def predict_case(
         Labels of the mask that are lung; all above zero where omitted.
     series : str, optional
         SeriesInstanceUID, in a DICOM folder with several.
-    lungs : {"thresholds", "lungmask"}
-        How lungs are segmented.
+    lungs : str
+        How lungs are segmented, see `normnet.prepare.load_case`.
     device : str
         As in `predict_volume`.
     keep_probability : bool
@@ -115,6 +117,7 @@ def predict_case(
         on_ct["lesions"],
         on_ct["core"],
         lung,
+        loaded.native_classical if loaded.apart else None,
         probability,
         on_ct.get("healthy"),
         volumes,

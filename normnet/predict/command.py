@@ -27,6 +27,7 @@ from normnet.model import bundled_models, find_models, load_model
 from normnet.predict.args import PredictArgs, parse
 from normnet.predict.case import CasePrediction, predict_case
 from normnet.predict.volume import bright_threshold, healthy_threshold, inflation_of, threshold_setting
+from normnet.prepare.case import method_record
 from normnet.prepare.masks import check_lungs, find_mask
 from normnet.reasons import hear, reason, tell
 from normnet.records import Record, as_record, model_record, read_record
@@ -153,6 +154,7 @@ def _plan(
         "healthy": args.save_probability,
     }
     kinds = ("lesions", "lung", *(kind for kind, wanted in flags.items() if wanted))
+    lungs = None if args.masks else method_record(args.lungs)
     jobs, failures = [], {}
     for source in sources:
         try:
@@ -161,7 +163,7 @@ def _plan(
                 "case": source.case,
                 "ct": os.path.abspath(source.path),
                 "series": source.series,
-                "lungs_from": args.lungs if mask is None else os.path.abspath(mask),
+                **(lungs or {"lungs_from": os.path.abspath(str(mask)), "lungs_sha256": None}),
                 "label": list(args.label) or None,
                 # before anything is read: what changes meanwhile is not taken for what was segmented
                 "ct_stamp": stamp(source.files),
@@ -248,6 +250,8 @@ def _write(args: PredictArgs, job: _Job, folder: Folder, found: CasePrediction, 
     writers: dict[str, Writer] = {
         kind: partial(found.ct.write_like, maps[kind]) for kind in job.kinds if kind in maps
     }
+    if found.classical is not None:
+        writers["classical"] = partial(found.ct.write_like, found.classical)
     problem = ""
     if "dicom_seg" in job.kinds:
         masks = {"lung": found.lung, "lesion": found.lesions}

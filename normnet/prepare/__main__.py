@@ -12,6 +12,7 @@ import tyro
 
 from lesionsynth.commands import plainly, run
 from lesionsynth.io import SeriesInfo, dicom_folders, largest_series
+from normnet.config import Task
 from normnet.prepare.case import LungMethod, Side
 from normnet.prepare.run import CaseSummary, prepare
 from normnet.reasons import tell
@@ -38,8 +39,13 @@ class PrepareArgs:
     """Lung mask, or folder with a <case>_lung.nii.gz per case; segmented where omitted."""
     label: tuple[int, ...] = ()
     """Labels of the masks that are lung; all above zero where omitted."""
-    lungs: LungMethod = "thresholds"
-    """How lungs are segmented: by thresholds, or by the network of the package lungmask, if installed."""
+    lungs: LungMethod | None = None
+    """How lungs are segmented: network, that of this package; classical, thresholds and morphology; lungmask,
+    the network of that package, if installed; or weights of your own. network where omitted, classical with
+    --task lungs."""
+    task: Task = "lesions"
+    """What shall be trained: lesions; or lungs, which keeps whole chests on a coarse grid, right and left
+    told apart (spacing and size do not count then)."""
     exclude: Path | None = None
     """CSV of case,first_slice,last_slice to leave out; slices of the file, from 0 at the feet."""
     annotations: Path | None = None
@@ -91,6 +97,7 @@ def _prepare(args: PrepareArgs) -> int:
         names=args.name or None,
         series=args.series,
         lungs=args.lungs,
+        task=args.task,
         spacing=args.spacing,
         size=args.size,
         overwrite=args.overwrite,

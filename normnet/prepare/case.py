@@ -3,23 +3,29 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
 from lesionsynth.io import Scan, read_ct, read_mask
+from normnet.config import BUNDLED_LUNGS, WEIGHTS
 from normnet.prepare.grid import IsoGrid
-from normnet.prepare.lungmask import split_by_lungmask
-from normnet.prepare.lungs import Lungs, check_plausible, split_lungs, split_mask
+from normnet.prepare.lungmask import check_installed, split_by_lungmask
+from normnet.prepare.lungs import Lungs, check_agreement, check_plausible, split_lungs, split_mask
 from normnet.prepare.morphology import Mask, Spacing
+from normnet.records import model_name, sha256
 
 ISO_SPACING: Spacing = (1.0, 0.8, 0.8)
 """Working voxel in mm, axis order z, y, x (PAPER.md IV-B)."""
 Side = Literal["both", "right", "left"]
-LungMethod = Literal["thresholds", "lungmask"]
+LungMethod = str
+"""How lungs are segmented: "network", "classical", "lungmask", or weights of `normnet.train --task lungs`."""
+METHODS = ("network", "classical", "lungmask")
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,6 +47,10 @@ class LoadedCase:
     native_left : bool array or None
         The part of `native_mask` that is the left lung, where it was told apart on reading; see
         `native_sides`.
+    native_classical : bool array or None
+        The lungs by thresholds, where a network segmented them: empty where thresholds find none.
+    apart : bool
+        Whether the two disagree more than `normnet.prepare.lungs.check_agreement` lets pass.
     """
 
     hu: npt.NDArray[np.int16]
@@ -49,6 +59,8 @@ class LoadedCase:
     native_mask: Mask
     grid: IsoGrid
     native_left: Mask | None = None
+    native_classical: Mask | None = None
+    apart: bool = False
 
     @property
     def spacing(self) -> Spacing:
@@ -98,7 +110,7 @@ def load_case(
     margin: int = 4,
     keep_lung: Side = "both",
     series: str | None = None,
-    lungs: LungMethod = "thresholds",
+    lungs: LungMethod = "network",
     label: Sequence[int] = (),
 ) -> LoadedCase:
     """Read a CT, find its lungs and resample both.
@@ -119,9 +131,10 @@ def load_case(
         Keep one lung only.
     series : str, optional
         SeriesInstanceUID, for a DICOM folder with several.
-    lungs : {"thresholds", "lungmask"}
-        How lungs are segmented: `segment_lungs`, or the network of the package ``lungmask``, which must be
-        installed. Without effect where `mask_path` is given.
+    lungs : str
+        How lungs are segmented: "network", that of the package (`normnet.prepare.network`); "classical",
+        `segment_lungs`; "lungmask", the network of that package, which must be installed; or a run folder or
+        weights file of ``normnet.train --task lungs``. Without effect where `mask_path` is given.
     label : sequence of int
         Labels of the mask that are lung; see `read_mask`.
 
@@ -136,28 +149,89 @@ def load_case(
     check_grid(spacing, size)
     if keep_lung not in ("both", "right", "left"):
         raise ValueError(f"keep_lung must be both, right or left, got {keep_lung!r}")
-    if lungs not in ("thresholds", "lungmask"):
-        raise ValueError(f"lungs must be thresholds or lungmask, got {lungs!r}")
+    split = None if mask_path is not None else method_of(lungs)
     volume = read_ct(path, series)
-    native, left = _lungs(volume, mask_path, keep_lung, lungs, label)
+    native, left = _lungs(volume, mask_path, keep_lung, split, label)
+    classical, apart = None, False
+    if split is not None and weights_of(lungs) is not None:
+        classical, apart = _classical(volume, native, keep_lung)
     grid = IsoGrid.around(native, volume.spacing, spacing, margin=margin, size=size)
-    return LoadedCase(grid.to_iso(volume.hu), grid.to_iso(native), volume, native, grid, left)
+    return LoadedCase(
+        grid.to_iso(volume.hu), grid.to_iso(native), volume, native, grid, left, classical, apart
+    )
+
+
+def method_of(lungs: LungMethod) -> Callable[[npt.NDArray[np.int16], Spacing], Lungs]:
+    """Return the function that segments lungs as asked; networks are loaded once.
+
+    Raises
+    ------
+    ValueError
+        There is no such method, and no such weights.
+    ImportError
+        "lungmask" is not installed.
+    """
+    weights = weights_of(lungs)
+    if lungs == "lungmask":
+        check_installed()
+        return split_by_lungmask
+    if weights is None:
+        return split_lungs
+    from normnet.prepare.network import lung_network, split_by_network  # torch is long to load
+
+    return partial(split_by_network, network=lung_network(weights))
+
+
+def weights_of(lungs: LungMethod) -> Path | None:
+    """Return the weights file that a method stands for; None where it has none.
+
+    Raises
+    ------
+    ValueError
+        There is no such method, and no such file or run folder.
+    """
+    if lungs in ("classical", "lungmask"):
+        return None
+    if lungs == "network":
+        return BUNDLED_LUNGS
+    path = Path(lungs)
+    file = path / WEIGHTS if path.is_dir() else path
+    if not file.is_file():
+        raise ValueError(
+            f"lungs must be {', '.join(METHODS)}, or a run folder or weights of --task lungs, got {lungs!r}"
+        )
+    return file
+
+
+def method_record(lungs: LungMethod) -> dict[str, str | None]:
+    """Tell a method, for records: its name, or that of its weights, and the SHA-256 of these."""
+    weights = weights_of(lungs)
+    name = lungs if lungs in METHODS or weights is None else model_name(weights)
+    return {"lungs_from": name, "lungs_sha256": None if weights is None else sha256(weights)}
+
+
+def _classical(volume: Scan, lungs: Mask, keep_lung: Side) -> tuple[Mask, bool]:
+    """Segment by thresholds, to compare: nobody else looks at the outline before its numbers are used."""
+    try:
+        mask, _ = _side(split_lungs(volume.hu, volume.spacing), keep_lung)
+    except ValueError:
+        mask = np.zeros_like(lungs)
+    return mask, not check_agreement(lungs, mask, volume.spacing)
 
 
 def _lungs(
     volume: Scan,
     mask_path: str | os.PathLike[str] | None,
     keep_lung: Side,
-    method: LungMethod,
+    split: Callable[[npt.NDArray[np.int16], Spacing], Lungs] | None,
     label: Sequence[int],
 ) -> tuple[Mask, Mask | None]:
     """Lungs on the CT's grid, and the left one among them where that is known."""
     left = None
     try:
-        if mask_path is None:
-            split = split_lungs if method == "thresholds" else split_by_lungmask
+        if split is not None:
             mask, left = _side(split(volume.hu, volume.spacing), keep_lung)
-        else:
+        elif mask_path is not None:
             mask = read_mask(mask_path, volume, label)
             if not mask.any():
                 raise ValueError(f"the lung mask {os.fspath(mask_path)} must not be empty")

@@ -200,6 +200,12 @@ def _taps(positions: npt.NDArray[np.float64], n: int) -> Taps:
     return low, np.minimum(low + 1, n - 1), (at - low).astype(np.float32)
 
 
+def linear(volume: npt.NDArray[Any], positions: list[npt.NDArray[np.float64]]) -> npt.NDArray[np.float32]:
+    """Interpolate a small volume at many positions along each axis; what lies beyond an end is its value."""
+    taps = [_taps(at, n) for at, n in zip(positions, volume.shape, strict=True)]
+    return _linear(volume, taps, [1, 2, 0])
+
+
 def _linear(volume: npt.NDArray[Any], taps: list[Taps], order: list[int]) -> npt.NDArray[np.float32]:
     out = volume
     for axis in order:

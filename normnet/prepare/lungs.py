@@ -9,6 +9,7 @@ nodules, consolidation), outline.
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -95,6 +96,8 @@ AERATED_HU, LEAST_AERATED = -960, 0.3
 in all that is no lung in them."""
 MOST_CUT = 0.05
 """Share of the lungs' shadow on a side of the image; less where an image is cropped to their box."""
+APART_ML, APART_PART = 1000.0, 0.2
+"""Volume by which two segmentations of the same lungs may differ, in ml and as a share of the larger."""
 REACH_MM, DEPTH_MM, RIM_MM = 2.5, 3.0, 1.5
 CHUNK = 32
 """Slices whose distances are worked out at once."""
@@ -425,21 +428,45 @@ def outline(
     empty[empty] = np.isin(part[empty], outside[1])
     air = (part < AIR_HU) & ~empty
     bronchi = spread(_signed(airway[box], mm), factors, part.shape) > 0
-    found = []
-    taken = np.zeros(part.shape, bool)
-    for lung in lungs:
-        whole = np.zeros(hu.shape, bool)
-        if lung.any():
-            distance = spread(_signed(lung[box], mm), factors, part.shape)
-            tissue = plane_opened((distance > 0) & ~air, RIM_MM, spacing)
-            mask = (air & (distance > -REACH_MM)) | (distance > DEPTH_MM) | tissue
-            mask &= ~bronchi & ~taken & ~empty
+    fields = (spread(_signed(lung[box], mm), factors, part.shape) if lung.any() else None for lung in lungs)
+    right, left = (np.zeros(hu.shape, bool) for _ in lungs)
+    right[fine], left[fine] = settle(air, ~bronchi & ~empty, spacing, fields)
+    return Lungs(right, left)
+
+
+def settle(
+    air: Mask, allowed: Mask, spacing: Spacing, fields: Iterable[npt.NDArray[np.float32] | None]
+) -> list[Mask]:
+    """Set the outline of each lung by intensities where they decide, and else by its field.
+
+    Parameters
+    ----------
+    air : (z, y, x) bool array
+        Voxels as dark as lung.
+    allowed : (z, y, x) bool array
+        Voxels that may be lung.
+    spacing : (3,) floats
+        Voxel size in mm, axis order z, y, x.
+    fields : iterable of (z, y, x) float32 arrays
+        Distance in mm to the outline of each lung as it is known so far, positive inside; None where there is
+        no such lung. The first of two that claim a voxel gets it.
+
+    Returns
+    -------
+    list of (z, y, x) bool arrays
+        Air up to `REACH_MM` outside the outline; tissue from `DEPTH_MM` inside it, or where it is thick.
+    """
+    found, allowed = [], allowed.copy()
+    for field in fields:
+        mask = np.zeros(air.shape, bool)
+        if field is not None:
+            tissue = plane_opened((field > 0) & ~air, RIM_MM, spacing)
+            mask = ((air & (field > -REACH_MM)) | (field > DEPTH_MM) | tissue) & allowed
             mask = fill_slices(fill_enclosed(mask), round(HOLE_MM2 / (spacing[1] * spacing[2])))
-            mask = largest(mask & ~bronchi & ~taken)
-            taken |= mask
-            whole[fine] = mask
-        found.append(whole)
-    return Lungs(found[0], found[1])
+            mask = largest(mask & allowed)
+            allowed &= ~mask
+        found.append(mask)
+    return found
 
 
 def check_plausible(
@@ -502,6 +529,41 @@ def check_plausible(
             )
     for text in said:
         warnings.warn(text, stacklevel=2)
+
+
+def check_agreement(lungs: Mask, classical: Mask, spacing: Spacing) -> bool:
+    """Tell whether lungs by a network and by thresholds are the same lungs.
+
+    Parameters
+    ----------
+    lungs, classical : (Z, Y, X) bool arrays
+        By the network; by thresholds, empty where these find none.
+    spacing : (3,) floats
+        Voxel size in mm.
+
+    Returns
+    -------
+    bool
+        False where more than `APART_ML`, or `APART_PART` of the larger, belongs to one of them alone.
+
+    Warns
+    -----
+    UserWarning
+        They are not; says what which has alone.
+    """
+    ml = float(np.prod(spacing)) / 1000
+    whole, other = int(np.count_nonzero(lungs)), int(np.count_nonzero(classical))
+    shared = int(np.count_nonzero(lungs & classical))
+    more, less = (whole - shared) * ml, (other - shared) * ml
+    if more + less <= min(APART_ML, APART_PART * max(whole, other) * ml):
+        return True
+    text = (
+        f"the lung network has {more:.0f} ml that thresholds have not, and lacks {less:.0f} ml that they have"
+        if other
+        else f"the lung network has {more:.0f} ml, and thresholds find no lung"
+    )
+    warnings.warn(f"{text}: dense disease, or a wrong outline? Look at it", stacklevel=2)
+    return False
 
 
 def _signed(mask: Mask, mm: Spacing) -> npt.NDArray[np.float32]:

@@ -7,8 +7,7 @@ from pathlib import Path
 
 from lesionsynth.io import SUFFIXES, case_name, split_name
 from lesionsynth.strict import name_of, some_of
-from normnet.prepare.case import LungMethod
-from normnet.prepare.lungmask import check_installed
+from normnet.prepare.case import LungMethod, method_of
 
 
 def check_lungs(masks: Path | None, lungs: LungMethod, cases: int, label: Sequence[int] = ()) -> None:
@@ -19,15 +18,14 @@ def check_lungs(masks: Path | None, lungs: LungMethod, cases: int, label: Sequen
     FileNotFoundError
         `masks` does not exist.
     ValueError
-        It is one file for several CT; `label` without `masks`.
+        It is one file for several CT; `label` without `masks`; `lungs` is no method, and no weights.
     ImportError
         `lungs` is "lungmask", which is needed and not installed.
     """
     if masks is None:
         if label:
             raise ValueError(f"label must be left out where no masks are given, got {list(label)}")
-        if lungs == "lungmask":
-            check_installed()
+        method_of(lungs)
         return
     if not masks.exists():
         raise FileNotFoundError(f"masks must exist, got {masks}: no such file or folder")

@@ -11,6 +11,7 @@ from pathlib import Path
 from lesionsynth.files import claimed, refuse_foreign
 from lesionsynth.io import Found, Source, find_sources
 from lesionsynth.strict import name_of
+from normnet.config import OUTPUTS, Task
 from normnet.prepare.case import ISO_SPACING, LungMethod, Side, check_grid
 from normnet.prepare.exclude import read_exclusions
 from normnet.prepare.luna import find_annotations, match_annotations
@@ -35,7 +36,8 @@ def prepare(
     keep_lung: Mapping[str, Side] | None = None,
     names: Sequence[str] | None = None,
     series: str = "largest",
-    lungs: LungMethod = "thresholds",
+    lungs: LungMethod | None = None,
+    task: Task = "lesions",
     spacing: Spacing = ISO_SPACING,
     size: int = 512,
     overwrite: bool = False,
@@ -69,8 +71,13 @@ def prepare(
         Case names, one per CT found.
     series : str
         Of a DICOM folder with several series: "largest", "all", or a SeriesInstanceUID.
-    lungs : {"thresholds", "lungmask"}
-        How lungs are segmented where there are no `masks`; see `load_case`.
+    lungs : str, optional
+        How lungs are segmented where there are no `masks`; see `load_case`. Omitted: "network", or
+        "classical" for the task lungs, whose network shall not be taught by itself.
+    task : {"lesions", "lungs"}
+        What shall be trained. For lungs the whole scan is kept on a coarse grid that follows the patient's
+        size, with the right and the left lung told apart; `spacing` and `size` do not count, nodules stay,
+        and `keep_lung` must be omitted.
     spacing : (3,) floats
         Working voxel size in mm, axis order z, y, x.
     size : int
@@ -102,6 +109,13 @@ def prepare(
     check_grid(spacing, size)  # before there is a store that is stuck with it
     if workers < 1:
         raise ValueError(f"workers must be at least 1, got {workers}")
+    for_lungs = task == "lungs"
+    if task not in OUTPUTS:
+        raise ValueError(f"task must be one of {', '.join(OUTPUTS)}, got {task!r}")
+    if for_lungs and (keep_lung or annotations is not None):
+        given = "keep_lung" if keep_lung else "annotations"
+        raise ValueError(f"{given} must be omitted for the task lungs: both are shown, with their nodules")
+    lungs = lungs or ("classical" if for_lungs else "network")
     found = find_sources(inputs, series=series, names=names, output=Path(output))
     sources = _by_name(found, names)
     sides = dict(keep_lung or {})
@@ -109,8 +123,9 @@ def prepare(
     _check_names(list(sources), exclude=left_out, keep_lung=sides)
     check_lungs(None if masks is None else Path(masks), lungs, len(sources), label)
     files = [Path(annotations)] if annotations is not None else find_annotations(inputs)
-    nodules = match_annotations(files, list(sources.values()))
-    store = Store.create(output, {"spacing": [float(s) for s in spacing], "size": int(size)})
+    nodules = {} if for_lungs else match_annotations(files, list(sources.values()))
+    kept = {"task": task} if for_lungs else {"spacing": [float(s) for s in spacing], "size": int(size)}
+    store = Store.create(output, kept)
     refuse_foreign(store.path, ["summary.csv"], ours=is_summary(store.path / "summary.csv"), maker="a store")
     (store.path / "qc").mkdir(exist_ok=True)
     tasks = [
@@ -126,6 +141,7 @@ def prepare(
             nodules=tuple(nodules.get(source, ())),
             side=sides.get(case_id, "both"),
             lungs=lungs,
+            task=task,
         )
         for case_id, source in sources.items()
     ]

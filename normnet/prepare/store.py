@@ -33,6 +33,7 @@ from lesionsynth.commands import one_line
 from lesionsynth.config import check_spacing
 from lesionsynth.files import write_atomically
 from lesionsynth.strict import build, hints_of, name_of, read_json, shown
+from normnet.config import OUTPUTS, Task
 
 FORMAT = 1
 CHUNK_SLICES = 4
@@ -54,12 +55,15 @@ class _StoreMeta:
     format: Any = None
     spacing: tuple[float, float, float] | None = None
     size: int | None = None
+    task: Task = "lesions"
 
     def __post_init__(self) -> None:
         if self.spacing is not None:
             check_spacing(self.spacing)
         if self.size is not None and not 1 <= self.size <= 65_536:
             raise ValueError(f"size must be in [1, 65536], got {self.size}")
+        if self.task not in OUTPUTS:
+            raise ValueError(f"task must be one of {', '.join(OUTPUTS)}, got {shown(self.task)}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,6 +162,10 @@ class Case:
             raise ValueError(f"slab must satisfy 0 <= z0 < z1 <= {self.shape[0]}, got {z0}, {z1}")
         return self._read("hu", z0, z1), self._read("mask", z0, z1) > 0
 
+    def lungs(self) -> npt.NDArray[np.uint8]:
+        """Read the whole mask as it was stored: 1 right and 2 left, in a store of chests."""
+        return self._read("mask", 0, self.shape[0])
+
     def is_whole(self) -> bool:
         """Tell whether both arrays can be opened and have the right shape; a copy cut short has not."""
         try:
@@ -202,7 +210,7 @@ class Store:
     ----------
     path : Path
     meta : dict
-        Of the whole store: ``spacing``, ``size``.
+        Of the whole store: ``spacing``, ``size``; or ``task``, for chests.
     """
 
     def __init__(self, path: Path, meta: dict[str, Any]) -> None:
@@ -278,7 +286,7 @@ class Store:
         self,
         case_id: str,
         hu: npt.NDArray[np.int16],
-        mask: npt.NDArray[np.bool_],
+        mask: npt.NDArray[np.bool_] | npt.NDArray[np.uint8],
         meta: Mapping[str, Any] | None = None,
         *,
         overwrite: bool = False,
@@ -290,7 +298,7 @@ class Store:
         case_id : str
             Letters, digits and ``_.@+-``; names the folder.
         hu : (Z, Y, X) int16 array
-        mask : (Z, Y, X) bool array
+        mask : (Z, Y, X) bool array, or uint8 with 1 for the right and 2 for the left lung
         meta : mapping, optional
             JSON-able. ``spacing`` defaults to the store's, ``segments`` to all slices.
         overwrite : bool
@@ -382,8 +390,10 @@ def _checked(
         )
     if hu.ndim != 3 or hu.shape != mask.shape:
         raise ValueError(f"hu and mask must be 3-D of one shape, got {hu.shape} and {mask.shape}")
-    if hu.dtype != np.int16 or mask.dtype != np.bool_:
-        raise ValueError(f"hu must be int16 and mask bool, got {hu.dtype} and {mask.dtype}")
+    if hu.dtype != np.int16 or mask.dtype not in (np.bool_, np.uint8):
+        raise ValueError(f"hu must be int16 and mask bool or uint8, got {hu.dtype} and {mask.dtype}")
+    if mask.dtype == np.uint8 and mask.size and mask.max() > 2:
+        raise ValueError(f"mask must have 0, 1 for right and 2 for left, got {mask.max()}")
     spacing = meta.get("spacing", store.get("spacing"))
     if spacing is None:
         raise ValueError("meta must give spacing, as the store does not")
@@ -393,7 +403,7 @@ def _checked(
         if not end <= z0 < z1 <= hu.shape[0]:
             raise ValueError(f"segments must be ascending runs of slices in 0..{hu.shape[0]}, got {segments}")
         end = z1
-    counts = [int(n) for n in mask.sum(axis=(1, 2))]
+    counts = [int(n) for n in np.count_nonzero(mask, axis=(1, 2))]
     return {
         **meta,
         "shape": list(hu.shape),

@@ -11,13 +11,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 import lesionsynth as ls
 from lesionsynth.files import is_picture
 from lesionsynth.io import Source
 from lesionsynth.strict import name_of
-from normnet.prepare.case import LoadedCase, LungMethod, Side, load_case
+from normnet.config import Task
+from normnet.prepare.case import LoadedCase, LungMethod, Side, load_case, method_record
+from normnet.prepare.chest import chest_grid, shrink, without_hilum
 from normnet.prepare.exclude import Nodule, Range, kept_slices, nodule_slices, runs
+from normnet.prepare.grid import IsoGrid
 from normnet.prepare.masks import find_mask
 from normnet.prepare.morphology import Mask, Spacing, bounding_box, plane_eroded
 from normnet.prepare.qc import write_picture
@@ -48,15 +52,19 @@ class Work:
     nodules: tuple[Nodule, ...]
     side: Side
     lungs: LungMethod
+    task: Task
 
     def request(self) -> dict[str, Any]:
         """Give what of it changes the case, as kept in its meta data."""
-        lungs = self.lungs if self.masks is None else name_of(find_mask(self.masks, self.source.case).name)
+        lungs: dict[str, str | None] = method_record(self.lungs)
+        if self.masks is not None:
+            mask = find_mask(self.masks, self.source.case)
+            lungs = {"lungs_from": name_of(mask.name), "lungs_sha256": None}
         return {
             "series": self.source.series,
             "excluded": [list(r) for r in self.left_out],
             "nodules": [list(n) for n in self.nodules],
-            "lungs_from": lungs,
+            **lungs,
             "label": list(self.label),
             "kept_lung": self.side,
         }
@@ -103,8 +111,15 @@ def prepare_one(work: Work) -> dict[str, Any]:
             lungs=work.lungs,
             label=work.label,
         )
-    keep = kept_slices(case.grid, [*work.left_out, *nodule_slices(case.volume, work.nodules)])
-    mask, removed = _without_edges(case)
+    hu, grid, sides = case.hu, case.grid, None
+    if work.task == "lungs":
+        hu, grid, sides = _chest(case)
+    keep = kept_slices(grid, [*work.left_out, *nodule_slices(case.volume, work.nodules)])
+    if sides is None:
+        mask, removed = _without_edges(case)
+    else:
+        mask, removed = sides > 0, np.zeros(sides.shape, bool)
+        sides[~keep] = 0
     mask[~keep] = False
     if not mask.any():
         raise ValueError(f"{source.path}: no lung is left after the slices to leave out")
@@ -112,14 +127,14 @@ def prepare_one(work: Work) -> dict[str, Any]:
         "source": name_of(source.path.name),
         "source_shape": list(case.volume.hu.shape),
         "source_spacing": list(case.volume.spacing),
-        "spacing": list(work.spacing),
-        "start": list(case.grid.start),
+        "spacing": list(grid.spacing),
+        "start": list(grid.start),
         "segments": [list(run) for run in runs(keep)],
         **work.request(),
-        "lung_ml": float(mask.sum()) * float(np.prod(work.spacing)) / 1000,
-        "bright_fraction": float((case.hu[mask] >= -500).mean()),
+        "lung_ml": float(mask.sum()) * float(np.prod(grid.spacing)) / 1000,
+        "bright_fraction": float((hu[mask] >= -500).mean()),
         "edge_voxels": int(removed.sum()),
-        "cropped_fraction": _cropped(case),
+        "cropped_fraction": _cropped(case, grid),
         "warnings": said,
     }
     title = (
@@ -128,16 +143,29 @@ def prepare_one(work: Work) -> dict[str, Any]:
     )
 
     def draw(path: Path) -> None:
-        write_picture(path, case.hu, mask, removed, spacing=work.spacing, segments=runs(keep), title=title)
+        write_picture(path, hu, mask, removed, spacing=grid.spacing, segments=runs(keep), title=title)
 
-    return _stored(store, work.case_id, case, mask, meta, draw)
+    return _stored(store, work.case_id, hu, mask if sides is None else sides, meta, draw)
+
+
+def _chest(case: LoadedCase) -> tuple[npt.NDArray[np.int16], IsoGrid, npt.NDArray[np.uint8]]:
+    """Bring the whole scan to the coarse grid: HU, grid, and 1 where the right lung is, 2 where the left."""
+    sides = case.native_sides
+    if sides is None or not all(lung.any() for lung in sides):
+        raise ValueError(f"{case.volume.path}: the scan must show both lungs, and they must be told apart")
+    grid = chest_grid(case.volume.hu, case.volume.spacing)
+    hu = np.rint(shrink(case.volume.hu, grid)).astype(np.int16)
+    first, second = (shrink(lung, grid) for lung in sides)
+    lungs = first + second > 0.5
+    right, left = without_hilum(hu, lungs & (first >= second), lungs & (first < second))
+    return hu, grid, right + np.uint8(2) * left
 
 
 def _stored(
     store: Store,
     case_id: str,
-    case: LoadedCase,
-    mask: Mask,
+    hu: npt.NDArray[np.int16],
+    mask: npt.NDArray[Any],
     meta: dict[str, Any],
     draw: Callable[[Path], None],
 ) -> dict[str, Any]:
@@ -148,7 +176,7 @@ def _stored(
     scratch = store.scratch(picture)
     try:
         draw(scratch)
-        added = store.add(case_id, case.hu, mask, meta, overwrite=True)
+        added = store.add(case_id, hu, mask, meta, overwrite=True)
         scratch.replace(picture)
     except BaseException:
         scratch.unlink(missing_ok=True)
@@ -172,11 +200,11 @@ def _without_edges(case: LoadedCase) -> tuple[Mask, Mask]:
     return mask, case.mask & ~mask
 
 
-def _cropped(case: LoadedCase) -> float:
+def _cropped(case: LoadedCase, grid: IsoGrid) -> float:
     """Share of the lungs that the in-plane window cuts off."""
     sides = []
     for axis in (1, 2):
-        at = case.grid.window_positions(axis)
-        sides.append((at >= -0.5) & (at < case.grid.shape[axis] - 0.5))
+        at = grid.window_positions(axis)
+        sides.append((at >= -0.5) & (at < grid.shape[axis] - 0.5))
     shown = int((case.native_mask & sides[0][:, None] & sides[1]).sum())
     return 1.0 - shown / int(case.native_mask.sum())

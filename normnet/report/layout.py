@@ -142,7 +142,14 @@ def _growth(record: Record) -> str:
 def _lungs(record: Record, *, path: bool = True) -> str:
     """Tell where the lungs are from."""
     source = str(record["lungs_from"])
-    methods = {"thresholds": "segmented by thresholds", "lungmask": "segmented by lungmask"}
+    methods = {
+        "network": "segmented by the lung network",
+        "classical": "segmented by thresholds",
+        "thresholds": "segmented by thresholds",  # earlier versions
+        "lungmask": "segmented by lungmask",
+    }
+    if source not in methods and record.get("lungs_sha256"):
+        return f"segmented by the lung network {source}"
     return methods.get(source) or (f"mask file {source}" if path else "mask files")
 
 

@@ -1,0 +1,352 @@
+"""Training samples of the lung network: healthy chests, moved, diseased, and seen by another scanner.
+
+A healthy scan's lung mask is right where its disease is painted on: asked for it all the same, a network
+learns where lung is from ribs, heart, diaphragm and the other lung. The batch of a step is a function of
+(seed, step) alone, as `normnet.data`'s.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.nn.functional as functional
+from scipy import ndimage
+
+import lesionsynth as ls
+from normnet.config import AugmentConfig, ChestConfig, TrainConfig
+from normnet.data import VALIDATION_INDEX, Batch, ThickSlices
+from normnet.distributed import World
+from normnet.painting import LEFT, RIGHT, Painter
+from normnet.prepare.chest import ADULT_MM, window
+from normnet.prepare.lungs import split_mask
+from normnet.prepare.store import Store
+from normnet.volumes import PHANTOM_SEED
+from normnet.thick import slice_profile
+
+Image = npt.NDArray[np.float32]
+Labels = npt.NDArray[np.uint8]
+AIR_HU = -1024.0
+CHEST_STREAM, PLACE_STREAM, NOISE_STREAM, BEND_STREAM, VESSEL_STREAM = 80, 81, 82, 83, 84
+"""Philox streams; see `normnet.data.SLAB_STREAM`."""
+BEND_VOXELS = 16
+"""Distance of the control points of a chest's bending."""
+FILLS = (-1024.0, -1000.0, -2000.0, -3024.0, -800.0, 0.0, 40.0, 1000.0)
+"""What files have outside the scanned field."""
+
+
+@dataclass(frozen=True, eq=False)
+class Chest:
+    """A healthy scan on the coarse grid of `normnet.prepare.chest`.
+
+    Attributes
+    ----------
+    name : str
+    hu : (z, y, x) int16 array
+    lungs : (z, y, x) uint8 array
+        1 right, 2 left.
+    segments : list of (first, after last)
+        Runs of slices whose mask is right.
+    """
+
+    name: str
+    hu: npt.NDArray[np.int16]
+    lungs: Labels
+    segments: list[tuple[int, int]]
+
+
+class ChestStream:
+    """Batches for the lung network, each a function of its step.
+
+    Parameters
+    ----------
+    chests : sequence of Chest
+        Healthy scans.
+    seed : int
+        Chooses and draws.
+    batch_size, slab, crop : int
+        Samples of a batch over all processes; slices of a sample and its size in plane.
+    mirror : bool
+        Flip half of the samples left to right, and name the lungs anew.
+    thick : ThickSlices
+        Samples shown as thick-slice scans.
+    augment : AugmentConfig
+        How anatomy and scanner vary; its rotate, zoom, blur, noise, offset and gain.
+    chest : ChestConfig
+        Disease, pose, contrast, arms, fields of view.
+    first_index : int
+        Sample index of the first sample of step 0.
+    rank, processes : int
+        This process makes the part `rank` of `processes` equal parts of each batch.
+    """
+
+    device = torch.device("cpu")
+
+    def __init__(
+        self,
+        chests: Sequence[Chest],
+        seed: int,
+        *,
+        batch_size: int,
+        slab: int,
+        crop: int,
+        mirror: bool = False,
+        thick: ThickSlices | None = None,
+        augment: AugmentConfig | None = None,
+        chest: ChestConfig | None = None,
+        first_index: int = 0,
+        rank: int = 0,
+        processes: int = 1,
+    ) -> None:
+        self._sources = [_Source(c.hu[a:b], c.lungs[a:b]) for c in chests for a, b in c.segments]
+        self._seed, self._shape = seed, (slab, crop, crop)
+        self._mirror, self._thick = mirror, thick or ThickSlices()
+        self._augment, self._chest = augment or AugmentConfig(), chest or ChestConfig()
+        self._first, self._size = first_index, batch_size
+        self._share = range(rank * batch_size // processes, (rank + 1) * batch_size // processes)
+        self._paint = Painter(ADULT_MM, seed)
+
+    def batch(self, step: int) -> Batch:
+        """Make the samples of a step."""
+        start = time.perf_counter()
+        first = self._first + step * self._size
+        samples = [self.sample(first + k) for k in self._share]
+        image, lungs, disease = (np.stack([s[k] for s in samples]) for k in range(3))
+        target = torch.from_numpy(np.stack([lungs == RIGHT, lungs == LEFT], axis=1))
+        seconds = time.perf_counter() - start
+        ill = torch.from_numpy(disease)[:, None]
+        return Batch(torch.from_numpy(image)[:, None], target, lambda: ill, lambda: seconds)
+
+    def sample(self, index: int) -> tuple[Image, Labels, npt.NDArray[np.bool_]]:
+        """Make one sample: what the network sees, the lungs, and what of them is painted; (z, y, x)."""
+        u = ls.ops.philox_uniform((1, 1, 64), self._seed, stream=CHEST_STREAM, sample=index, threads=1)
+        draw = iter(u.ravel().astype(float).tolist())
+        source = self._sources[int(next(draw) * len(self._sources))]
+        places, zoom = self._places(source, draw, index)
+        hu, lungs, depth = source.at(places)
+        if self._mirror and next(draw) < 0.5:
+            hu, lungs, depth = (np.ascontiguousarray(a[:, :, ::-1]) for a in (hu, lungs, depth))
+            lungs = np.asarray([0, LEFT, RIGHT], np.uint8)[lungs]
+        disease = np.zeros(lungs.shape, bool)
+        if next(draw) < self._chest.diseased:
+            hu, disease = self._paint(hu, lungs, depth * zoom, index)
+        hu = self._arms(hu, lungs, draw)
+        hu = self._contrast(hu, lungs, draw, index)
+        hu, lungs = self._scanner(hu, lungs, draw, index)
+        hu, lungs = self._field(hu, lungs, draw)
+        return window(hu), lungs, disease & (lungs > 0)
+
+    def _places(self, source: _Source, draw: Iterator[float], index: int) -> tuple[torch.Tensor, float]:
+        """Where the sample's voxels lie in the scan: (z, y, x, 3), in voxels z, y, x; and the zoom."""
+        config = self._augment
+        turn = math.radians(config.rotate) * (2 * next(draw) - 1)
+        tilt, roll = (math.radians(self._chest.tilt) * (2 * next(draw) - 1) for _ in range(2))
+        zoom = (1 + config.zoom) ** (2 * next(draw) - 1)
+        scales = [zoom * (1 + self._chest.stretch) ** (2 * next(draw) - 1) for _ in range(3)]
+        matrix = _rotation(turn, tilt, roll) / np.asarray(scales)
+        reach, height = self._shape[0] / 4 / scales[0], source.shape[0]
+        low, high = (reach, height - reach) if height > 2 * reach else (height / 2, height / 2)
+        centre = np.asarray(
+            [
+                low + next(draw) * (high - low),
+                source.middle[0] + 24 * (next(draw) - 0.5),
+                source.middle[1] + 48 * (next(draw) - 0.5),
+            ]
+        )
+        axes = [torch.arange(n, dtype=torch.float32) - (n - 1) / 2 for n in self._shape]
+        grid = torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1)
+        places = grid @ torch.from_numpy(matrix.T.astype(np.float32)) + torch.from_numpy(
+            centre.astype(np.float32)
+        )
+        if self._chest.bend:
+            knots = [n // BEND_VOXELS + 2 for n in self._shape]
+            field = ls.ops.philox_uniform(
+                (3 * knots[0], knots[1], knots[2]), self._seed, stream=BEND_STREAM, sample=index, threads=1
+            )
+            field = torch.from_numpy(field.reshape(1, 3, *knots)) - 0.5
+            amount = 2 * self._chest.bend * next(draw)
+            smooth = functional.interpolate(field, size=self._shape, mode="trilinear", align_corners=True)
+            places += amount * smooth[0].permute(1, 2, 3, 0)
+        return places, zoom
+
+    def _arms(self, hu: Image, lungs: Labels, draw: Iterator[float]) -> Image:
+        """Lay an arm beside the body, where there is air."""
+        chance, side, place, radius, along = (next(draw) for _ in range(5))
+        if chance >= self._chest.arms or not lungs.any():
+            return hu
+        columns = np.flatnonzero((hu > -300).mean(axis=(0, 1)) > 0.05)
+        if not len(columns):
+            return hu
+        radius = 10 + 8 * radius
+        x = columns[0] - radius + 4 if side < 0.5 else columns[-1] + radius - 4
+        y = hu.shape[1] * (0.35 + 0.4 * place)
+        z, ys, xs = (np.arange(n, dtype=np.float32) for n in hu.shape)
+        lean = 0.3 * (2 * along - 1) * (z - z.mean())
+        away = np.hypot(ys[:, None] - (y + lean)[:, None, None], xs - x)
+        arm = np.where(away < 0.3 * radius, 700.0, np.where(away < 0.85 * radius, 50.0, -90.0))
+        free = (away < radius) & (hu < -300) & (lungs == 0)
+        return np.where(free, arm, hu).astype(np.float32)
+
+    def _contrast(self, hu: Image, lungs: Labels, draw: Iterator[float], index: int) -> Image:
+        """Add contrast to soft tissue, more here and less there."""
+        chance, amount = next(draw), next(draw)
+        if chance >= self._chest.contrast:
+            return hu
+        white = ls.ops.philox_uniform(self._shape, self._seed, stream=VESSEL_STREAM, sample=index, threads=1)
+        smooth = np.asarray(ls.ops.gaussian_filter(white - np.float32(0.5), 5.0, threads=1))
+        where = np.clip(smooth / (smooth.std() + 1e-6), 0, 1.5) * ((hu > 0) & (hu < 150) & (lungs == 0))
+        return np.asarray(hu + 300 * amount * where, np.float32)
+
+    def _scanner(self, hu: Image, lungs: Labels, draw: Iterator[float], index: int) -> tuple[Image, Labels]:
+        """Blur or sharpen, thick slices, noise, calibration."""
+        config = self._augment
+        sharp, blur, noise, grain, offset, gain, thick, thickness, phase = (next(draw) for _ in range(9))
+        if config.blur and sharp < 0.7:
+            sigma = config.blur * blur
+            soft = np.asarray(ls.ops.gaussian_filter(hu, (0.0, sigma, sigma), threads=1))
+            hu = soft if sharp < 0.4 else 2 * hu - soft
+        if thick < self._thick.share:
+            thin, most = self._thick.millimetres
+            profile, nearest = slice_profile(len(hu), ADULT_MM, thin + thickness * (most - thin), phase)
+            hu, lungs = (profile @ hu.reshape(len(hu), -1)).reshape(hu.shape), lungs[nearest]
+        if config.noise:
+            white = ls.ops.philox_uniform(
+                self._shape, self._seed, stream=NOISE_STREAM, sample=index, threads=1
+            )
+            field = np.asarray(ls.ops.gaussian_filter(white - np.float32(0.5), 0.2 + 0.8 * grain, threads=1))
+            hu = hu + config.noise * noise**2 * field / (field.std() + 1e-6)
+        hu = (hu + 1000) * (1 + config.gain * (2 * gain - 1)) - 1000 + config.offset * (2 * offset - 1)
+        return hu.astype(np.float32), lungs
+
+    def _field(self, hu: Image, lungs: Labels, draw: Iterator[float]) -> tuple[Image, Labels]:
+        """Cut the field of view, and fill what is outside; what is cut off is no lung."""
+        chance, round_, fill = next(draw), next(draw), next(draw)
+        cuts = [next(draw) for _ in range(6)]
+        edges = [next(draw) for _ in range(6)]
+        inside = np.ones(hu.shape, bool)
+        if chance < self._chest.cropped:
+            for axis in range(3):
+                n = hu.shape[axis]
+                low = int(n * 0.35 * edges[2 * axis]) if cuts[2 * axis] < 0.4 else 0
+                high = int(n * 0.35 * edges[2 * axis + 1]) if cuts[2 * axis + 1] < 0.4 else 0
+                at = [slice(None)] * 3
+                for part in (slice(0, low), slice(n - high, n)):
+                    at[axis] = part
+                    inside[tuple(at)] = False
+        if round_ < 0.5 * self._chest.cropped:
+            y, x = (np.arange(n) - (n - 1) / 2 for n in hu.shape[1:])
+            inside &= np.hypot(y[:, None], x) < hu.shape[1] * (0.45 + 0.25 * edges[0])
+        if inside.all():
+            return hu, lungs
+        lungs = np.where(inside, lungs, np.uint8(0))
+        return np.where(inside, hu, np.float32(FILLS[int(fill * len(FILLS))])), lungs
+
+
+def store_chests(path: Path) -> list[Chest]:
+    """Read a store that `normnet.prepare` wrote for the task lungs.
+
+    Raises
+    ------
+    ValueError
+        It is of another task.
+    """
+    store = Store.open(path)
+    if (task := store.meta.get("task", "lesions")) != "lungs":
+        raise ValueError(f"data must be a store prepared with --task lungs, got {path} for {task}")
+    chests = []
+    for case in map(store.__getitem__, store.case_ids):
+        hu, _ = case.slab(0, case.shape[0])
+        chests.append(Chest(case.case_id, hu, case.lungs(), case.segments))
+    return chests
+
+
+def phantom_chests(
+    count: int, seed: int, shape: tuple[int, int, int], spacing: tuple[float, float, float]
+) -> list[Chest]:
+    """Draw healthy phantoms for the training run `seed`."""
+    chests = []
+    for k in range(PHANTOM_SEED + 100 * seed, PHANTOM_SEED + 100 * seed + count):
+        phantom = ls.phantom.chest_ct(shape=shape, spacing=spacing, seed=k)
+        sides = split_mask(phantom.lung_mask, spacing)
+        lungs = (RIGHT * sides.right + LEFT * sides.left).astype(np.uint8)
+        chests.append(Chest(f"phantom{k}", phantom.hu, lungs, [(0, shape[0])]))
+    return chests
+
+
+def lung_streams(config: TrainConfig, device: torch.device, world: World) -> tuple[ChestStream, list[Batch]]:
+    """Return the training stream of the task lungs and the fixed validation batches.
+
+    The chests with the fewest slices are held out; phantoms are, where there is no data.
+
+    Raises
+    ------
+    ValueError
+        Nothing would be left to train on.
+    """
+    drawn = config.phantoms + (config.held_out if config.data is None else 0)
+    phantoms = phantom_chests(drawn, config.seed, config.phantom_shape, config.phantom_spacing)
+    chests = phantoms if config.data is None else store_chests(config.data)
+    if len(chests) <= config.held_out:
+        raise ValueError(f"data must hold more than held_out={config.held_out} chests, got {len(chests)}")
+    chests = sorted(chests, key=lambda chest: (len(chest.hu), chest.name))
+    held, training = chests[: config.held_out], chests[config.held_out :]
+    if config.data is not None:
+        training = training + phantoms
+    common: dict[str, Any] = {
+        "slab": config.slab,
+        "crop": config.crop,
+        "mirror": config.mirror,
+        "thick": ThickSlices(config.thick_slices, config.thick_mm),
+        "augment": config.augment,
+        "chest": config.chest,
+    }
+    stream = ChestStream(
+        training, config.seed, batch_size=config.batch_size, rank=world.rank, processes=world.size, **common
+    )
+    if not held or not world.leads:
+        return stream, []
+    checks = ChestStream(held, config.seed, batch_size=1, first_index=VALIDATION_INDEX, **common)
+    return stream, [checks.batch(k) for k in range(config.validation_pairs)]
+
+
+class _Source:
+    """Slices of a chest, ready to be sampled: HU, right, left, and depth in an adult's mm as one tensor."""
+
+    def __init__(self, hu: npt.NDArray[np.int16], lungs: Labels) -> None:
+        mask = lungs > 0
+        deep = ndimage.distance_transform_edt(np.pad(mask, 1, mode="edge"))[1:-1, 1:-1, 1:-1] * ADULT_MM
+        channels = [hu.astype(np.float32) - AIR_HU, lungs == RIGHT, lungs == LEFT, deep]
+        self._channels = torch.from_numpy(np.stack([c.astype(np.float32) for c in channels]))[None]
+        self.shape = lungs.shape
+        rows, columns = (np.flatnonzero(mask.any(axis=a)) for a in ((0, 2), (0, 1)))
+        self.middle = ((rows[0] + rows[-1]) / 2, (columns[0] + columns[-1]) / 2)
+
+    def at(self, places: torch.Tensor) -> tuple[Image, Labels, Image]:
+        """Sample HU, lungs and depth at places (z, y, x, 3) in voxels."""
+        sizes = torch.tensor(self.shape, dtype=torch.float32)
+        normal = (2 * places + 1) / sizes - 1  # -1 and 1 are the ends of the outer voxels
+        found = functional.grid_sample(
+            self._channels, normal.flip(-1)[None], mode="bilinear", padding_mode="zeros", align_corners=False
+        )[0].numpy()
+        lungs = np.where(found[1] + found[2] > 0.5, np.where(found[1] >= found[2], RIGHT, LEFT), 0)
+        return found[0] + np.float32(AIR_HU), lungs.astype(np.uint8), found[3]
+
+
+def _rotation(turn: float, tilt: float, roll: float) -> npt.NDArray[np.float64]:
+    """Rotate about z, x and y, in voxels z, y, x."""
+
+    def about(first: int, second: int, angle: float) -> npt.NDArray[np.float64]:
+        matrix = np.eye(3)
+        cos, sin = math.cos(angle), math.sin(angle)
+        matrix[first, first] = matrix[second, second] = cos
+        matrix[first, second], matrix[second, first] = -sin, sin
+        return matrix
+
+    return about(1, 2, turn) @ about(0, 1, tilt) @ about(0, 2, roll)

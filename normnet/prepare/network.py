@@ -1,0 +1,158 @@
+"""Segment the lungs by a network that was trained to find them whatever fills them (`normnet.chests`).
+
+It sees the whole chest on a coarse grid. On the scan's own grid the outline follows intensities where they
+decide, as thresholds do, and the network where they do not: at dense disease.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Iterator
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from scipy import ndimage
+
+from normnet.config import BUNDLED_LUNGS
+from normnet.model import load_model
+from normnet.prepare.chest import ADULT_MM, chest_grid, shrink, window
+from normnet.prepare.grid import IsoGrid, linear
+from normnet.prepare.lungs import AIR_HU, MIN_LUNG_ML, Lungs, settle
+from normnet.prepare.morphology import Mask, Spacing, bounding_box, component_sizes
+
+PIECE = 0.05
+"""Least share of a lung's largest piece: smaller ones are no lung."""
+MARGIN = 3
+"""Coarse voxels around the lungs within which the outline is set."""
+
+
+@functools.cache
+def lung_network(path: str | os.PathLike[str] = BUNDLED_LUNGS) -> torch.nn.Module:
+    """Load a lung network, once per process.
+
+    Raises
+    ------
+    ValueError
+        There are no weights at `path`, or they are none of the task lungs.
+    """
+    return load_model(path, "lungs")
+
+
+def split_by_network(hu: npt.NDArray[np.int16], spacing: Spacing, network: torch.nn.Module) -> Lungs:
+    """Segment the lungs and tell right from left.
+
+    Parameters
+    ----------
+    hu : (Z, Y, X) int16 array
+        Hounsfield units in LPS index order (z from feet to head, y front to back, x right to left).
+    spacing : (3,) floats
+        Voxel size in mm, axis order z, y, x.
+    network : torch.nn.Module
+        From `lung_network`.
+
+    Returns
+    -------
+    Lungs
+        With whatever fills them; without trachea, main bronchi and what lies around the body.
+
+    Raises
+    ------
+    ValueError
+        No lung is found.
+    """
+    grid = chest_grid(hu, spacing)
+    return outline(hu, grid, chances(window(shrink(hu, grid)), network))
+
+
+@torch.inference_mode()
+def chances(image: npt.NDArray[np.float32], network: torch.nn.Module) -> npt.NDArray[np.float32]:
+    """Ask the network, once as it is and once mirrored.
+
+    Parameters
+    ----------
+    image : (z, y, x) float32 array
+        From `normnet.prepare.chest`.
+    network : torch.nn.Module
+        Two logits a voxel.
+
+    Returns
+    -------
+    (2, z, y, x) float32 array
+        Chance of right and of left lung.
+    """
+    multiple = int(getattr(getattr(network, "config", None), "multiple", 1))
+    pads = [-n % multiple for n in image.shape]
+    padded = torch.from_numpy(np.pad(image, [(p // 2, p - p // 2) for p in pads]))[None, None]
+    box = tuple(slice(p // 2, p // 2 + n) for p, n in zip(pads, image.shape, strict=True))
+    seen = torch.sigmoid(network(padded).float())[0]
+    mirrored = torch.sigmoid(network(padded.flip(-1)).float())[0].flip(0, -1)
+    return np.asarray(((seen + mirrored) / 2)[(slice(None), *box)].numpy())
+
+
+def outline(hu: npt.NDArray[np.int16], grid: IsoGrid, chance: npt.NDArray[np.float32]) -> Lungs:
+    """Bring the network's answer to the scan's grid.
+
+    Parameters
+    ----------
+    hu : (Z, Y, X) int16 array
+        The scan.
+    grid : IsoGrid
+        The coarse grid.
+    chance : (2, z, y, x) float32 array
+        From `chances`.
+
+    Raises
+    ------
+    ValueError
+        No lung is found.
+    """
+    both, is_right = chance.max(axis=0), chance[0] >= chance[1]
+    coarse = [_pieces((both > 0.5) & side) for side in (is_right, ~is_right)]
+    around = bounding_box(coarse[0] | coarse[1])
+    # a voxel is one of an adult's
+    ml = max(int(lung.sum()) for lung in coarse) * ADULT_MM**3 / 1000
+    if around is None or ml < MIN_LUNG_ML:
+        raise ValueError(
+            f"no lung found: the network sees {ml:.0f} ml, expected at least {MIN_LUNG_ML:.0f} of an adult's"
+        )
+    box = tuple(
+        slice(max(s.start - MARGIN, 0), min(s.stop + MARGIN, n))
+        for s, n in zip(around, grid.shape, strict=True)
+    )
+    size, fine, places = grid.spacing[0], [], []
+    for axis, side in enumerate(box):
+        ratio = size / grid.source_spacing[axis]
+        fine.append(slice(int(side.start * ratio), min(int(np.ceil(side.stop * ratio)), hu.shape[axis])))
+        places.append(grid.window_positions(axis)[fine[-1]] - side.start)
+    part = hu[tuple(fine)]
+
+    def fields() -> Iterator[npt.NDArray[np.float32] | None]:
+        for lung, seen in zip(coarse, chance, strict=True):
+            yield linear(ADULT_MM * _signed(lung[box], seen[box]), places) if lung.any() else None
+
+    right, left = (np.zeros(hu.shape, bool) for _ in coarse)
+    # lengths are those of an adult's chest
+    spacing = tuple(s * ADULT_MM / size for s in grid.source_spacing)
+    right[tuple(fine)], left[tuple(fine)] = settle(
+        part < AIR_HU, np.ones(part.shape, bool), (spacing[0], spacing[1], spacing[2]), fields()
+    )
+    return Lungs(right, left)
+
+
+def _pieces(mask: Mask) -> Mask:
+    """Leave specks out."""
+    labels, count = ndimage.label(mask)
+    sizes = component_sizes(labels, count)
+    sizes[0] = 0
+    return np.asarray((sizes > PIECE * sizes.max())[labels])
+
+
+def _signed(mask: Mask, chance: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    """Distance to the outline in voxels, positive inside; between two voxels the chance says where it is."""
+    inner, outer = ndimage.distance_transform_edt(mask), ndimage.distance_transform_edt(~mask)
+    signed = np.where(mask, inner - 0.5, 0.5 - outer)
+    near = np.abs(signed) <= 0.5
+    signed[near] = np.where(mask, np.maximum(chance, 0.5), np.minimum(chance, 0.5))[near] - 0.5
+    return np.asarray(signed, np.float32)
