@@ -28,12 +28,13 @@ from normnet.painting import LEFT, RIGHT, Painter
 from normnet.prepare.chest import ADULT_MM, window
 from normnet.prepare.lungs import split_mask
 from normnet.prepare.store import Store
-from normnet.volumes import PHANTOM_SEED
 from normnet.thick import slice_profile
+from normnet.volumes import PHANTOM_SEED
 
 Image = npt.NDArray[np.float32]
 Labels = npt.NDArray[np.uint8]
 AIR_HU = -1024.0
+"""What lies beyond the ends of a scan."""
 CHEST_STREAM, PLACE_STREAM, NOISE_STREAM, BEND_STREAM, VESSEL_STREAM = 80, 81, 82, 83, 84
 """Philox streams; see `normnet.data.SLAB_STREAM`."""
 BEND_VOXELS = 16
@@ -106,6 +107,7 @@ class ChestStream:
         processes: int = 1,
     ) -> None:
         self._sources = [_Source(c.hu[a:b], c.lungs[a:b]) for c in chests for a, b in c.segments]
+        self._slices = np.cumsum([source.shape[0] for source in self._sources])
         self._seed, self._shape = seed, (slab, crop, crop)
         self._mirror, self._thick = mirror, thick or ThickSlices()
         self._augment, self._chest = augment or AugmentConfig(), chest or ChestConfig()
@@ -114,7 +116,7 @@ class ChestStream:
         self._paint = Painter(ADULT_MM, seed)
 
     def batch(self, step: int) -> Batch:
-        """Make the samples of a step."""
+        """Make the samples of a step: target and lesions as of `sample`, right lung first."""
         start = time.perf_counter()
         first = self._first + step * self._size
         samples = [self.sample(first + k) for k in self._share]
@@ -125,15 +127,31 @@ class ChestStream:
         return Batch(torch.from_numpy(image)[:, None], target, lambda: ill, lambda: seconds)
 
     def sample(self, index: int) -> tuple[Image, Labels, npt.NDArray[np.bool_]]:
-        """Make one sample: what the network sees, the lungs, and what of them is painted; (z, y, x)."""
+        """Make one sample.
+
+        Parameters
+        ----------
+        index : int
+            Names it: a sample is a function of (seed, index).
+
+        Returns
+        -------
+        image : (slab, crop, crop) float32 array
+            What the network sees, in [0, 1]; see `normnet.prepare.chest.window`.
+        lungs : (slab, crop, crop) uint8 array
+            1 right, 2 left; 0 outside the field of view.
+        disease : (slab, crop, crop) bool array
+            What of the lungs is painted.
+        """
         u = ls.ops.philox_uniform((1, 1, 64), self._seed, stream=CHEST_STREAM, sample=index, threads=1)
         draw = iter(u.ravel().astype(float).tolist())
-        source = self._sources[int(next(draw) * len(self._sources))]
+        at = np.searchsorted(self._slices, next(draw) * self._slices[-1], side="right")
+        source = self._sources[int(at)]
         places, zoom = self._places(source, draw, index)
         hu, lungs, depth = source.at(places)
         if self._mirror and next(draw) < 0.5:
-            hu, lungs, depth = (np.ascontiguousarray(a[:, :, ::-1]) for a in (hu, lungs, depth))
-            lungs = np.asarray([0, LEFT, RIGHT], np.uint8)[lungs]
+            hu, depth = (np.ascontiguousarray(a[:, :, ::-1]) for a in (hu, depth))
+            lungs = np.asarray([0, LEFT, RIGHT], np.uint8)[np.ascontiguousarray(lungs[:, :, ::-1])]
         disease = np.zeros(lungs.shape, bool)
         if next(draw) < self._chest.diseased:
             hu, disease = self._paint(hu, lungs, depth * zoom, index)
@@ -255,7 +273,7 @@ def store_chests(path: Path) -> list[Chest]:
     Raises
     ------
     ValueError
-        It is of another task.
+        There is no store at `path`, or it is of another task.
     """
     store = Store.open(path)
     if (task := store.meta.get("task", "lesions")) != "lungs":
@@ -270,7 +288,22 @@ def store_chests(path: Path) -> list[Chest]:
 def phantom_chests(
     count: int, seed: int, shape: tuple[int, int, int], spacing: tuple[float, float, float]
 ) -> list[Chest]:
-    """Draw healthy phantoms for the training run `seed`."""
+    """Draw healthy phantoms for the training run `seed`.
+
+    Parameters
+    ----------
+    count, seed : int
+        How many; the run's seed, so that runs share none of their first hundred.
+    shape : (3,) ints
+        Of each, (z, y, x).
+    spacing : (3,) floats
+        Voxel size in mm, axis order z, y, x; a sample takes it for `normnet.prepare.chest.ADULT_MM`.
+
+    Raises
+    ------
+    ValueError
+        The shape is too small to show two lungs.
+    """
     chests = []
     for k in range(PHANTOM_SEED + 100 * seed, PHANTOM_SEED + 100 * seed + count):
         phantom = ls.phantom.chest_ct(shape=shape, spacing=spacing, seed=k)
@@ -288,7 +321,7 @@ def lung_streams(config: TrainConfig, device: torch.device, world: World) -> tup
     Raises
     ------
     ValueError
-        Nothing would be left to train on.
+        `config.data` is no store of chests, or nothing would be left to train on.
     """
     drawn = config.phantoms + (config.held_out if config.data is None else 0)
     phantoms = phantom_chests(drawn, config.seed, config.phantom_shape, config.phantom_spacing)
@@ -317,7 +350,10 @@ def lung_streams(config: TrainConfig, device: torch.device, world: World) -> tup
 
 
 class _Source:
-    """Slices of a chest, ready to be sampled: HU, right, left, and depth in an adult's mm as one tensor."""
+    """Slices of a chest, ready to be sampled: HU, right, left, and depth in an adult's mm as one tensor.
+
+    The first and the last slice are no surface of a lung that they cut.
+    """
 
     def __init__(self, hu: npt.NDArray[np.int16], lungs: Labels) -> None:
         mask = lungs > 0

@@ -71,6 +71,8 @@ class DemoConfig:
         most = PHANTOM_SEED - PATIENT_SEED - 1  # beyond it they would be training phantoms
         if not 1 <= self.patients <= most:
             raise ValueError(f"patients must be in [1, {most}], got {self.patients}")
+        if self.train.task != "lesions":
+            raise ValueError(f"train.task must be lesions, got {self.train.task}")
 
 
 def run_demo(config: DemoConfig, *, say: Callable[[str], None] | None = None) -> Evaluation:

@@ -161,17 +161,21 @@ def global_norms(model: torch.nn.Module, world: World) -> torch.nn.Module:
     return model
 
 
-def dice_ce(logits: torch.Tensor, target: torch.Tensor, world: World = ALONE) -> torch.Tensor:
+def dice_ce(
+    logits: torch.Tensor, target: torch.Tensor, world: World = ALONE, weight: torch.Tensor | None = None
+) -> torch.Tensor:
     """Dice plus cross-entropy of the global batch (PAPER.md III-A).
 
     Parameters
     ----------
-    logits : (b, 1, z, y, x) float tensor
+    logits : (b, c, z, y, x) float tensor
         Of this process's part.
-    target : (b, 1, z, y, x) bool tensor
-        Healthy bright tissue.
+    target : (b, c, z, y, x) bool tensor
+        Healthy bright tissue, or right and left lung.
     world : World
         The processes that share the batch in equal parts.
+    weight : (b, 1, z, y, x) float tensor, optional
+        Of the voxels in the cross-entropy, which stays a mean over voxels; 1 where omitted.
 
     Returns
     -------
@@ -183,7 +187,7 @@ def dice_ce(logits: torch.Tensor, target: torch.Tensor, world: World = ALONE) ->
     wanted = target.float()
     logits = logits.float()
     chance = torch.sigmoid(logits)
-    entropy = F.binary_cross_entropy_with_logits(logits, wanted)
+    entropy = F.binary_cross_entropy_with_logits(logits, wanted, weight)
     sums = torch.stack([(chance * wanted).sum(), chance.sum(), wanted.sum(), entropy])
     both, found, there, entropies = world.sum(sums)
     smooth = 1e-5  # MONAI's: an empty batch has Dice 1

@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from lesionsynth.commands import plainly, printable, run
 from lesionsynth.files import same_file
-from lesionsynth.io import Found, read_ct, read_map, read_mask
+from lesionsynth.io import Found, Scan, read_ct, read_map, read_mask
 from lesionsynth.strict import name_of
 from normnet.metrics import (
     CONTROL_VOXELS,
@@ -29,9 +29,12 @@ from normnet.metrics import (
 )
 from normnet.origin import read_origin
 from normnet.pairing import CaseFiles, find_cases, read_table, with_predictions
-from normnet.prepare.lungs import check_plausible, segment_lungs
+from normnet.prepare.case import LungMethod, method_of, method_record
+from normnet.prepare.lungs import check_plausible
+from normnet.prepare.morphology import Mask
 from normnet.reasons import hear, reason, tell
 from normnet.report import percent
+from normnet.report.layout import lungs_told
 from normnet.results import Evaluation, Failure, check_output
 from normnet.scoring import WITHOUT_GROWING, CaseVolumes, MethodScores, Rules
 from normnet.tables import bright_grid, plain_table, scores_grid
@@ -52,7 +55,8 @@ __all__ = [
 ]
 
 Array = npt.NDArray[Any]
-OWN_LUNGS = "lungs segmented by thresholds: none were given"
+OWN_LUNGS = "lungs {}: none were given"
+"""Note of a case whose lungs are segmented here; it says how."""
 PROPOSED = "Proposed"
 """What the paper's Table III calls its own method."""
 
@@ -76,6 +80,10 @@ class EvaluateConfig:
     depth."""
     lungs: tuple[Path, ...] = ()
     """Lung masks including lesions, or folders of them; those the prediction used where omitted."""
+    segment: LungMethod = "network"
+    """How lungs are segmented where there are neither given ones nor the prediction's: network, that of this
+    package; classical, thresholds and morphology; lungmask, the network of that package, if installed; or
+    weights of your own (normnet.train --task lungs)."""
     label: tuple[int, ...] = ()
     """Labels of the truth that are lesions; all above zero where omitted."""
     lung_label: tuple[int, ...] = ()
@@ -126,7 +134,7 @@ class EvaluateConfig:
 
 
 def _open(
-    case: CaseFiles, label: Sequence[int], lung_label: Sequence[int]
+    case: CaseFiles, label: Sequence[int], lung_label: Sequence[int], segment: LungMethod
 ) -> Callable[[CaseFiles], CaseVolumes]:
     """Read what all methods share of one case; the function returned adds the maps of one."""
     if case.lung and same_file(case.lung, case.lesion) and set(label) == set(lung_label):
@@ -134,10 +142,9 @@ def _open(
     ct = read_ct(case.ct, case.series)
     truth = read_mask(case.lesion, ct, label)
     if case.lung:
-        lungs = read_mask(case.lung, ct, lung_label)
+        lungs, note = read_mask(case.lung, ct, lung_label), None
     else:
-        lungs = segment_lungs(ct.hu, ct.spacing)
-        check_plausible(ct.hu, lungs, ct.spacing)
+        lungs, note = _segmented(ct, segment), OWN_LUNGS.format(lungs_told(method_record(segment)))
 
     def with_maps(files: CaseFiles) -> CaseVolumes:
         if same_file(files.prediction, case.lesion):
@@ -153,13 +160,26 @@ def _open(
             healthy=None if files.healthy is None else read_mask(files.healthy, ct),
             core=None if files.core is None else read_mask(files.core, ct),
             origin=read_origin(files.prediction),
-            notes=() if case.lung else (OWN_LUNGS,),
+            notes=() if note is None else (note,),
         )
 
     return with_maps
 
 
-def load_case(files: CaseFiles, label: Sequence[int] = (), lung_label: Sequence[int] = ()) -> CaseVolumes:
+def _segmented(ct: Scan, segment: LungMethod) -> Mask:
+    found = method_of(segment)(ct.hu, ct.spacing)
+    lungs = found.right | found.left
+    check_plausible(ct.hu, lungs, ct.spacing, found.left)
+    return lungs
+
+
+def load_case(
+    files: CaseFiles,
+    label: Sequence[int] = (),
+    lung_label: Sequence[int] = (),
+    *,
+    segment: LungMethod = "network",
+) -> CaseVolumes:
     """Read a case's files; everything must lie on the CT's grid.
 
     Parameters
@@ -167,13 +187,18 @@ def load_case(files: CaseFiles, label: Sequence[int] = (), lung_label: Sequence[
     files : CaseFiles
     label, lung_label : sequence of int
         See `EvaluateConfig`.
+    segment : str
+        How lungs are segmented where `files` has none; see `EvaluateConfig`.
 
     Raises
     ------
     FileNotFoundError, ValueError
-        A file is missing, unreadable or on another grid; the message names it.
+        A file is missing, unreadable or on another grid, and the message names it; no lungs are found;
+        `segment` is no method, and no weights.
+    ImportError
+        `segment` is "lungmask", which is needed and not installed.
     """
-    return _open(files, label, lung_label)(files)
+    return _open(files, label, lung_label, segment)(files)
 
 
 def evaluate_volumes(
@@ -236,7 +261,10 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
     Raises
     ------
     FileNotFoundError, ValueError
-        See `find_cases`, `read_table` and `with_predictions`.
+        See `find_cases`, `read_table` and `with_predictions`; ``segment`` is needed, and is no method and no
+        weights.
+    ImportError
+        ``segment`` is "lungmask", which is needed and not installed.
     """
     check_output(config.output)
     if config.cases is not None:
@@ -247,6 +275,12 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
         files = find_cases(
             predictions=config.predictions, truth=config.truth, ct=config.ct, lungs=config.lungs
         )
+    own = any(case.lung is None for case in files)
+    if own:
+        try:
+            method_of(config.segment)  # before any case fails of it
+        except ValueError as error:
+            raise ValueError(f"segment: {error}") from error
     tables = {config.name: {f.case: f for f in files}}
     tables |= {name: with_predictions(files, folder) for name, folder in config.compared.items()}
     rules = Rules(
@@ -269,7 +303,11 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
         for method in methods.values():
             if case.case in method.scores:
                 method.scores[case.case]["notes"] += warned[case.case]
-    asked = {"label": config.label, "lung_label": config.lung_label}
+    asked = {
+        "label": config.label,
+        "lung_label": config.lung_label,
+        "segment": method_record(config.segment) if own else None,
+    }
     evaluation = Evaluation(
         methods=tuple(methods.values()),
         failures=tuple(failures),
@@ -287,7 +325,7 @@ def _score(
     """Score one case by every method; what goes wrong with it is told and not raised."""
     failures = []
     try:
-        with_maps = _open(case, config.label, config.lung_label)
+        with_maps = _open(case, config.label, config.lung_label, config.segment)
     except Exception as error:  # whatever is wrong with one patient, the others are not to wait
         return [Failure(case.case, None, reason(None, error))]
     for method, files in maps.items():

@@ -17,7 +17,7 @@ import tyro
 from lesionsynth.commands import run
 from lesionsynth.files import claimed, refuse_foreign, same_file, write_atomically
 from lesionsynth.strict import name_of
-from normnet.config import PredictConfig, Probability
+from normnet.config import PredictConfig, Probability, Task
 from normnet.model import EXPORTED, find_models, load_model, save_model
 from normnet.predict import healthy_threshold
 from normnet.records import sha256
@@ -42,9 +42,13 @@ class ExportArgs:
     """Threshold that they shall vote with unless prediction is given one: a number, such as the best of the
     ensemble on synthetic lesions (docs/postprocess_sweep.py), or "calibrated", each its own; that of training
     where omitted."""
+    task: Task = "lesions"
+    """What they learned. Of lungs, one run is taken, and becomes model-0.safetensors."""
 
 
-def export(runs: Sequence[Path], output: Path, probability: Probability | None = None) -> list[Path]:
+def export(
+    runs: Sequence[Path], output: Path, probability: Probability | None = None, task: Task = "lesions"
+) -> list[Path]:
     """Write weights in half precision, architecture and calibration with them.
 
     Parameters
@@ -55,6 +59,8 @@ def export(runs: Sequence[Path], output: Path, probability: Probability | None =
         Folder; made where it is missing.
     probability : float or "calibrated", optional
         Threshold that the models vote with unless prediction is given one; that of training where omitted.
+    task : {"lesions", "lungs"}
+        What they learned.
 
     Returns
     -------
@@ -64,15 +70,17 @@ def export(runs: Sequence[Path], output: Path, probability: Probability | None =
     Raises
     ------
     ValueError
-        There are no weights in `runs`, a weight does not fit half precision, or the models were trained for
-        different T or inflations; `probability` is not in (0, 1), or a model is not calibrated; `output`
+        There are no weights in `runs`, or several of lungs; a weight does not fit half precision, or the
+        models were trained for another task, or different T or inflations; `probability` is not in (0, 1), or a model is not calibrated; `output`
         holds weights that no export wrote, or an input. Nothing is written.
     """
     usage = PredictConfig(probability=probability)
     models: list[Any] = []
     files = find_models(runs)
+    if task == "lungs" and len(files) > 1:
+        raise ValueError(f"runs must be one for the task lungs, which nothing votes on, got {len(files)}")
     for file in files:
-        model: Any = load_model(file)
+        model: Any = load_model(file, task)
         largest = max(float(t.abs().max()) for t in model.state_dict().values() if t.is_floating_point())
         if largest > torch.finfo(torch.float16).max:
             raise ValueError(f"{file}: weights must be within half precision, got {largest:g}")
@@ -102,6 +110,7 @@ def export(runs: Sequence[Path], output: Path, probability: Probability | None =
                 threshold_hu=model.threshold_hu,
                 inflation_hu=model.inflation_hu,
                 probability=model.probability if probability is None else probability,
+                task=task,
             )
         for name in earlier.keys() - set(names):  # an earlier, larger ensemble's would vote
             (output / name).unlink(missing_ok=True)
@@ -140,7 +149,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def body() -> int:
         args = tyro.cli(ExportArgs, args=argv, prog="normnet.export", description=__doc__)
-        for path in export(args.runs, args.output, args.probability):
+        for path in export(args.runs, args.output, args.probability, args.task):
             print(f"{name_of(path)}: {path.stat().st_size / 1e6:.1f} MB")
         return 0
 

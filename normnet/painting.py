@@ -56,7 +56,7 @@ class Density:
     grain : float
         Standard deviation in voxels of the Gaussian that correlates the texture.
     bronchi : float
-        Share of it that is air in bronchi.
+        Share of it that is air in bronchi, in [0, 1).
     edge : float
         Standard deviation in voxels of the Gaussian that softens its edge.
     """
@@ -183,7 +183,7 @@ def region(
     lungs : (z, y, x) uint8 array
         1 right, 2 left, LPS index order (z from feet to head, y front to back).
     depth : (z, y, x) float32 array
-        Distance of lung voxels to the lung's surface in mm.
+        Distance of lung voxels to the lung's surface in mm; "subpleural" alone looks at it.
     share : float
         Of each lung's voxels, in (0, 1].
     spacing : float
@@ -196,7 +196,7 @@ def region(
     Returns
     -------
     (z, y, x) bool array
-        At least `share` of each lung, nothing outside.
+        At least `share` of each lung, more only where voxels are equally low; nothing outside.
 
     Raises
     ------
@@ -236,7 +236,10 @@ def region(
 def render(
     hu: Image, lungs: Labels, disease: Mask, density: Density, *, seed: int = 0, index: int = 0
 ) -> Painted:
-    """Give diseased lung its density; vessels that are denser stay.
+    """Give diseased lung its density.
+
+    Without bronchi lung only becomes denser: vessels, and whatever else is denser than the disease, stay.
+    Bronchi have to make it darker, so with them vessels go.
 
     Parameters
     ----------
@@ -245,7 +248,7 @@ def render(
     lungs : (z, y, x) uint8 array
         1 right, 2 left.
     disease : (z, y, x) bool array
-        Where; what is outside the lungs is left out.
+        Where; what is outside the lungs is left out. Not modified.
     density : Density
         How.
     seed, index : int
@@ -278,16 +281,19 @@ def render(
 
 
 def _density(u: npt.NDArray[np.float64]) -> Density:
-    """Draw consolidation (65 %, half of it with bronchi), fluid (15 %) or ground glass (20 %)."""
+    """Draw consolidation (60 %, two fifths of it with bronchi), fluid (25 %) or ground glass (15 %).
+
+    Consolidation is more often as dense as the tissue around: that is what is hard.
+    """
     kind, level, spread, grain, edge = (float(value) for value in u[:5])
     edge = 0.3 + 0.9 * edge
-    if kind < 0.15:
-        return Density(hu=-10 + 70 * level, spread=10 * spread, edge=edge)
-    if kind < 0.35:
+    if kind < 0.25:
+        return Density(hu=-20 + 80 * level, spread=10 * spread, edge=edge)
+    if kind < 0.4:
         return Density(hu=-700 + 400 * level, spread=20 + 100 * spread, grain=0.3 + 1.7 * grain, edge=edge)
-    bronchi = 0.01 + 0.14 * (kind - 0.675) / 0.325 if kind > 0.675 else 0.0
+    bronchi = 0.01 + 0.14 * (kind - 0.75) / 0.25 if kind > 0.75 else 0.0
     return Density(
-        hu=-300 + 380 * level, spread=120 * spread, grain=0.3 + 1.7 * grain, bronchi=bronchi, edge=edge
+        hu=80 - 380 * level**2, spread=100 * spread**2, grain=0.3 + 1.7 * grain, bronchi=bronchi, edge=edge
     )
 
 

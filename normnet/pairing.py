@@ -287,7 +287,7 @@ def _maps(files: Sequence[Path]) -> tuple[dict[str, Path], dict[str, dict[str, P
         {None, "prediction", "ct", "lesion", *_EITHER},
     )
     return lesions, {
-        role: _by_case(role, files, {role}, predicted=True) for role in ("probability", *MAP_WORDS)
+        role: _by_case(role, files, {role}, predicted=True) for role in ("probability", "core", "healthy")
     }
 
 

@@ -1,9 +1,10 @@
 """Train NormNet: ``python -m normnet.train [--data STORE] [--output RUN]`` (PAPER.md III-A, IV-B.3).
 
 Label-free: the network sees healthy CT with synthetic lesions and learns to recover the healthy bright
-tissue; with ``--task lungs`` it sees healthy chests with dense disease and learns where the lungs are. A run folder holds ``config.json``, ``model.safetensors`` (what is used), ``best.safetensors`` (best
-on synthetic validation pairs), ``state.safetensors`` (to resume from), ``metrics.csv`` and TensorBoard
-events. Weights are replaced as a whole, so a killed run leaves none half-written.
+tissue; with ``--task lungs`` it sees healthy chests with dense disease and learns where the lungs are. A run
+folder holds ``config.json``, ``model.safetensors`` (what is used), ``best.safetensors`` (best on synthetic
+validation pairs), ``state.safetensors`` (to resume from), ``metrics.csv`` and TensorBoard events. Weights are
+replaced as a whole, so a killed run leaves none half-written.
 
 Several GPUs: ``torchrun --nproc-per-node 4 -m normnet.train ...`` shares each batch; ``--ensemble 5`` trains
 five seeds, one after another or spread over ``--devices``.

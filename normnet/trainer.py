@@ -116,7 +116,7 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         parts, total = self.config.accumulate, 0.0
         for number in range(parts):
-            loss = self._backward(*batch.part(number, parts), last=number == parts - 1)
+            loss = self._backward(batch, batch.part(number, parts), last=number == parts - 1)
             total += loss / parts
         if not math.isfinite(total):
             raise FloatingPointError(
@@ -176,14 +176,17 @@ class Trainer:
         self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": state})
         self.progress = progress
 
-    def _backward(self, image: torch.Tensor, target: torch.Tensor, *, last: bool) -> float:
+    def _backward(self, batch: Batch, part: slice, *, last: bool) -> float:
         """Add a part's gradients; processes exchange them with the last part alone."""
+        image, target, weight = batch.image[part], batch.target[part], None
+        if self.config.task == "lungs":
+            weight = 1 + (self.config.chest.emphasis - 1) * batch.lesions[part].to(self.device).float()
         alone = contextlib.nullcontext()
         shared = self._shared
         with shared.no_sync() if isinstance(shared, DistributedDataParallel) and not last else alone:
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
                 logits = shared(image.to(self.device, non_blocking=True))
-            loss = dice_ce(logits, target.to(self.device, non_blocking=True), self.world)
+            loss = dice_ce(logits, target.to(self.device, non_blocking=True), self.world, weight)
             (loss / self.config.accumulate).backward()  # type: ignore[no-untyped-call]
         return loss.item()
 

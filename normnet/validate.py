@@ -69,9 +69,9 @@ def validate_lungs(trainer: Trainer, batches: Sequence[Batch]) -> dict[str, floa
     Returns
     -------
     dict
-        ``val_loss``; ``val_dice``, the mean of right and left lung over all samples; ``val_recall``, the share
-        of painted disease that is found to be lung of its side, NaN where none is painted. Empty without
-        samples.
+        ``val_loss``; ``val_dice``, the mean of right and left lung over all samples; ``val_recall``, the
+        share of painted disease that is found to be lung of its side, NaN where none is painted. Empty
+        without samples.
     """
     losses, sums, ill = [], np.zeros((2, 2)), np.zeros(2)
     for batch in batches:

@@ -30,6 +30,7 @@ from normnet.config import ModelConfig, TrainConfig, to_json
 from normnet.model import build_unet, read_tensors, save_model
 from normnet.prepare import __main__ as prepare
 from normnet.prepare.store import Store
+from tests import classical
 
 NETWORK = ModelConfig(channels=(4, 8), strides=(2,), residual_units=1)
 
@@ -112,7 +113,7 @@ class Prepare(Job):
 
     def run(self, folder: Path) -> int:
         size = ["--size", "128", "--spacing", "2", "3", "3"]
-        return prepare.main([*map(str, self.files), "--output", str(folder), *size])
+        return prepare.main([*map(str, self.files), "--output", str(folder), *size, *classical.FLAGS])
 
     def check(self, folder: Path) -> None:
         if (folder / "store.json").exists():
@@ -141,7 +142,7 @@ class Predict(Job):
     def run(self, folder: Path) -> int:
         models = [str(self.inputs / f"m{seed}") for seed in (0, 1)]
         flags = ["--models", *models, "--save-probability", "--device", "cpu", "--threads", "1"]
-        return predict.main([*map(str, self.files), "--output", str(folder), *flags])
+        return predict.main([*map(str, self.files), "--output", str(folder), *flags, *classical.FLAGS])
 
     def check(self, folder: Path) -> None:
         for file in folder.glob("[!.]*.json"):

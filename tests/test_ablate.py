@@ -17,6 +17,8 @@ pytest.importorskip("torch")
 pytest.importorskip("monai")
 pytest.importorskip("matplotlib")
 
+import torch
+
 import lesionsynth as ls
 import normnet.ablate.runs
 import normnet.ablate.scoring
@@ -28,12 +30,13 @@ from normnet.ablate.output import caveats
 from normnet.ablate.patients import find_patients
 from normnet.ablate.scoring import majority
 from normnet.ablate.tables import ITERATIONS, MODULES, THRESHOLD, VOTING
-from normnet.config import PostprocessConfig, PredictConfig
+from normnet.config import ModelConfig, PostprocessConfig, PredictConfig
 from normnet.metrics import evaluate_case
-from normnet.model import load_model
+from normnet.model import build_unet, load_model, save_model
 from normnet.postprocess import postprocess
 from normnet.predict import predict_volume
 from normnet.trainer import Trainer
+from tests import classical
 
 # two steps of training are never sure to 0.95
 PREDICT = PredictConfig(probability=0.5)
@@ -396,6 +399,39 @@ def test_files_of_patients(tiny, tmp_path):
         find_patients(config)
 
 
+def test_lungs_of_patients_without_masks_are_segmented_as_asked(tiny, tmp_path):
+    """By the network where nothing is asked; cached scores are of one method and its weights."""
+    nibabel = pytest.importorskip("nibabel")
+    folder = tmp_path / "patients"
+    folder.mkdir()
+    chest = ls.phantom.chest_ct(shape=(24, 96, 120), spacing=(8.0, 3.2, 3.2), seed=5)
+    for role, array in (("hu", chest.hu), ("lesion", chest.lung_mask)):
+        image = nibabel.Nifti1Image(array.astype(np.int16).transpose(2, 1, 0), np.diag([3.2, 3.2, 8.0, 1.0]))
+        nibabel.save(image, folder / f"p5_{role}.nii.gz")
+    given = {"patients": (folder,), "phantom_patients": None, "phantom_shape": None}
+    config = tiny("modules", lungs="classical", **given)
+    (one,) = find_patients(config)
+    assert (one.identity["lungs_from"], one.identity["lungs_sha256"]) == ("classical", None)
+    expected = classical.load_case(folder / "p5_hu.nii.gz").native_mask
+    np.testing.assert_array_equal(one.load().native_lung, expected)
+    weights = {}
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        model = ModelConfig(channels=(4, 8), strides=(2,), outputs=2)
+        save_model(tmp_path / f"{seed}/own/model.safetensors", build_unet(model), model, task="lungs")
+        (own,) = find_patients(replace(config, lungs=str(tmp_path / f"{seed}/own")))
+        assert own.identity["lungs_from"] == "own"
+        weights[own.identity["lungs_sha256"]] = own.identity
+    assert len(weights) == 2
+    assert tiny("modules", **given).lungs == "network"
+    with pytest.raises(ValueError, match=r"lungs must be network, classical, .*, got 'gone'"):
+        ablate(replace(config, lungs="gone"))
+    assert not (tmp_path / "modules").exists()
+    shutil.copy(folder / "p5_lesion.nii.gz", folder / "p5_lung.nii.gz")
+    (one,) = find_patients(replace(config, lungs="gone"))  # nobody asks it
+    assert "lungs_from" not in one.identity
+
+
 def test_labels_of_patients_are_chosen_or_told(tiny, tmp_path):
     nibabel = pytest.importorskip("nibabel")
     folder = tmp_path / "patients"
@@ -464,6 +500,7 @@ def test_bad_settings_name_the_argument(tiny, changes, message, tmp_path):
         ('{"lesions": "no_shapes"}', "config must leave lesions to the ablation"),
         ('{"colour": 3}', "no field 'colour'"),
         ('{"slab": 3}', "slab must be a multiple of"),
+        ('{"task": "lungs", "model": {"outputs": 2}}', "tiny.json: task must be lesions, got lungs"),
     ],
 )
 def test_bad_config_file(tiny, text, message):

@@ -63,7 +63,10 @@ def test_they_tell_phantom_pneumonia_from_a_healthy_phantom():
 
 @pytest.mark.slow
 def test_a_folder_of_dicom_becomes_masks_and_a_report_with_two_commands(shared_data, tmp_path, monkeypatch):
-    """As the README says, on the real series; nothing is given but the folder."""
+    """As the README says, on the real series; nothing is given but the folder.
+
+    The lung network finds the lungs that thresholds find, else there would be the outline of these, too.
+    """
     scans = tmp_path / "scans"
     scans.mkdir()
     (scans / "patient").symlink_to(shared_data / "dicom_lungdx_A0002", target_is_directory=True)
@@ -83,6 +86,7 @@ def test_a_folder_of_dicom_becomes_masks_and_a_report_with_two_commands(shared_d
     }
     record = json.loads((tmp_path / "maps" / f"{case}.json").read_text())
     assert len(record["models"]) == 5
+    assert record["lungs_from"] == "network"
     assert record["grid"]["shape"][0] == 30
     assert 2000 < record["volumes"]["lung_ml"] < 8000
     page = (tmp_path / "maps/report.html").read_text()

@@ -10,7 +10,7 @@ import pytest
 pytest.importorskip("torch")
 pytest.importorskip("monai")
 
-from normnet.config import ModelConfig, phantom
+from normnet.config import ModelConfig, lungs, phantom
 from normnet.demo import PATIENT_SEED, DemoConfig, main, patients, run_demo
 from normnet.volumes import PHANTOM_SEED
 
@@ -58,6 +58,11 @@ def test_patients_are_never_training_phantoms(tiny):
     assert PATIENT_SEED + 2 < PHANTOM_SEED
     with pytest.raises(ValueError, match="patients must be in"):
         replace(tiny, patients=PHANTOM_SEED)
+
+
+def test_the_demo_is_of_lesions(tiny):
+    with pytest.raises(ValueError, match=r"train\.task must be lesions, got lungs"):
+        replace(tiny, train=lungs())
 
 
 @pytest.mark.parametrize(("option", "value"), [("--minutes", "0"), ("--patients", "0")])

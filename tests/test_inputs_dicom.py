@@ -15,8 +15,9 @@ from numpy.testing import assert_array_equal
 
 import lesionsynth.io as io
 from lesionsynth.io import Source, dicom_folders, find_sources
-from normnet.prepare import load_case, prepare
 from normnet.prepare.__main__ import main
+from tests import classical
+from tests.classical import load_case, prepare
 from tests.test_io import volume, write_series
 from tests.test_prepare import SPACING, chest, write
 
@@ -303,8 +304,8 @@ def test_lungmask_missing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> No
     ct = write(tmp_path / "a.nii.gz", chest(1)[0])
     with pytest.raises(ImportError, match="pip install lungmask"):
         load_case(ct, lungs="lungmask")
-    with pytest.raises(ValueError, match="lungs must be thresholds or lungmask, got 'best'"):
-        load_case(ct, lungs="best")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"lungs must be network, classical, lungmask, or .*, got 'best'"):
+        load_case(ct, lungs="best")
     assert main([str(ct), "--output", str(tmp_path / "s"), "--lungs", "lungmask"]) == 2
     assert not (tmp_path / "s").exists()
 
@@ -329,7 +330,8 @@ def test_prepare_takes_a_series(tmp_path: Path, capsys: pytest.CaptureFixture[st
     pixel = {"step": 5.0, "PixelSpacing": [3.0, 3.0]}
     write_series(tmp_path / "CT of a b", large, names=[f"a{z}.dcm" for z in range(40)], **pixel)
     uid = write_series(tmp_path / "CT of a b", small, names=[f"b{z}.dcm" for z in range(24)], **pixel)
-    flags = ["--output", str(tmp_path / "s"), "--spacing", "5", "3", "3", "--size", "96", "--series"]
+    flags = ["--output", str(tmp_path / "s"), "--spacing", "5", "3", "3", "--size", "96"]
+    flags += [*classical.FLAGS, "--series"]
     assert main([str(tmp_path / "CT of a b"), *flags, uid]) == 0
     summary = prepare([tmp_path / "CT of a b"], tmp_path / "s", spacing=(5.0, 3.0, 3.0), size=96, series=uid)
     (case,) = summary.cases

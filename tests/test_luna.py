@@ -13,15 +13,17 @@ import pytest
 import SimpleITK as sitk
 
 from lesionsynth.io import find_sources
-from normnet.prepare import Store, prepare
+from normnet.prepare import Store
 from normnet.prepare.__main__ import main
 from normnet.prepare.luna import find_annotations
 from normnet.prepare.store import write_atomically
+from tests import classical
+from tests.classical import prepare
 from tests.test_io import write_series
 from tests.test_prepare import SPACING, chest
 
 SETTINGS = {"spacing": (5.0, 3.0, 3.0), "size": 96}
-FLAGS = ["--spacing", "5", "3", "3", "--size", "96"]
+FLAGS = ["--spacing", "5", "3", "3", "--size", "96", *classical.FLAGS]
 ORIGIN = (-150.0, -100.0, -400.0)
 HEAD = "seriesuid,coordX,coordY,coordZ,diameter_mm\n"
 

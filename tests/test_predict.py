@@ -38,9 +38,10 @@ from normnet.config import (  # noqa: E402
 from normnet.model import build_unet, load_model, save_model  # noqa: E402
 from normnet.postprocess import postprocess  # noqa: E402
 from normnet.prepare import load_case  # noqa: E402
-from normnet.records import volumes_of  # noqa: E402
+from normnet.records import read_record, volumes_of  # noqa: E402
 from normnet.stage import check_written  # noqa: E402
 from normnet.stamps import stamp  # noqa: E402
+from tests import classical  # noqa: E402
 from tests.conftest import draw_lungs  # noqa: E402
 from tests.test_dicom_seg import voxels_of, write_series  # noqa: E402
 
@@ -372,10 +373,14 @@ def test_wrong_calls(tmp_path, undecided, capsys, monkeypatch):
 
 
 def run(folder, models, *more, names=("p1",), masks=True):
-    """Call the command on ``<name>_hu.nii.gz`` in a folder; results in ``out``."""
+    """Call the command on ``<name>_hu.nii.gz`` in a folder; results in ``out``.
+
+    Thresholds find the lungs where neither masks nor ``--lungs`` are given.
+    """
     call = [*(str(folder / f"{n}_hu.nii.gz") for n in names), "--models", str(models), "--threads", "1"]
     call += ["--output", str(folder / "out"), "--settings.slab", "16"]
-    return predict.main([*call, *(("--masks", str(folder)) if masks else ()), *more])
+    method = () if masks or "--lungs" in more else classical.FLAGS
+    return predict.main([*call, *(("--masks", str(folder)) if masks else method), *more])
 
 
 def test_a_record_says_what_was_done(tmp_path, undecided):
@@ -388,9 +393,11 @@ def test_a_record_says_what_was_done(tmp_path, undecided):
     assert record["series"] is None
     assert record["grid"] == {"shape": list(SHAPE), "spacing": pytest.approx(SPACING)}
     assert record["lungs_from"] == str(tmp_path / "p1_lung.nii.gz")
+    assert record["lungs_sha256"] is None
     assert record["files"] == {
         "lesions": "p1_lesions.nii.gz",
         "lung": "p1_lung.nii.gz",
+        "classical": None,
         "core": "p1_core.nii.gz",
         "probability": None,
         "healthy": None,
@@ -529,8 +536,165 @@ def test_names_and_lungs_found_by_thresholds(tmp_path, undecided):
     assert run(tmp_path, undecided, "--name", "px", masks=False) == 0
     record = json.loads((tmp_path / "out/px.json").read_text())
     assert record["case"] == "px"
-    assert record["lungs_from"] == "thresholds"
+    assert (record["lungs_from"], record["lungs_sha256"]) == ("classical", None)
+    assert record["files"]["classical"] is None  # there is nothing else to compare it with
     assert record["volumes"]["lung_ml"] > 0
+
+
+# Lungs by a network: what it sees is played, as the boxes here are no chest.
+
+
+@pytest.fixture
+def lung_run(tmp_path):
+    """The folder of a run of the task lungs."""
+    return lung_weights(tmp_path / "own", seed=0)
+
+
+def lung_weights(folder, seed):
+    torch.manual_seed(seed)
+    config = ModelConfig(channels=(4, 8), strides=(2,), outputs=2)
+    save_model(folder / "model.safetensors", build_unet(config), config, task="lungs")
+    return folder
+
+
+@pytest.fixture
+def sees(monkeypatch):
+    """Let every lung network see the air on some sides of the patient."""
+
+    def see(*sides):
+        def chances(image, network):
+            air, left = image < 0.5, np.arange(image.shape[2]) >= image.shape[2] / 2
+            halves = [air & half & (side in sides) for side, half in (("right", ~left), ("left", left))]
+            return np.stack(halves).astype(np.float32)
+
+        monkeypatch.setattr("normnet.prepare.network.chances", chances)
+
+    return see
+
+
+def test_the_outline_by_thresholds_is_written_where_it_is_another(
+    tmp_path, undecided, lung_run, sees, capsys
+):
+    write_case(tmp_path, "p1")
+    out, flags = tmp_path / "out", ("--lungs", str(lung_run))
+    left = np.arange(SHAPE[2]) >= SHAPE[2] / 2
+
+    def written(name):
+        return sitk.GetArrayFromImage(sitk.ReadImage(str(out / f"p1_{name}.nii.gz"))) > 0
+
+    sees("right")
+    assert run(tmp_path, undecided, *flags, "--save-core", masks=False) == 0
+    told = "warning: p1: the lung network has 0 ml that thresholds have not, and lacks "
+    assert told in capsys.readouterr().err
+    record = json.loads((out / "p1.json").read_text())
+    weights = (lung_run / "model.safetensors").read_bytes()
+    assert (record["lungs_from"], record["lungs_sha256"]) == ("own", hashlib.sha256(weights).hexdigest())
+    assert record["files"]["classical"] == "p1_classical.nii.gz"
+    expected = classical.load_case(tmp_path / "p1_hu.nii.gz").native_mask
+    np.testing.assert_array_equal(written("classical"), expected)
+    assert expected[..., left].any()
+    assert written("lung")[..., ~left].any()
+    assert not written("lung")[..., left].any()
+    # the same call again: there, told again, and what more it writes leaves no part out
+    assert run(tmp_path, undecided, *flags, masks=False) == 0
+    said = capsys.readouterr()
+    assert "(1 by an earlier call)" in said.out
+    assert told in said.err
+    assert run(tmp_path, undecided, *flags, "--save-probability", masks=False) == 0
+    files = json.loads((out / "p1.json").read_text())["files"]
+    assert [kind for kind, name in files.items() if name is None] == ["dicom_seg"]
+    assert all((out / name).is_file() for name in files.values() if name)
+    # a network that agrees takes the outline of before away
+    sees("right", "left")
+    capsys.readouterr()
+    assert run(tmp_path, undecided, *flags, "--overwrite", masks=False) == 0
+    assert "the lung network" not in capsys.readouterr().err
+    record = json.loads((out / "p1.json").read_text())
+    assert (record["files"]["classical"], record["warnings"]) == (None, [])
+    assert not (out / "p1_classical.nii.gz").exists()
+    assert written("lung")[..., left].any()
+
+
+def test_an_outline_that_no_call_wrote_is_not_taken_for_an_old_one(
+    tmp_path, undecided, lung_run, sees, capsys
+):
+    """Neither replaced where the two disagree, nor taken away where they agree."""
+    write_case(tmp_path, "p1")
+    file = tmp_path / "out/p1_classical.nii.gz"
+    file.parent.mkdir()
+    file.write_bytes(b"my own")
+    flags = ("--lungs", str(lung_run))
+    for sides in (("right",), ("right", "left")):
+        sees(*sides)
+        for more in ((), ("--overwrite",)):
+            assert run(tmp_path, undecided, *flags, *more, masks=False) == 2
+            said = capsys.readouterr().err
+            assert "output holds p1_classical.nii.gz, which is of no earlier call" in said
+            assert file.read_bytes() == b"my own"
+    file.unlink()
+    assert run(tmp_path, undecided, *flags, masks=False) == 0
+    # a record may name any file: that of another case is not this one's
+    record = json.loads((tmp_path / "out/p1.json").read_text())
+    record["files"]["classical"] = "p2_lesions.nii.gz"
+    (tmp_path / "out/p1.json").write_text(json.dumps(record))
+    (tmp_path / "out/p2_lesions.nii.gz").write_bytes(b"my own")
+    assert run(tmp_path, undecided, *flags, "--overwrite", masks=False) == 0
+    assert (tmp_path / "out/p2_lesions.nii.gz").read_bytes() == b"my own"
+
+
+def test_lungs_of_another_method_or_network_are_refused(tmp_path, undecided, lung_run, sees, capsys):
+    write_case(tmp_path, "p1")
+    sees("right", "left")
+    own = ("--lungs", str(lung_run))
+    assert run(tmp_path, undecided, *own, masks=False) == 0
+    before = stamps(tmp_path / "out")
+    assert run(tmp_path, undecided, masks=False) == 2
+    rule = "p1.json: lungs_from must be that of this call, or overwrite passed: there "
+    assert f'{rule}"own", now "classical"\n' in capsys.readouterr().err
+    assert run(tmp_path, undecided, "--lungs", "network", masks=False) == 2
+    assert f'{rule}"own", now "network"\n' in capsys.readouterr().err
+    # a run that was trained on, and another of the same name
+    old = hashlib.sha256((lung_run / "model.safetensors").read_bytes()).hexdigest()
+    elsewhere = lung_weights(tmp_path / "other/own", seed=2)
+    for folder in (lung_weights(lung_run, seed=1), elsewhere):
+        assert run(tmp_path, undecided, "--lungs", str(folder), masks=False) == 2
+        new = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
+        said = capsys.readouterr().err
+        rule = "p1.json: lungs_sha256 must be that of this call, or overwrite passed: there "
+        assert f'{rule}"{old}", now "{new}"\n' in said
+    assert stamps(tmp_path / "out") == before
+    assert run(tmp_path, undecided, "--lungs", str(elsewhere), "--overwrite", masks=False) == 0
+    assert json.loads((tmp_path / "out/p1.json").read_text())["lungs_sha256"] == new
+
+
+def test_lungs_of_an_earlier_version_are_of_another_method(tmp_path, undecided, sees, capsys):
+    """Its records tell "thresholds" and no weights: read and told, and replaced where that is asked for."""
+    write_case(tmp_path, "p1")
+    assert run(tmp_path, undecided, masks=False) == 0
+    file = tmp_path / "out/p1.json"
+    record = json.loads(file.read_text())
+    old = {k: v for k, v in record.items() if k != "lungs_sha256"} | {"lungs_from": "thresholds"}
+    del old["files"]["classical"]
+    file.write_text(json.dumps(old))
+    assert read_record(file)["lungs_sha256"] is None
+    capsys.readouterr()
+    sees("right", "left")
+    network = ("--lungs", "network")  # what is found without a word of it
+    assert run(tmp_path, undecided, *network, masks=False) == 2
+    rule = "lungs_from must be that of this call, or overwrite passed"
+    assert f'p1.json: {rule}: there "thresholds", now "network"\n' in capsys.readouterr().err
+    assert json.loads(file.read_text()) == old
+    assert run(tmp_path, undecided, *network, "--overwrite", masks=False) == 0
+    found = json.loads(file.read_text())
+    assert (found["lungs_from"], found["files"]["classical"]) == ("network", None)
+    assert len(found["lungs_sha256"]) == 64
+    # masks that were given then are the same now
+    assert run(tmp_path, undecided, "--overwrite") == 0
+    record = json.loads(file.read_text())
+    file.write_text(json.dumps({k: v for k, v in record.items() if k != "lungs_sha256"}))
+    capsys.readouterr()
+    assert run(tmp_path, undecided) == 0
+    assert "(1 by an earlier call)" in capsys.readouterr().out
 
 
 def test_settings_from_a_file_and_flags_above_it(tmp_path, undecided, capsys):
@@ -1022,7 +1186,8 @@ def test_what_is_passed_over_is_told_and_counts_where_it_was_named(tmp_path, und
         write_case(folder, f"p_{folder.name}")
     (scans / "old.img").touch()
     (scans / "gone.nii").symlink_to(scans / "nothing")
-    call = ["--models", str(undecided / "a"), "--threads", "1", "--settings.slab", "16", "--output"]
+    call = ["--models", str(undecided / "a"), "--threads", "1", "--settings.slab", "16", *classical.FLAGS]
+    call += ["--output"]
     assert predict.main([str(scans), *call, str(scans / "out")]) == 0
     said = capsys.readouterr()
     assert "2 of 2 volumes" in said.out

@@ -51,7 +51,7 @@ def long_case(tmp_path_factory):
 @pytest.mark.parametrize(
     "flags",
     [["--masks", "."], [], ["--masks", ".", "--save-probability", "--save-core"]],
-    ids=["lungs given", "lungs segmented", "every map"],
+    ids=["lungs given", "lungs by the network and by thresholds", "every map"],
 )
 def test_a_long_ct_stays_below_3_gib(long_case, tmp_path, flags):
     command = [sys.executable, "-c", MEASURED, "p_hu.nii.gz", "--models", "run", "--output", str(tmp_path)]

@@ -23,13 +23,15 @@ from numpy.testing import assert_allclose, assert_array_equal
 from scipy import ndimage
 
 from lesionsynth import io
-from normnet.prepare import Store, load_case, prepare
+from normnet.prepare import Store
 from normnet.prepare import store as store_module
 from normnet.prepare.__main__ import main
 from normnet.prepare.exclude import kept_slices, nodule_slices, read_annotations, read_exclusions, runs
 from normnet.prepare.grid import IsoGrid
 from normnet.prepare.run import find_mask
-from normnet.prepare.workers import Died, run_parallel
+from normnet.prepare.workers import Died, _share_cores, run_parallel
+from tests import classical
+from tests.classical import load_case, prepare
 
 SPACING = (5.0, 3.0, 3.0)
 
@@ -534,7 +536,7 @@ def test_summary_table(prepared: Store, folder: Path, tmp_path: Path) -> None:
     assert [float(rows[1][f"spacing_{axis}"]) for axis in "zyx"] == [5.0, 3.0, 3.0]
     assert int(rows[1]["slices"]) == bert.shape[0]
     assert int(rows[2]["slices"]) == sum(b - a for a, b in prepared["anna"].segments)
-    assert (rows[1]["source"], rows[1]["series"], rows[1]["lungs_from"]) == ("bert.nii.gz", "", "thresholds")
+    assert (rows[1]["source"], rows[1]["series"], rows[1]["lungs_from"]) == ("bert.nii.gz", "", "classical")
 
 
 # ---- several processes
@@ -557,6 +559,28 @@ def test_a_dead_worker_costs_one_task(workers: int) -> None:
     assert "ended by SIGKILL (out of memory? try fewer workers)" in str(found[0])
     assert "ended with status 3" in str(found[3])
     assert multiprocessing.active_children() == []
+
+
+def torch_threads(task: int) -> int:
+    """Threads that torch takes in a worker, where nothing has loaded it before."""
+    import torch
+
+    return torch.get_num_threads()
+
+
+@pytest.mark.parametrize("given", [False, True])
+def test_workers_share_the_cores(monkeypatch: pytest.MonkeyPatch, given: bool) -> None:
+    """A lung network in each must not take all of them, unless it is told to."""
+    torch = pytest.importorskip("torch")
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    monkeypatch.setenv("OMP_NUM_THREADS", str(cores) if given else "")
+    share = cores if given else max(1, cores // 2)
+    assert dict(run_parallel(torch_threads, [0, 1], 2)) == {0: share, 1: share}
+    # where the main part of a script has loaded it
+    asked: list[int] = []
+    monkeypatch.setattr(torch, "set_num_threads", asked.append)
+    _share_cores(2)
+    assert asked == ([] if given else [share])
 
 
 @pytest.mark.slow
@@ -631,6 +655,7 @@ def test_command_reports_a_broken_file_and_goes_on(
             "3",
             "--size",
             "112",
+            *classical.FLAGS,
             "--name",
             "one",
             "two",
@@ -654,6 +679,7 @@ def test_command_reports_a_broken_file_and_goes_on(
                 "3",
                 "--size",
                 "112",
+                *classical.FLAGS,
                 "--name",
                 "two",
             ]

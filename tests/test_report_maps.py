@@ -35,6 +35,7 @@ from normnet.report import LUNG_WINDOW, ReportConfig, report_maps  # noqa: E402
 from normnet.report import section as section_module  # noqa: E402
 from normnet.report.__main__ import main  # noqa: E402
 from normnet.report.checks import doubt_maps, doubt_numbers  # noqa: E402
+from normnet.report.layout import lungs_told  # noqa: E402
 from normnet.report.slices import LESION, OUTLINE, finding_pictures, shown_slices  # noqa: E402
 
 SHAPE, SPACING, ORIGIN = (20, 56, 72), (2.0, 1.6, 1.6), (-30.0, 12.0, -77.0)
@@ -304,7 +305,7 @@ def write_maps(folder, volume, lesions, lung, *, volumes=None, **entries):
     ml = float(np.prod(volume.spacing)) / 1000
     measured = {"lung_ml": lung.sum() * ml, "lesion_ml": lesions.sum() * ml, "percent": 1.0}
     record = {
-        "case": "p", "ct": str(volume.path), "series": None, "lungs_from": "thresholds", "settings": {},
+        "case": "p", "ct": str(volume.path), "series": None, "lungs_from": "classical", "settings": {},
         "models": [], "volumes": volumes or measured, **entries,
     }  # fmt: skip
     masks = {"lesions": lesions, "lung": lung}
@@ -475,6 +476,23 @@ def test_maps_to_look_at():
     assert tags(lung=taper) == []
     (both,) = doubt_maps({}, np.array([300.0, 300.0]), np.zeros(2), 10.0, air)
     assert "the lower and the upper end" in both.text
+
+
+@pytest.mark.parametrize(
+    ("source", "weights", "told", "short"),
+    [
+        ("network", "5a", "segmented by the lung network", "segmented by the lung network"),
+        ("mine", "5a", "segmented by the lung network mine", "segmented by the lung network mine"),
+        ("classical", None, "segmented by thresholds", "segmented by thresholds"),
+        # in records of earlier versions
+        ("thresholds", None, "segmented by thresholds", "segmented by thresholds"),
+        ("lungmask", None, "segmented by lungmask", "segmented by lungmask"),
+        ("/d/a_lung.nii.gz", None, "mask file /d/a_lung.nii.gz", "mask files"),
+    ],
+)
+def test_where_lungs_are_from(source, weights, told, short):
+    record = {"lungs_from": source, "lungs_sha256": weights}
+    assert (lungs_told(record), lungs_told(record, path=False)) == (told, short)
 
 
 def test_oblong_voxels_are_shown_square():

@@ -14,15 +14,17 @@ import pytest
 import SimpleITK as sitk
 
 from lesionsynth import phantom
-from normnet.prepare import CaseSummary, Store, load_case, prepare
+from normnet.prepare import CaseSummary, Store
 from normnet.prepare import work as work_module
 from normnet.prepare.__main__ import main
 from normnet.prepare.lungs import check_chest
 from normnet.prepare.store import write_atomically
+from tests import classical
+from tests.classical import load_case, prepare
 from tests.test_io import volume, write_series
 from tests.test_prepare import write
 
-FLAGS = ["--spacing", "8", "3.2", "3.2", "--size", "120"]
+FLAGS = ["--spacing", "8", "3.2", "3.2", "--size", "120", *classical.FLAGS]
 SETTINGS: dict[str, Any] = {"spacing": (8.0, 3.2, 3.2), "size": 120}
 DICOM = {"PixelSpacing": [3.0, 3.0], "step": 5.0}
 

@@ -16,6 +16,7 @@ from lesionsynth.io import read_ct, read_mask
 from normnet.config import ModelConfig
 from normnet.model import build_unet, save_model
 from normnet.predict import main
+from tests import classical
 from tests.test_wrong_input import MESSAGES, bad, good  # noqa: F401  (fixtures)
 
 
@@ -32,7 +33,7 @@ def outcome(bad: Path, good: Path, tmp_path_factory: pytest.TempPathFactory):  #
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("builtins.print", lambda *text, **_: said.append(" ".join(map(str, text))))
         flags = ["--models", str(base / "run"), "--output", str(base / "maps"), "--threads", "1"]
-        code = main([*map(str, inputs), *flags, "--device", "cpu"])
+        code = main([*map(str, inputs), *flags, "--device", "cpu", *classical.FLAGS])
     return {"code": code, "maps": base / "maps", "said": said}
 
 

@@ -23,7 +23,9 @@ ROLE_WORDS: Mapping[str, frozenset[str]] = {
 }
 """Last words of a file's name, after ``_`` or ``-``, and what they say it is: a "segmentation" or "mask" may
 be of lungs or of lesions."""
-MAP_WORDS: Mapping[str, frozenset[str]] = {"core": frozenset({"core"}), "healthy": frozenset({"healthy"})}
+MAP_WORDS: Mapping[str, frozenset[str]] = {
+    word: frozenset({word}) for word in ("core", "healthy", "classical")
+}
 """The same, among predictions alone: elsewhere ``anna_healthy`` is more likely a person."""
 
 

@@ -20,6 +20,7 @@ from normnet.config import (
     paper,
     phantom,
 )
+from normnet.prepare.case import LungMethod
 
 TableName = Literal["voting", "modules", "threshold"]
 OWN = ("output", "resume", "seed")
@@ -89,6 +90,8 @@ class AblateConfig:
     """Labels of the truth that are lesions; all above zero where omitted."""
     lung_label: tuple[int, ...] = ()
     """Labels of the lung masks that are lungs; all above zero where omitted."""
+    lungs: LungMethod = "network"
+    """How the lungs of patients without a lung mask are segmented; see `normnet.predict`."""
     rows: tuple[str, ...] = ()
     """Only these: voting, model_1, ...; covid_lung, no_shapes, ...; or thresholds in HU; all by default."""
     config: Path | None = None
@@ -164,6 +167,8 @@ def training(config: AblateConfig) -> TrainConfig:
             base = build(TrainConfig, record, "TrainConfig")
         except ValueError as error:
             raise ValueError(f"{name_of(config.config)}: {error}") from error
+        if base.task != "lesions":
+            raise ValueError(f"{name_of(config.config)}: task must be lesions, got {base.task}")
     given = {name: getattr(config, name) for name in ("data", "iterations", "minutes", "device", "threads")}
     return replace(base, **{name: value for name, value in given.items() if value is not None})
 

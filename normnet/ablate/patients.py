@@ -16,6 +16,7 @@ from normnet import pairing
 from normnet.ablate.config import SCALES, AblateConfig
 from normnet.pairing import PatientFiles, read_patients
 from normnet.prepare import load_case
+from normnet.prepare.case import method_of, method_record
 from normnet.volumes import PHANTOM_SEED
 
 Array = npt.NDArray[Any]
@@ -73,7 +74,10 @@ def find_patients(config: AblateConfig) -> list[Patient]:
     Raises
     ------
     ValueError
-        No patient, a patient without CT, two files for one role, too many phantoms, or a CSV with gaps.
+        No patient, a patient without CT, two files for one role, too many phantoms, a CSV with gaps, or no
+        such method for lungs that must be segmented.
+    ImportError
+        They are to be segmented by lungmask, which is not installed.
     """
     if config.patients:
         return _listed(config)
@@ -108,12 +112,16 @@ def _listed(config: AblateConfig) -> list[Patient]:
     for files in cases:
         if Path(files.case).name != files.case:  # their scores go into files
             raise ValueError(f"{tables[0]}: case must be a file name, got {files.case!r}")
+    if any(files.lung is None for files in cases):
+        method_of(config.lungs)  # before anything is trained
     return [_scanned(files, config) for files in sorted(cases, key=lambda files: files.case)]
 
 
 def _scanned(files: PatientFiles, config: AblateConfig) -> Patient:
     def load() -> Volumes:
-        loaded = load_case(files.ct, files.lung, series=files.series, label=config.lung_label)
+        loaded = load_case(
+            files.ct, files.lung, series=files.series, lungs=config.lungs, label=config.lung_label
+        )
         return Volumes(
             loaded.hu,
             loaded.mask,
@@ -128,6 +136,8 @@ def _scanned(files: PatientFiles, config: AblateConfig) -> Patient:
     identity: dict[str, Any] = {role: _stamp(path) for role, path in paths.items() if path is not None}
     chosen = {"series": files.series, "label": config.label, "lung_label": config.lung_label}
     identity |= {name: value for name, value in chosen.items() if value}
+    if files.lung is None:
+        identity |= method_record(config.lungs)
     return Patient(files.case, identity, load)
 
 

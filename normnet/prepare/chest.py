@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import numpy.typing as npt
-
 from scipy import ndimage
 
 from normnet.prepare.grid import IsoGrid
 from normnet.prepare.lungs import AIR_HU, COARSE_MM, body_mask
 from normnet.prepare.morphology import Mask, Spacing, block_mean, opened
 
-HU_WINDOW = (-1000.0, 200.0)
-"""What the lung network sees, scaled to [0, 1]."""
+WINDOW = ((-1000.0, -150.0, 150.0, 800.0), (0.0, 0.4, 0.9, 1.0))
+"""HU and what the lung network sees of them, linear in between: half of it is soft tissue, where consolidation,
+heart and liver are to be told apart."""
 ADULT_MM = 3.0
 """Voxel of an adult's chest: what is measured there in millimetres is so in an adult's."""
 BODY_VOXELS = 90.0
@@ -38,7 +40,8 @@ def chest_grid(hu: npt.NDArray[np.int16], spacing: Spacing) -> IsoGrid:
     Returns
     -------
     IsoGrid
-        Covers the whole scan.
+        Covers the whole scan. Its voxels have the same share of the median cross-section of the body in every
+        patient, between `SMALLEST_MM` and `LARGEST_MM`.
     """
     factors = tuple(max(1, round(COARSE_MM / s)) for s in spacing)
     fz, fy, fx = factors
@@ -52,9 +55,22 @@ def chest_grid(hu: npt.NDArray[np.int16], spacing: Spacing) -> IsoGrid:
 
 
 def window(hu: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-    """Scale HU to what the lung network sees."""
-    low, high = HU_WINDOW
-    return np.asarray(((hu - low) / (high - low)).clip(0, 1), np.float32)
+    """Scale HU to what the lung network sees.
+
+    Parameters
+    ----------
+    hu : float32 array
+        Hounsfield units.
+
+    Returns
+    -------
+    float32 array
+        In [0, 1]: `HU_WINDOW`, and what is beyond it at its ends.
+    """
+    seen = np.zeros(hu.shape, np.float32)
+    for (low, below), (high, above) in pairwise(zip(*WINDOW, strict=True)):
+        seen += np.float32(above - below) * ((hu - np.float32(low)) / np.float32(high - low)).clip(0, 1)
+    return seen
 
 
 def shrink(volume: npt.NDArray[np.generic], grid: IsoGrid) -> npt.NDArray[np.float32]:
@@ -100,6 +116,7 @@ def without_hilum(hu: npt.NDArray[np.int16], right: Mask, left: Mask) -> tuple[M
     Returns
     -------
     right, left : (z, y, x) bool arrays
+        Parts of those given.
     """
     tissue, lungs = hu >= AIR_HU, right | left
     thick, count = ndimage.label(opened(tissue, HILUM_MM, (ADULT_MM,) * 3) & tissue)
@@ -116,4 +133,4 @@ def _triangles(positions: npt.NDArray[np.float64], n: int, ratio: float) -> npt.
     """Weights (out, in); rows sum to 1."""
     away = np.abs(positions[:, None].clip(0, n - 1) - np.arange(n))
     weights = np.clip(1 - away / max(ratio, 1.0), 0, None)
-    return (weights / weights.sum(axis=1, keepdims=True)).astype(np.float32)
+    return np.asarray(weights / weights.sum(axis=1, keepdims=True), np.float32)

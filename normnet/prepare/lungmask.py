@@ -64,7 +64,7 @@ def check_installed() -> Any:
     ImportError
         It is not installed; says how to install it.
     """
-    advice = "lungs='lungmask' needs the package lungmask: pip install lungmask; or use lungs='thresholds'"
+    advice = "lungs='lungmask' needs the package lungmask: pip install lungmask; or use lungs='network'"
     return optional("lungmask", advice).LMInferer
 
 

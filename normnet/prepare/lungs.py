@@ -9,7 +9,6 @@ nodules, consolidation), outline.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -411,62 +410,65 @@ def outline(
     volume) is left out, a consolidation at the pleura stays.
     """
     mm = (spacing[0] * factors[0], spacing[1] * factors[1], spacing[2] * factors[2])
-    around = bounding_box(lungs[0] | lungs[1])
-    if around is None:
+    if not any(lung.any() for lung in lungs):
         raise ValueError("no lung found: nothing is left of the air spaces")
-    box = tuple(
-        slice(max(s.start - 3, 0), min(s.stop + 3, n)) for s, n in zip(around, airway.shape, strict=True)
-    )
-    fine = tuple(
-        slice(s.start * f, min(s.stop * f, n)) for s, f, n in zip(box, factors, hu.shape, strict=True)
-    )
-    part = hu[fine]
-    empty = outside[0][box]
-    for axis, factor in enumerate(factors):
-        empty = empty.repeat(factor, axis)
-    empty = empty[tuple(slice(n) for n in part.shape)]
-    empty[empty] = np.isin(part[empty], outside[1])
-    air = (part < AIR_HU) & ~empty
-    bronchi = spread(_signed(airway[box], mm), factors, part.shape) > 0
-    fields = (spread(_signed(lung[box], mm), factors, part.shape) if lung.any() else None for lung in lungs)
-    right, left = (np.zeros(hu.shape, bool) for _ in lungs)
-    right[fine], left[fine] = settle(air, ~bronchi & ~empty, spacing, fields)
-    return Lungs(right, left)
+    found: list[Mask] = []
+    for lung in lungs:
+        whole = np.zeros(hu.shape, bool)
+        if (box := around(lung, 3)) is not None:
+            fine = tuple(
+                slice(s.start * f, min(s.stop * f, n)) for s, f, n in zip(box, factors, hu.shape, strict=True)
+            )
+            part = hu[fine]
+            empty = outside[0][box]
+            for axis, factor in enumerate(factors):
+                empty = empty.repeat(factor, axis)
+            empty = empty[tuple(slice(n) for n in part.shape)]
+            empty[empty] = np.isin(part[empty], outside[1])
+            allowed = ~empty
+            allowed &= spread(_signed(airway[box], mm), factors, part.shape) <= 0
+            for other in found:
+                allowed &= ~other[fine]
+            field = spread(_signed(lung[box], mm), factors, part.shape)
+            whole[fine] = settle((part < AIR_HU) & ~empty, allowed, spacing, field)
+        found.append(whole)
+    return Lungs(found[0], found[1])
 
 
-def settle(
-    air: Mask, allowed: Mask, spacing: Spacing, fields: Iterable[npt.NDArray[np.float32] | None]
-) -> list[Mask]:
-    """Set the outline of each lung by intensities where they decide, and else by its field.
+def around(mask: Mask, margin: int) -> tuple[slice, slice, slice] | None:
+    """Box around the mask with a margin, as far as the grid reaches; None where it is empty."""
+    box = bounding_box(mask)
+    if box is None:
+        return None
+    a, b, c = (
+        slice(max(s.start - margin, 0), min(s.stop + margin, n)) for s, n in zip(box, mask.shape, strict=True)
+    )
+    return a, b, c
+
+
+def settle(air: Mask, allowed: Mask, spacing: Spacing, field: npt.NDArray[np.float32]) -> Mask:
+    """Set the outline of a lung by intensities where they decide, and else by its field.
 
     Parameters
     ----------
     air : (z, y, x) bool array
         Voxels as dark as lung.
     allowed : (z, y, x) bool array
-        Voxels that may be lung.
+        Voxels that may be this lung.
     spacing : (3,) floats
         Voxel size in mm, axis order z, y, x.
-    fields : iterable of (z, y, x) float32 arrays
-        Distance in mm to the outline of each lung as it is known so far, positive inside; None where there is
-        no such lung. The first of two that claim a voxel gets it.
+    field : (z, y, x) float32 array
+        Distance in mm to the lung's outline as it is known so far, positive inside.
 
     Returns
     -------
-    list of (z, y, x) bool arrays
+    (z, y, x) bool array
         Air up to `REACH_MM` outside the outline; tissue from `DEPTH_MM` inside it, or where it is thick.
     """
-    found, allowed = [], allowed.copy()
-    for field in fields:
-        mask = np.zeros(air.shape, bool)
-        if field is not None:
-            tissue = plane_opened((field > 0) & ~air, RIM_MM, spacing)
-            mask = ((air & (field > -REACH_MM)) | (field > DEPTH_MM) | tissue) & allowed
-            mask = fill_slices(fill_enclosed(mask), round(HOLE_MM2 / (spacing[1] * spacing[2])))
-            mask = largest(mask & allowed)
-            allowed &= ~mask
-        found.append(mask)
-    return found
+    tissue = plane_opened((field > 0) & ~air, RIM_MM, spacing)
+    mask = ((air & (field > -REACH_MM)) | (field > DEPTH_MM) | tissue) & allowed
+    mask = fill_slices(fill_enclosed(mask), round(HOLE_MM2 / (spacing[1] * spacing[2])))
+    return largest(mask & allowed)
 
 
 def check_plausible(
@@ -601,14 +603,10 @@ def split_mask(mask: Mask, spacing: Spacing) -> Lungs:
     fz, fy, fx = (max(1, round(COARSE_MM / s)) for s in spacing)
     mm = (spacing[0] * fz, spacing[1] * fy, spacing[2] * fx)
     filled = block_mean(mask.view(np.uint8), (fz, fy, fx))
-    around = bounding_box(filled > 0)
     # distances in the box, with a rim of background, are those in the whole volume
-    box = tuple(
-        slice(max(s.start - 2, 0), min(s.stop + 2, n))
-        for s, n in zip(around or (), filled.shape, strict=False)
-    )
-    parts = split_two(filled[box] >= 0.5, mm) if around is not None else None
-    if parts is None:
+    box = around(filled > 0, 2)
+    parts = split_two(filled[box] >= 0.5, mm) if box is not None else None
+    if box is None or parts is None:
         raise ValueError("the lung mask must show two lungs side by side, to tell right from left")
     if _centre_x(parts[0]) > _centre_x(parts[1]):
         parts = (parts[1], parts[0])

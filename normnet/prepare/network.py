@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Iterator
 
 import numpy as np
 import numpy.typing as npt
@@ -19,8 +18,8 @@ from normnet.config import BUNDLED_LUNGS
 from normnet.model import load_model
 from normnet.prepare.chest import ADULT_MM, chest_grid, shrink, window
 from normnet.prepare.grid import IsoGrid, linear
-from normnet.prepare.lungs import AIR_HU, MIN_LUNG_ML, Lungs, settle
-from normnet.prepare.morphology import Mask, Spacing, bounding_box, component_sizes
+from normnet.prepare.lungs import AIR_HU, MIN_LUNG_ML, Lungs, around, settle
+from normnet.prepare.morphology import Mask, Spacing, component_sizes
 
 PIECE = 0.05
 """Least share of a lung's largest piece: smaller ones are no lung."""
@@ -110,35 +109,30 @@ def outline(hu: npt.NDArray[np.int16], grid: IsoGrid, chance: npt.NDArray[np.flo
     """
     both, is_right = chance.max(axis=0), chance[0] >= chance[1]
     coarse = [_pieces((both > 0.5) & side) for side in (is_right, ~is_right)]
-    around = bounding_box(coarse[0] | coarse[1])
-    # a voxel is one of an adult's
     ml = max(int(lung.sum()) for lung in coarse) * ADULT_MM**3 / 1000
-    if around is None or ml < MIN_LUNG_ML:
+    if ml < MIN_LUNG_ML:
         raise ValueError(
             f"no lung found: the network sees {ml:.0f} ml, expected at least {MIN_LUNG_ML:.0f} of an adult's"
         )
-    box = tuple(
-        slice(max(s.start - MARGIN, 0), min(s.stop + MARGIN, n))
-        for s, n in zip(around, grid.shape, strict=True)
-    )
-    size, fine, places = grid.spacing[0], [], []
-    for axis, side in enumerate(box):
-        ratio = size / grid.source_spacing[axis]
-        fine.append(slice(int(side.start * ratio), min(int(np.ceil(side.stop * ratio)), hu.shape[axis])))
-        places.append(grid.window_positions(axis)[fine[-1]] - side.start)
-    part = hu[tuple(fine)]
-
-    def fields() -> Iterator[npt.NDArray[np.float32] | None]:
-        for lung, seen in zip(coarse, chance, strict=True):
-            yield linear(ADULT_MM * _signed(lung[box], seen[box]), places) if lung.any() else None
-
-    right, left = (np.zeros(hu.shape, bool) for _ in coarse)
-    # lengths are those of an adult's chest
-    spacing = tuple(s * ADULT_MM / size for s in grid.source_spacing)
-    right[tuple(fine)], left[tuple(fine)] = settle(
-        part < AIR_HU, np.ones(part.shape, bool), (spacing[0], spacing[1], spacing[2]), fields()
-    )
-    return Lungs(right, left)
+    size, found = grid.spacing[0], list[Mask]()
+    z, y, x = (s * ADULT_MM / size for s in grid.source_spacing)  # lengths are those of an adult's chest
+    for lung, seen in zip(coarse, chance, strict=True):
+        whole = np.zeros(hu.shape, bool)
+        if (box := around(lung, MARGIN)) is not None:
+            fine, places = [], []
+            for axis, side in enumerate(box):
+                ratio = size / grid.source_spacing[axis]
+                last = min(int(np.ceil(side.stop * ratio)), hu.shape[axis])
+                fine.append(slice(int(side.start * ratio), last))
+                places.append(grid.window_positions(axis)[fine[-1]] - side.start)
+            part = tuple(fine)
+            allowed = np.ones(hu[part].shape, bool)
+            for other in found:
+                allowed &= ~other[part]
+            field = linear(ADULT_MM * _signed(lung[box], seen[box]), places)
+            whole[part] = settle(hu[part] < AIR_HU, allowed, (z, y, x), field)
+        found.append(whole)
+    return Lungs(found[0], found[1])
 
 
 def _pieces(mask: Mask) -> Mask:

@@ -57,7 +57,7 @@ class CaseSummary:
     series : str
         SeriesInstanceUID; empty for volume files.
     lungs_from : str
-        "thresholds", "lungmask" or the name of the mask's file.
+        "network", "classical", "lungmask", the name of a network's run, or that of the mask's file.
     """
 
     case_id: str

@@ -121,6 +121,9 @@ def prepare_one(work: Work) -> dict[str, Any]:
         mask, removed = sides > 0, np.zeros(sides.shape, bool)
         sides[~keep] = 0
     mask[~keep] = False
+    classical = _classical(case, grid, work.task)
+    if classical is not None:
+        classical[~keep] = False
     if not mask.any():
         raise ValueError(f"{source.path}: no lung is left after the slices to leave out")
     meta: dict[str, Any] = {
@@ -143,7 +146,16 @@ def prepare_one(work: Work) -> dict[str, Any]:
     )
 
     def draw(path: Path) -> None:
-        write_picture(path, hu, mask, removed, spacing=grid.spacing, segments=runs(keep), title=title)
+        write_picture(
+            path,
+            hu,
+            mask,
+            removed,
+            spacing=grid.spacing,
+            segments=runs(keep),
+            title=title,
+            classical=classical,
+        )
 
     return _stored(store, work.case_id, hu, mask if sides is None else sides, meta, draw)
 
@@ -159,6 +171,15 @@ def _chest(case: LoadedCase) -> tuple[npt.NDArray[np.int16], IsoGrid, npt.NDArra
     lungs = first + second > 0.5
     right, left = without_hilum(hu, lungs & (first >= second), lungs & (first < second))
     return hu, grid, right + np.uint8(2) * left
+
+
+def _classical(case: LoadedCase, grid: IsoGrid, task: Task) -> Mask | None:
+    """Bring the lungs by thresholds to the grid of the store, where a network's are kept."""
+    mask = case.native_classical
+    if mask is None:
+        return None
+    brought: Mask = shrink(mask, grid) > 0.5 if task == "lungs" else grid.to_iso(mask)
+    return brought
 
 
 def _stored(

@@ -10,6 +10,7 @@ import itertools
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -65,7 +66,8 @@ def run_parallel(
     Parameters
     ----------
     function : callable
-        Of a module, so that it can be pickled; must not raise.
+        Of a module, so that it can be pickled; must not raise. The cores are shared out among the processes,
+        unless ``OMP_NUM_THREADS`` says how many threads each shall have.
     tasks : sequence
         Picklable arguments.
     workers : int
@@ -81,9 +83,10 @@ def run_parallel(
         raise ValueError(f"workers must be at least 1, got {workers}")
     waiting = iter(range(len(tasks)))
     running: list[_Worker] = []
+    workers = min(workers, len(tasks))
     try:
         for index in itertools.islice(waiting, workers):
-            running.append(_start(function, tasks[index], index, index))
+            running.append(_start(function, tasks[index], index, index, workers))
         while running:
             ready = wait([worker.connection for worker in running])
             for worker in [w for w in running if w.connection in ready]:
@@ -93,7 +96,7 @@ def run_parallel(
                     _stop(worker)
                     running.remove(worker)
                     if following is not None:
-                        running.append(_start(function, tasks[following], following, worker.slot))
+                        running.append(_start(function, tasks[following], following, worker.slot, workers))
                 else:
                     worker.task = following
                     _send(worker, tasks[following])
@@ -104,10 +107,10 @@ def run_parallel(
             _stop(worker)
 
 
-def _start(function: Callable[[Task], Result], task: Task, index: int, slot: int) -> _Worker:
+def _start(function: Callable[[Task], Result], task: Task, index: int, slot: int, workers: int) -> _Worker:
     context = multiprocessing.get_context("spawn")
     here, there = context.Pipe()
-    process = context.Process(target=_serve, args=(there, function, slot), daemon=True)
+    process = context.Process(target=_serve, args=(there, function, slot, workers), daemon=True)
     with _unheard_interrupts():  # the child inherits it, from before it can say so itself
         process.start()
     there.close()  # so that the end of the process is the end of the pipe
@@ -157,9 +160,25 @@ def _end_with_parent() -> None:
         os._exit(1)
 
 
-def _serve(connection: Connection, function: Callable[[Task], Result], slot: int) -> None:
+def _share_cores(workers: int) -> None:
+    """Leave the other workers their share of the cores: torch would take all of them in each.
+
+    It is not imported for that, as few tasks need it: when it is, it reads the variable, as `lesionsynth`
+    does.
+    """
+    if os.environ.get("OMP_NUM_THREADS", "").strip():
+        return
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    share = max(1, cores // workers)
+    os.environ["OMP_NUM_THREADS"] = str(share)
+    if (torch := sys.modules.get("torch")) is not None:  # the main part of a script imports it
+        torch.set_num_threads(share)
+
+
+def _serve(connection: Connection, function: Callable[[Task], Result], slot: int, workers: int) -> None:
     """Take tasks until the other end is closed."""
     os.environ[SLOT] = str(slot)
+    _share_cores(workers)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent gets it as well, and ends its workers
     threading.Thread(target=_end_with_parent, daemon=True).start()
     with suppress(EOFError, BrokenPipeError, ConnectionResetError):

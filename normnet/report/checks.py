@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -29,6 +29,9 @@ a voxel bright (III-D)."""
 CHANGED = 1e-3
 """Relative difference of volumes in a record and its maps: float32 spacings in files differ by 1e-7."""
 
+DIFFER = "lungs differ"
+"""Tag of a concern: thresholds find other lungs than the lung network."""
+
 
 class Concern(NamedTuple):
     """Something that must be looked at."""
@@ -37,6 +40,11 @@ class Concern(NamedTuple):
     """Two or three words, for a table."""
     text: str
     """A sentence with the value and the limit."""
+
+
+def told(warnings: Iterable[str]) -> list[Concern]:
+    """Make concerns of what was warned of when a case was made or read."""
+    return [Concern(DIFFER if w.startswith("the lung network has ") else "warned of", w) for w in warnings]
 
 
 def doubt_numbers(volumes: Mapping[str, float | None], slice_mm: float | None) -> list[Concern]:
@@ -163,6 +171,36 @@ def doubt_maps(
                 )
             )
     return found
+
+
+def doubt_lungs(lung: npt.NDArray[Any], classical: npt.NDArray[Any], voxel_ml: float) -> Concern:
+    """Tell how the lungs of the network and those by thresholds differ.
+
+    Parameters
+    ----------
+    lung, classical : (Z, Y, X) bool arrays
+        By the network, which were searched; by thresholds, empty where these find none.
+    voxel_ml : float
+        Volume of a voxel.
+
+    Returns
+    -------
+    Concern
+    """
+    shared = int(np.count_nonzero(lung & classical))
+    more, less = ((int(np.count_nonzero(m)) - shared) * voxel_ml for m in (lung, classical))
+    if not classical.any():
+        found = f"Thresholds find no lung where the lung network has {more:,.0f} ml"
+    else:
+        found = (
+            f"The lung network and thresholds differ by {more + less:,.0f} ml: {more:,.0f} ml belong to the "
+            f"network's lungs alone, {less:,.0f} ml to those by thresholds"
+        )
+    return Concern(
+        DIFFER,
+        f"{found}. Thresholds lose dense disease at the pleura, a network may be wrong: the pictures show "
+        "both outlines.",
+    )
 
 
 def _wide(area: float, areas: Sequence[float] | npt.NDArray[Any]) -> bool:

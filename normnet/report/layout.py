@@ -9,6 +9,7 @@ from typing import Any
 
 from normnet.records import Record
 from normnet.report.cases import Finished
+from normnet.report.checks import DIFFER
 from normnet.report.page import Report
 from normnet.report.pictures import LUNG_WINDOW
 from normnet.report.section import Section
@@ -59,6 +60,12 @@ def lay_out(title: str, folder: Path, finished: Finished, sections: Sequence[Sec
             "nothing is found outside it. The patient's right is on the left of the picture. Slices are "
             "numbered from 0 at the feet; z is the position that DICOM viewers show as slice location."
         )
+    if any(section.compared for section in sections):
+        report.paragraph(
+            f"Where thresholds find other lungs than the lung network ({DIFFER}), theirs have a dashed line "
+            "in yellow and black, to compare: what was searched lies within the blue one. Where both lines "
+            "are one, it is blue."
+        )
     for number, (record, section) in enumerate(zip(records, sections, strict=True), start=1):
         _add_case(report, f"case-{number}", record, section)
     return report
@@ -101,7 +108,7 @@ def _add_case(report: Report, anchor: str, record: Record, section: Section) -> 
     report.table(["lungs", "ml", "lesions ml", "lesions %"], rows)
     series = f", series {record['series']}" if record["series"] else ""
     facts = f" {section.facts}." if section.facts else ""
-    report.paragraph(f"CT: {record['ct']}{series}.{facts} Lungs: {_lungs(record)}.", note=True)
+    report.paragraph(f"CT: {record['ct']}{series}.{facts} Lungs: {lungs_told(record)}.", note=True)
     for caption, picture in section.pictures:
         report.picture(picture, caption, width=1000)
     for caption, chart in section.charts:
@@ -111,7 +118,7 @@ def _add_case(report: Report, anchor: str, record: Record, section: Section) -> 
 def _settings(records: Sequence[Record]) -> tuple[list[str], list[list[object]]]:
     """Header and rows: a row for the cases that were made in the same way."""
     kinds = Counter(
-        (_models(record), _growth(record), _lungs(record, path=False), str(record.get("version", "–")))
+        (_models(record), _growth(record), lungs_told(record, path=False), str(record.get("version", "–")))
         for record in records
     )
     header = ["models, each with the probability above which a voxel is healthy, from which HU on"]
@@ -139,8 +146,21 @@ def _growth(record: Record) -> str:
         return "–"
 
 
-def _lungs(record: Record, *, path: bool = True) -> str:
-    """Tell where the lungs are from."""
+def lungs_told(record: Mapping[str, Any], *, path: bool = True) -> str:
+    """Tell where lungs are from.
+
+    Parameters
+    ----------
+    record : mapping
+        With ``lungs_from`` and ``lungs_sha256``; see `normnet.prepare.case.method_record`.
+    path : bool
+        Name the file of a mask.
+
+    Returns
+    -------
+    str
+        "segmented by ..." or "mask file ...".
+    """
     source = str(record["lungs_from"])
     methods = {
         "network": "segmented by the lung network",

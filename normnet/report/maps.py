@@ -30,8 +30,9 @@ class ReportConfig:
     output: Path | None = None
     """The page, a file that ends in .html; MAPS/report.html where omitted. An earlier one is replaced."""
     pictures: int = 3
-    """Slices shown per case, those with most lesion first, about 300 KB each. 0 for the volumes alone: then
-    neither CT nor maps are read."""
+    """Slices shown per case, those with most lesion first, about 300 KB each; where thresholds find other
+    lungs than the network, one of them is where these differ most. 0 for the volumes alone: then neither CT
+    nor maps are read."""
     ct: Annotated[tuple[Path, ...], tyro.conf.arg(metavar="FOLDER_OR_FILES")] = ()
     """CT files, DICOM folders, or folders of these, where CT are no longer where the prediction read them."""
     title: str = "NormNet: lesions in lung CT"
@@ -83,7 +84,7 @@ def report_maps(config: ReportConfig, *, progress_bar: bool = False) -> ReportRe
 
     Notes
     -----
-    One case is in memory at a time, its CT and two masks, beside the page so far.
+    One case is in memory at a time, its CT and two masks or three, beside the page so far.
     """
     from tqdm import tqdm
 

@@ -26,6 +26,7 @@ from lesionsynth import cli, commands, files
 from normnet import evaluate
 from normnet.prepare.workers import Died, run_parallel
 from normnet.tables import Grid, markdown, plain_table
+from tests import classical
 from tests.hostile.commands import Study, hidden
 from tests.hostile.tally import trial
 
@@ -201,7 +202,7 @@ def test_an_interrupt_of_workers_is_one_line(tmp_path: Path, workers: int) -> No
         scans.append(str(tmp_path / f"s{number}.nii.gz"))
         os.link(study.root / "ct/p1.nii.gz", scans[-1])
     call = ["-m", "normnet.prepare", *scans, "--output", str(tmp_path / "store"), "--workers", str(workers)]
-    call += ["--size", "128", "--spacing", "2", "3", "3"]
+    call += ["--size", "128", "--spacing", "2", "3", "3", *classical.FLAGS]
     for number, code in ((signal.SIGINT, 130), (signal.SIGTERM, 143)):
         for after in (tmp_path / "store/store.json", tmp_path / "store/cases/s0", 4.0):
             with trial("commands"):

@@ -25,6 +25,7 @@ from normnet import config as configs
 from normnet.baselines.config import BaselineConfig
 from normnet.config import (
     AugmentConfig,
+    ChestConfig,
     ModelConfig,
     PostprocessConfig,
     PredictConfig,
@@ -47,6 +48,7 @@ PARTS: dict[str, Any] = {
     "class": ls.BlobClass(count=(1, 2), radius=(1, 3)),
     "rare": ls.BlobClass(probability=0.5, radius=(1, 3)), "warp": ls.Warp(), "texture": ls.Texture(),
     "lesions": ls.LesionConfig(), "model": ModelConfig(), "augment": AugmentConfig(), "train": configs.few(),
+    "chest": ChestConfig(), "lungs": configs.lungs(),
     "postprocess": PostprocessConfig(threshold_hu=-500.0, full_threshold=0.1),
     "predict": PredictConfig(probability=0.5),
     "baseline": BaselineConfig(method="ae", minutes=1.0, threads=1),
@@ -72,6 +74,7 @@ TEXTS = {
     "lengths",
     "output",
     "data",
+    "task",
 }
 
 
@@ -384,7 +387,7 @@ def test_plans_of_earlier_versions_are_read() -> None:
 
 
 @pytest.mark.parametrize(
-    "kind", ["model", "augment", "train", "postprocess", "predict", "baseline", "lesions"]
+    "kind", ["model", "augment", "chest", "train", "lungs", "postprocess", "predict", "baseline", "lesions"]
 )
 def test_configurations_come_back(kind) -> None:
     part = PARTS[kind]
@@ -410,7 +413,24 @@ def test_settings_of_training_come_back(data) -> None:
         "seed": draw(st.integers(0, 2**32 - 1)),
         "phantom_spacing": draw(st.tuples(*[lengths(0.01, 100.0)] * 3)),
         "augment": AugmentConfig(rotate=draw(st.floats(0, 360)), noise=draw(st.floats(0, 1e4))),
+        "chest": ChestConfig(
+            diseased=draw(st.floats(0, 1)), tilt=draw(st.floats(0, 90)), bend=draw(st.floats(0, 8))
+        ),
     }
+    if draw(st.booleans()):
+        changes |= {"task": "lungs", "crop": 32, "model": ModelConfig(outputs=2)}
     with trial(KIND):
         config = TrainConfig(**changes)
         assert from_json(TrainConfig, to_json(config)) == config
+
+
+def test_a_network_has_the_outputs_of_its_task() -> None:
+    """Two logits for the lungs, one for lesions; and lungs are learned in crops."""
+    lungs = configs.lungs()
+    for change, word in (
+        ({"model": replace(lungs.model, outputs=1)}, "model.outputs must be 2 for the task lungs, got 1"),
+        ({"task": "lesions"}, "model.outputs must be 1 for the task lesions, got 2"),
+        ({"crop": None}, "crop must be given for the task lungs, got None"),
+    ):
+        with trial(KIND), pytest.raises(ValueError, match=word):
+            replace(lungs, **change)

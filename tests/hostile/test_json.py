@@ -37,12 +37,13 @@ SECONDS = 1.0  # of this process: a busy machine is no fault
 def predicted() -> dict[str, Any]:
     """Return the record of a prediction."""
     return {
-        "case": "p1", "ct": "/scans/p1.nii.gz", "series": None, "lungs_from": "thresholds",
+        "case": "p1", "ct": "/scans/p1.nii.gz", "series": None, "lungs_from": "network",
+        "lungs_sha256": "0" * 64,
         "ct_stamp": {"files": 1, "bytes": 10, "modified_ns": 1_700_000_000_000_000_000, "listing": "ab"},
         "settings": json.loads(configs.to_json(PredictConfig())),
         "models": [{"name": "model-0", "sha256": "0" * 64, "probability": 0.5, "threshold_hu": -700.0}],
         "volumes": {"lung_ml": 4000.0, "lesion_ml": 10.0, "percent": 0.25, "right_lung_ml": None},
-        "files": {"lesions": "p1_lesions.nii.gz", "lung": "p1_lung.nii.gz", "core": None},
+        "files": {"lesions": "p1_lesions.nii.gz", "lung": "p1_lung.nii.gz", "classical": None, "core": None},
         "inflation": 0.9,
     }  # fmt: skip
 
@@ -73,6 +74,7 @@ DOCUMENTS: dict[str, tuple[str, Any, Callable[[Path], Any]]] = {
     "sample": ("record.json", SAMPLE, read_sample),
     "prediction": ("p1.json", predicted(), read_record),
     "train": ("config.json", json.loads(configs.to_json(configs.few())), _config(TrainConfig)),
+    "lungs": ("config.json", json.loads(configs.to_json(configs.lungs())), _config(TrainConfig)),
     "predict": ("settings.json", json.loads(configs.to_json(PredictConfig())), read_settings),
     "baseline": (
         "config.json",
@@ -83,7 +85,7 @@ DOCUMENTS: dict[str, tuple[str, Any, Callable[[Path], Any]]] = {
     "case": ("meta.json", CASE, lambda path: Case(path.parent)),
 }
 """By kind: name of the file, a valid document, what reads it."""
-LOOSE = {"prediction": ("ct_stamp", "settings", "lungs_from"), "store": ("format",)}
+LOOSE = {"prediction": ("ct_stamp", "settings", "lungs_from", "lungs_sha256"), "store": ("format",)}
 """Parts that are taken as they are: compared or looked up, never computed with."""
 
 
@@ -275,7 +277,7 @@ def test_fields_missing_and_unknown(tmp_path, kind) -> None:
         if kind == "plan" or (whole and len(path) == 1 and path[0] not in ("preset", "lengths", "hu_range")):
             with trial(KIND):
                 refused(write(tmp_path, name, json.dumps(without)), read, path[-1])
-    if kind in ("plan", "train", "predict", "baseline", "sample"):
+    if kind in ("plan", "train", "lungs", "predict", "baseline", "sample"):
         for path in leaves(document):
             at = document
             for key in path:
@@ -365,6 +367,39 @@ def test_records_of_a_sample(tmp_path) -> None:
     ):
         with trial(KIND):
             refused(write(tmp_path, "record.json", json.dumps(SAMPLE | changes)), read_sample, word)
+
+
+def test_the_task_of_a_store(tmp_path) -> None:
+    """One of those that there are; a store that says nothing is for lesions."""
+    for task in ("lesions", "lungs"):
+        store = {"format": 1, "task": task}
+        assert Store.open(write(tmp_path, "store.json", json.dumps(store)).parent).meta["task"] == task
+    for task in ("", "lung", "LUNGS", "x" * 10**5, "\x1b[2J", 5, True, None, [], ["lungs"], {}, {"lungs": 2}):
+        with trial(KIND):
+            bad = write(tmp_path, "store.json", json.dumps(STORE | {"task": task}))
+            refused(bad, lambda path: Store.open(path.parent), "task must be")
+
+
+def test_files_of_a_record_are_names(tmp_path) -> None:
+    """Of the outline by thresholds too, which not every case has."""
+    for kind in ("classical", "lung"):
+        for name in ("../p1.nii.gz", "/etc/passwd", "a/b", ".", "..", "", ".p1_lung.nii.gz", "a\0b", 5, []):
+            record = predicted()
+            record["files"][kind] = name
+            with trial(KIND):
+                refused(write(tmp_path, "p1.json", json.dumps(record)), read_record, "files.", kind)
+    record = predicted()
+    for name in (None, "p1_classical.nii.gz"):
+        record["files"]["classical"] = name
+        assert read_record(write(tmp_path, "p1.json", json.dumps(record)))["files"]["classical"] == name
+
+
+def test_a_record_of_an_earlier_version(tmp_path) -> None:
+    """Its lungs are by thresholds, by the name of then, and no weights are told."""
+    record = predicted() | {"lungs_from": "thresholds"}
+    del record["lungs_sha256"], record["files"]["classical"]
+    found = read_record(write(tmp_path, "p1.json", json.dumps(record)))
+    assert (found["lungs_from"], found["lungs_sha256"], found["label"]) == ("thresholds", None, None)
 
 
 ARRAYS: dict[str, Callable[[Path, np.ndarray], Any]] = {

@@ -32,6 +32,7 @@ from lesionsynth import io
 from lesionsynth.io import checks, child, dicom_folders, elements, find_sources, read
 from lesionsynth.strict import name_of
 from normnet.prepare.__main__ import main
+from tests import classical
 from tests.hostile.tally import trial
 from tests.test_dicom_series import recode
 from tests.test_io import volume, write_nifti, write_series
@@ -826,7 +827,7 @@ def test_a_batch_goes_on(tmp_path: Path, good: Path, monkeypatch: pytest.MonkeyP
         os.mkfifo(tmp_path / name)
     out, inputs = tmp_path / "store", [folder, tmp_path / "pipe.nii", tmp_path / "pipe2.dcm"]
     with trial("readers"):
-        flags = ["--spacing", "8", "3.2", "3.2", "--size", "120"]
+        flags = ["--spacing", "8", "3.2", "3.2", "--size", "120", *classical.FLAGS]
         assert main([*map(os.fspath, inputs), "--output", str(out), *flags]) == 1
         rows = list(csv.DictReader((out / "summary.csv").read_text().splitlines()))
         assert [row["status"] for row in rows].count("prepared") == 1

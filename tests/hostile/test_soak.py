@@ -48,6 +48,7 @@ PREDICTIONS = """
 import contextlib, io, shutil
 from normnet import predict
 from normnet.model import build_unet, save_model
+from tests import classical
 from tests.kill import NETWORK, draw
 work = Path(sys.argv[1])
 scan = draw(work / "scan.nii.gz", 3)
@@ -57,7 +58,7 @@ for number in range(200):
         state()
     with contextlib.redirect_stdout(io.StringIO()):
         status = predict.main([str(scan), "--models", str(work), "--output", str(work / "maps"),
-                               "--device", "cpu", "--threads", "1"])
+                               "--device", "cpu", "--threads", "1", *classical.FLAGS])
     assert status == 0, status
     shutil.rmtree(work / "maps")
 state()

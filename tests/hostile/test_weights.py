@@ -8,6 +8,7 @@ import os
 import pickle
 import time
 from collections.abc import Callable
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load, save
 
+from normnet.baselines.__main__ import main as baselines
 from normnet.baselines.config import small
 from normnet.baselines.methods import build_baseline
 from normnet.baselines.train import HEADER as BASELINE
@@ -28,6 +30,8 @@ from normnet.export import main as export
 from normnet.model import HEADER, TensorFile, build_unet, bundled_models, load_model, save_model
 from normnet.predict.command import main as predict
 from normnet.predict.volume import predict_volume
+from normnet.prepare.__main__ import main as prepare
+from normnet.prepare.network import split_by_network
 from normnet.trainer import Trainer
 from tests.hostile.tally import trial
 
@@ -108,6 +112,7 @@ HEADERS: list[tuple[str, Any]] = [
     *(("calibration", {"probability": v, "dice": 0.5}) for v in (NAN, "0.5", None, True, 0, 1, 10**400)),
     *(("calibration", {"probability": 0.5, "dice": v}) for v in (NAN, 2, -1, "x")),
     ("calibration", {"probability": 0.5, "dice": 0.5, "more": 1}),
+    *(("task", v) for v in ("lungs", "evil", "", 5, None, True, [], ["lungs"], {}, NAN, "x" * 10**6)),
     *(("model", v) for v in (5, None, [], "x", {"colour": 1})),
     *(("colour", v) for v in (1, None)),
 ]  # fmt: skip
@@ -120,6 +125,7 @@ MODELS: list[tuple[str, Any]] = [
     *(("strides", v) for v in ([], [0], [2, 2], [10**9], [9], ["2"], 2, None, [NAN])),
     *(("residual_units", v) for v in (-1, 10**6, 10**9, 1.5, "1", None, True)),
     *(("norm", v) for v in ("layer", "", 5, None, "instance")),
+    *(("outputs", v) for v in (2, 0, -1, 3, 10**9, 10**400, 1.5, "1", None, True, [], [1], NAN)),
 ]
 
 
@@ -453,3 +459,144 @@ def test_what_is_saved_is_read(tmp_path) -> None:
         0.5,
         None,
     )
+
+
+# ---- weights of the lung network, which `--lungs` takes
+
+
+def of_lungs(**header: Any) -> bytes:
+    """Return a file of weights of the task lungs, its header changed."""
+    torch.manual_seed(0)
+    config = replace(CONFIG, outputs=2)
+    whole = {"model": asdict(config), "calibration": None, "task": "lungs"}
+    return save(build_unet(config).state_dict(), {HEADER: json.dumps(whole | header)})
+
+
+LUNGS = of_lungs()
+
+
+def of_lungs_only(path: Path) -> Any:
+    return load_model(path, "lungs")
+
+
+def test_a_network_of_another_task_is_refused(tmp_path) -> None:
+    path = tmp_path / "w.safetensors"
+    path.write_bytes(LUNGS)
+    model = load_model(path, "lungs")
+    assert model.config == replace(CONFIG, outputs=2)
+    with torch.no_grad():
+        assert model(torch.zeros(1, 1, 8, 8, 8)).shape == (1, 2, 8, 8, 8)
+    with trial(KIND):
+        refused(tmp_path, LUNGS, "task must be lesions, got lungs")
+    with trial(KIND):
+        refused(tmp_path, GOOD, "task must be lungs, got lesions", load=of_lungs_only)
+    one = asdict(CONFIG)
+    for header, word in (
+        ({"model": one}, "model.outputs must fit the task lungs, got 1"),
+        ({"model": one, "task": "lesions"}, "task must be lungs, got lesions"),
+        ({"task": "lesions"}, "model.outputs must fit the task lesions, got 2"),
+        ({"model": one | {"outputs": 3}}, "model.outputs"),
+        ({"model": one | {"outputs": 2, "channels": [4, 16]}}, "tensor"),
+    ):
+        with trial(KIND):
+            refused(tmp_path, of_lungs(**header), word, load=of_lungs_only)
+    # what says nothing of it was written before there was another task
+    header, tensors = parts(LUNGS)
+    whole = json.loads(header["__metadata__"][HEADER])
+    del whole["task"]
+    header["__metadata__"][HEADER] = json.dumps(whole)
+    with trial(KIND):
+        refused(tmp_path, joined(header, tensors), "model.outputs must fit the task lesions, got 2")
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes here")
+def test_lungs_that_are_no_method_are_one_line(tmp_path, capfd) -> None:
+    """Of every command that finds lungs: exit code 2, and nothing is written."""
+    ct = tmp_path / "ct.nii.gz"
+    ct.write_bytes(b"never read")
+    (tmp_path / "net.safetensors").write_bytes(GOOD)
+    baseline = build_baseline(small("ae"))
+    baseline.calibration = {"threshold": 0.5, "scale": 1.0, "slices": 4.0}
+    save_baseline(tmp_path / "baseline.safetensors", baseline)
+    good, metadata = load(LUNGS), parts(LUNGS)[0]["__metadata__"]
+    name = next(k for k, v in good.items() if v.is_floating_point())
+    torch.save({"a": torch.ones(3)}, tmp_path / "model.pt")
+    files = {
+        "nan": save(good | {name: torch.full_like(good[name], NAN)}, metadata), "cut": LUNGS[:-5],
+        "half": LUNGS[: len(LUNGS) // 2], "none": b"", "text": b"weights", "lesions": GOOD,
+        "task": of_lungs(task="evil"), "outputs": of_lungs(model=asdict(CONFIG)),
+        "wide": of_lungs(model={"channels": [10**9] * 2, "strides": [2], "outputs": 2}),
+        "torch": (tmp_path / "model.pt").read_bytes(), "image": b"\x1f\x8b" + bytes(400),
+    }  # fmt: skip
+    given: dict[str, tuple[str, str]] = {}
+    for key, data in files.items():
+        file = tmp_path / f"{key}.safetensors"
+        file.write_bytes(data)
+        given[key] = (str(file), file.name)
+    for key in ("cut", "lesions"):  # a run, damaged, and one of the other task
+        run = tmp_path / f"run {key}"
+        run.mkdir()
+        (run / "model.safetensors").write_bytes(files[key])
+        given[run.name] = (str(run), "model.safetensors")
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "empty").mkdir()
+    for word in (
+        "thresholds", "Network", "nonsense", "/dev/zero", "a\nb", "\x1b[2J",
+        *(str(tmp_path / name) for name in ("gone", "pipe", "empty", "gone/model.safetensors")),
+    ):  # fmt: skip
+        given[word] = (word, "lungs must be network, classical, lungmask, or a run folder or weights of")
+    given["long"] = ("x" * 400, "File name too long")
+    for flag, said_of in given.values():
+        rest = [str(ct), f"--lungs={flag}", "--output", str(tmp_path / "out")]
+        for command, first in (
+            (predict, ["--models", str(tmp_path / "net.safetensors")]),
+            (prepare, []),
+            (prepare, ["--task", "lungs"]),
+            (baselines, ["predict", str(tmp_path / "baseline.safetensors")]),
+        ):
+            call = [*rest, *first] if command is predict else [*first, *rest]
+            with trial(KIND):
+                assert command(call) == 2
+                said = capfd.readouterr().err
+                assert said.count("\n") == 1
+                assert said[:-1].isprintable()
+                assert len(said) < 1000
+                assert said_of in said
+                assert not (tmp_path / "out").exists()
+
+
+@settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck))
+@given(data=st.data())
+def test_bytes_of_a_lung_network_that_changed(tmp_path, data) -> None:
+    """Refused by name, or read as two finite logits for a voxel."""
+    raw = bytearray(LUNGS)
+    end = 8 + int.from_bytes(LUNGS[:8], "little")
+    for _ in range(data.draw(st.integers(1, 3))):
+        in_header = data.draw(st.booleans())
+        at = data.draw(st.integers(0, end - 1) if in_header else st.integers(end, len(raw) - 1))
+        raw[at] = data.draw(st.integers(0, 255))
+    path = tmp_path / "w.safetensors"
+    path.write_bytes(bytes(raw))
+    with trial(KIND):
+        try:
+            model = load_model(path, "lungs")
+        except ValueError as error:
+            said = str(error)
+            assert "w.safetensors" in said
+            assert said.isprintable()
+            return
+        assert all(torch.isfinite(v).all() for v in model.state_dict().values())
+        assert model.config.outputs == 2
+
+
+def test_a_lung_network_that_overflows_on_the_way_is_told(tmp_path) -> None:
+    """Finite weights may give NaN: no outline comes of it."""
+    model = build_unet(replace(CONFIG, outputs=2))
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.fill_(9e8)
+        list(model.parameters())[-1].fill_(NAN)
+    hu = np.full((24, 40, 40), 40, np.int16)
+    hu[4:20, 8:32, 6:18] = hu[4:20, 8:32, 22:34] = -850
+    with trial(KIND), pytest.raises(ValueError, match="no lung found: the network sees 0 ml"):
+        split_by_network(hu, (8.0, 8.0, 8.0), model.eval())

@@ -1,0 +1,800 @@
+"""Lungs by a network: what is made of its answer, by networks that answer from known shapes.
+
+How good the weights are is another matter: the tests at the end ask those of the package.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from functools import cache
+from itertools import islice
+from pathlib import Path
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+import SimpleITK as sitk
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.testing import assert_allclose, assert_array_equal
+from scipy import ndimage
+
+pytest.importorskip("torch")
+pytest.importorskip("monai")
+
+import torch
+
+from lesionsynth.io import read_ct
+from normnet.config import BUNDLED_LUNGS, ModelConfig
+from normnet.model import build_unet, save_model
+from normnet.prepare import load_case, network
+from normnet.prepare.case import method_of
+from normnet.prepare.chest import ADULT_MM
+from normnet.prepare.grid import IsoGrid
+from normnet.prepare.lungs import MIN_LUNG_ML, REACH_MM, Lungs, check_agreement, split_lungs
+from normnet.prepare.network import chances, lung_network, outline, split_by_network
+from tests.conftest import REPOSITORY
+
+EXTENT = (240.0, 210.0, 300.0)
+"""Of the drawn scan in mm, axis order z, y, x."""
+CENTRES = ((120.0, 105.0, 88.0), (120.0, 105.0, 212.0))
+"""Of the right and the left lung."""
+RADII = (95.0, 62.0, 45.0)
+SPACING = (4.0, 2.5, 2.5)
+FINE = (8.0, 1.5, 1.5)
+"""For what is thin in plane."""
+AIR, TISSUE, DENSE = -850, 40, 20
+
+
+def axes(shape: tuple[int, ...], spacing: tuple[float, ...]) -> list[np.ndarray]:
+    return np.meshgrid(
+        *((np.arange(n) + 0.5) * s for n, s in zip(shape, spacing, strict=True)), indexing="ij"
+    )
+
+
+def depth(places: list[np.ndarray], centre: tuple[float, ...], grown: float = 0) -> np.ndarray:
+    """Distance in mm to an ellipsoid's surface, positive inside; exact on it and to first order near it."""
+    radii = [r + grown for r in RADII]
+    parts = [(p - c) / r for p, c, r in zip(places, centre, radii, strict=True)]
+    k0 = np.sqrt(sum(p**2 for p in parts))
+    k1 = np.sqrt(sum((p / r) ** 2 for p, r in zip(parts, radii, strict=True)))
+    return np.asarray(k0 * (1 - k0) / np.maximum(k1, 1e-9), np.float32)
+
+
+class Drawn(NamedTuple):
+    """A body with two ellipsoidal lungs."""
+
+    hu: np.ndarray
+    depths: tuple[np.ndarray, np.ndarray]
+    grid: IsoGrid
+    chance: np.ndarray
+
+    @property
+    def right(self) -> np.ndarray:
+        return self.depths[0] > 0
+
+    @property
+    def left(self) -> np.ndarray:
+        return self.depths[1] > 0
+
+
+@cache
+def drawn(dense: float = 0.0, wide: float = 0.0, spacing: tuple[float, float, float] = SPACING) -> Drawn:
+    """Draw them, with this share of their depth from front to back dense, from the back.
+
+    The network's lungs are larger than those of the scan by `wide` mm, and its chance rises from 0 to 1
+    within a coarse voxel around their surface.
+    """
+    shape = tuple(round(e / s) for e, s in zip(EXTENT, spacing, strict=True))
+    places = axes(shape, spacing)
+    _, y, x = places
+    hu = np.full(shape, -1000, np.int16)
+    hu[((y - 105) / 100) ** 2 + ((x - 150) / 140) ** 2 <= 1] = TISSUE
+    right, left = (depth(places, centre) for centre in CENTRES)
+    lungs = (right > 0) | (left > 0)
+    hu[lungs] = AIR
+    hu[lungs & (y > 105 + RADII[1] * (1 - 2 * dense))] = DENSE
+    grid = IsoGrid.whole((shape[0], shape[1], shape[2]), spacing, (ADULT_MM,) * 3)
+    coarse = axes(grid.shape, grid.spacing)
+    chance = np.stack([depth(coarse, centre, wide) / ADULT_MM + 0.5 for centre in CENTRES])
+    for array in (hu, right, left):
+        array.setflags(write=False)
+    return Drawn(hu, (right, left), grid, chance.clip(0, 1).astype(np.float32))
+
+
+class Stub(torch.nn.Module):
+    """A network that answers by a function of the image (1, 1, z, y, x)."""
+
+    def __init__(self, answer: Any, multiple: int | None = None) -> None:
+        super().__init__()
+        self.answer, self.asked = answer, []
+        if multiple is not None:
+            self.config = type("Config", (), {"multiple": multiple})
+
+    def forward(self, image: Any) -> Any:
+        self.asked.append(tuple(image.shape))
+        return self.answer(image)
+
+
+def knows(image: Any) -> Any:
+    """Answer with the drawn lungs, wherever they are dense: from places alone, so the image must be whole."""
+    shape = image.shape[2:]
+    places = axes(shape, [e / n for e, n in zip(EXTENT, shape, strict=True)])
+    logits = np.stack([2 * depth(places, centre) for centre in CENTRES])
+    return torch.from_numpy(logits.astype(np.float32))[None]
+
+
+def dice(a: np.ndarray, b: np.ndarray) -> float:
+    return float(2 * (a & b).sum() / (a.sum() + b.sum()))
+
+
+# ---- asking the network
+
+
+@given(
+    shape=st.tuples(*[st.integers(1, 9)] * 3),
+    multiple=st.sampled_from([None, 1, 2, 4, 8]),
+    seed=st.integers(0, 99),
+)
+def test_padding_moves_no_answer(shape: tuple[int, int, int], multiple: int | None, seed: int) -> None:
+    """A network that answers voxel by voxel says the same of each, whatever is padded around it."""
+    image = np.random.default_rng(seed).random(shape, np.float32)
+    stub = Stub(lambda x: torch.cat([3 * x - 1, 2 - 5 * x], 1), multiple)
+    found = chances(image, stub)
+    right, left = 1 / (1 + np.exp(1 - 3 * image)), 1 / (1 + np.exp(5 * image - 2))
+    # mirrored, right is left: the mean of both answers is said of both
+    expected = np.broadcast_to((right + left) / 2, (2, *shape))
+    assert found.dtype == np.float32
+    assert_allclose(found, expected, rtol=1e-5)  # float32 sigmoids
+    assert all(n % (multiple or 1) == 0 for size in stub.asked for n in size[2:])
+    assert all(0 <= m - n < (multiple or 1) for m, n in zip(stub.asked[0][2:], shape, strict=True))
+
+
+@given(place=st.tuples(st.integers(0, 2), st.integers(0, 3), st.integers(0, 6)), side=st.integers(0, 1))
+def test_mirroring_swaps_the_sides(place: tuple[int, int, int], side: int) -> None:
+    """A network sure of one voxel is so of its mirror image, too, and of the other lung there."""
+    z, y, x = place
+    logits = torch.full((1, 2, 3, 4, 7), -100.0)
+    logits[0, side, z, y, x] = 100.0
+    found = chances(np.zeros((3, 4, 7), np.float32), Stub(lambda _: logits))
+    expected = np.zeros((2, 3, 4, 7))
+    expected[side, z, y, x] += 0.5
+    expected[1 - side, z, y, 6 - x] += 0.5
+    assert_allclose(found, expected, atol=1e-6)
+
+
+def test_sides_by_place_survive_mirroring() -> None:
+    """Right is where x is low, in the image as in its mirror image: both answers agree, padded or not."""
+
+    def by_place(image: Any) -> Any:
+        low = torch.arange(image.shape[-1]) < image.shape[-1] / 2
+        return 200 * torch.cat([image * low, image * ~low], 1) - 100
+
+    image = np.zeros((2, 3, 10), np.float32)
+    image[:, 1, [1, 2, 8]] = 1
+    for multiple in (1, 4, 16):
+        found = chances(image, Stub(by_place, multiple)) > 0.99
+        assert_array_equal(found[0], (image > 0) & (np.arange(10) < 5))
+        assert_array_equal(found[1], (image > 0) & (np.arange(10) >= 5))
+
+
+# ---- outline
+
+
+@pytest.mark.parametrize("spacing", [SPACING, (2.5, 2.5, 2.5), (8.0, 1.5, 1.5)])
+def test_dense_lungs_follow_the_network(spacing: tuple[float, float, float]) -> None:
+    """Nothing tells these lungs from the body: the outline is the network's, to half a coarse voxel."""
+    scan = drawn(dense=1.0, spacing=spacing)
+    found = outline(scan.hu, scan.grid, scan.chance)
+    for mask, true in zip((found.right, found.left), scan.depths, strict=True):
+        assert mask[true > ADULT_MM / 2].all()
+        assert not mask[true < -ADULT_MM / 2].any()
+        # half a coarse voxel all around is 7 % of these lungs; where their surface lies on average is known
+        # better by far
+        assert mask.sum() == pytest.approx((true > 0).sum(), rel=0.02)
+
+
+@pytest.mark.parametrize("wide", [-2.0, 1.5])
+@pytest.mark.parametrize("threshold", [-320, -600])
+def test_air_decides_where_there_is_some(
+    wide: float, threshold: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The network's lungs are too small, or have a rim of chest wall: aerated ones end where air does.
+
+    Air ends over 3 mm, so the outline moves with the threshold. In the middle third of the slices, where the
+    surface stands upright: where it lies flat, a rim is as wide as a consolidation.
+    """
+    monkeypatch.setattr(network, "AIR_HU", threshold)
+    scan = drawn(wide=wide, spacing=FINE)
+    depths = np.maximum(*scan.depths)
+    hu = np.where(depths > -5, np.interp(depths, [-1.5, 1.5], [TISSUE, AIR]), scan.hu).astype(np.int16)
+    found = outline(hu, scan.grid, scan.chance)
+    middle = slice(len(hu) // 3, -len(hu) // 3)
+    assert_array_equal((found.right | found.left)[middle], (hu < threshold)[middle] & (depths > -5)[middle])
+
+
+def test_dense_part_of_aerated_lungs_stays() -> None:
+    """And follows the network, while the rest follows the air; 2 mm of chest wall are no consolidation."""
+    scan = drawn(dense=0.4, wide=2.0, spacing=FINE)
+    found = outline(scan.hu, scan.grid, scan.chance)
+    mask, depths = found.right | found.left, np.maximum(*scan.depths)
+    dense = scan.hu == DENSE
+    assert (mask & dense).sum() > 0.995 * dense.sum()  # its sharp edges are cut by a disc of 1.5 mm
+    _, y, _ = axes(scan.hu.shape, FINE)
+    middle = slice(len(dense) // 4, -len(dense) // 4)
+    beside_air = (depths < 0) & (y < 105 + RADII[1] * 0.2 - 5)
+    assert not (mask & beside_air)[middle].any()
+    assert not mask[depths < -2 - ADULT_MM / 2].any()
+
+
+def test_air_beyond_reach_is_no_lung() -> None:
+    """A bowel that touches the lung, and a trachea: the network says no."""
+    scan = drawn()
+    z, y, x = axes(scan.hu.shape, SPACING)
+    depths = np.maximum(*scan.depths)
+    gas = ((z - 25) / 30) ** 2 + ((y - 90) / 30) ** 2 + ((x - 200) / 30) ** 2 < 1
+    gas |= (np.hypot(y - 105, x - 150) < 8) & (z > 150)
+    hu = np.where(gas, -990, scan.hu).astype(np.int16)
+    found = outline(hu, scan.grid, scan.chance)
+    mask = found.right | found.left
+    beyond = gas & (depths < -REACH_MM - ADULT_MM / 2)
+    assert beyond.sum() > 1000
+    assert not (mask & beyond).any()
+    assert dice(mask, depths > 0) > 0.98  # what is within reach joins
+
+
+@settings(max_examples=15)
+@given(
+    gap=st.floats(-40, 60),
+    lift=st.floats(-30, 30),
+    dense=st.booleans(),
+    certain=st.floats(0.55, 1),
+    noise=st.floats(0, 0.4),
+    seed=st.integers(0, 99),
+)
+def test_lungs_are_disjoint_and_whole(
+    gap: float, lift: float, dense: bool, certain: float, noise: float, seed: int
+) -> None:
+    """Also where both chances are high, and whatever the network adds: each lung is one piece."""
+    shape, spacing = (30, 42, 60), (8.0, 5.0, 5.0)
+    hu = np.full(shape, TISSUE if dense else AIR, np.int16)
+    grid = IsoGrid.whole(shape, spacing, (6.0,) * 3)
+    places = axes(grid.shape, grid.spacing)
+    centres = [(120.0 + s * lift, 105.0, 150 + s * (45 + gap / 2)) for s in (-1, 1)]
+    rng = np.random.default_rng(seed)
+    chance = np.stack([certain * (depth(places, centre) > 0) for centre in centres])
+    chance = (chance + noise * rng.normal(size=chance.shape)).clip(0, 1).astype(np.float32)
+    found = outline(hu, grid, chance)
+    assert not (found.right & found.left).any()
+    for lung in (found.right, found.left):
+        assert lung.dtype == bool
+        assert lung.shape == shape
+        assert ndimage.label(lung)[1] <= 1
+
+
+def test_specks_are_left_out() -> None:
+    """Pieces of at most a twentieth of the largest; what is larger is lung."""
+    coarse = np.zeros((12, 20, 20), bool)
+    coarse[:10, :10, :10] = True  # 1000
+    kept = coarse.copy()
+    coarse[0, 12:17, 10:20] = True  # 50
+    coarse[5, 12:17, 10:20] = kept[5, 12:17, 10:20] = True
+    coarse[5, 18, 19] = coarse[11, 19, 19] = True
+    coarse[5, 17, 19] = kept[5, 17, 19] = kept[5, 18, 19] = True  # 52
+    assert_array_equal(network._pieces(coarse), kept)
+    assert not network._pieces(coarse & ~coarse).any()
+
+
+def test_specks_are_no_lung() -> None:
+    """Gas that the network takes for a bit of lung, and a bit of one lung that it takes for the other."""
+    scan = drawn()
+    places, coarse = axes(scan.hu.shape, SPACING), axes(scan.grid.shape, scan.grid.spacing)
+
+    def ball(at: list[np.ndarray], centre: tuple[float, ...], radius: float) -> np.ndarray:
+        return np.asarray(sum((p - c) ** 2 for p, c in zip(at, centre, strict=True)) < radius**2)
+
+    bowel, strange = (12.0, 60.0, 150.0), CENTRES[1]
+    hu, chance = scan.hu.copy(), scan.chance.copy()
+    hu[ball(places, bowel, 12)] = -990
+    chance[0][ball(coarse, bowel, 12)] = 1
+    chance[0][ball(coarse, strange, 12)] = 1
+    chance[1][ball(coarse, strange, 12)] = 0
+    found = outline(hu, scan.grid, chance)
+    assert not ((found.right | found.left) & ball(places, bowel, 12)).any()
+    assert found.left[ball(places, strange, 12)].all()
+    assert not found.right[scan.left].any()
+
+
+def test_one_lung() -> None:
+    scan = drawn(dense=1.0)
+    both = outline(scan.hu, scan.grid, scan.chance)
+    for side in (0, 1):
+        chance = scan.chance.copy()
+        chance[side] = 0
+        found = outline(scan.hu, scan.grid, chance)
+        one, none = (found.left, found.right) if side == 0 else (found.right, found.left)
+        assert not none.any()
+        assert_array_equal(one, both.left if side == 0 else both.right)
+
+
+@pytest.mark.parametrize(("voxels", "found"), [(0, False), (1111, False), (1112, True)])
+def test_no_lung_is_told(voxels: int, found: bool) -> None:
+    """30 ml of an adult are 1111.1 voxels of 3 mm; of a smaller chest they are as many."""
+    grid = IsoGrid.whole((20, 20, 20), (3.0, 3.0, 3.0), (3.0, 3.0, 3.0))
+    chance = np.zeros((2, 20, 20, 20), np.float32)
+    chance[0].reshape(-1)[2000 : 2000 + voxels] = 0.9
+    hu = np.full((20, 20, 20), AIR, np.int16)
+    for size in (3.0, 0.9):
+        grid = IsoGrid.whole((20, 20, 20), (size,) * 3, (size,) * 3)
+        if found:
+            assert outline(hu, grid, chance).right.any()
+            continue
+        message = (
+            rf"no lung found: the network sees {voxels * 0.027:.0f} ml, .* {MIN_LUNG_ML:.0f} of an adult"
+        )
+        with pytest.raises(ValueError, match=message):
+            outline(hu, grid, chance)
+
+
+@pytest.mark.parametrize("dense", [0.0, 0.4])
+def test_a_childs_chest_has_the_same_voxels(dense: float) -> None:
+    """What is measured in millimetres shrinks with the chest."""
+    scan = drawn(dense=dense, wide=1.0)
+    adult = outline(scan.hu, scan.grid, scan.chance)
+    child = tuple(0.3 * s for s in SPACING)
+    grid = IsoGrid.whole(scan.grid.source_shape, (child[0], child[1], child[2]), (0.3 * ADULT_MM,) * 3)
+    found = outline(scan.hu, grid, scan.chance)
+    assert grid.shape == scan.grid.shape
+    for mask, same in ((found.right, adult.right), (found.left, adult.left)):
+        # exact arithmetic would give the same bits; 0.3 has none, and a tie may fall to either side
+        assert (mask != same).sum() < 1e-4 * same.sum()
+
+
+# ---- from scan to lungs
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.3])
+@pytest.mark.parametrize("dense", [0.0, 0.4, 1.0])
+def test_scan_to_lungs(scale: float, dense: float) -> None:
+    """With the coarse grid chosen by the body; the lungs of a scaled chest are found as well."""
+    scan, stub = drawn(dense=dense), Stub(knows)
+    spacing = (scale * SPACING[0], scale * SPACING[1], scale * SPACING[2])
+    before = scan.hu.copy()
+    found = split_by_network(scan.hu, spacing, stub)
+    assert_array_equal(scan.hu, before)
+    for mask, true in zip((found.right, found.left), scan.depths, strict=True):
+        assert dice(mask, true > 0) > 0.985  # 1 mm of their surface is 5 %
+        # half a coarse voxel of 2.3 mm (of an adult's), and half a voxel of the scan
+        assert mask[true > 2.4].all()
+        assert not mask[true < -2.4].any()
+    assert len(stub.asked) == 2
+    # the body's cross-section is the square of 90 voxels, 2 % for the outline of the body
+    voxel = [e / n for e, n in zip(EXTENT, stub.asked[0][2:], strict=True)]
+    assert_allclose(voxel, np.sqrt(np.pi * 100 * 140) / 90, rtol=0.02)
+
+
+def test_mirrored_scan_has_mirrored_lungs() -> None:
+    scan = drawn(dense=0.4)
+    found = split_by_network(scan.hu, SPACING, Stub(knows))
+    mirrored = split_by_network(np.ascontiguousarray(scan.hu[:, :, ::-1]), SPACING, Stub(knows))
+    # coarse voxels count from the right edge, and do not end with the image: half of one is 6 % of the lungs
+    assert dice(mirrored.right, found.left[:, :, ::-1]) > 0.98
+    assert dice(mirrored.left, found.right[:, :, ::-1]) > 0.98
+
+
+def test_a_network_that_sees_nothing() -> None:
+    scan = drawn()
+    blind = Stub(lambda image: torch.full((1, 2, *image.shape[2:]), -5.0))
+    with pytest.raises(ValueError, match="no lung found: the network sees 0 ml"):
+        split_by_network(scan.hu, SPACING, blind)
+
+
+# ---- agreement with thresholds
+
+
+def two_masks(alone: int, shared: int, other: int) -> tuple[np.ndarray, np.ndarray]:
+    """Lungs with so many ml of their own and in common, of voxels of 1 ml."""
+    places = np.arange(20_000).reshape(20, 20, 50)
+    first = places < alone + shared
+    return first, (places >= alone) & (places < alone + shared + other)
+
+
+ML = (10.0, 10.0, 10.0)
+
+
+@pytest.mark.parametrize(
+    ("alone", "shared", "other", "said"),
+    [
+        (0, 6000, 0, None),
+        (1000, 6000, 0, None),
+        (400, 6000, 600, None),
+        (400, 6000, 601, "has 400 ml that thresholds have not, and lacks 601 ml that they have"),
+        (1001, 6000, 0, "has 1001 ml that thresholds have not, and lacks 0 ml that they have"),
+        (200, 800, 0, None),
+        (201, 799, 0, "has 201 ml that thresholds have not, and lacks 0 ml"),
+        (0, 800, 200, None),
+        (0, 799, 201, "has 0 ml that thresholds have not, and lacks 201 ml"),
+        (1000, 0, 0, "has 1000 ml, and thresholds find no lung"),
+        (3, 0, 0, "has 3 ml, and thresholds find no lung"),
+        (0, 0, 0, None),
+    ],
+)
+def test_limits_of_agreement(
+    alone: int, shared: int, other: int, said: str | None, recwarn: pytest.WarningsRecorder
+) -> None:
+    """A litre, or a fifth of the larger, may be of one of them alone; not a millilitre more."""
+    lungs, classical = two_masks(alone, shared, other)
+    if said is None:
+        assert check_agreement(lungs, classical, ML)
+        assert not recwarn.list
+        return
+    with pytest.warns(UserWarning, match=f"the lung network {said}.*dense disease, or a wrong outline"):
+        assert not check_agreement(lungs, classical, ML)
+
+
+@given(
+    alone=st.integers(0, 3000),
+    shared=st.integers(0, 8000),
+    other=st.integers(0, 3000),
+    size=st.floats(2, 20),
+)
+@pytest.mark.filterwarnings("ignore:the lung network has")
+def test_agreement_is_of_volumes(alone: int, shared: int, other: int, size: float) -> None:
+    """Both ways round alike, and in ml, whatever the voxels."""
+    lungs, classical = two_masks(alone, shared, other)
+    spacing = (size, 10.0, 10.0)
+    apart, larger = (alone + other) * size / 10, (shared + max(alone, other)) * size / 10
+    if abs(apart - min(1000, larger / 5)) > 1e-6:  # at the limit rounding decides
+        assert check_agreement(lungs, classical, spacing) == (apart < min(1000, larger / 5))
+        assert check_agreement(classical, lungs, spacing) == (apart < min(1000, larger / 5))
+
+
+# ---- methods by name
+
+
+SMALL = {"channels": (2, 4), "strides": (2,), "residual_units": 0}
+
+
+def weights(path: Path, task: Any, outputs: int) -> Path:
+    config = ModelConfig(**SMALL, outputs=outputs)
+    save_model(path, build_unet(config), config, task=task)
+    return path
+
+
+def test_unknown_methods_are_named(tmp_path: Path) -> None:
+    """And paths without weights."""
+    rule = "lungs must be network, classical, lungmask, or a run folder or weights of --task lungs, got"
+    for word in ("thresholds", "Network", str(tmp_path), str(tmp_path / "missing.safetensors")):
+        with pytest.raises(ValueError, match=f"{rule} '{word}'"):
+            method_of(word)
+
+
+def test_weights_must_be_of_lungs(tmp_path: Path) -> None:
+    other = weights(tmp_path / "lesions.safetensors", "lesions", 1)
+    with pytest.raises(ValueError, match=r"lesions.safetensors: the model's task must be lungs, got lesions"):
+        method_of(str(other))
+    (tmp_path / "note.txt").write_text("no weights")
+    with pytest.raises(ValueError, match=r"note.txt: not a readable safetensors file"):
+        method_of(str(tmp_path / "note.txt"))
+
+
+def test_methods_by_name_and_by_weights(tmp_path: Path) -> None:
+    """Weights or the run folder with them; a network is loaded once."""
+    assert method_of("classical") is split_lungs
+    file = weights(tmp_path / "model.safetensors", "lungs", 2)
+    methods = [method_of(str(path)) for path in (file, tmp_path)]
+    for method in methods:
+        assert method.func is split_by_network
+        assert method.keywords["network"] is methods[0].keywords["network"]
+        assert method.keywords["network"].config == ModelConfig(**SMALL, outputs=2)
+        assert not method.keywords["network"].training
+
+
+def test_a_real_network_answers(tmp_path: Path) -> None:
+    """Untrained, so that nothing but shapes and ranges is known; widths that are no multiple."""
+    model = lung_network(str(weights(tmp_path / "model.safetensors", "lungs", 2)))
+    found = chances(np.random.default_rng(0).random((7, 9, 11), np.float32), model)
+    assert found.shape == (2, 7, 9, 11)
+    assert 0 < found.min() <= found.max() < 1
+
+
+# ---- cases
+
+
+def write(path: Path, hu: np.ndarray) -> Path:
+    image = sitk.GetImageFromArray(hu)
+    image.SetSpacing(SPACING[::-1])
+    sitk.WriteImage(image, str(path))
+    return path
+
+
+@pytest.fixture
+def stub_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A path whose network knows the drawn lungs."""
+    monkeypatch.setattr(network, "lung_network", lambda path: Stub(knows))
+    path = tmp_path / "stub.safetensors"
+    path.touch()
+    return str(path)
+
+
+def test_case_of_a_healthy_chest(stub_weights: str, tmp_path: Path) -> None:
+    """Both methods find the same lungs, so nothing is said: warnings are errors here."""
+    scan = drawn()
+    ct = write(tmp_path / "ct.nii.gz", scan.hu)
+    case = load_case(ct, lungs=stub_weights)
+    assert case.apart is False
+    assert_array_equal(case.native_classical, np.logical_or(*_sides(split_lungs(scan.hu, SPACING))))
+    assert dice(case.native_mask, scan.right | scan.left) > 0.985
+    assert case.native_sides is not None
+    assert dice(case.native_sides[1], scan.left) > 0.985
+
+
+def test_case_whose_lungs_are_dense(stub_weights: str, tmp_path: Path) -> None:
+    scan = drawn(dense=0.4)
+    ct = write(tmp_path / "ct.nii.gz", scan.hu)
+    with pytest.warns(UserWarning, match=r"the lung network has \d{3} ml that thresholds have not"):
+        case = load_case(ct, lungs=stub_weights)
+    assert case.apart is True
+    truth = scan.right | scan.left
+    assert dice(case.native_mask, truth) > 0.985
+    thresholds = np.logical_or(*_sides(split_lungs(scan.hu, SPACING)))
+    assert_array_equal(case.native_classical, thresholds)
+    assert thresholds.sum() < 0.8 * truth.sum()
+    with pytest.warns(UserWarning, match="the lung network has"):
+        left = load_case(ct, lungs=stub_weights, keep_lung="left")
+    assert dice(left.native_mask, scan.left) > 0.985
+    assert_array_equal(left.native_classical, split_lungs(scan.hu, SPACING).left)
+
+
+def test_case_where_thresholds_find_no_lung(stub_weights: str, tmp_path: Path) -> None:
+    scan = drawn(dense=1.0)
+    with pytest.raises(ValueError, match="no lung found"):
+        split_lungs(scan.hu, SPACING)
+    ct = write(tmp_path / "ct.nii.gz", scan.hu)
+    with (
+        pytest.warns(UserWarning, match="are they lungs"),
+        pytest.warns(UserWarning, match=r"the lung network has \d{4} ml, and thresholds find no lung"),
+    ):
+        case = load_case(ct, lungs=stub_weights)
+    assert case.apart is True
+    assert case.native_classical is not None
+    assert case.native_classical.shape == scan.hu.shape
+    assert not case.native_classical.any()
+
+
+def test_case_without_a_network(stub_weights: str, tmp_path: Path) -> None:
+    """Thresholds have nothing to be compared with, nor has a mask from a file."""
+    scan = drawn(dense=0.4)
+    ct = write(tmp_path / "ct.nii.gz", scan.hu)
+    mask = write(tmp_path / "mask.nii.gz", (scan.right | scan.left).astype(np.uint8))
+    for case in (load_case(ct, lungs="classical"), load_case(ct, mask, lungs=stub_weights)):
+        assert case.native_classical is None
+        assert case.apart is False
+    assert_array_equal(case.native_mask, scan.right | scan.left)
+
+
+def test_case_names_the_scan_without_lungs(
+    stub_weights: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    blind = Stub(lambda image: torch.full((1, 2, *image.shape[2:]), -5.0))
+    monkeypatch.setattr(network, "lung_network", lambda path: blind)
+    ct = write(tmp_path / "ct.nii.gz", drawn().hu)
+    with pytest.raises(ValueError, match=r"ct.nii.gz: no lung found: the network sees 0 ml"):
+        load_case(ct, lungs=stub_weights)
+
+
+def _sides(lungs: Lungs) -> tuple[np.ndarray, np.ndarray]:
+    return lungs.right, lungs.left
+
+
+# ---- docs/lungs_check.py
+
+
+@pytest.fixture(scope="module")
+def lungs_check() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("lungs_check", REPOSITORY / "docs" / "lungs_check.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+FIELD = 164
+"""Pixels of 820 mm: 5 mm."""
+
+
+@pytest.fixture(scope="module")
+def tried(lungs_check: ModuleType) -> tuple[Drawn, dict[str, Any]]:
+    scan = drawn()
+    lungs = Lungs(scan.right, scan.left)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(lungs_check, "FIELD_VOXELS", FIELD)
+        return scan, {trial.name: trial for trial in lungs_check.trials(scan.hu, lungs, SPACING)}
+
+
+def test_trials_fit_together(tried: tuple[Drawn, dict[str, Any]]) -> None:
+    """The drawn arrays are read-only: a trial that wrote to its scan would fail."""
+    scan, found = tried
+    assert len(found) == 15
+    for name, trial in found.items():
+        assert trial.hu.dtype == np.int16
+        assert trial.hu.shape == trial.lungs.right.shape == trial.lungs.left.shape
+        assert not (trial.lungs.right & trial.lungs.left).any()
+        ml = np.prod(trial.spacing) / (0.027 if "0.3" in name else 1) / 1000
+        # of two slices of 4 mm that make one of 8 mm, one may be lung: it counts
+        bound = 0.04 if name == "8 mm slices" else 0.01
+        assert trial.lungs.right.sum() * ml == pytest.approx(scan.right.sum() * 0.025, rel=bound)
+        aerated = trial.hu[trial.lungs.left] < -320
+        assert aerated.mean() > 0.98 or trial.part is not None
+    assert_array_equal(found["healthy"].hu, scan.hu)
+
+
+def test_painted_parts(lungs_check: ModuleType, tried: tuple[Drawn, dict[str, Any]]) -> None:
+    scan, found = tried
+    z, y, _ = np.indices(scan.hu.shape)
+    for name, (where, share, density) in lungs_check.PAINTED.items():
+        trial = found[name]
+        if where == "left":
+            assert_array_equal(trial.part, scan.left)
+        for lung in (scan.right, scan.left) if where != "left" else ():
+            part, rest = trial.part & lung, lung & ~trial.part
+            ahead = -z if where == "lower" else y
+            assert ahead[part].min() > ahead[rest].max()
+            last = part & (ahead == ahead[part].min())  # with one plane less it would be too small
+            assert part.sum() - last.sum() < share * lung.sum() <= part.sum()
+        assert not (trial.part & ~(scan.right | scan.left)).any()
+        inside = trial.hu[trial.part]
+        # its soft edge is part air; bronchi are -850
+        level = (1 - density.bronchi) * density.hu - 850 * density.bronchi
+        assert inside.mean() == pytest.approx(level, abs=25)
+        assert np.mean(inside < -320) == pytest.approx(density.bronchi, abs=0.01)
+        changed = trial.hu != scan.hu
+        assert not (changed & ~ndimage.binary_dilation(trial.part, iterations=3)).any()
+
+
+def test_other_voxels(lungs_check: ModuleType, tried: tuple[Drawn, dict[str, Any]]) -> None:
+    """Averages keep what is averaged: HU over air, times volume."""
+    scan, found = tried
+    thick, wide = found["8 mm slices"], found["820 mm field"]
+    assert thick.spacing == (8.0, *SPACING[1:])
+    assert len(thick.hu) == 30  # 240 mm
+    assert_allclose(thick.hu, (scan.hu[::2].astype(float) + scan.hu[1::2]) / 2, atol=0.51)  # of 4 mm
+    assert wide.hu.shape == (len(scan.hu), FIELD, FIELD)
+    assert wide.spacing == (SPACING[0], 5.0, 5.0)
+    mass = (wide.hu + 1024.0).sum() * 5.0**2
+    assert mass == pytest.approx((scan.hu + 1024.0).sum() * 2.5**2, rel=1e-3)  # rounded to HU
+    assert (wide.hu[:, :60] == -1024).all()
+    # by the definition, where slices of 4 mm make some of 5: the third is 10 to 15 mm
+    uneven = lungs_check.averaged(
+        "uneven", scan.hu, Lungs(scan.right, scan.left), SPACING, (48, 84, 120), (5.0, *SPACING[1:])
+    )
+    expected = (2 * scan.hu[2].astype(float) + 3 * scan.hu[3]) / 5
+    assert_allclose(uneven.hu[2], expected, atol=0.51)
+    covered = (2 * scan.left[2].astype(int) + 3 * scan.left[3]) / 5
+    assert_array_equal(uneven.lungs.left[2], covered > 0.5)  # no fifths are a half
+    named = Lungs(scan.right, scan.left)
+    same = lungs_check.averaged("same", scan.hu, named, SPACING, scan.hu.shape, SPACING)
+    assert_array_equal(same.hu, scan.hu)
+    assert_array_equal(same.lungs.left, scan.left)
+
+
+def test_other_fields(tried: tuple[Drawn, dict[str, Any]]) -> None:
+    scan, found = tried
+    both = scan.right | scan.left
+    contrast = found["contrast"].hu.astype(int) - scan.hu
+    assert set(np.unique(contrast)) == {0, 150}
+    assert contrast[30, 42, 60] == 150  # the heart's place
+    assert contrast[30, 42, 8] == 0  # the chest wall
+    assert not (contrast[both] != 0).any()
+    small = found["cropped to the lungs"]
+    assert small.lungs.left.sum() == scan.left.sum()
+    inside = small.lungs.right | small.lungs.left
+    for others in ((1, 2), (0, 2), (0, 1)):
+        planes = np.flatnonzero(inside.any(axis=others))
+        assert (planes[0], len(inside.any(axis=others)) - 1 - planes[-1]) == (2, 2)
+    for fill in (0, -1024, -2048):
+        framed = found[f"frame of {fill} HU"].hu
+        assert_array_equal(framed[:, 24:-24, 24:-24], scan.hu)
+        assert (framed[:, :24] == fill).all()
+        assert (framed[:, :, -24:] == fill).all()
+
+
+def test_measures(lungs_check: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of methods that know all, nothing, or the wrong side, and of one that refuses."""
+    scan = drawn()
+    truth = Lungs(scan.right, scan.left)
+    part = scan.left & (np.arange(scan.hu.shape[1])[:, None] > 42)
+    trials = [
+        lungs_check.Trial("healthy", scan.hu, SPACING, truth, sides=True),
+        lungs_check.Trial("part", scan.hu, SPACING, truth, part, True),
+    ]
+    monkeypatch.setattr(lungs_check, "trials", lambda *_: iter(trials))
+    monkeypatch.setattr(lungs_check, "split_lungs", lambda *_: truth)
+
+    def refuse(*_: Any) -> Lungs:
+        raise ValueError("no lung found: for a reason")
+
+    none = scan.left & ~scan.left
+    methods = {
+        "all": lambda *_: truth,
+        "swapped": lambda *_: Lungs(scan.left, scan.right),
+        "rest": lambda *_: Lungs(scan.right, scan.left & ~part),
+        "right": lambda *_: Lungs(scan.right, none),
+        "refuses": refuse,
+    }
+    found = lungs_check.measure(scan.hu, SPACING, methods)
+    rows = {name: report.rows for name, report in found.items()}
+    one = (1.0, pytest.approx(float("nan"), nan_ok=True))
+    assert all(rows["all"][name] == one for name in ("healthy", "healthy, right", "healthy, left"))
+    assert rows["all"]["part"] == rows["all"]["part, left"] == (1.0, 1.0)
+    assert rows["swapped"]["part"] == (1.0, 1.0)
+    assert rows["swapped"]["part, left"] == (0.0, 0.0)
+    assert rows["rest"]["part"].held == rows["rest"]["part, left"].held == 0.0
+    share = part.sum() / scan.left.sum()
+    assert rows["rest"]["part, left"].dice == pytest.approx(2 * (1 - share) / (2 - share))
+    assert rows["right"]["healthy"].dice == pytest.approx(2 / 3)
+    assert rows["refuses"]["part"] == (0.0, 0.0)
+    assert found["refuses"].refused == [f"{n}: no lung found: for a reason" for n in ("healthy", "part")]
+    assert not found["all"].refused
+    assert [len(report.seconds) for report in found.values()] == [2] * 5
+    least = lungs_check.lowest([{"m": found["all"]}, {"m": found["rest"]}, {"m": found["all"]}])["m"]
+    assert least.keys() == rows["rest"].keys()
+    for name, row in least.items():
+        assert row == pytest.approx(rows["rest"][name], nan_ok=True)
+    text = lungs_check.table({name: rows[name] for name in ("all", "rest")}).splitlines()
+    assert text[0] == "| | Dice: all | Dice: rest | held: all | held: rest |"
+    assert text[5].startswith("| part | 1.000 | 0.")
+    assert text[5].endswith(" | 1.000 | 0.000 |")
+    assert text[2].endswith(" |  |  |")
+
+
+def test_lungs_check_command(
+    lungs_check: ModuleType,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    ct = write(tmp_path / "drawn.nii.gz", drawn().hu)
+    every = lungs_check.trials
+    monkeypatch.setattr(lungs_check, "PAINTED", {"whole left lung": lungs_check.PAINTED["whole left lung"]})
+    monkeypatch.setattr(lungs_check, "trials", lambda *args: islice(every(*args), 2))
+    monkeypatch.setattr(sys, "argv", ["lungs_check.py", str(ct), str(ct), "--lungs", "classical"])
+    lungs_check.main()
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "drawn.nii.gz: 60 x 84 x 120 voxels of 4.00 x 2.50 x 2.50 mm"
+    assert lines[2] == "| | Dice: classical | held: classical |"
+    assert "| healthy, left | 1.000 |  |" in lines
+    assert "| whole left lung, left | 0.000 | 0.000 |" in lines
+    assert sum(line.startswith("seconds of a segmentation: classical ") for line in lines) == 2
+    assert "lowest of 2 scans" in lines
+
+
+# ---- the weights of the package, on scans that training did not see
+
+HELD_OUT = ("healthy_lidc_0001", "healthy2/qin_lsc_0088", "healthy2/lungx_ct004")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not BUNDLED_LUNGS.is_file(), reason="this build of normnet ships no lung network")
+@pytest.mark.parametrize("scan", HELD_OUT)
+def test_lungs_hold_their_disease(lungs_check: ModuleType, shared_data: Path, scan: str) -> None:
+    """Without a label, as the reference is the mask by thresholds of the healthy scan."""
+    path = shared_data / f"{scan}.nii.gz"
+    if not path.is_file():
+        pytest.skip(f"the scan is not installed: {path} does not exist")
+    ct = read_ct(path)
+    report = lungs_check.measure(ct.hu, ct.spacing, {"network": method_of("network")})["network"]
+    assert not report.refused
+    failed = [
+        f"{name}: {row}"
+        for name, row in report.rows.items()
+        if (name in lungs_check.PAINTED and row.held < 0.92)
+        or (name in ("healthy", "whole left lung") and row.dice < 0.985)
+        or (name == "whole left lung, left" and row.held < 0.92)
+        or row.dice < 0.95
+    ]
+    assert not failed
