@@ -157,7 +157,8 @@ class ChestStream:
             hu, disease = self._paint(hu, lungs, depth * zoom, index)
         hu = self._arms(hu, lungs, draw)
         hu = self._contrast(hu, lungs, draw, index)
-        hu, lungs = self._scanner(hu, lungs, draw, index)
+        hu, nearest = self._scanner(hu, draw, index)
+        lungs, disease = lungs[nearest], disease[nearest]
         hu, lungs = self._field(hu, lungs, draw)
         return window(hu), lungs, disease & (lungs > 0)
 
@@ -222,9 +223,9 @@ class ChestStream:
         where = np.clip(smooth / (smooth.std() + 1e-6), 0, 1.5) * ((hu > 0) & (hu < 150) & (lungs == 0))
         return np.asarray(hu + 300 * amount * where, np.float32)
 
-    def _scanner(self, hu: Image, lungs: Labels, draw: Iterator[float], index: int) -> tuple[Image, Labels]:
-        """Blur or sharpen, thick slices, noise, calibration."""
-        config = self._augment
+    def _scanner(self, hu: Image, draw: Iterator[float], index: int) -> tuple[Image, npt.NDArray[np.int64]]:
+        """Blur or sharpen, thick slices, noise, calibration; also the slice that each shows most of."""
+        config, nearest = self._augment, np.arange(len(hu))
         sharp, blur, noise, grain, offset, gain, thick, thickness, phase = (next(draw) for _ in range(9))
         if config.blur and sharp < 0.7:
             sigma = config.blur * blur
@@ -233,7 +234,7 @@ class ChestStream:
         if thick < self._thick.share:
             thin, most = self._thick.millimetres
             profile, nearest = slice_profile(len(hu), ADULT_MM, thin + thickness * (most - thin), phase)
-            hu, lungs = (profile @ hu.reshape(len(hu), -1)).reshape(hu.shape), lungs[nearest]
+            hu = (profile @ hu.reshape(len(hu), -1)).reshape(hu.shape)
         if config.noise:
             white = ls.ops.philox_uniform(
                 self._shape, self._seed, stream=NOISE_STREAM, sample=index, threads=1
@@ -241,7 +242,7 @@ class ChestStream:
             field = np.asarray(ls.ops.gaussian_filter(white - np.float32(0.5), 0.2 + 0.8 * grain, threads=1))
             hu = hu + config.noise * noise**2 * field / (field.std() + 1e-6)
         hu = (hu + 1000) * (1 + config.gain * (2 * gain - 1)) - 1000 + config.offset * (2 * offset - 1)
-        return hu.astype(np.float32), lungs
+        return hu.astype(np.float32), nearest
 
     def _field(self, hu: Image, lungs: Labels, draw: Iterator[float]) -> tuple[Image, Labels]:
         """Cut the field of view, and fill what is outside; what is cut off is no lung."""
@@ -361,7 +362,9 @@ class _Source:
         channels = [hu.astype(np.float32) - AIR_HU, lungs == RIGHT, lungs == LEFT, deep]
         self._channels = torch.from_numpy(np.stack([c.astype(np.float32) for c in channels]))[None]
         self.shape = lungs.shape
-        rows, columns = (np.flatnonzero(mask.any(axis=a)) for a in ((0, 2), (0, 1)))
+        # of slices without lung the image's: they show what lung is not
+        lines = [np.flatnonzero(mask.any(axis=a)) for a in ((0, 2), (0, 1))] if mask.any() else []
+        rows, columns = lines or [np.arange(n) for n in mask.shape[1:]]
         self.middle = ((rows[0] + rows[-1]) / 2, (columns[0] + columns[-1]) / 2)
 
     def at(self, places: torch.Tensor) -> tuple[Image, Labels, Image]:

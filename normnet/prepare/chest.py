@@ -13,14 +13,14 @@ from normnet.prepare.lungs import AIR_HU, COARSE_MM, body_mask
 from normnet.prepare.morphology import Mask, Spacing, block_mean, opened
 
 WINDOW = ((-1000.0, -150.0, 150.0, 800.0), (0.0, 0.4, 0.9, 1.0))
-"""HU and what the lung network sees of them, linear in between: half of it is soft tissue, where consolidation,
-heart and liver are to be told apart."""
+"""HU and what the lung network sees of them, linear in between: half of it is soft tissue, where
+consolidation, heart and liver are to be told apart."""
 ADULT_MM = 3.0
 """Voxel of an adult's chest: what is measured there in millimetres is so in an adult's."""
 BODY_VOXELS = 90.0
 """Side of a square of the body's cross-section in voxels: what an adult has at 3 mm, a neonate at 0.9 mm."""
-SMALLEST_MM, LARGEST_MM = 0.5, 3.5
-"""Voxels of the coarse grid."""
+SMALLEST_MM, SMALL_MM, LARGEST_MM = 0.5, 2.0, 3.5
+"""Voxels of the coarse grid: bounds, and below which a patient is small."""
 HILUM_MM = 4.5
 """Vessels wider than twice this that hang on the mediastinum are hilum and no lung, in an adult."""
 CHUNK = 32
@@ -43,15 +43,23 @@ def chest_grid(hu: npt.NDArray[np.int16], spacing: Spacing) -> IsoGrid:
         Covers the whole scan. Its voxels have the same share of the median cross-section of the body in every
         patient, between `SMALLEST_MM` and `LARGEST_MM`.
     """
-    factors = tuple(max(1, round(COARSE_MM / s)) for s in spacing)
-    fz, fy, fx = factors
+    size = _body_mm(hu, spacing) / BODY_VOXELS
+    if size < SMALL_MM:  # the wall of a small chest is thin for lengths that are an adult's
+        z, y, x = (s * ADULT_MM / size for s in spacing)
+        size = max(size, _body_mm(hu, (z, y, x)) / BODY_VOXELS * size / ADULT_MM)
+    size = float(np.clip(size, SMALLEST_MM, LARGEST_MM))
+    shape = (hu.shape[0], hu.shape[1], hu.shape[2])
+    return IsoGrid.whole(shape, spacing, (size, size, size))
+
+
+def _body_mm(hu: npt.NDArray[np.int16], spacing: Spacing) -> float:
+    """Side of a square of the body's median cross-section in mm; of the slices', where no body is found."""
+    fz, fy, fx = (max(1, round(COARSE_MM / s)) for s in spacing)
     coarse = block_mean(hu, (fz, fy, fx))
     mm = (spacing[0] * fz, spacing[1] * fy, spacing[2] * fx)
     areas = body_mask(coarse, mm).sum(axis=(1, 2))
     area = float(np.median(areas[areas > 0])) if areas.any() else float(np.prod(coarse.shape[1:]))
-    size = float(np.clip(np.sqrt(area * mm[1] * mm[2]) / BODY_VOXELS, SMALLEST_MM, LARGEST_MM))
-    shape = (hu.shape[0], hu.shape[1], hu.shape[2])
-    return IsoGrid.whole(shape, spacing, (size, size, size))
+    return float(np.sqrt(area * mm[1] * mm[2]))
 
 
 def window(hu: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
@@ -65,7 +73,7 @@ def window(hu: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
     Returns
     -------
     float32 array
-        In [0, 1]: `HU_WINDOW`, and what is beyond it at its ends.
+        In [0, 1], by `WINDOW`; what is beyond it lies at its ends.
     """
     seen = np.zeros(hu.shape, np.float32)
     for (low, below), (high, above) in pairwise(zip(*WINDOW, strict=True)):
