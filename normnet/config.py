@@ -1,7 +1,7 @@
 """Every setting, as frozen dataclasses with the paper's value as default and its section cited.
 
-Presets are values: `paper`, `laptop`, `few`, `lungs` and `phantom`. A run writes its configuration as JSON beside its
-weights.
+Presets are values: `paper`, `laptop`, `few`, `lungs` and `phantom`. A run writes its configuration as JSON
+beside its weights.
 """
 
 from __future__ import annotations

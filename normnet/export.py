@@ -71,8 +71,9 @@ def export(
     ------
     ValueError
         There are no weights in `runs`, or several of lungs; a weight does not fit half precision, or the
-        models were trained for another task, or different T or inflations; `probability` is not in (0, 1), or a model is not calibrated; `output`
-        holds weights that no export wrote, or an input. Nothing is written.
+        models were trained for another task, or for different T or inflations; `probability` is not in
+        (0, 1), or a model is not calibrated; `output` holds weights that no export wrote, or an input.
+        Nothing is written.
     """
     usage = PredictConfig(probability=probability)
     models: list[Any] = []

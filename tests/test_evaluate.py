@@ -277,7 +277,8 @@ def test_lungs_that_the_prediction_used_stand_in_for_given_ones(tmp_path):
     assert (own.lung, given.lung) == (out / "a_lung.nii.gz", data / "a_lung.nii")
     assert (own.prediction, own.probability) == (out / "a_lesions.nii.gz", out / "a_probability.nii.gz")
     assert own.core is own.healthy is None
-    touch(out, "a_core.nii.gz", "a_healthy.nii.gz", "a_classical.nii.gz", "b_core.nii.gz")  # of b no lesions: no case
+    # of b no lesions: no case; other lungs are none either
+    touch(out, "a_core.nii.gz", "a_healthy.nii.gz", "a_classical.nii.gz", "b_core.nii.gz")
     (own,) = find_cases(predictions=[out], truth=[data], ct=[data])
     assert (own.core, own.healthy) == (out / "a_core.nii.gz", out / "a_healthy.nii.gz")
 
