@@ -63,7 +63,9 @@ def read_record(path: Path) -> Record:
         ) from error
     if wrong := _wrong(record):
         raise ValueError(f"{name_of(path)}: not the record of a prediction: {wrong}")
-    # earlier versions knew of no labels, and of no weights for lungs
+    # earlier versions knew of no labels, and of no weights for lungs, and called a method otherwise
+    if record["lungs_from"] == "thresholds":
+        record["lungs_from"] = "classical"
     return {"label": None, "lungs_sha256": None, **record}
 
 

@@ -603,8 +603,8 @@ def lungs_check() -> ModuleType:
     return module
 
 
-FIELD = 164
-"""Pixels of 820 mm: 5 mm."""
+FIELD = 205
+"""Pixels of 820 mm: 4 mm."""
 
 
 @pytest.fixture(scope="module")
@@ -664,8 +664,8 @@ def test_other_voxels(lungs_check: ModuleType, tried: tuple[Drawn, dict[str, Any
     assert len(thick.hu) == 30  # 240 mm
     assert_allclose(thick.hu, (scan.hu[::2].astype(float) + scan.hu[1::2]) / 2, atol=0.51)  # of 4 mm
     assert wide.hu.shape == (len(scan.hu), FIELD, FIELD)
-    assert wide.spacing == (SPACING[0], 5.0, 5.0)
-    mass = (wide.hu + 1024.0).sum() * 5.0**2
+    assert wide.spacing == (SPACING[0], 4.0, 4.0)
+    mass = (wide.hu + 1024.0).sum() * 4.0**2
     assert mass == pytest.approx((scan.hu + 1024.0).sum() * 2.5**2, rel=1e-3)  # rounded to HU
     assert (wide.hu[:, :60] == -1024).all()
     # by the definition, where slices of 4 mm make some of 5: the third is 10 to 15 mm

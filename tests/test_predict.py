@@ -7,6 +7,7 @@ import gzip
 import hashlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -584,8 +585,8 @@ def test_the_outline_by_thresholds_is_written_where_it_is_another(
 
     sees("right")
     assert run(tmp_path, undecided, *flags, "--save-core", masks=False) == 0
-    told = "warning: p1: the lung network has 0 ml that thresholds have not, and lacks "
-    assert told in capsys.readouterr().err
+    told = r"warning: p1: the lung network has \d ml that thresholds have not, and lacks [1-9]\d* ml"
+    assert re.search(told, capsys.readouterr().err)
     record = json.loads((out / "p1.json").read_text())
     weights = (lung_run / "model.safetensors").read_bytes()
     assert (record["lungs_from"], record["lungs_sha256"]) == ("own", hashlib.sha256(weights).hexdigest())
@@ -599,7 +600,7 @@ def test_the_outline_by_thresholds_is_written_where_it_is_another(
     assert run(tmp_path, undecided, *flags, masks=False) == 0
     said = capsys.readouterr()
     assert "(1 by an earlier call)" in said.out
-    assert told in said.err
+    assert re.search(told, said.err)
     assert run(tmp_path, undecided, *flags, "--save-probability", masks=False) == 0
     files = json.loads((out / "p1.json").read_text())["files"]
     assert [kind for kind, name in files.items() if name is None] == ["dicom_seg"]
@@ -682,7 +683,7 @@ def test_lungs_of_an_earlier_version_are_of_another_method(tmp_path, undecided, 
     network = ("--lungs", "network")  # what is found without a word of it
     assert run(tmp_path, undecided, *network, masks=False) == 2
     rule = "lungs_from must be that of this call, or overwrite passed"
-    assert f'p1.json: {rule}: there "thresholds", now "network"\n' in capsys.readouterr().err
+    assert f'p1.json: {rule}: there "classical", now "network"\n' in capsys.readouterr().err
     assert json.loads(file.read_text()) == old
     assert run(tmp_path, undecided, *network, "--overwrite", masks=False) == 0
     found = json.loads(file.read_text())
@@ -1080,10 +1081,11 @@ def test_the_vote_is_written_on_the_file_s_own_grid(tmp_path):
 
 
 def test_maps_among_the_inputs_are_no_ct(tmp_path):
-    for name in ("p1_hu.nii.gz", "p1_healthy.nii.gz"):
+    for name in ("p1_hu.nii.gz", "p1_healthy.nii.gz", "p1_classical.nii.gz"):
         (tmp_path / name).touch()
     names = [s.path.name for s in find_sources([tmp_path])]
-    assert names == ["p1_healthy.nii.gz", "p1_hu.nii.gz"]  # by itself the word may describe a person
+    # by itself the word may describe a person
+    assert names == ["p1_classical.nii.gz", "p1_healthy.nii.gz", "p1_hu.nii.gz"]
     (tmp_path / "p1_lesions.nii.gz").touch()
     assert [s.path.name for s in find_sources([tmp_path])] == ["p1_hu.nii.gz"]
 

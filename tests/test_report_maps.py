@@ -485,7 +485,6 @@ def test_maps_to_look_at():
         ("mine", "5a", "segmented by the lung network mine", "segmented by the lung network mine"),
         ("classical", None, "segmented by thresholds", "segmented by thresholds"),
         # in records of earlier versions
-        ("thresholds", None, "segmented by thresholds", "segmented by thresholds"),
         ("lungmask", None, "segmented by lungmask", "segmented by lungmask"),
         ("/d/a_lung.nii.gz", None, "mask file /d/a_lung.nii.gz", "mask files"),
     ],

@@ -186,6 +186,15 @@ def test_roles_by_names_in_one_folder(tmp_path):
         find_cases(predictions=[maps], truth=[data], ct=[empty])
 
 
+def test_the_outline_by_thresholds_is_no_prediction(tmp_path):
+    """It lies among the maps where the lung network disagrees with it."""
+    for name in ("maps/p1_lesions", "maps/p1_lung", "maps/p1_classical", "truth/p1_lesion", "ct/p1"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / f"{name}.nii.gz").touch()
+    (one,) = find_cases(predictions=[tmp_path / "maps"], truth=[tmp_path / "truth"], ct=[tmp_path / "ct"])
+    assert (one.prediction.name, one.lung.name) == ("p1_lesions.nii.gz", "p1_lung.nii.gz")
+
+
 def test_annotated_patients_with_dicom(tmp_path):
     scans, truth = tmp_path / "scans", tmp_path / "truth"
     uid = write(scans / "p1", 1)

@@ -447,7 +447,8 @@ def _no_ct(path: Path, why: str) -> str:
         return why or "no regular file"
     case = case_name(path)
     last = re.split(r"[_-]", case.lower())[-1]
-    if last == "healthy" and path.with_name(f"{case[: -len('healthy')]}lesions.nii.gz").exists():
+    mapped = last in ("healthy", "classical")
+    if mapped and path.with_name(f"{case[: -len(last)]}lesions.nii.gz").exists():
         return "a map of normnet.predict"  # by itself the word may well describe a CT
     if last in _NO_CT or not _may_be_ct(path):
         return "named as a mask or a map is; give the file itself to read it as a CT"

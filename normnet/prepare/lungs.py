@@ -430,7 +430,7 @@ def outline(
             for other in found:
                 allowed &= ~other[fine]
             field = spread(_signed(lung[box], mm), factors, part.shape)
-            whole[fine] = settle((part < AIR_HU) & ~empty, allowed, spacing, field)
+            whole[fine] = largest(settle((part < AIR_HU) & ~empty, allowed, spacing, field))
         found.append(whole)
     return Lungs(found[0], found[1])
 
@@ -468,7 +468,7 @@ def settle(air: Mask, allowed: Mask, spacing: Spacing, field: npt.NDArray[np.flo
     tissue = plane_opened((field > 0) & ~air, RIM_MM, spacing)
     mask = ((air & (field > -REACH_MM)) | (field > DEPTH_MM) | tissue) & allowed
     mask = fill_slices(fill_enclosed(mask), round(HOLE_MM2 / (spacing[1] * spacing[2])))
-    return largest(mask & allowed)
+    return np.asarray(mask & allowed)
 
 
 def check_plausible(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import os
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -15,7 +16,7 @@ import torch
 from scipy import ndimage
 
 from normnet.config import BUNDLED_LUNGS
-from normnet.model import load_model
+from normnet.model import load_model, weights_file
 from normnet.prepare.chest import ADULT_MM, chest_grid, shrink, window
 from normnet.prepare.grid import IsoGrid, linear
 from normnet.prepare.lungs import AIR_HU, MIN_LUNG_ML, Lungs, around, settle
@@ -27,16 +28,22 @@ MARGIN = 3
 """Coarse voxels around the lungs within which the outline is set."""
 
 
-@functools.cache
 def lung_network(path: str | os.PathLike[str] = BUNDLED_LUNGS) -> torch.nn.Module:
-    """Load a lung network, once per process.
+    """Load a lung network; of a file that is as it was, once per process.
 
     Raises
     ------
     ValueError
         There are no weights at `path`, or they are none of the task lungs.
     """
-    return load_model(path, "lungs")
+    file = weights_file(Path(path))
+    status = file.stat()
+    return _loaded(file, (status.st_mtime_ns, status.st_size, status.st_ino))
+
+
+@functools.lru_cache(maxsize=2)
+def _loaded(file: Path, version: tuple[int, ...]) -> torch.nn.Module:
+    return load_model(file, "lungs")
 
 
 def split_by_network(hu: npt.NDArray[np.int16], spacing: Spacing, network: torch.nn.Module) -> Lungs:
@@ -130,13 +137,13 @@ def outline(hu: npt.NDArray[np.int16], grid: IsoGrid, chance: npt.NDArray[np.flo
             for other in found:
                 allowed &= ~other[part]
             field = linear(ADULT_MM * _signed(lung[box], seen[box]), places)
-            whole[part] = settle(hu[part] < AIR_HU, allowed, (z, y, x), field)
+            whole[part] = _pieces(settle(hu[part] < AIR_HU, allowed, (z, y, x), field))
         found.append(whole)
     return Lungs(found[0], found[1])
 
 
 def _pieces(mask: Mask) -> Mask:
-    """Leave specks out."""
+    """Leave specks out; a lung that the image cuts, or the heart parts in it, may have several pieces."""
     labels, count = ndimage.label(mask)
     sizes = component_sizes(labels, count)
     sizes[0] = 0

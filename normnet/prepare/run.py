@@ -115,7 +115,8 @@ def prepare(
     if for_lungs and (keep_lung or annotations is not None):
         given = "keep_lung" if keep_lung else "annotations"
         raise ValueError(f"{given} must be omitted for the task lungs: both are shown, with their nodules")
-    lungs = lungs or ("classical" if for_lungs else "network")
+    if lungs is None:
+        lungs = "classical" if for_lungs else "network"
     found = find_sources(inputs, series=series, names=names, output=Path(output))
     sources = _by_name(found, names)
     sides = dict(keep_lung or {})

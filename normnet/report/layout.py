@@ -165,7 +165,6 @@ def lungs_told(record: Mapping[str, Any], *, path: bool = True) -> str:
     methods = {
         "network": "segmented by the lung network",
         "classical": "segmented by thresholds",
-        "thresholds": "segmented by thresholds",  # earlier versions
         "lungmask": "segmented by lungmask",
     }
     if source not in methods and record.get("lungs_sha256"):
