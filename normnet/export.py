@@ -27,6 +27,8 @@ from normnet.strict_json import dumps
 RECORD = "export.json"
 """Names the weights of the last export, with their SHA-256: no others are replaced or removed."""
 FORMAT = "normnet.export"
+HALF = torch.finfo(torch.float16).max
+"""Largest number of half precision."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,8 +84,8 @@ def export(
         raise ValueError(f"runs must be one for the task lungs, which nothing votes on, got {len(files)}")
     for file in files:
         model: Any = load_model(file, task)
-        largest = max(float(t.abs().max()) for t in model.state_dict().values() if t.is_floating_point())
-        if largest > torch.finfo(torch.float16).max:
+        largest = max(float(weight.detach().abs().max()) for weight in model.parameters())
+        if largest > HALF:
             raise ValueError(f"{file}: weights must be within half precision, got {largest:g}")
         try:
             healthy_threshold(model, usage)
@@ -105,7 +107,7 @@ def export(
         for name, model in zip(names, models, strict=True):
             save_model(
                 output / name,
-                model.half(),
+                _halved(model),
                 model.config,
                 model.calibration,
                 threshold_hu=model.threshold_hu,
@@ -117,6 +119,14 @@ def export(
             (output / name).unlink(missing_ok=True)
         _record(output, {name: sha256(output / name) for name in names})
     return [output / name for name in names]
+
+
+def _halved(model: torch.nn.Module) -> torch.nn.Module:
+    """Halve weights, and statistics of batch normalisation as far as they fit."""
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.is_floating_point() and float(tensor.detach().abs().max()) <= HALF:
+            tensor.data = tensor.data.half()
+    return model
 
 
 def _record(output: Path, digests: Mapping[str, str | None]) -> None:
