@@ -37,6 +37,15 @@ AIR_HU = -1024.0
 """What lies beyond the ends of a scan."""
 CHEST_STREAM, PLACE_STREAM, NOISE_STREAM, BEND_STREAM, VESSEL_STREAM = 80, 81, 82, 83, 84
 """Philox streams; see `normnet.data.SLAB_STREAM`."""
+GAS = ls.LesionConfig(
+    small=ls.BlobClass(count=(0, 6), radius=(5, 12), scale_by_lung=False),
+    medium=ls.BlobClass(count=(0, 4), radius=(10, 30), scale_by_lung=False),
+    large=ls.BlobClass(probability=0.2, radius=(25, 50), scale_by_lung=False),
+    lengths="mm",
+)
+"""Gas in bowel and stomach, by its shapes."""
+GAS_AWAY = 2
+"""Voxels that stay between gas and lung: a wall and the diaphragm."""
 BEND_VOXELS = 16
 """Distance of the control points of a chest's bending."""
 FILLS = (-1024.0, -1000.0, -2000.0, -3024.0, -800.0, 0.0, 40.0, 1000.0)
@@ -114,6 +123,7 @@ class ChestStream:
         self._first, self._size = first_index, batch_size
         self._share = range(rank * batch_size // processes, (rank + 1) * batch_size // processes)
         self._paint = Painter(ADULT_MM, seed)
+        self._bowel = ls.LesionSynthesizer(GAS, seed=seed, threads=1, allow_empty=True)
 
     def batch(self, step: int) -> Batch:
         """Make the samples of a step: target and lesions as of `sample`, right lung first."""
@@ -155,6 +165,7 @@ class ChestStream:
         disease = np.zeros(lungs.shape, bool)
         if next(draw) < self._chest.diseased:
             hu, disease = self._paint(hu, lungs, depth * zoom, index)
+        hu = self._gas(hu, lungs, draw, index)
         hu = self._arms(hu, lungs, draw)
         hu = self._contrast(hu, lungs, draw, index)
         hu, nearest = self._scanner(hu, draw, index)
@@ -194,6 +205,21 @@ class ChestStream:
             smooth = functional.interpolate(field, size=self._shape, mode="trilinear", align_corners=True)
             places += amount * smooth[0].permute(1, 2, 3, 0)
         return places, zoom
+
+    def _gas(self, hu: Image, lungs: Labels, draw: Iterator[float], index: int) -> Image:
+        """Put gas into tissue below the middle of the lungs, as bowel and stomach hold it."""
+        chance, level = next(draw), next(draw)
+        if chance >= self._chest.gas:
+            return hu
+        heights = np.flatnonzero(lungs.any(axis=(1, 2)))
+        top = len(hu) if not len(heights) else (heights[0] + heights[-1]) // 2
+        tissue = (hu > -150) & ~ndimage.binary_dilation(lungs > 0, iterations=GAS_AWAY)
+        tissue[top:] = False
+        labels = self._bowel(
+            np.zeros(hu.shape, np.float32), tissue, index=index, spacing=(ADULT_MM,) * 3
+        ).labels
+        gas = ls.ops.gaussian_filter((np.asarray(labels) > 0).astype(np.float32), 0.5, threads=1)
+        return np.asarray(hu + gas * (-1000 + 100 * np.float32(level) - hu), np.float32)
 
     def _arms(self, hu: Image, lungs: Labels, draw: Iterator[float]) -> Image:
         """Lay an arm beside the body, where there is air."""

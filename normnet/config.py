@@ -173,6 +173,8 @@ class ChestConfig:
     """Bend by up to so many voxels."""
     contrast: float = 0.3
     """Share of the samples whose soft tissue is given contrast."""
+    gas: float = 0.3
+    """Share with gas in the tissue below the lungs, as in bowel and stomach: air that is no lung."""
     arms: float = 0.2
     """Share with an arm beside the body."""
     cropped: float = 0.35
@@ -183,7 +185,7 @@ class ChestConfig:
     def __post_init__(self) -> None:
         """Check ranges."""
         settle(self)
-        for name in ("diseased", "contrast", "arms", "cropped"):
+        for name in ("diseased", "contrast", "gas", "arms", "cropped"):
             value = getattr(self, name)
             _check(f"chest.{name}", value, 0 <= value <= 1, "in [0, 1]")
         domains = {"tilt": (0, 90.0), "stretch": (0, 1.0), "bend": (0, 8.0), "emphasis": (1.0, 100.0)}
@@ -471,7 +473,7 @@ def few() -> TrainConfig:
 
 
 def lungs() -> TrainConfig:
-    """Return what the shipped lung network was trained with: an hour on two CPU cores.
+    """Return what the shipped lung network was trained with: two hours on two CPU cores.
 
     Samples are whole chests on a coarse grid (`normnet.prepare.chest`), so voxels are 3 mm of an adult.
     """
@@ -482,8 +484,8 @@ def lungs() -> TrainConfig:
         slab=64,
         crop=112,
         batch_size=2,
-        iterations=5_000,
-        learning_rate=2e-3,
+        iterations=14_000,
+        learning_rate=1e-3,
         schedule="cosine",
         mirror=True,
         average=0.995,
