@@ -28,7 +28,7 @@ from normnet.prepare import chest as coarse
 from normnet.prepare.chest import ADULT_MM, WINDOW, chest_grid, shrink, window, without_hilum
 from normnet.prepare.grid import IsoGrid
 
-STILL = ChestConfig(diseased=0, tilt=0, stretch=0, bend=0, contrast=0, arms=0, cropped=0)
+STILL = ChestConfig(diseased=0, tilt=0, stretch=0, bend=0, contrast=0, gas=0, arms=0, cropped=0)
 """Nothing varies but where the sample is cut."""
 EVERYTHING: dict[str, Any] = {
     "mirror": True,
@@ -463,6 +463,27 @@ def test_contrast_is_given_to_soft_tissue_alone():
         assert 0.1 < (raised[soft] > 1).mean() < 0.9  # here more, there none
         changed += raised.max() > 60
     assert changed > 6
+
+
+def test_gas_lies_in_tissue_below_the_middle_of_the_lungs():
+    """Away from them: the same samples with and without it."""
+    settings: dict[str, Any] = {"slab": 32, "crop": 56}
+    before, after = (stream(body(), chest=replace(STILL, gas=share), **settings) for share in (0, 1))
+    seen = 0
+    for index in range(12):
+        (plain, lungs, _), (gassy, same, disease) = before.sample(index), after.sample(index)
+        assert_array_equal(lungs, same)
+        assert not disease.any()
+        changed = plain != gassy
+        seen += changed.any()
+        assert not (changed & (lungs > 0)).any()
+        heights = np.flatnonzero(lungs.any(axis=(1, 2)))
+        # the Gaussian at its edge reaches two voxels
+        assert not changed[(heights[0] + heights[-1]) // 2 + 2 :].any()
+        assert (gassy <= plain + 1e-6).all()
+        if changed.any():
+            assert hu_of(gassy[changed]).min() < -850
+    assert seen >= 6
 
 
 def test_arms_lie_beside_the_body():
