@@ -219,6 +219,7 @@ class ChestStream:
             np.zeros(hu.shape, np.float32), tissue, index=index, spacing=(ADULT_MM,) * 3
         ).labels
         gas = ls.ops.gaussian_filter((np.asarray(labels) > 0).astype(np.float32), 0.5, threads=1)
+        gas = np.asarray(gas) * (lungs == 0)
         return np.asarray(hu + gas * (-1000 + 100 * np.float32(level) - hu), np.float32)
 
     def _arms(self, hu: Image, lungs: Labels, draw: Iterator[float]) -> Image:

@@ -399,7 +399,7 @@ def test_a_record_of_an_earlier_version(tmp_path) -> None:
     record = predicted() | {"lungs_from": "thresholds"}
     del record["lungs_sha256"], record["files"]["classical"]
     found = read_record(write(tmp_path, "p1.json", json.dumps(record)))
-    assert (found["lungs_from"], found["lungs_sha256"], found["label"]) == ("thresholds", None, None)
+    assert (found["lungs_from"], found["lungs_sha256"], found["label"]) == ("classical", None, None)
 
 
 ARRAYS: dict[str, Callable[[Path, np.ndarray], Any]] = {
