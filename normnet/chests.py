@@ -220,7 +220,8 @@ class ChestStream:
         ).labels
         gas = ls.ops.gaussian_filter((np.asarray(labels) > 0).astype(np.float32), 0.5, threads=1)
         gas = np.asarray(gas) * (lungs == 0)
-        return np.asarray(hu + gas * (-1000 + 100 * np.float32(level) - hu), np.float32)
+        darker = np.minimum(-1000 + 100 * np.float32(level) - hu, 0)
+        return np.asarray(hu + gas * darker, np.float32)
 
     def _arms(self, hu: Image, lungs: Labels, draw: Iterator[float]) -> Image:
         """Lay an arm beside the body, where there is air."""
