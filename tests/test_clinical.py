@@ -120,7 +120,12 @@ def test_what_cannot_be_right_is_refused(clinical: Path, name: str, rules: list[
 def test_a_padded_frame_is_air(clinical: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """In the whole chest; the same lungs as without the frame."""
     files = [str(clinical / name) for name in ("ref_plain100.nii.gz", "01_frame_of_0HU.nii.gz")]
-    assert prepare([*files, "--lungs", "classical", "--output", str(tmp_path / "store"), "--name", "plain", "framed"]) == 0
+    assert (
+        prepare(
+            [*files, "--lungs", "classical", "--output", str(tmp_path / "store"), "--name", "plain", "framed"]
+        )
+        == 0
+    )
     lungs = {}
     for name in ("plain", "framed"):
         lungs[name] = json.loads((tmp_path / "store" / "cases" / name / "meta.json").read_text())["lung_ml"]

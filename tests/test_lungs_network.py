@@ -776,8 +776,7 @@ def test_lungs_check_command(
 # ---- the weights of the package, on scans that training did not see
 
 HELD, HEALTHY = 0.8, 0.965
-"""What the weights hold of painted disease at least, and Dice of the healthy scan; these are first weights, and
-0.92 and 0.985 the goal."""
+"""Least share held of painted disease, and Dice of the healthy scan; the goal is 0.92 and 0.985."""
 HELD_OUT = ("healthy_qin_lsc_0014", "healthy2/qin_lsc_0088", "healthy2/lungx_ct004")
 
 
