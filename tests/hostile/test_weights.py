@@ -266,18 +266,23 @@ def test_files_that_are_damaged(tmp_path) -> None:
         refused(tmp_path, files["torch"], "pickle")
 
 
-@settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
-@given(data=st.data())
-def test_bytes_that_changed(tmp_path, data) -> None:
-    """Refused, or read as finite numbers of the shapes of the network: what happens to a copy."""
-    raw = bytearray(GOOD)
-    end = 8 + int.from_bytes(GOOD[:8], "little")
+def changed(data: st.DataObject, good: bytes) -> bytes:
+    """Weights with one to three other bytes, in the header or among the tensors."""
+    raw = bytearray(good)
+    end = 8 + int.from_bytes(good[:8], "little")
     for _ in range(data.draw(st.integers(1, 3))):
         in_header = data.draw(st.booleans())
         at = data.draw(st.integers(0, end - 1) if in_header else st.integers(end, len(raw) - 1))
         raw[at] = data.draw(st.integers(0, 255))
+    return bytes(raw)
+
+
+@settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
+@given(data=st.data())
+def test_bytes_that_changed(tmp_path, data) -> None:
+    """Refused, or read as finite numbers of the shapes of the network: what happens to a copy."""
     path = tmp_path / "w.safetensors"
-    path.write_bytes(bytes(raw))
+    path.write_bytes(changed(data, GOOD))
     with trial(KIND):
         try:
             model = load_model(path)
@@ -569,14 +574,8 @@ def test_lungs_that_are_no_method_are_one_line(tmp_path, capfd) -> None:
 @given(data=st.data())
 def test_bytes_of_a_lung_network_that_changed(tmp_path, data) -> None:
     """Refused by name, or read as two finite logits for a voxel."""
-    raw = bytearray(LUNGS)
-    end = 8 + int.from_bytes(LUNGS[:8], "little")
-    for _ in range(data.draw(st.integers(1, 3))):
-        in_header = data.draw(st.booleans())
-        at = data.draw(st.integers(0, end - 1) if in_header else st.integers(end, len(raw) - 1))
-        raw[at] = data.draw(st.integers(0, 255))
     path = tmp_path / "w.safetensors"
-    path.write_bytes(bytes(raw))
+    path.write_bytes(changed(data, LUNGS))
     with trial(KIND):
         try:
             model = load_model(path, "lungs")
