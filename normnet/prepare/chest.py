@@ -9,7 +9,7 @@ import numpy.typing as npt
 from scipy import ndimage
 
 from normnet.prepare.grid import IsoGrid
-from normnet.prepare.lungs import AIR_HU, COARSE_MM, body_mask
+from normnet.prepare.lungs import AIR_HU, body_mask, coarse_grid
 from normnet.prepare.morphology import Mask, Spacing, block_mean, opened
 
 WINDOW = ((-1000.0, -150.0, 150.0, 800.0), (0.0, 0.4, 0.9, 1.0))
@@ -54,9 +54,8 @@ def chest_grid(hu: npt.NDArray[np.int16], spacing: Spacing) -> IsoGrid:
 
 def _body_mm(hu: npt.NDArray[np.int16], spacing: Spacing) -> float:
     """Side of a square of the body's median cross-section in mm; of the slices', where no body is found."""
-    fz, fy, fx = (max(1, round(COARSE_MM / s)) for s in spacing)
-    coarse = block_mean(hu, (fz, fy, fx))
-    mm = (spacing[0] * fz, spacing[1] * fy, spacing[2] * fx)
+    factors, mm = coarse_grid(spacing)
+    coarse = block_mean(hu, factors)
     areas = body_mask(coarse, mm).sum(axis=(1, 2))
     area = float(np.median(areas[areas > 0])) if areas.any() else float(np.prod(coarse.shape[1:]))
     return float(np.sqrt(area * mm[1] * mm[2]))

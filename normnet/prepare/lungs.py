@@ -149,9 +149,8 @@ def split_lungs(hu: npt.NDArray[np.int16], spacing: Spacing) -> Lungs:
         raise ValueError(f"hu must be 3-D (z, y, x), got shape {hu.shape}")
     if len(spacing) != 3 or not all(np.isfinite(s) and s > 0 for s in spacing):
         raise ValueError(f"spacing must be three positive lengths in mm, got {spacing}")
-    fz, fy, fx = (max(1, round(COARSE_MM / s)) for s in spacing)
+    (fz, fy, fx), mm = coarse_grid(spacing)
     coarse = block_mean(hu, (fz, fy, fx))
-    mm = (spacing[0] * fz, spacing[1] * fy, spacing[2] * fx)
     fillers = _fillers(hu)
     slabs = (hu[z : z + 16 * fz] for z in range(0, len(hu), 16 * fz))
     filled = np.concatenate([block_mean(np.isin(slab, fillers), (fz, fy, fx)) for slab in slabs])
@@ -173,6 +172,12 @@ def split_lungs(hu: npt.NDArray[np.int16], spacing: Spacing) -> Lungs:
     check_chest(inner, outer, found)
     right[box], left[box] = close_lungs(inner, found, outer, cropped, mm)
     return outline(hu, spacing, (right, left), airway, (fz, fy, fx), (empty & ~body, fillers))
+
+
+def coarse_grid(spacing: Spacing) -> tuple[tuple[int, int, int], Spacing]:
+    """Return how many voxels (z, y, x) become one of about `COARSE_MM`, and its size in mm."""
+    fz, fy, fx = (max(1, round(COARSE_MM / s)) for s in spacing)
+    return (fz, fy, fx), (spacing[0] * fz, spacing[1] * fy, spacing[2] * fx)
 
 
 def body_mask(coarse: npt.NDArray[np.float32], mm: Spacing, empty: Mask | None = None) -> Mask:
@@ -600,8 +605,7 @@ def split_mask(mask: Mask, spacing: Spacing) -> Lungs:
     ValueError
         The mask does not show two lungs side by side.
     """
-    fz, fy, fx = (max(1, round(COARSE_MM / s)) for s in spacing)
-    mm = (spacing[0] * fz, spacing[1] * fy, spacing[2] * fx)
+    (fz, fy, fx), mm = coarse_grid(spacing)
     filled = block_mean(mask.view(np.uint8), (fz, fy, fx))
     # distances in the box, with a rim of background, are those in the whole volume
     box = around(filled > 0, 2)
