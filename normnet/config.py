@@ -484,7 +484,7 @@ def lungs() -> TrainConfig:
         slab=64,
         crop=112,
         batch_size=2,
-        iterations=14_000,
+        iterations=12_000,
         learning_rate=1e-3,
         schedule="cosine",
         mirror=True,
