@@ -152,15 +152,10 @@ def test_parts_of_a_batch_add_up(tmp_path):
     )
     batch = stream().batch(0)
     total = parts.step(batch)
-    halves = [replace_batch(batch, k) for k in (0, 1)]
-    losses = [whole._backward(half.image, half.target, last=True) for half in halves]
+    losses = [whole._backward(batch, batch.part(k, 2), last=True) for k in (0, 1)]
     assert total == pytest.approx(np.mean(losses), rel=1e-6)
     for one, other in zip(whole.model.parameters(), parts.model.parameters(), strict=True):
         assert torch.allclose(one.grad / 2, other.grad, rtol=1e-4, atol=1e-7)
-
-
-def replace_batch(batch: data.Batch, item: int) -> data.Batch:
-    return replace(batch, image=batch.image[item : item + 1], target=batch.target[item : item + 1])
 
 
 def test_a_loss_that_is_not_finite_ends_the_run(tmp_path, capsys, monkeypatch):
