@@ -19,11 +19,13 @@ from normnet.config import BUNDLED_LUNGS
 from normnet.model import load_model, weights_file
 from normnet.prepare.chest import ADULT_MM, chest_grid, shrink, window
 from normnet.prepare.grid import IsoGrid, linear
-from normnet.prepare.lungs import AIR_HU, MIN_LUNG_ML, Lungs, around, settle
+from normnet.prepare.lungs import AIR_HU, DEPTH_MM, MIN_LUNG_ML, Lungs, around, settle
 from normnet.prepare.morphology import Mask, Spacing, component_sizes
 
 PIECE = 0.05
 """Least share of a lung's largest piece: smaller ones are no lung."""
+RIM, REACH = 0.5, 1.5
+"""Depth at which tissue is more than a rim, and how far from there a rim is lung; coarse voxels."""
 MARGIN = 3
 """Coarse voxels around the lungs within which the outline is set."""
 
@@ -69,7 +71,8 @@ def split_by_network(hu: npt.NDArray[np.int16], spacing: Spacing, network: torch
         No lung is found.
     """
     grid = chest_grid(hu, spacing)
-    return outline(hu, grid, chances(window(shrink(hu, grid)), network))
+    seen = shrink(hu, grid)
+    return outline(hu, seen, grid, chances(window(seen), network))
 
 
 @torch.inference_mode()
@@ -97,13 +100,23 @@ def chances(image: npt.NDArray[np.float32], network: torch.nn.Module) -> npt.NDA
     return np.asarray(((seen + mirrored) / 2)[(slice(None), *box)].numpy())
 
 
-def outline(hu: npt.NDArray[np.int16], grid: IsoGrid, chance: npt.NDArray[np.float32]) -> Lungs:
+def outline(
+    hu: npt.NDArray[np.int16],
+    small: npt.NDArray[np.float32],
+    grid: IsoGrid,
+    chance: npt.NDArray[np.float32],
+) -> Lungs:
     """Bring the network's answer to the scan's grid.
+
+    Tissue is lung as `settle` has it, where the network sees some of it beyond the outermost coarse voxel
+    nearby: a rim of liver or chest wall, by which coarse outlines are uncertain, is left out.
 
     Parameters
     ----------
     hu : (Z, Y, X) int16 array
         The scan.
+    small : (z, y, x) float32 array
+        The same on the coarse grid, from `normnet.prepare.chest.shrink`.
     grid : IsoGrid
         The coarse grid.
     chance : (2, z, y, x) float32 array
@@ -133,11 +146,13 @@ def outline(hu: npt.NDArray[np.int16], grid: IsoGrid, chance: npt.NDArray[np.flo
                 fine.append(slice(int(side.start * ratio), last))
                 places.append(grid.window_positions(axis)[fine[-1]] - side.start)
             part = tuple(fine)
-            allowed = np.ones(hu[part].shape, bool)
+            air, signed = hu[part] < AIR_HU, _signed(lung[box], seen[box])
+            field = linear(ADULT_MM * signed, places)
+            near = _reach((small[box] >= AIR_HU) & (signed > RIM))
+            allowed = air | (field > DEPTH_MM) | (linear(near, places) > 0)
             for other in found:
                 allowed &= ~other[part]
-            field = linear(ADULT_MM * _signed(lung[box], seen[box]), places)
-            whole[part] = _pieces(settle(hu[part] < AIR_HU, allowed, (z, y, x), field))
+            whole[part] = _pieces(settle(air, allowed, (z, y, x), field))
         found.append(whole)
     return Lungs(found[0], found[1])
 
@@ -148,6 +163,13 @@ def _pieces(mask: Mask) -> Mask:
     sizes = component_sizes(labels, count)
     sizes[0] = 0
     return np.asarray((sizes > PIECE * sizes.max())[labels])
+
+
+def _reach(deep: Mask) -> npt.NDArray[np.float32]:
+    """Positive up to `REACH` voxels from the mask."""
+    if not deep.any():
+        return np.full(deep.shape, -1, np.float32)
+    return np.asarray(REACH - ndimage.distance_transform_edt(~deep), np.float32)
 
 
 def _signed(mask: Mask, chance: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
