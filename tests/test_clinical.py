@@ -51,7 +51,7 @@ def volumes(clinical: Path) -> Volumes:
     model = load_model(bundled_models()[0])
 
     def volumes(path: Path) -> dict[str, float]:
-        found = predict_case(path, [model], keep_probability=False, lungs="classical")
+        found = predict_case(path, [model], keep_probability=False)
         assert np.isfinite(found.ct.affine).all()
         return {kind: float(found.volumes[kind] or 0) for kind in KINDS}
 
@@ -61,7 +61,8 @@ def volumes(clinical: Path) -> Volumes:
 @pytest.fixture(scope="module")
 def right(clinical: Path, volumes: Volumes) -> dict[str, float]:
     found = volumes(clinical / "ref_plain18.nii.gz")
-    assert found["lung_ml"] == pytest.approx(1061.9, rel=1e-3)  # ml, as published with the cases
+    # ml, as published with the cases: by thresholds, which take in more of the hilum
+    assert found["lung_ml"] == pytest.approx(1061.9, rel=0.02)
     return found
 
 
@@ -71,18 +72,19 @@ def dicom(folder: Path) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("name", "warning"),
+    ("name", "warning", "lungs"),
     [
-        ("02b_nan_outside_fov18.nii.gz", "NaN"),
-        ("03_cropped_to_lung_box.nii.gz", None),
-        ("06_sform2_qform1_disagree.nii.gz", "sform and qform"),
-        ("07", None),
-        ("10_sform_shear_1e-3.nii.gz", "shear"),
-        ("12", None),
+        # the network's grid follows the body, of which less is in view
+        ("02b_nan_outside_fov18.nii.gz", "NaN", 0.01),
+        ("03_cropped_to_lung_box.nii.gz", None, 0.03),
+        ("06_sform2_qform1_disagree.nii.gz", "sform and qform", 0.001),
+        ("07", None, 0.001),
+        ("10_sform_shear_1e-3.nii.gz", "shear", 0.005),
+        ("12", None, 0.001),
     ],
 )
 def test_what_is_odd_about_a_file_changes_nothing(
-    clinical: Path, volumes: Volumes, right: dict[str, float], name: str, warning: str | None
+    clinical: Path, volumes: Volumes, right: dict[str, float], name: str, warning: str | None, lungs: float
 ) -> None:
     path = clinical / name
     path = dicom(path) if path.is_dir() else path
@@ -93,7 +95,7 @@ def test_what_is_odd_about_a_file_changes_nothing(
             found = volumes(path)
     # a crop moves the working grid by a part of a voxel and takes what lies around the lungs from the network
     assert found == pytest.approx(right, rel=0.05)
-    assert found["lung_ml"] == pytest.approx(right["lung_ml"], rel=0.001)
+    assert found["lung_ml"] == pytest.approx(right["lung_ml"], rel=lungs)
 
 
 @pytest.mark.parametrize(("name", "distance"), [("08", 0.625), ("09", 1.0)])
@@ -120,17 +122,12 @@ def test_what_cannot_be_right_is_refused(clinical: Path, name: str, rules: list[
 def test_a_padded_frame_is_air(clinical: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """In the whole chest; the same lungs as without the frame."""
     files = [str(clinical / name) for name in ("ref_plain100.nii.gz", "01_frame_of_0HU.nii.gz")]
-    assert (
-        prepare(
-            [*files, "--lungs", "classical", "--output", str(tmp_path / "store"), "--name", "plain", "framed"]
-        )
-        == 0
-    )
+    assert prepare([*files, "--output", str(tmp_path / "store"), "--name", "plain", "framed"]) == 0
     lungs = {}
     for name in ("plain", "framed"):
         lungs[name] = json.loads((tmp_path / "store" / "cases" / name / "meta.json").read_text())["lung_ml"]
-    assert lungs["plain"] == pytest.approx(4312.5, rel=1e-3)  # ml, as published with the cases
-    assert lungs["framed"] == pytest.approx(lungs["plain"], rel=0.01)  # 14 mm of the field are gone
+    assert lungs["plain"] == pytest.approx(4312.5, rel=0.02)  # ml, as published with the cases: by thresholds
+    assert lungs["framed"] == pytest.approx(lungs["plain"], rel=0.03)  # 14 mm of the field are gone
     assert "warning: framed: " in capsys.readouterr().err
 
 

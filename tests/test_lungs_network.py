@@ -122,7 +122,7 @@ def knows(image: Any) -> Any:
     """Answer with the drawn lungs, wherever they are dense: from places alone, so the image must be whole."""
     shape = image.shape[2:]
     places = axes(shape, [e / n for e, n in zip(EXTENT, shape, strict=True)])
-    logits = np.stack([2 * depth(places, centre) for centre in CENTRES])
+    logits = np.stack([8 * depth(places, centre) for centre in CENTRES])
     return torch.from_numpy(logits.astype(np.float32))[None]
 
 
@@ -182,6 +182,55 @@ def test_sides_by_place_survive_mirroring() -> None:
         found = chances(image, Stub(by_place, multiple)) > 0.99
         assert_array_equal(found[0], (image > 0) & (np.arange(10) < 5))
         assert_array_equal(found[1], (image > 0) & (np.arange(10) >= 5))
+
+
+@settings(max_examples=20)
+@given(
+    thick=st.integers(1, 10),
+    distance=st.integers(0, 9),
+    hu=st.sampled_from([AIR, DENSE]),
+    sure=st.sampled_from([0.4, 0.6]),
+)
+def test_chances_rise_around_dense_disease(thick: int, distance: int, hu: int, sure: float) -> None:
+    """And nowhere else: not around vessels, air, or what the network does not take for lung."""
+    small = np.full((12, 12, 40), AIR, np.float32)
+    small[:, :, 10 : 10 + thick] = hu
+    chance = np.zeros((2, 12, 12, 40), np.float32)
+    chance[0, :, :, 10 : 10 + thick] = sure
+    at = (1, 6, 6, 10 + thick - 1 + distance)
+    chance[at] = 0.2
+    found = network.favoured(chance, small)
+    # three layers are off on either side, at the ends of the image too; five voxels around the rest count
+    dense = hu == DENSE and thick >= 7 and sure > 0.5
+    expected = 9 * 0.25 / (9 * 0.25 + 1) if dense and distance <= 2 else 0.2
+    assert found[at] == pytest.approx(expected, rel=1e-6)
+    assert (found >= chance - 1e-6).all()
+    if not dense:
+        assert_array_equal(found, chance)
+
+
+@pytest.mark.parametrize(("length", "kept"), [(8, False), (20, True)])
+def test_large_vessels_are_left_out(length: int, kept: bool) -> None:
+    """A bar of tissue from the mediastinum into the right lung: of 10 and of 25 ml, so vessels and disease.
+
+    At the other side of the same lung it would be disease in any case.
+    """
+    small = np.full((40, 40, 60), AIR, np.float32)
+    small[:, :, 25:35] = TISSUE
+    chance = np.zeros((2, 40, 40, 60), np.float32)
+    chance[0, 2:-2, 2:-2, 3:25], chance[1, 2:-2, 2:-2, 35:57] = 0.9, 0.9
+    bar = np.zeros(small.shape, bool)
+    bar[10 : 10 + length, 10:16, 17:25] = True
+    outer = np.zeros(small.shape, bool)
+    outer[10:18, 10:16, :9] = True
+    small[bar | outer] = TISSUE
+    found = network.without_vessels(chance, small)
+    # a ball of 4.5 mm does not come into all of its corners
+    assert (found[0][bar] > 0).mean() == pytest.approx(float(kept), abs=0.15)
+    assert_array_equal(found[:, ~bar], chance[:, ~bar])
+    none = chance.copy()
+    none[1] = 0
+    assert_array_equal(network.without_vessels(none, small), none)  # of one lung no side is medial
 
 
 # ---- outline
@@ -779,8 +828,8 @@ def test_lungs_check_command(
 
 # ---- the weights of the package, on scans that training did not see
 
-HELD, HEALTHY = 0.8, 0.965
-"""Least share held of painted disease, and Dice of the healthy scan; the goal is 0.92 and 0.985."""
+HELD, HEALTHY = 0.91, 0.985
+"""Least share held of painted disease, and Dice of the healthy scan."""
 HELD_OUT = ("healthy_qin_lsc_0014", "healthy2/qin_lsc_0088", "healthy2/lungx_ct004")
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -10,7 +12,7 @@ from scipy import ndimage
 
 from normnet.prepare.grid import IsoGrid
 from normnet.prepare.lungs import AIR_HU, body_mask, coarse_grid
-from normnet.prepare.morphology import Mask, Spacing, block_mean, opened
+from normnet.prepare.morphology import Mask, Spacing, block_mean, component_sizes, opened
 
 WINDOW = ((-1000.0, -150.0, 150.0, 800.0), (0.0, 0.4, 0.9, 1.0))
 """HU and what the lung network sees of them, linear in between: half of it is soft tissue, where
@@ -107,18 +109,21 @@ def shrink(volume: npt.NDArray[np.generic], grid: IsoGrid) -> npt.NDArray[np.flo
     return out
 
 
-def without_hilum(hu: npt.NDArray[np.int16], right: Mask, left: Mask) -> tuple[Mask, Mask]:
-    """Take the large vessels at the mediastinum out of healthy lungs.
+def without_hilum(
+    hu: npt.NDArray[Any], right: Mask, left: Mask, most_ml: float = math.inf
+) -> tuple[Mask, Mask]:
+    """Take the large vessels at the mediastinum out of lungs.
 
-    `normnet.prepare.lungs` closes them in, as it cannot tell them from consolidation. In a healthy lung they
-    are the thick tissue between the middles of the two lungs that goes on outside.
+    In a healthy lung they are the thick tissue between the middles of the two lungs that goes on outside.
 
     Parameters
     ----------
-    hu : (z, y, x) int16 array
-        Healthy scan on the coarse grid.
+    hu : (z, y, x) array
+        Scan on the coarse grid.
     right, left : (z, y, x) bool arrays
         Its lungs, neither empty.
+    most_ml : float
+        Pieces of more than so many ml of an adult are disease, and stay.
 
     Returns
     -------
@@ -133,6 +138,9 @@ def without_hilum(hu: npt.NDArray[np.int16], right: Mask, left: Mask) -> tuple[M
     middles = sorted(float(np.nonzero(lung)[2].mean()) for lung in (right, left))
     medial = np.arange(hu.shape[2])
     hilum = hanging[thick] & (medial > middles[0]) & (medial < middles[1])
+    if most_ml < math.inf:
+        pieces, count = ndimage.label(hilum & lungs)
+        hilum &= (component_sizes(pieces, count) * ADULT_MM**3 / 1000 <= most_ml)[pieces]
     return right & ~hilum, left & ~hilum
 
 
