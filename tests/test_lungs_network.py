@@ -828,7 +828,7 @@ def test_lungs_check_command(
 
 # ---- the weights of the package, on scans that training did not see
 
-HELD, HEALTHY = 0.91, 0.985
+HELD, HEALTHY = 0.9, 0.985
 """Least share held of painted disease, and Dice of the healthy scan."""
 HELD_OUT = ("healthy_qin_lsc_0014", "healthy2/qin_lsc_0088", "healthy2/lungx_ct004")
 
