@@ -35,7 +35,7 @@ Image = npt.NDArray[np.float32]
 Labels = npt.NDArray[np.uint8]
 AIR_HU = -1024.0
 """What lies beyond the ends of a scan."""
-CHEST_STREAM, PLACE_STREAM, NOISE_STREAM, BEND_STREAM, VESSEL_STREAM = 80, 81, 82, 83, 84
+CHEST_STREAM, NOISE_STREAM, BEND_STREAM, VESSEL_STREAM = 80, 82, 83, 84
 """Philox streams; see `normnet.data.SLAB_STREAM`."""
 GAS = ls.LesionConfig(
     small=ls.BlobClass(count=(0, 6), radius=(5, 12), scale_by_lung=False),

@@ -138,9 +138,8 @@ def without_hilum(
     middles = sorted(float(np.nonzero(lung)[2].mean()) for lung in (right, left))
     medial = np.arange(hu.shape[2])
     hilum = hanging[thick] & (medial > middles[0]) & (medial < middles[1])
-    if most_ml < math.inf:
-        pieces, count = ndimage.label(hilum & lungs)
-        hilum &= (component_sizes(pieces, count) * ADULT_MM**3 / 1000 <= most_ml)[pieces]
+    pieces, count = ndimage.label(hilum & lungs)
+    hilum &= (component_sizes(pieces, count) * ADULT_MM**3 / 1000 <= most_ml)[pieces]
     return right & ~hilum, left & ~hilum
 
 

@@ -20,7 +20,7 @@ from normnet.model import load_model, weights_file
 from normnet.prepare.chest import ADULT_MM, chest_grid, shrink, window, without_hilum
 from normnet.prepare.grid import IsoGrid, linear
 from normnet.prepare.lungs import AIR_HU, DEPTH_MM, MIN_LUNG_ML, Lungs, around, settle
-from normnet.prepare.morphology import Mask, Spacing, component_sizes
+from normnet.prepare.morphology import Mask, Spacing, component_sizes, within
 
 THICK, AROUND, ODDS = 3, 5, 9.0
 """Tissue that stays where so many layers are taken off is dense disease; up to so many coarse voxels around
@@ -76,9 +76,9 @@ def split_by_network(hu: npt.NDArray[np.int16], spacing: Spacing, network: torch
         No lung is found.
     """
     grid = chest_grid(hu, spacing)
-    seen = shrink(hu, grid)
-    chance = without_vessels(chances(window(seen), network), seen)
-    return outline(hu, seen, grid, favoured(chance, seen))
+    small = shrink(hu, grid)
+    chance = without_vessels(chances(window(small), network), small)
+    return outline(hu, small, grid, favoured(chance, small))
 
 
 @torch.inference_mode()
@@ -113,12 +113,11 @@ def without_vessels(
 
     Parameters and return value are those of `favoured`, where such vessels have no chance.
     """
-    found, is_right = chance.max(axis=0) > 0.5, chance[0] >= chance[1]
-    right, left = found & is_right, found & ~is_right
+    right, left = _sides(chance)
     if not (right.any() and left.any()):
         return chance
-    right, left = without_hilum(small, right, left, HILUM_ML)
-    return np.where(found & ~(right | left), np.float32(0), chance)
+    kept_right, kept_left = without_hilum(small, right, left, HILUM_ML)
+    return np.where((right ^ kept_right) | (left ^ kept_left), np.float32(0), chance)
 
 
 def favoured(chance: npt.NDArray[np.float32], small: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
@@ -137,9 +136,7 @@ def favoured(chance: npt.NDArray[np.float32], small: npt.NDArray[np.float32]) ->
         The odds times `ODDS` near tissue that is thick and lung, and as they were elsewhere.
     """
     core = ndimage.binary_erosion((small >= AIR_HU) & (chance.max(axis=0) > 0.5), iterations=THICK)
-    if not core.any():
-        return chance
-    near = ndimage.distance_transform_edt(~core) <= AROUND
+    near = within(core, AROUND, (1, 1, 1))
     return np.where(near, chance * ODDS / (chance * ODDS + 1 - chance), chance).astype(np.float32)
 
 
@@ -170,8 +167,7 @@ def outline(
     ValueError
         No lung is found.
     """
-    both, is_right = chance.max(axis=0), chance[0] >= chance[1]
-    coarse = [_pieces((both > 0.5) & side) for side in (is_right, ~is_right)]
+    coarse = [_pieces(side) for side in _sides(chance)]
     ml = max(int(lung.sum()) for lung in coarse) * ADULT_MM**3 / 1000
     if ml < MIN_LUNG_ML:
         raise ValueError(
@@ -198,6 +194,12 @@ def outline(
             whole[part] = _pieces(settle(air, allowed, (z, y, x), field))
         found.append(whole)
     return Lungs(found[0], found[1])
+
+
+def _sides(chance: npt.NDArray[np.float32]) -> tuple[Mask, Mask]:
+    """Right and left lung, as far as either is more likely than not."""
+    found, is_right = chance.max(axis=0) > 0.5, chance[0] >= chance[1]
+    return found & is_right, found & ~is_right
 
 
 def _pieces(mask: Mask) -> Mask:
