@@ -25,7 +25,7 @@ _RULES = {
     "greater_than": "> {gt}", "greater_than_equal": ">= {ge}", "less_than": "< {lt}",
     "less_than_equal": "<= {le}", "finite_number": "finite", "literal_error": "{expected}",
     "int_type": "an integer", "float_type": "a number", "bool_type": "true or false", "string_type": "text",
-    "string_unicode": "text", "is_instance_of": "a path", "dataclass_exact_type": "a {class_name}",
+    "is_instance_of": "a path", "dataclass_exact_type": "a {class_name}",
     "tuple_type": "a list", "missing": "given", "too_short": "of length >= {min_length}",
     "too_long": "of length <= {max_length}",
 }  # fmt: skip
@@ -54,9 +54,12 @@ def settings(cls: type[Config]) -> type[Config]:
 
     @functools.wraps(validate)
     def init(self: Any, **values: Any) -> None:
-        plain = {name: _plain(name, value) for name, value in values.items()}
+        if unknown := sorted(values.keys() - (known := hints_of(type(self))).keys()):
+            raise TypeError(
+                f"{type(self).__name__} has no field {shown(unknown[0])}; it has {', '.join(known)}"
+            )
         try:
-            validate(self, **plain)
+            validate(self, **{name: _plain(name, value) for name, value in values.items()})
         except ValidationError as error:
             raise _in_one_line(type(self), error) from None
 
@@ -82,10 +85,7 @@ def _in_one_line(cls: type[Any], found: ValidationError) -> Exception:
     first, kind = errors[0], errors[0]["type"]
     if kind == "value_error":
         return ValueError(str(first["ctx"]["error"]))
-    if kind == "unexpected_keyword_argument":
-        known = ", ".join(hints_of(cls))
-        return TypeError(f"{cls.__name__} has no field {shown(first['loc'][0])}; it has {known}")
-    if kind == "missing_keyword_only_argument":
+    if kind == "missing" and len(first["loc"]) == 1:
         return TypeError(f"{cls.__name__} needs the field {first['loc'][0]}")
 
     def place(error: Any) -> str:
