@@ -23,12 +23,13 @@ from lesionsynth import commands
 from lesionsynth.files import claimed, others, remove_folder, sweep, write_atomically
 from lesionsynth.strict import name_of
 from normnet.config import WEIGHTS, PredictConfig, TrainConfig, phantom
+from normnet.draw import curve, grey, lung_box, png, side_by_side
 from normnet.evaluate import CaseVolumes, Evaluation, evaluate_volumes
-from normnet.metrics import HEALTHY_THRESHOLD
+from normnet.metrics import HEALTHY_THRESHOLD, percent
 from normnet.model import load_model
 from normnet.origin import Origin
 from normnet.predict import predict_volume
-from normnet.report import Report, curve, grey, lung_box, percent, png, side_by_side
+from normnet.report import Page
 from normnet.results import check_output
 from normnet.stage import load
 from normnet.strict_json import dumps
@@ -196,7 +197,7 @@ def _predicted(config: DemoConfig, run: Path) -> Iterator[CaseVolumes]:
 
 def _write_report(config: DemoConfig, result: TrainResult, evaluation: Evaluation, seconds: float) -> None:
     auc = evaluation.summary["bright_auc"]
-    report = Report("NormNet on the built-in phantom")
+    report = Page("NormNet on the built-in phantom")
     report.paragraph(
         f"Trained label-free for {config.minutes:g} minutes ({result.iterations} iterations) on healthy "
         f"phantom chests with synthetic lesions, then shown {auc['n']} phantoms with a pneumonia of another "

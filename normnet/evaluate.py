@@ -24,6 +24,7 @@ from normnet.metrics import (
     HEALTHY_THRESHOLD,
     CaseScores,
     evaluate_case,
+    percent,
     roc_auc,
     summarise,
 )
@@ -33,8 +34,7 @@ from normnet.prepare.case import LungMethod, method_of, method_record
 from normnet.prepare.lungs import check_plausible
 from normnet.prepare.morphology import Mask
 from normnet.reasons import hear, reason, tell
-from normnet.report import percent
-from normnet.report.layout import lungs_told
+from normnet.report import lungs_told
 from normnet.results import Evaluation, Failure, check_output
 from normnet.scoring import WITHOUT_GROWING, CaseVolumes, MethodScores, Rules
 from normnet.tables import bright_grid, plain_table, scores_grid

@@ -290,6 +290,13 @@ def mean_and_sd(values: Array) -> dict[str, float]:
     }
 
 
+def percent(mean: float, sd: float | None = None) -> str:
+    """Write a fraction as the paper's tables do: ``68.7``, ``68.7±15.8`` with a deviation, ``–`` for NaN."""
+    if np.isnan(mean):
+        return "–"
+    return f"{100 * mean:.1f}" + ("" if sd is None or np.isnan(sd) else f"±{100 * sd:.1f}")
+
+
 def _doubt(truth: Array, lung_mask: Array) -> str:
     """Say what a truth looks like that is none of these lungs' lesions."""
     inside, lesion, lung = map(np.count_nonzero, (truth & lung_mask, truth, lung_mask))

@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 
 from lesionsynth.files import refuse_foreign, write_atomically
 from lesionsynth.io import Passed
 from lesionsynth.strict import read_json
 from normnet.metrics import CaseScores
-from normnet.report import Report
+from normnet.report import Page
 from normnet.scoring import MethodScores
 from normnet.sheets import sheet
 from normnet.strict_json import dumps
@@ -115,22 +116,22 @@ class Evaluation:
         write_atomically(output / RECORD, dumps(self._document()))  # first: it claims the others
         write_atomically(output / "cases.csv", self._csv())
         write_atomically(output / "tables.md", "\n".join(markdown(grid) for grid in self.grids()))
-        report = Report(TITLE)
+        report = Page(TITLE)
         self.add_to(report)
         report.write(output / "report.html")
 
-    def add_to(self, report: Report, *, paper: bool = True) -> None:
+    def add_to(self, report: Page, *, paper: bool = True) -> None:
         """Add tables, histograms and overlays to a report; cases with the lowest DSC come first.
 
         Parameters
         ----------
-        report : Report
+        report : Page
         paper : bool
             Also the paper's own numbers.
         """
         for grid in self.grids(paper=paper):
             report.heading(grid.title)
-            report.table(grid.header, grid.rows)
+            report.table(pd.DataFrame(list(grid.rows), columns=list(grid.header), dtype=object))
             if grid.note:
                 report.paragraph(grid.note, note=True)
         self._add_histograms(report)
@@ -146,7 +147,7 @@ class Evaluation:
         every = len(self.methods)
         return [[case, "all" if len(m) == every else ", ".join(m), note] for (case, note), m in notes.items()]
 
-    def _add_histograms(self, report: Report) -> None:
+    def _add_histograms(self, report: Page) -> None:
         drawn = [(m, caption, png) for m in self.methods for caption, png in m.voxels.pictures().items()]
         if drawn:
             report.heading("Histograms")
@@ -155,7 +156,7 @@ class Evaluation:
                 png, f"{method.name}: {caption}, n = {method.patients}; threshold: {method.threshold}"
             )
 
-    def _add_pictures(self, report: Report) -> None:
+    def _add_pictures(self, report: Page) -> None:
         for control, heading in enumerate(("Worst slices first", CONTROLS)):
             ranked = sorted(
                 (-s["false_positive_ml"] if control else np.nan_to_num(s["dsc"], nan=1.0), case)

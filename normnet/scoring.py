@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy.typing as npt
 
-from normnet.histograms import VoxelCounts
+from normnet.draw import VoxelCounts, case_pictures
 from normnet.metrics import (
     CONTROL_VOXELS,
     HEALTHY_THRESHOLD,
@@ -20,7 +20,6 @@ from normnet.metrics import (
 )
 from normnet.oracle import oracle_threshold, summary_at, threshold_counts
 from normnet.origin import Origin
-from normnet.report import case_pictures
 
 Array = npt.NDArray[Any]
 

@@ -6,8 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from lesionsynth.commands import printable
-from normnet.metrics import BRIGHT, SCORES
-from normnet.report import percent
+from normnet.metrics import BRIGHT, SCORES, percent
 from normnet.scoring import MethodScores
 
 PAPER = (

@@ -16,8 +16,9 @@ from normnet.ablate.patients import Patient
 from normnet.ablate.scoring import Cell, Scores
 from normnet.ablate.tables import ITERATIONS, MODULES, THRESHOLD, VOTING, AblationTable, mean_dice
 from normnet.config import PAPER_THRESHOLD_HU, TrainConfig, to_json
+from normnet.draw import curve
 from normnet.metrics import summarise
-from normnet.report import Report, curve
+from normnet.report import Page
 from normnet.strict_json import dumps
 
 FILES = ("table.csv", "table.md", "report.html", "results.json")
@@ -102,16 +103,18 @@ def caveats(config: AblateConfig, base: TrainConfig, seeds: int, patients: Seque
     return notes
 
 
-def _report(table: AblationTable, notes: Sequence[str]) -> Report:
-    report = Report(table.title)
-    report.table(table.header, table.rows)
+def _report(table: AblationTable, notes: Sequence[str]) -> Page:
+    import pandas as pd
+
+    report = Page(table.title)
+    report.table(pd.DataFrame(table.rows, columns=table.header, dtype=object))
     for line in table.failures:
         report.paragraph(f"Failed: {line}")
     for picture, caption in _pictures(table):
         report.picture(picture, caption)
     for title, header, rows, note in table.details:
         report.heading(title)
-        report.table(header, rows)
+        report.table(pd.DataFrame(list(rows), columns=list(header), dtype=object))
         if note:
             report.paragraph(note, note=True)
     for note in notes:

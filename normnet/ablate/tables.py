@@ -10,8 +10,7 @@ import numpy as np
 
 from normnet.ablate.config import TableName
 from normnet.ablate.scoring import Cell, Scores
-from normnet.metrics import summarise
-from normnet.report import percent
+from normnet.metrics import percent, summarise
 from normnet.sheets import sheet
 from normnet.tables import Grid, markdown
 
