@@ -254,8 +254,8 @@ def build(cls: type[Built], record: Any, where: str = "") -> Built:
     try:
         return cls(**values)
     except (TypeError, ValueError) as error:
-        # the parts of a list have their place in front; a field knows its own name
-        inside = where.endswith("]") and not str(error).startswith(dot)
+        # a field knows its own name, but not what it is a part of
+        inside = ("." in where or where.endswith("]")) and not str(error).startswith(dot)
         raise ValueError(f"{dot}{error}" if inside else str(error)) from error
 
 

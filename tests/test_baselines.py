@@ -479,16 +479,16 @@ def test_the_command_trains_predicts_and_evaluate_reads_it(tmp_path, patient, ca
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"method": "pca"}, "method must be one of ae"),
+        ({"method": "pca"}, "method must be 'ae', 'vae', "),
         ({"size": 30}, "size must be a multiple of 4"),
         ({"latent": 0}, "latent must be >= 1, got 0"),
         ({"kl_weight": -1.0}, "kl_weight must be >= 0, got -1.0"),
-        ({"dropout": 1.0}, r"dropout must be in \[0, 1\), got 1.0"),
-        ({"false_positives": 0.0}, "false_positives must be in"),
+        ({"dropout": 1.0}, r"dropout must be < 1, got 1.0"),
+        ({"false_positives": 0.0}, "false_positives must be > 0, got 0.0"),
         ({"minutes": 0.0}, "minutes must be > 0"),
-        ({"learning_rate": float("nan")}, "learning_rate must be > 0, got nan"),
+        ({"learning_rate": float("nan")}, "learning_rate must be finite, got nan"),
         ({"phantoms": 1}, "phantoms must be > held_out=1, got 1"),
-        ({"residual": "square"}, "residual must be absolute or positive"),
+        ({"residual": "square"}, "residual must be 'absolute' or 'positive'"),
         ({"method": "context_vae", "context_crop": 32}, "context_crop must be < size=32"),
     ],
 )
