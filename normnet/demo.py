@@ -25,7 +25,7 @@ from lesionsynth.strict import name_of
 from normnet.config import WEIGHTS, PredictConfig, TrainConfig, phantom
 from normnet.evaluate import CaseVolumes, Evaluation, evaluate_volumes
 from normnet.metrics import HEALTHY_THRESHOLD
-from normnet.model import load_model
+from normnet.model import Model
 from normnet.origin import Origin
 from normnet.predict import predict_volume
 from normnet.report import Report, curve, grey, lung_box, percent, png, side_by_side
@@ -173,7 +173,7 @@ def training_example(settings: TrainConfig, seed: int, shape: tuple[int, int, in
 
 
 def _predicted(config: DemoConfig, run: Path) -> Iterator[CaseVolumes]:
-    model = load_model(run)
+    model = Model.load(run)
     origin = Origin(threshold_hu=config.train.threshold_hu)
     origin = replace(origin, label=f"fixed at {HEALTHY_THRESHOLD:g}{origin.tissue}")
     for name, chest, truth in patients(config):

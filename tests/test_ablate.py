@@ -32,7 +32,7 @@ from normnet.ablate.scoring import majority
 from normnet.ablate.tables import ITERATIONS, MODULES, THRESHOLD, VOTING
 from normnet.config import ModelConfig, PostprocessConfig, PredictConfig
 from normnet.metrics import evaluate_case
-from normnet.model import build_unet, load_model, save_model
+from normnet.model import Model, build_unet
 from normnet.postprocess import postprocess
 from normnet.predict import predict_volume
 from normnet.trainer import Trainer
@@ -189,7 +189,7 @@ def test_voting_is_table_iv_and_votes_as_a_plain_loop_does(tiny, steps):
     weights = [
         config.output / "runs" / "covid_lung" / f"seed{k}" / "9.safetensors" for k in range(3)
     ]  # fmt: skip
-    models = [load_model(file) for file in weights]
+    models = [Model.load(file) for file in weights]
     alone = [predict_volume(patient.hu, patient.lung_mask, [m], predict, device="cpu") for m in models]
     image = ls.window_hu(patient.hu) * patient.lung_mask
     dice = []
@@ -417,8 +417,8 @@ def test_lungs_of_patients_without_masks_are_segmented_as_asked(tiny, tmp_path):
     weights = {}
     for seed in (0, 1):
         torch.manual_seed(seed)
-        model = ModelConfig(channels=(4, 8), strides=(2,), outputs=2)
-        save_model(tmp_path / f"{seed}/own/model.safetensors", build_unet(model), model, task="lungs")
+        network = ModelConfig(channels=(4, 8), strides=(2,), outputs=2)
+        Model(build_unet(network), network, "lungs").save(tmp_path / f"{seed}/own/model.safetensors")
         (own,) = find_patients(replace(config, lungs=str(tmp_path / f"{seed}/own")))
         assert own.identity["lungs_from"] == "own"
         weights[own.identity["lungs_sha256"]] = own.identity

@@ -30,7 +30,7 @@ from lesionsynth.io import read_ct  # noqa: E402
 from normnet import predict  # noqa: E402
 from normnet.config import ModelConfig  # noqa: E402
 from normnet.maps import Folder  # noqa: E402
-from normnet.model import build_unet, save_model  # noqa: E402
+from normnet.model import Model, build_unet  # noqa: E402
 from normnet.report import LUNG_WINDOW, ReportConfig, report_maps  # noqa: E402
 from normnet.report import section as section_module  # noqa: E402
 from normnet.report.__main__ import main  # noqa: E402
@@ -68,7 +68,7 @@ def predicted(tmp_path_factory):
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.zero_()  # every probability is 0.5: nothing is healthy
-    save_model(root / "models/run7/model.safetensors", model, config)
+    Model(model, config).save(root / "models/run7/model.safetensors")
     call = [str(root / "scans"), "--models", str(root / "models"), "--masks", str(root / "masks")]
     call += ["--output", str(root / "maps"), "--threads", "1", "--settings.slab", "16"]
     call += ["--settings.postprocess.growth-iterations", "3"]
