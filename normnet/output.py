@@ -52,6 +52,7 @@ VOLUMES = tuple(
 )
 """Volumes of a record, in the order of the table's columns."""
 TABLE = "volumes.csv"
+_STAMPS = {"ct_stamp": "the CT", "lungs_stamp": "the lung mask"}
 _BEFORE = "before"
 """In the hidden folder: the record that is being replaced."""
 
@@ -214,10 +215,11 @@ def to_write(
             raise ValueError(f"{error}; take another folder or pass overwrite") from error
         for entry, now in request.items():
             if entry in record and record[entry] != now:
-                raise ValueError(
-                    f"{file}: {entry} must be that of this call, or overwrite passed: there "
-                    f"{_short(record[entry])}, now {_short(now)}"
-                )
+                rule = f"{entry} must be that of this call"
+                if entry in _STAMPS:
+                    rule = f"{_STAMPS[entry]} must be as it was when it was read"
+                told = f"there {_short(record[entry])}, now {_short(now)}"
+                raise ValueError(f"{file}: {rule}, or overwrite passed: {told}")
     made = [kind for kind in FILES if record is not None and record["files"].get(kind)]
     if record is not None and all(
         kind in made and (folder / record["files"][kind]).is_file() for kind in kinds
@@ -371,8 +373,8 @@ def write_table(folder: Path) -> None:
         rows.append([record["case"], *cells])
     if len(rows) > 1:
         write_atomically(folder / TABLE, sheet(rows))
-    else:
-        (folder / TABLE).unlink(missing_ok=True)
+    elif has_columns(folder / TABLE, ["case", *VOLUMES]):
+        (folder / TABLE).unlink()
 
 
 def _file_name(name: str | None) -> str | None:
@@ -381,7 +383,7 @@ def _file_name(name: str | None) -> str | None:
     return name
 
 
-_Name = Annotated[str, Field(min_length=1, max_length=4096, pattern=r"^[^\0]*$")]
+_Name = Annotated[str, Field(min_length=1, max_length=4096, pattern=r"^[^\x00]*$")]
 _Millilitres = Annotated[float, Field(ge=0, lt=1e9)]
 
 

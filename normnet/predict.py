@@ -34,7 +34,7 @@ from normnet.config import PredictConfig, from_json, to_json
 from normnet.device import choose_device, cpu_settings
 from normnet.dicom_seg import check_segmentation, encode_segmentation
 from normnet.inflation import inflation_factor, windowed_lungs
-from normnet.model import Model, bundled_models, find_models
+from normnet.model import Model, bundled_models, find_models, naming
 from normnet.output import Record, volumes_of
 from normnet.postprocess import Mask, postprocess_slices
 from normnet.prepare.case import LungMethod, check_lungs, load_case, method_record
@@ -147,11 +147,11 @@ def inflation_of(models: Sequence[Model]) -> float | None:
 
 
 def _shared(models: Sequence[Model], name: str) -> Any:
-    found = {getattr(model, name) for model in models}
+    found = list(dict.fromkeys(getattr(model, name) for model in models))
     if len(found) > 1:
         rest = " unless postprocess.threshold_hu is given" * (name == "threshold_hu")
-        raise ValueError(f"models must have one {name}{rest}, got {', '.join(sorted(map(str, found)))}")
-    return found.pop()
+        raise ValueError(f"models must have one {name}{rest}, got {', '.join(map(str, found))}")
+    return found[0]
 
 
 # ---- the sliding window: slabs of slices here, tiles of a slab by MONAI
@@ -464,10 +464,8 @@ def predict(args: PredictArgs, *, progress_bar: bool = False) -> PredictSummary:
 
 def _used(file: Path, model: Model, config: PredictConfig) -> Record:
     """Tell a model and how it is used, for a record."""
-    try:
+    with naming(file):
         probability = model.threshold(config.probability)
-    except ValueError as error:
-        raise ValueError(f"{name_of(file)}: {error}") from error
     return {
         "name": model.name,
         "sha256": model.sha256,

@@ -17,8 +17,8 @@ from normnet.ablate.scoring import Cell, Scores
 from normnet.ablate.tables import ITERATIONS, MODULES, THRESHOLD, VOTING, AblationTable, mean_dice
 from normnet.config import PAPER_THRESHOLD_HU, TrainConfig, to_json
 from normnet.metrics import summarise
+from normnet.output import dumps
 from normnet.report import Report, curve
-from normnet.strict_json import dumps
 
 FILES = ("table.csv", "table.md", "report.html", "results.json")
 """What a table is written as; the last proves that the others are its own."""

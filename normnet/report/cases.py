@@ -10,8 +10,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path, PureWindowsPath
 
 from lesionsynth.io import Found, Source, find_sources, split_name
-from normnet.reasons import hear
-from normnet.records import FILES, Record, read_records
+from normnet.cases import hear
+from normnet.output import FILES, Record, read_records
 
 
 @dataclass(frozen=True)

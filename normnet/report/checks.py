@@ -53,7 +53,7 @@ def doubt_numbers(volumes: Mapping[str, float | None], slice_mm: float | None) -
     Parameters
     ----------
     volumes : mapping
-        See `normnet.records.VOLUMES`: ml and percent.
+        See `normnet.output.VOLUMES`: ml and percent.
     slice_mm : float, optional
         Distance of the slices in mm.
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from normnet.records import Record
+from normnet.output import Record
 from normnet.report.cases import Finished
 from normnet.report.checks import DIFFER
 from normnet.report.page import Report

@@ -12,8 +12,8 @@ import numpy as np
 import numpy.typing as npt
 
 from lesionsynth.io import Scan, read_ct, read_mask
-from normnet.reasons import FORESEEN, hear, reason
-from normnet.records import Record
+from normnet.cases import FORESEEN, hear, reason
+from normnet.output import Record
 from normnet.report.cases import Place
 from normnet.report.checks import DIFFER, Concern, doubt_lungs, doubt_maps, doubt_numbers, told
 from normnet.report.pictures import curve, histogram
