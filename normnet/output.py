@@ -321,7 +321,6 @@ def _put(folder: Path, case: str, stage: Path) -> None:
             os.replace(stage / name, folder / name)
     for name in names_in(load(before), case) - names:
         (folder / name).unlink(missing_ok=True)
-    before.unlink(missing_ok=True)
     os.replace(new, final)
     _remove(case, stage)
 

@@ -92,28 +92,26 @@ class Killed(BaseException):
 
 
 class Fault:
-    """Fails or dies at one call of the file system.
+    """Fails at one call of the file system, or dies at one, or first the one and later the other.
 
     Parameters
     ----------
-    at : int
-        Which call, from 0 on.
-    kill : bool
-        Nothing works from then on; else this call alone fails.
+    fail, kill : int
+        Which call, from 0 on; none where negative. From `kill` on nothing works.
     """
 
     NAMES = ("replace", "rename", "unlink", "mkdir", "rmdir")
 
-    def __init__(self, at: int, *, kill: bool) -> None:
-        self.at, self.kill, self.calls = at, kill, 0
+    def __init__(self, fail: int = -1, kill: int = -1) -> None:
+        self.fail, self.kill, self.calls = fail, kill, 0
         self._real = {name: getattr(os, name) for name in self.NAMES}
 
     def step(self) -> None:
         number = self.calls
         self.calls += 1
-        if self.kill and number >= self.at:
+        if 0 <= self.kill <= number:
             raise Killed
-        if number == self.at:
+        if number == self.fail:
             raise OSError(5, "Input/output error")
 
     def __enter__(self) -> Fault:
@@ -177,11 +175,11 @@ def stage_scene(folder: Path, scene: str) -> tuple[tuple[str, ...], bool, str | 
     return kinds, overwrite, settings_ or None
 
 
-def attempt(folder: Path, kinds: Any, overwrite: bool, at: int, *, kill: bool) -> bool:
-    """Run with a fault; False where it was not reached."""
-    with Fault(at, kill=kill) as fault, suppress(OSError, Killed):
+def attempt(folder: Path, kinds: Any, overwrite: bool, fail: int = -1, kill: int = -1) -> int:
+    """Run with faults; returns how many calls there were."""
+    with Fault(fail, kill) as fault, suppress(OSError, Killed):
         run(folder, "new", kinds, fault.step, overwrite=overwrite)
-    return fault.calls > at
+    return fault.calls
 
 
 def check_after(folder: Path, kinds: Any, overwrite: bool, before: str | None, pid: int, scene: str) -> None:
@@ -199,61 +197,64 @@ def check_after(folder: Path, kinds: Any, overwrite: bool, before: str | None, p
         assert (folder / name).read_bytes() == content
 
 
-@pytest.mark.parametrize("kill", [True, False], ids=["killed", "failed"])
+@pytest.mark.parametrize("how", ["killed", "failed", "failed, and killed while it cleared away"])
 @pytest.mark.parametrize("scene", SCENES)
 def test_a_call_that_ends_anywhere_leaves_a_whole_result_or_none(
-    tmp_path: Path, dead: int, scene: str, kill: bool
+    tmp_path: Path, dead: int, scene: str, how: str
 ) -> None:
     """At every single call of the file system."""
-    for at in range(200):
-        folder = tmp_path / str(at)
+    number, at, later = 0, 0, 1
+    while at < 100:
+        folder = tmp_path / str(number)
         kinds, overwrite, before = stage_scene(folder, scene)
-        reached = attempt(folder, kinds, overwrite, at, kill=kill)
+        fail = -1 if how == "killed" else at
+        kill = -1 if how == "failed" else at if how == "killed" else at + later
+        calls = attempt(folder, kinds, overwrite, fail, kill)
         check_after(folder, kinds, overwrite, before, dead, scene)
-        if not reached:
+        if calls <= at:
             break
-    assert 8 < at < 199
+        number, later = number + 1, later + 1
+        if how in ("killed", "failed") or calls <= kill:
+            at, later = at + 1, 1
+    assert 8 < at < 99
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(
     scene=st.sampled_from(sorted(SCENES)),
-    faults=st.lists(st.tuples(st.integers(0, 30), st.booleans()), min_size=2, max_size=4),
+    faults=st.lists(st.tuples(st.integers(-1, 30), st.integers(-1, 30)), min_size=2, max_size=4),
 )
 def test_calls_that_end_one_after_the_other(
-    tmp_path_factory: pytest.TempPathFactory, dead: int, scene: str, faults: list[tuple[int, bool]]
+    tmp_path_factory: pytest.TempPathFactory, dead: int, scene: str, faults: list[tuple[int, int]]
 ) -> None:
     """What takes up the work of one that was killed may be killed, too."""
     folder = tmp_path_factory.mktemp("case") / "out"
     kinds, overwrite, before = stage_scene(folder, scene)
-    for at, kill in faults:
-        attempt(folder, kinds, overwrite, at, kill=kill)
+    for fail, kill in faults:
+        attempt(folder, kinds, overwrite, fail, kill)
         bury(folder, dead)
     check_after(folder, kinds, overwrite, before, dead, scene)
 
 
 def test_what_was_whole_is_finished_by_the_next_call(tmp_path: Path, dead: int) -> None:
     """Without another computation; a file that came to its place meanwhile is not replaced."""
-    with Fault(0, kill=True) as fault:
-        fault.at = 10**6
-        run(tmp_path, "new", ("lesions", "lung"), fault.step)
-    calls = fault.calls
-    for back, whole in ((1, True), (3, True), (calls - 2, False)):
+    kinds = ("lesions", "lung")
+    calls = attempt(tmp_path / "all", kinds, False)
+    # the last of them: two files, the record, the hidden folder
+    for back, whole in ((2, True), (4, True), (5, False)):
         folder = tmp_path / f"{back}"
-        attempt(folder, ("lesions", "lung"), False, calls - 1 - back, kill=True)
+        attempt(folder, kinds, False, kill=calls - back)
         assert finished(folder) is None
         bury(folder, dead)
-        wanted = to_write(folder, "p1", request("new"), ("lesions", "lung"))
-        assert wanted == (() if whole else ("lesions", "lung"))
+        assert to_write(folder, "p1", request("new"), kinds) == (() if whole else kinds)
         assert finished(folder) == ("new" if whole else None)
-    # killed before the first of two renames, or between them
-    for back, late in ((5, "p1_lesions.nii.gz"), (5, "p1_lung.nii.gz"), (4, "p1_lung.nii.gz")):
+    for back, late in ((4, "p1_lesions.nii.gz"), (4, "p1_lung.nii.gz"), (3, "p1_lung.nii.gz")):
         folder = tmp_path / f"late {back} {late}"
-        attempt(folder, ("lesions", "lung"), False, calls - back, kill=True)
+        attempt(folder, kinds, False, kill=calls - back)
         bury(folder, dead)
         (folder / late).write_bytes(b"mine")
         with pytest.raises(ValueError, match=f"output holds {late}, which is of no finished call"):
-            to_write(folder, "p1", request("new"), ("lesions", "lung"))
+            to_write(folder, "p1", request("new"), kinds)
         assert [path.name for path in folder.iterdir()] == [late]
         assert (folder / late).read_bytes() == b"mine"
 
@@ -307,7 +308,7 @@ def test_cases_of_any_name(tmp_path: Path, dead: int, case: str) -> None:
         write_case(tmp_path, case, {kind: writer(f"{call} {kind}") for kind in ("lesions", "lung")}, record)
 
     of("old")
-    with Fault(5, kill=True), pytest.raises(Killed):
+    with Fault(kill=5), pytest.raises(Killed):
         of("new")
     bury(tmp_path, dead)
     of("new")
@@ -315,6 +316,25 @@ def test_cases_of_any_name(tmp_path: Path, dead: int, case: str) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(
         f"{case}{ending}" for ending in (".json", "_lesions.nii.gz", "_lung.nii.gz")
     )
+
+
+def test_cases_whose_hidden_folders_are_named_alike(tmp_path: Path, dead: int) -> None:
+    """Names of folders are cut where they are too long."""
+    first, second = ("x" * 220 + letter for letter in "ab")
+
+    def of(case: str, call: str) -> None:
+        record = {**record_of(call), "case": case}
+        write_case(tmp_path, case, {kind: writer(f"{call} {kind}") for kind in ("lesions", "lung")}, record)
+
+    of(first, "old")
+    with Fault(kill=4), pytest.raises(Killed):
+        of(first, "new")
+    assert finished(tmp_path, first) is None
+    bury(tmp_path, dead)
+    of(second, "new")
+    assert finished(tmp_path, second) == "new"
+    assert to_write(tmp_path, first, request("new"), ("lesions", "lung")) == ()
+    assert finished(tmp_path, first) == "new"
 
 
 def test_a_finished_case_is_skipped(tmp_path: Path) -> None:
