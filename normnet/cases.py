@@ -1,4 +1,4 @@
-"""Which files form a case: a CT, its lungs, its annotated lesions; and what is said about it.
+"""Which files form a case: a CT, its lungs, its annotated lesions; and the loop that segments one by one.
 
 A case has the name of its CT without the format's suffix. In a folder of masks its file is ``p1.nii.gz``, or
 the only one whose name begins with ``p1_``. A table names all files instead: ``cases.csv`` with the columns
@@ -7,26 +7,38 @@ case, ct, lungs, lesions, and paths relative to it.
 
 from __future__ import annotations
 
-import io
 import os
 import sys
+import time
 import warnings
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path, PureWindowsPath
 from typing import Any
 
+from tqdm import tqdm
+
+from lesionsynth import __version__
 from lesionsynth.commands import printable
-from lesionsynth.io import SUFFIXES, Found, Passed, Source, case_name, find_sources
-from lesionsynth.strict import name_of, read_text, shown, some_of
-from normnet.sheets import plain
+from lesionsynth.io import SUFFIXES, Found, Passed, Scan, Source, case_name, find_sources
+from lesionsynth.strict import name_of, shown, some_of
+from normnet.output import (
+    Record,
+    Writer,
+    check_output,
+    read_record,
+    stamp,
+    to_write,
+    write_case,
+    write_table,
+)
+from normnet.sheets import read_rows
 
 COLUMNS = ("case", "ct", "lungs", "lesions")
 """Of a table of cases; the first two must be filled."""
-MOST_TABLE = 2**26
-"""Longest table of cases in bytes."""
 FORESEEN = (ValueError, OSError, MemoryError, ImportError)
 """Errors whose text says what is wrong with a file or a machine; of others the type is told, too."""
 
@@ -59,7 +71,7 @@ class Case:
     files: tuple[Path, ...] = field(default=(), compare=False, repr=False)
     lungs: Path | None = None
     lesions: Path | None = None
-    more: Mapping[str, Path] = field(default_factory=dict)
+    more: Mapping[str, Path] = field(default_factory=dict, hash=False)
     problem: str = ""
 
     @property
@@ -215,27 +227,24 @@ def read_table(
     ValueError
         It is no CSV; a column is unknown, a cell that must be filled is empty, or a case occurs twice.
     """
-    import pandas as pd
-
     known, name = (*COLUMNS, *columns), name_of(path)
-    try:
-        text = io.StringIO(read_text(path, MOST_TABLE))
-        rows = pd.read_csv(text, dtype=str, keep_default_na=False).fillna("")
-    except (ValueError, pd.errors.ParserError) as error:
-        raise ValueError(f"{name}: must be a CSV in UTF-8: {str(error).removeprefix(f'{name}: ')}") from error
-    if unknown := [str(column) for column in rows.columns if column not in known]:
-        raise ValueError(f"{name}: columns must be among {', '.join(known)}, got {shown(unknown[0])}")
-    if rows.empty:
+    rows = [(line, cells) for line, cells in read_rows(path) if any(cells)]
+    if len(rows) < 2:
         raise ValueError(f"{name} must have at least one row below its header")
+    header = rows[0][1]
+    if unfit := [cell for n, cell in enumerate(header) if cell not in known or cell in header[:n]]:
+        raise ValueError(f"{name}: columns must be among {', '.join(known)}, got {shown(unfit[0])}")
     cases: dict[str, Case] = {}
-    for number, row in enumerate(rows.to_dict("records"), start=2):
-        cells = {str(column): plain(str(value)) for column, value in row.items()}
-        if lacking := [column for column in ("case", "ct", *needed) if not cells.get(column)]:
-            raise ValueError(f"{name}, row {number}: {lacking[0]} must be filled, got none")
-        if cells["case"] in cases:
-            raise ValueError(f"{name}, row {number}: cases must differ, got {shown(cells['case'])} twice")
-        files = {c: path.parent / cell for c, cell in cells.items() if c != "case" and cell}
-        cases[cells["case"]] = _of_row(cells["case"], files, series)
+    for line, cells in rows[1:]:
+        if any(cells[len(header) :]):
+            raise ValueError(f"{name}, line {line}: must have {len(header)} cells, got {len(cells)}")
+        row = dict(zip(header, cells, strict=False))
+        if lacking := [column for column in ("case", "ct", *needed) if not row.get(column)]:
+            raise ValueError(f"{name}, line {line}: {lacking[0]} must be filled, got none")
+        if row["case"] in cases:
+            raise ValueError(f"{name}, line {line}: cases must differ, got {shown(row['case'])} twice")
+        files = {column: path.parent / cell for column, cell in row.items() if column != "case" and cell}
+        cases[row["case"]] = _of_row(row["case"], files, series)
     return list(cases.values())
 
 
@@ -336,6 +345,187 @@ def _fit(source: Source, record: Mapping[str, Any]) -> int:
     while same < min(len(there), len(here)) and there[-1 - same] == here[-1 - same]:
         same += 1
     return same + 1 if same else int(case_name(source.path) == record["case"])
+
+
+# ---- one case after the other
+
+
+@dataclass(frozen=True, kw_only=True)
+class CaseArgs:
+    """What commands take that segment cases."""
+
+    output: Path
+    """Folder for the results."""
+    series: str = "largest"
+    """DICOM series to read: the "largest" of a folder, "all", or a SeriesInstanceUID."""
+    masks: Path | None = None
+    """Folder with lung masks, <case>.nii.gz or the only <case>_*.nii.gz; or the mask of a single CT. The
+    lungs are segmented where omitted."""
+    label: tuple[int, ...] = ()
+    """Labels of the masks that are lung; all above zero where omitted."""
+    lungs: str = "network"
+    """How lungs are segmented: network, that of this package; classical, thresholds and morphology; lungmask,
+    the network of that package, if installed; or weights of your own (normnet.train --task lungs)."""
+    overwrite: bool = False
+    """Replace results of other settings, models, CTs or methods, and whatever else has their names."""
+    device: str = "auto"
+    """"auto" takes CUDA where there is some, else the CPU."""
+    threads: int | None = None
+    """CPU threads; all cores where omitted."""
+
+
+@dataclass(frozen=True, eq=False)
+class Segmented:
+    """What a method found in a CT."""
+
+    ct: Scan
+    """What it was given."""
+    files: Mapping[str, Any]
+    """By kind of `normnet.output.FILES`: an array on the CT's grid; bytes; or None for a file not to be."""
+    volumes: Mapping[str, float | None]
+    """See `normnet.output.volumes_of`."""
+    inflation: float = 1.0
+    """What HU in the lungs were multiplied with, see `normnet.inflation`."""
+
+    def writers(self) -> dict[str, Writer]:
+        """Return what writes the files."""
+        return {
+            kind: partial(_save, content)
+            if isinstance(content, bytes)
+            else partial(self.ct.write_like, content)
+            for kind, content in self.files.items()
+            if content is not None
+        }
+
+
+def _save(content: bytes, path: Path) -> None:
+    path.write_bytes(content)
+
+
+@dataclass(frozen=True)
+class PredictSummary:
+    """What became of the cases of a call."""
+
+    written: list[str]
+    """Segmented now."""
+    there: list[str]
+    """Finished by an earlier call with the same settings."""
+    failures: dict[str, str]
+    """Why the others failed, or why cases that have their maps have no DICOM Segmentation."""
+    warnings: dict[str, list[str]] = field(default_factory=dict)
+    """What was warned of, by case."""
+    passed: tuple[Passed, ...] = ()
+    """What lay in the inputs and was not taken for a CT."""
+
+    def tell(self, program: str, output: Path) -> int:
+        """Print it at a command's end, and return the exit status."""
+        done, there = {*self.written, *self.there}, len(self.there)
+        earlier = f" ({there} by an earlier call)" if there else ""
+        count = len(done | self.failures.keys())
+        print(f"{len(done)} of {count} volumes segmented{earlier}, in {name_of(output)}", flush=True)
+        named = tell(self.warnings, self.passed)
+        for said in self.failures.values():
+            print(f"{program}: {said}", file=sys.stderr)
+        return 1 if self.failures or named else 0
+
+
+def run_cases(
+    cases: Found[Case],
+    args: CaseArgs,
+    lungs: Record,
+    request: Record,
+    kinds: Callable[[Case], Sequence[str]],
+    segment: Callable[[Case, Sequence[str]], Segmented],
+    *,
+    progress_bar: bool = False,
+) -> PredictSummary:
+    """Segment cases and write what was found; one that fails does not stop the others.
+
+    Parameters
+    ----------
+    cases : Found of Case
+        From `find_cases`.
+    args : CaseArgs
+        Where to, and what else a record tells.
+    lungs : mapping
+        The method for cases without a mask: ``lungs_from``, ``lungs_sha256``.
+    request : mapping
+        What makes results those of this call, beside the inputs: ``settings``, ``models``.
+    kinds : callable
+        Files that a case shall have, of `normnet.output.FILES`.
+    segment : callable
+        Given a case and the kinds to write.
+    progress_bar : bool
+        Show one on standard error.
+
+    Raises
+    ------
+    ValueError
+        As `normnet.output.check_output` and `to_write`: there are results of other settings or files of
+        others. Nothing is written.
+    """
+    failures = {case.case: reason(case.ct, ValueError(case.problem)) for case in cases if case.problem}
+    requests: dict[str, Record] = {}
+    for case in cases:
+        try:
+            if not case.problem:
+                requests[case.case] = _inputs(case, args.label, lungs) | request
+        except OSError as error:
+            failures[case.case] = reason(case.ct, error)
+    good = [case for case in cases if case.case in requests]
+    check_output(args.output, {case.case: case.inputs for case in good}, overwrite=args.overwrite)
+    todo = {}
+    for case in good:
+        wanted = to_write(args.output, case.case, requests[case.case], kinds(case), overwrite=args.overwrite)
+        if wanted:
+            todo[case.case] = (case, wanted)
+    there = [case.case for case in good if case.case not in todo]
+    said = {name: list(read_record(args.output / f"{name}.json")["warnings"]) for name in there}
+    written: list[str] = []
+
+    def work(case: Case, wanted: Sequence[str]) -> None:  # what it holds of a case is let go before the next
+        start = time.perf_counter()
+        with hear() as said[case.case]:
+            found = segment(case, wanted)
+        record = {
+            "case": case.case,
+            **requests[case.case],
+            "grid": {"shape": list(found.ct.hu.shape), "spacing": [float(s) for s in found.ct.spacing]},
+            "volumes": found.volumes,
+            "inflation": found.inflation,
+            "version": __version__,
+            "seconds": round(time.perf_counter() - start, 2),
+            "warnings": said[case.case],
+        }
+        write_case(args.output, case.case, found.writers(), record, overwrite=args.overwrite)
+
+    try:
+        for name, (case, wanted) in tqdm(todo.items(), disable=not progress_bar, unit="case", desc="predict"):
+            try:
+                work(case, wanted)
+                written.append(name)
+            except Exception as error:  # one failing case must not stop the batch
+                failures[name] = reason(case.ct, error)
+    finally:
+        if args.output.is_dir():
+            write_table(args.output)
+    return PredictSummary(written, there, failures, said, cases.passed)
+
+
+def _inputs(case: Case, label: Sequence[int], lungs: Record) -> Record:
+    """Tell what a case is read from, before it is read: what changes meanwhile is seen the next time."""
+    mask = {"lungs_from": os.path.abspath(case.lungs), "lungs_sha256": None} if case.lungs else lungs
+    return {
+        "ct": os.path.abspath(case.ct),
+        "series": case.series,
+        **mask,
+        "label": list(label) or None,
+        "ct_stamp": stamp(case.files),
+        "lungs_stamp": stamp([case.lungs]) if case.lungs else None,
+    }
+
+
+# ---- what is said about a case
 
 
 def reason(path: Path | None, error: Exception) -> str:

@@ -28,11 +28,10 @@ from normnet.evaluate import CaseVolumes, Evaluation, evaluate_volumes
 from normnet.metrics import HEALTHY_THRESHOLD, percent
 from normnet.model import Model
 from normnet.origin import Origin
+from normnet.output import dumps, load
 from normnet.predict import predict_volume
 from normnet.report import Page
 from normnet.results import check_output
-from normnet.stage import load
-from normnet.strict_json import dumps
 from normnet.tables import plain_table
 from normnet.train import BEST, CONFIG, METRICS, STATE, TrainResult, train
 from normnet.volumes import PHANTOM_SEED

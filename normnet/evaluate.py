@@ -19,6 +19,7 @@ from lesionsynth.commands import plainly, printable, run
 from lesionsynth.files import same_file
 from lesionsynth.io import Found, Scan, read_ct, read_map, read_mask
 from lesionsynth.strict import name_of
+from normnet.cases import hear, reason, tell
 from normnet.metrics import (
     CONTROL_VOXELS,
     HEALTHY_THRESHOLD,
@@ -33,7 +34,6 @@ from normnet.pairing import CaseFiles, find_cases, read_table, with_predictions
 from normnet.prepare.case import LungMethod, method_of, method_record
 from normnet.prepare.lungs import check_plausible
 from normnet.prepare.morphology import Mask
-from normnet.reasons import hear, reason, tell
 from normnet.report import lungs_told
 from normnet.results import Evaluation, Failure, check_output
 from normnet.scoring import WITHOUT_GROWING, CaseVolumes, MethodScores, Rules

@@ -8,15 +8,16 @@ never.
 
 from __future__ import annotations
 
+import glob
 import gzip
 import hashlib
 import json
 import math
 import os
 import re
-import shutil
 import zlib
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -24,7 +25,7 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
-from lesionsynth.files import left_over, temporary, write_atomically
+from lesionsynth.files import left_over, others, remove_folder, temporary, write_atomically
 from lesionsynth.strict import name_of, read_json, rule_of, shown
 from lesionsynth.window import HU_RANGE
 from normnet.config import HEALTHY_HU, WEIGHTS
@@ -51,6 +52,7 @@ VOLUMES = tuple(
 )
 """Volumes of a record, in the order of the table's columns."""
 TABLE = "volumes.csv"
+_STAMPS = {"ct_stamp": "the CT", "lungs_stamp": "the lung mask"}
 _BEFORE = "before"
 """In the hidden folder: the record that is being replaced."""
 
@@ -213,18 +215,18 @@ def to_write(
             raise ValueError(f"{error}; take another folder or pass overwrite") from error
         for entry, now in request.items():
             if entry in record and record[entry] != now:
-                raise ValueError(
-                    f"{file}: {entry} must be that of this call, or overwrite passed: there "
-                    f"{_short(record[entry])}, now {_short(now)}"
-                )
+                rule = f"{entry} must be that of this call"
+                if entry in _STAMPS:
+                    rule = f"{_STAMPS[entry]} must be as it was when it was read"
+                told = f"there {_short(record[entry])}, now {_short(now)}"
+                raise ValueError(f"{file}: {rule}, or overwrite passed: {told}")
     made = [kind for kind in FILES if record is not None and record["files"].get(kind)]
     if record is not None and all(
         kind in made and (folder / record["files"][kind]).is_file() for kind in kinds
     ):
         return ()
-    wanted = tuple(kind for kind in FILES if kind in kinds or kind in made)
-    _refuse(folder, [f"{case}{FILES[kind]}" for kind in wanted if kind not in made])
-    return wanted
+    _refuse(folder, [f"{case}{ending}" for kind, ending in FILES.items() if kind not in made])
+    return tuple(kind for kind in FILES if kind in kinds or kind in made)
 
 
 def write_case(
@@ -273,57 +275,80 @@ def write_case(
             path = stage / f"{case}{FILES[kind]}"
             writer(path)
             check_written(path)
+        names = sorted(names_in(whole, case))
         if not overwrite:
             ours = names_in(load(folder / f"{case}.json"), case)
-            _refuse(folder, sorted({name for name in files.values() if name} - ours))
+            _refuse(folder, [name for name in names if name not in ours])
+        for place in (folder / name for name in (*names, f"{case}.json")):
+            if place.is_dir() and not place.is_symlink():
+                raise IsADirectoryError(f"{place} must be a file, got a folder")
         write_atomically(stage / f"{case}.json", dumps(whole))
         _put(folder, case, stage)
     except BaseException:
-        _undo(folder, case, stage)
+        with suppress(OSError):
+            _undo(folder, case, stage)
         raise
     return whole
 
 
+# In the hidden folder lie the files, then <case>.json: from there on the result is whole, here and there, and
+# _put may be called again and again. A kill at any point leaves what one of the two brings to its end.
+
+
 def _recover(folder: Path, case: str) -> None:
-    """Finish what a killed call had written as a whole, and take away what it had not."""
+    """Finish what killed calls had written as a whole, and take away what they had not."""
     for stage in left_over(folder, case):
-        if not stage.is_dir() or stage.is_symlink():
+        if stage.is_symlink() or not stage.is_dir() or others(stage, _inside(case)):
             continue
-        names = names_in(load(stage / f"{case}.json"), case)
         before = names_in(load(stage / _BEFORE) or load(folder / f"{case}.json"), case)
-        waiting = {name for name in names if (stage / name).exists()}
-        if names and not any(os.path.lexists(folder / name) for name in waiting - before):
+        names = names_in(load(stage / f"{case}.json"), case)
+        coming = [name for name in names - before if (stage / name).exists()]
+        # what has come since in a place of its own is somebody else's
+        if names and not any(os.path.lexists(folder / name) for name in coming):
             _put(folder, case, stage)
         else:
             _undo(folder, case, stage)
 
 
 def _put(folder: Path, case: str, stage: Path) -> None:
-    """Move the files of a case into place, its record last; again and again, if need be."""
+    """Move the files of a case into place, its record last."""
     final, new, before = folder / f"{case}.json", stage / f"{case}.json", stage / _BEFORE
     if os.path.lexists(final):
-        os.replace(final, before)  # unfinished until all is in place
+        os.replace(final, before)  # from here on the case counts as unfinished
     names = names_in(load(new), case)
-    for name in names_in(load(before), case) - names:
-        (folder / name).unlink(missing_ok=True)
-    for name in names:
+    for name in sorted(names):
         if (stage / name).exists():
             os.replace(stage / name, folder / name)
-    before.unlink(missing_ok=True)
+    for name in names_in(load(before), case) - names:
+        (folder / name).unlink(missing_ok=True)
     os.replace(new, final)
-    shutil.rmtree(stage)
+    _remove(case, stage)
 
 
 def _undo(folder: Path, case: str, stage: Path) -> None:
-    """Remove a hidden folder; of a case that did not get its record, put the old one back or nothing."""
-    names = names_in(load(stage / f"{case}.json"), case)
-    moved = {name for name in names if not (stage / name).exists()}
-    if (stage / _BEFORE).exists() and not moved:
-        os.replace(stage / _BEFORE, folder / f"{case}.json")
-    elif names and not (folder / f"{case}.json").exists():
+    """Take a result back: the old one stays where all of it is there, else none."""
+    final, before = folder / f"{case}.json", stage / _BEFORE
+    if not os.path.lexists(final):
+        names = names_in(load(stage / f"{case}.json"), case)
+        moved = [name for name in names if not (stage / name).exists() and (folder / name).exists()]
+        if before.exists() and not moved:
+            os.replace(before, final)
         for name in moved:
+            os.replace(folder / name, stage / name)
+        for name in names_in(load(before), case):
             (folder / name).unlink(missing_ok=True)
-    shutil.rmtree(stage, ignore_errors=True)
+    _remove(case, stage)
+
+
+def _inside(case: str) -> list[str]:
+    """Names in a hidden folder, in the order in which they go: what says that it is whole, then the files."""
+    name = glob.escape(case)
+    return [_BEFORE, f"{name}.json", *(f"{name}{ending}" for ending in FILES.values())]
+
+
+def _remove(case: str, stage: Path) -> None:
+    with suppress(OSError, ValueError):  # a file of others in it: the folder stays
+        remove_folder(stage, _inside(case))
 
 
 def _refuse(folder: Path, names: Sequence[str]) -> None:
@@ -347,8 +372,8 @@ def write_table(folder: Path) -> None:
         rows.append([record["case"], *cells])
     if len(rows) > 1:
         write_atomically(folder / TABLE, sheet(rows))
-    else:
-        (folder / TABLE).unlink(missing_ok=True)
+    elif has_columns(folder / TABLE, ["case", *VOLUMES]):
+        (folder / TABLE).unlink()
 
 
 def _file_name(name: str | None) -> str | None:
@@ -357,13 +382,14 @@ def _file_name(name: str | None) -> str | None:
     return name
 
 
-_Name = Annotated[str, Field(min_length=1, max_length=4096, pattern=r"^[^\0]*$")]
+_Name = Annotated[str, Field(min_length=1, max_length=4096, pattern=r"^[^\x00]*$")]
 _Millilitres = Annotated[float, Field(ge=0, lt=1e9)]
 
 
 class _Model(BaseModel):
     """What readers show of a model; records of earlier versions say less."""
 
+    model_config = ConfigDict(strict=True, allow_inf_nan=False)
     name: str = ""
     sha256: str = ""
     probability: Annotated[float, Field(ge=0, le=1)] = 0.5

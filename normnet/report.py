@@ -9,12 +9,11 @@ import os
 import sys
 import warnings
 from base64 import b64encode
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from itertools import takewhile
-from pathlib import Path, PureWindowsPath
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import numpy as np
@@ -23,11 +22,11 @@ import tyro
 
 from lesionsynth.commands import plainly, printable, run
 from lesionsynth.files import write_atomically
-from lesionsynth.io import Found, Scan, Source, case_name, find_sources, read_ct, read_mask
+from lesionsynth.io import Scan, read_ct, read_mask
 from lesionsynth.strict import name_of
+from normnet.cases import FORESEEN, Place, hear, locate, reason
 from normnet.draw import LESION, LUNG_WINDOW, curve, finding_pictures, histogram, most_apart
-from normnet.reasons import FORESEEN, hear, reason
-from normnet.records import FILES, Record, read_records
+from normnet.output import FILES, Record, read_records
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -228,83 +227,20 @@ def report_maps(config: ReportConfig, *, progress_bar: bool = False) -> ReportRe
     shares = {r["case"]: -1.0 if (share := r["volumes"].get("percent")) is None else share for r in records}
     records.sort(key=lambda r: (-shares[r["case"]], r["case"]))
     places = locate(records, config.ct)
+    for one in places.passed:
+        if one.named:
+            warnings.warn(f"passed over: {one}", stacklevel=2)
     # closed before an error is told
     with tqdm(records, disable=not progress_bar, unit="case", desc="report") as bar:
-        cases = [look(maps, record, places[record["case"]], config.pictures) for record in bar]
+        cases = [
+            look(maps, record, place, config.pictures) for record, place in zip(bar, places, strict=True)
+        ]
     page = Page(config.title)
     _add_overview(page, maps, cases, failures)
     for number, case in enumerate(cases, start=1):
         _add_case(page, case, f"case-{number}")
     failures |= {case.record["case"]: case.failure for case in cases if case.failure is not None}
     return ReportResult(page.write(path), [record["case"] for record in records], failures)
-
-
-class Place(NamedTuple):
-    """Where a CT is read from, for `lesionsynth.io.read_ct`; and what to say where nothing is there."""
-
-    path: Path
-    series: str | None
-    hint: str = ""
-
-
-def locate(records: Sequence[Record], inputs: Sequence[Path]) -> dict[str, Place]:
-    """Tell where the CT of every case is: at its recorded place where `inputs` holds nothing that fits.
-
-    Parameters
-    ----------
-    records : sequence of dict
-        Of the cases.
-    inputs : sequence of Path
-        Files and folders with CT that may have moved. A series is known by its UID; a file by its name, where
-        several have it by the folders above, else by that of its case. A file that would fit two cases
-        equally well is taken for neither. Errors are those of `lesionsynth.io.find_sources`.
-    """
-    sources = _sources(inputs) if inputs else Found[Source]()
-    hint = f"nothing in ct fits either{sources.over}" if inputs else "ct must name its new place"
-    for one in sources.passed:
-        if one.named:
-            warnings.warn(f"passed over: {one}", stacklevel=3)
-    places = {r["case"]: Place(Path(r["ct"]), r["series"], hint) for r in records}
-    claims: dict[Path, list[tuple[int, str]]] = defaultdict(list)
-    for record in records:
-        case, series = record["case"], record["series"]
-        same = [source for source in sources if series is not None and source.series == series]
-        fits = [(fit, source.path) for source in sources if (fit := _fit(source, record))]
-        best = [path for fit, path in fits if fit == max(fits)[0]]
-        if same:
-            places[case] = Place(same[0].path, series)
-        elif len(best) == 1:
-            claims[best[0]].append((max(fits)[0], case))
-        elif best:
-            places[case] = places[case]._replace(hint=f"{best[0]} and {best[1]} fit equally well")
-    for path, claim in claims.items():
-        first = [case for fit, case in claim if fit == max(claim)[0]]
-        hint = f"{path} fits {' and '.join(first)} equally well"
-        for case in first:
-            places[case] = places[case]._replace(hint=hint) if len(first) > 1 else Place(path, None)
-    return places
-
-
-def _sources(inputs: Sequence[Path]) -> Found[Source]:
-    """Every CT in files and folders, each once."""
-    try:
-        # that localizers are left out is no news: series are looked up by UID
-        with hear():
-            return find_sources(list(dict.fromkeys(inputs)), series="all", case_of=os.fspath)
-    except FileNotFoundError as error:
-        raise FileNotFoundError(f"ct must exist, got {error}") from None
-    except ValueError as error:
-        raise ValueError(f"ct must name CT volumes or DICOM series, got {error}") from error
-
-
-def _fit(source: Source, record: Record) -> int:
-    """How well a file fits a record: one and the names its path ends in like the recorded; 0 for another."""
-    if source.series is not None:
-        return 0
-    # the recorded path may be of another system; this class splits at both kinds of slashes
-    both = zip(PureWindowsPath(record["ct"]).parts[::-1], source.path.resolve().parts[::-1], strict=False)
-    same = sum(1 for _ in takewhile(lambda names: names[0] == names[1], both))
-    return same + 1 if same else int(case_name(source.path) == record["case"])
 
 
 class Concern(NamedTuple):

@@ -14,10 +14,10 @@ from lesionsynth.files import refuse_foreign, write_atomically
 from lesionsynth.io import Passed
 from lesionsynth.strict import read_json
 from normnet.metrics import CaseScores
+from normnet.output import dumps
 from normnet.report import Page
 from normnet.scoring import MethodScores
 from normnet.sheets import sheet
-from normnet.strict_json import dumps
 from normnet.tables import Grid, lay_out, markdown, volumes_grid, with_ungrown
 
 TITLE = "NormNet: evaluation"

@@ -18,8 +18,8 @@ from normnet.ablate.tables import ITERATIONS, MODULES, THRESHOLD, VOTING, Ablati
 from normnet.config import PAPER_THRESHOLD_HU, TrainConfig, to_json
 from normnet.draw import curve
 from normnet.metrics import summarise
+from normnet.output import dumps
 from normnet.report import Page
-from normnet.strict_json import dumps
 
 FILES = ("table.csv", "table.md", "report.html", "results.json")
 """What a table is written as; the last proves that the others are its own."""

@@ -18,14 +18,14 @@ from lesionsynth.files import write_atomically
 from lesionsynth.strict import build, read_json
 from normnet.ablate.patients import Patient, Volumes
 from normnet.ablate.runs import Trained
+from normnet.cases import hear
 from normnet.config import PredictConfig, to_json
 from normnet.inflation import windowed_lungs
 from normnet.metrics import BRIGHT, SCORES, CaseScores, evaluate_case
 from normnet.model import Model
+from normnet.output import without_nan
 from normnet.postprocess import postprocess
 from normnet.predict import predict_volume
-from normnet.reasons import hear
-from normnet.strict_json import without_nan
 
 Array = npt.NDArray[Any]
 Scores = dict[str, CaseScores]

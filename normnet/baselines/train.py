@@ -164,10 +164,7 @@ def load_baseline(run: str | os.PathLike[str], *, device: str = "auto") -> Basel
     ValueError
         There is none at `run`, it is not ours, or `device` is not there.
     """
-    path = Path(run)
-    file = path / WEIGHTS if path.is_dir() else path
-    if not file.is_file():
-        raise ValueError(f"run must be a folder with {WEIGHTS} or such a file, got {path}")
+    file = baseline_file(run)
     tensors, metadata = read_tensors(file)
     with naming(file):
         header = read_header(metadata, HEADER, _Header)
@@ -176,6 +173,15 @@ def load_baseline(run: str | os.PathLike[str], *, device: str = "auto") -> Basel
         baseline.load_state_dict(fitted(tensors, baseline.state_dict()), assign=True)
     baseline.calibration = dict(header.calibration)
     return baseline.to(choose_device(device)).eval()
+
+
+def baseline_file(run: str | os.PathLike[str]) -> Path:
+    """Return the weights file of a run folder, or `run` itself; `ValueError` where there is none."""
+    path = Path(run)
+    file = path / WEIGHTS if path.is_dir() else path
+    if not file.is_file():
+        raise ValueError(f"run must be a folder with {WEIGHTS} or such a file, got {path}")
+    return file
 
 
 def _volumes(config: BaselineConfig) -> list[Volume]:
