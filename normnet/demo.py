@@ -23,6 +23,7 @@ from lesionsynth import commands
 from lesionsynth.files import claimed, others, remove_folder, sweep, write_atomically
 from lesionsynth.strict import name_of
 from normnet.config import WEIGHTS, PredictConfig, TrainConfig, phantom
+from normnet.draw import curve, grey, lung_box, png, side_by_side
 from normnet.evaluate import (
     CaseVolumes,
     Evaluation,
@@ -35,7 +36,7 @@ from normnet.evaluate import (
 from normnet.metrics import HEALTHY_THRESHOLD, percent
 from normnet.model import load_model
 from normnet.predict import predict_volume
-from normnet.report import Page, curve, grey, lung_box, png, side_by_side
+from normnet.report import Page
 from normnet.stage import load
 from normnet.strict_json import dumps
 from normnet.train import BEST, CONFIG, METRICS, STATE, TrainResult, train

@@ -27,14 +27,13 @@ from lesionsynth.window import HU_RANGE
 from normnet import metrics, paper
 from normnet.cases import Case, find_cases, hear, locate, match, read_table, reason, tell
 from normnet.config import PAPER_THRESHOLD_HU
-from normnet.histograms import VoxelCounts
+from normnet.draw import VoxelCounts, case_pictures
 from normnet.metrics import BRIGHT, SCORES, CaseScores, percent
 from normnet.output import FILES as MAPS
 from normnet.output import Record, dumps, read_record, read_records
 from normnet.prepare.case import LungMethod, method_of, method_record
 from normnet.prepare.lungs import check_plausible
-from normnet.report import Page, case_pictures
-from normnet.report.layout import lungs_told
+from normnet.report import Page, lungs_told
 from normnet.sheets import sheet
 
 Array = npt.NDArray[Any]

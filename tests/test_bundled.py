@@ -16,7 +16,7 @@ from normnet import predict  # noqa: E402
 from normnet.config import PredictConfig, few  # noqa: E402
 from normnet.metrics import evaluate_case  # noqa: E402
 from normnet.model import bundled_models, load_model  # noqa: E402
-from normnet.report.__main__ import main as report_main  # noqa: E402
+from normnet.report import main as report_main  # noqa: E402
 
 
 def test_five_small_models_of_the_preset():

@@ -20,7 +20,7 @@ from normnet.pairing import find_cases, find_patients
 from normnet.prepare.__main__ import main as prepare
 from normnet.prepare.masks import find_mask
 from normnet.reasons import tell
-from normnet.report.cases import locate
+from normnet.report import locate
 from tests.test_inputs_dicom import SCOUT
 from tests.test_io import volume, write_series
 

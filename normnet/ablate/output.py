@@ -16,9 +16,10 @@ from normnet.ablate.patients import Patient
 from normnet.ablate.scoring import Cell, Scores
 from normnet.ablate.tables import AblationTable, mean_dice
 from normnet.config import PAPER_THRESHOLD_HU, TrainConfig, to_json
+from normnet.draw import curve
 from normnet.metrics import summarise
 from normnet.paper import ITERATIONS, TABLE_IV, TABLE_V, TABLE_VI
-from normnet.report import Page, curve
+from normnet.report import Page
 from normnet.strict_json import dumps
 
 FILES = ("table.csv", "table.md", "report.html", "results.json")

@@ -14,17 +14,17 @@ import numpy as np
 import numpy.typing as npt
 
 import lesionsynth as ls
-from lesionsynth.files import is_picture
+from lesionsynth.files import is_picture, write_atomically
 from lesionsynth.io import Source
 from lesionsynth.strict import name_of
 from normnet.config import Task
+from normnet.draw import prepared_picture
 from normnet.prepare.case import LoadedCase, LungMethod, Side, load_case, method_record
 from normnet.prepare.chest import chest_grid, shrink, without_hilum
 from normnet.prepare.exclude import Nodule, Range, kept_slices, nodule_slices, runs
 from normnet.prepare.grid import IsoGrid
 from normnet.prepare.masks import find_mask
 from normnet.prepare.morphology import Mask, Spacing, bounding_box, plane_eroded
-from normnet.prepare.qc import write_picture
 from normnet.prepare.store import Store
 from normnet.prepare.summary import CaseSummary
 from normnet.reasons import FORESEEN, hear, reason
@@ -146,8 +146,7 @@ def prepare_one(work: Work) -> dict[str, Any]:
     )
 
     def draw(path: Path) -> None:
-        write_picture(
-            path,
+        picture = prepared_picture(
             hu,
             mask,
             removed,
@@ -156,6 +155,7 @@ def prepare_one(work: Work) -> dict[str, Any]:
             title=title,
             classical=classical,
         )
+        write_atomically(path, picture)
 
     return _stored(store, work.case_id, hu, mask if sides is None else sides, meta, draw)
 

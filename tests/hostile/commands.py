@@ -88,11 +88,10 @@ class Study:
     def calls(self) -> dict[str, Call]:
         """By name: each is given the folder to write into and returns the exit code."""
         from lesionsynth import cli
-        from normnet import demo, evaluate, export, predict, train
+        from normnet import demo, evaluate, export, predict, report, train
         from normnet.ablate import __main__ as ablate
         from normnet.baselines import __main__ as baselines
         from normnet.prepare import __main__ as prepare
-        from normnet.report import __main__ as report
 
         root = self.root
         ct, lung = str(root / "ct/p1.nii.gz"), str(root / "lung/p1_lung.nii.gz")

@@ -426,7 +426,7 @@ def test_two_trainings_never_share_a_folder(tmp_path: Path) -> None:
 @pytest.mark.parametrize("entry", ENTRIES)
 def test_every_entry_has_the_same_wrapper(monkeypatch: pytest.MonkeyPatch, entry: str) -> None:
     modules = {"lesionsynth": "lesionsynth.cli", "normnet.predict": "normnet.predict.command"}
-    packages = ("prepare", "report", "ablate", "baselines")
+    packages = ("prepare", "ablate", "baselines")
     name = modules.get(entry, f"{entry}.__main__" if entry.partition(".")[2] in packages else entry)
     module = importlib.import_module(name)
     holder = module.commands if hasattr(module, "commands") else module
@@ -488,7 +488,7 @@ def test_a_bar_ends_before_an_error_is_told(study: Study, tmp_path: Path, monkey
     def stop(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("normnet.report.maps.look", stop)
+    monkeypatch.setattr("normnet.report.look", stop)
     with trial("commands"):
         assert study.calls()["report"](tmp_path) == 130
         assert capsys.readouterr().err.endswith("\nnormnet.report: interrupted\n")

@@ -16,8 +16,8 @@ import pytest
 pytest.importorskip("matplotlib")
 pytest.importorskip("SimpleITK")
 
-import SimpleITK as sitk
 import pandas as pd
+import SimpleITK as sitk
 from matplotlib.image import imread
 
 from normnet import paper
@@ -33,7 +33,6 @@ from normnet.evaluate import (
     main,
     origin_of,
 )
-from normnet.histograms import BINS, DRAWN, VoxelCounts, values_of
 from normnet.metrics import evaluate_case
 
 SHAPE = (5, 12, 14)
@@ -235,7 +234,7 @@ def test_the_report_is_one_page_with_histograms_and_the_worst_first(study):
     assert captions[-1].startswith(f"c ({fp:.1f} ml wrongly marked), slice")
     assert page.index("Worst slices first") < page.index("Controls: marked where")
     assert (
-        page.index("Table III: lesions") < page.index("The paper&#x27;s Table III") < page.index("Per volume")
+        page.index("Table III: lesions") < page.index("The paper&#39;s Table III") < page.index("Per volume")
     )
 
 
@@ -561,45 +560,6 @@ def test_a_case_that_fails_leaves_nothing_behind():
     assert evaluation.frame.empty
     assert not any(counts.any() for counts in evaluation.voxels["m"].hu.values())
     assert as_text(evaluation.table()).splitlines()[-1].split() == ["mean±SD", *["–"] * 7]
-
-
-def test_voxels_are_counted_as_a_loop_would():
-    counts = VoxelCounts()
-    expected = {name: [0] * BINS for name in ("healthy", "lesion")}
-    hu = {name: {} for name in ("found", "missed", "wrongly marked")}
-    for case in PATIENTS:
-        v = voxels_of(case)
-        v["hu"][0, 0, :2] = -1024, 3071
-        counts.add(v["hu"], v["lesions"], v["truth"], v["lung"], v["probability"])
-        counts.add(v["hu"], v["lesions"], v["truth"], v["lung"], None)  # HU alone
-        for voxel in np.ndindex(SHAPE):
-            if v["lung"][voxel] and v["hu"][voxel] >= -500:
-                step = min(int(v["probability"][voxel] * BINS), BINS - 1)
-                expected["lesion" if v["truth"][voxel] else "healthy"][step] += 1
-            if v["truth"][voxel]:
-                kind = "found" if v["lesions"][voxel] else "missed"
-            elif v["lesions"][voxel]:
-                kind = "wrongly marked"
-            else:
-                continue
-            hu[kind][int(v["hu"][voxel])] = hu[kind].get(int(v["hu"][voxel]), 0) + 2
-    for name, bins in expected.items():
-        assert counts.probability[name].tolist() == bins
-    for name, table in hu.items():
-        assert {int(k) - 1024: int(counts.hu[name][k]) for k in np.flatnonzero(counts.hu[name])} == table
-    assert len(counts.pictures()) == 2
-    assert VoxelCounts().pictures() == {}
-
-
-def test_values_that_stand_for_many_voxels_keep_their_shares():
-    counts = np.array([0, 3, 10**9, 7, 5 * 10**8, 1])
-    values = values_of(counts, np.arange(6))
-    assert len(values) == DRAWN
-    share = np.bincount(values, minlength=6) / DRAWN
-    np.testing.assert_allclose(share, counts / counts.sum(), atol=1 / DRAWN)
-    few = np.array([2, 0, 1])
-    np.testing.assert_array_equal(values_of(few, np.array([0.5, 1.5, 2.5])), [0.5, 0.5, 2.5])
-    assert values_of(np.zeros(3, np.int64), np.arange(3)).size == 0
 
 
 def test_markdown_escapes_bars():
