@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_type_hints
 
 import numpy as np
 import numpy.typing as npt
@@ -22,7 +22,7 @@ import lesionsynth as ls
 from lesionsynth.commands import plainly, printable, run
 from lesionsynth.files import refuse_foreign, same_file, write_atomically
 from lesionsynth.io import Found, Passed, case_name, read_ct, read_map, read_mask
-from lesionsynth.strict import name_of, read_json, shown
+from lesionsynth.strict import name_of, read_json, shown, some_of
 from lesionsynth.window import HU_RANGE
 from normnet import metrics, paper
 from normnet.cases import Case, find_cases, hear, locate, match, read_table, reason, tell
@@ -44,9 +44,9 @@ FILES = ("cases.csv", "tables.md", "report.html", "results.json")
 """What an evaluation writes; the last proves that the others are its own."""
 MOST_RECORD = 2**27
 """Bytes of it: it grows with the cases, by about a thousand each."""
-ORACLE = "oracle_searched_on_this_test_set"
 LABELS = ("threshold", "bright_threshold", "judges")
 """Of each case: where the thresholds behind Tables III and II come from; the voxels that are judged."""
+SHARED = ("healthy_threshold", "control_voxels", "oracle", "pictures")
 OF_SCORES = ("DSC (%)", "PSC (%)", "SEN (%)")
 OF_BRIGHT = ("Precision", "Sensitivity", "Specificity", "AUC")
 """Headers of Tables III and II."""
@@ -146,7 +146,8 @@ def origin_of(record: Mapping[str, Any]) -> Origin:
             return Origin(f"{how}anomaly {float(entry['threshold']):.4g}", threshold_hu=None)
         settings, models = record["settings"], record["models"]
         # records of earlier versions have T among the settings alone
-        usual = settings.get("postprocess", {}).get("threshold_hu") or PAPER_THRESHOLD_HU
+        usual = settings.get("postprocess", {}).get("threshold_hu")
+        usual = PAPER_THRESHOLD_HU if usual is None else usual
         judged = [float(model.get("threshold_hu", usual)) for model in models]
         for level in judged:
             ls.threshold(level)  # no T lies beyond the networks' window
@@ -167,9 +168,10 @@ def origin_of(record: Mapping[str, Any]) -> Origin:
     return Origin(f"{label}{tissue(*judged)}", lowest, factor)
 
 
-def tissue(*levels: float) -> str:
+def tissue(*levels: float | None) -> str:
     """Tell T in a label, where it is not the paper's: models of another judge other tissue."""
-    return "".join(f"; T {level:g} HU" for level in sorted({*levels} - {PAPER_THRESHOLD_HU}))
+    others = {level for level in levels if level is not None} - {PAPER_THRESHOLD_HU}
+    return "".join(f"; T {level:g} HU" for level in sorted(others))
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -210,8 +212,8 @@ class Method(NamedTuple):
     judges: str
     summary: dict[str, dict[str, float]]
     cases: dict[str, CaseScores]
-    oracle: dict[str, Any] | None
-    """The threshold that is best on this test set, and Table III's scores at it, where it was searched."""
+    oracle_searched_on_this_test_set: dict[str, Any] | None
+    """The best threshold, and Table III's scores at it: an upper bound, no result."""
 
     @property
     def patients(self) -> int:
@@ -226,19 +228,24 @@ class Table(NamedTuple):
     frame: pd.DataFrame
     note: str = ""
 
+    @classmethod
+    def of(cls, title: str, header: Sequence[str], rows: Sequence[Sequence[str]], note: str = "") -> Table:
+        """Make it of rows; names of files that are no text are left as they are."""
+        return cls(title, pd.DataFrame(rows, columns=list(header), dtype=object), note)
+
     def markdown(self) -> str:
         """Write it in Markdown, its title above and its note below."""
         note = f"\n{self.note}\n" if self.note else ""
-        return f"**{self.title}**\n\n{as_text(self.frame, 'pipe')}\n{note}"
+        return f"**{printable(self.title)}**\n\n{as_text(self.frame, 'pipe')}\n{note}"
 
 
 def as_text(frame: pd.DataFrame, layout: str = "plain") -> str:
     """Set a table of strings in columns for a terminal, or in Markdown ("pipe"); controls are escaped."""
-    bar = "\\|" if layout == "pipe" else "|"
-    clean = frame.map(printable).set_axis(list(map(printable, frame)), axis=1)
-    clean = clean.map(lambda cell: cell.replace("|", bar)).rename(columns=lambda name: name.replace("|", bar))
-    align = ("left", *["right"] * (clean.shape[1] - 1))
-    return str(clean.to_markdown(index=False, tablefmt=layout, disable_numparse=True, colalign=align))
+    bar, lines = "\\|" if layout == "pipe" else "|", [list(frame), *frame.to_numpy().tolist()]
+    header, *rows = ([printable(cell).replace("|", bar) for cell in line] for line in lines)
+    align = ("left", *["right"] * (len(header) - 1))
+    shown = pd.DataFrame(rows, columns=header)
+    return str(shown.to_markdown(index=False, tablefmt=layout, disable_numparse=True, colalign=align))
 
 
 @dataclass(kw_only=True, eq=False)
@@ -277,20 +284,16 @@ class Evaluation:
         """
         first, at, (label, level, inflation) = self.names[0], self.healthy_threshold, v.origin
         method, maps = method or first, (v.prediction, v.truth, v.lung_mask)
-        how = {"spacing": v.spacing, "healthy_threshold": at, "control_voxels": self.control_voxels}
+        how: Any = {"spacing": v.spacing, "healthy_threshold": at, "control_voxels": self.control_voxels}
         scores = metrics.evaluate_case(*maps, v.hu, v.probability, healthy=v.healthy, **how)
         scores["notes"] += v.notes
         before = None if v.core is None else metrics.overlap_scores(v.core, v.truth, v.spacing)
-        own, judges = "", "lung"
-        if level is not None:
-            own = tissue(round(level * inflation, 3))
-            judges = (
-                f"lung from {round(level * inflation)} HU{'' if inflation == 1 else ', at one inflation'}"
-            )
-        bright = "–" if v.probability is None else f"mean probability, fixed at {at:g}{own}"
-        labels = dict(
-            zip(LABELS, (label, bright if v.healthy is None else f"vote, {label}", judges), strict=True)
-        )
+        own = None if level is None else round(level * inflation, 3)
+        scaled = "" if inflation == 1 else ", at one inflation"
+        judges = "lung" if own is None else f"lung from {round(own)} HU{scaled}"
+        bright = "–" if v.probability is None else f"mean probability, fixed at {at:g}{tissue(own)}"
+        bright = bright if v.healthy is None else f"vote, {label}"
+        labels = {"threshold": label, "bright_threshold": bright, "judges": judges}
         row = {"case": v.case, "method": method, **scores, **labels}
         if method == first and self.pictures:  # a page with overlays of ten methods is too large to open
             self._slices[v.case] = case_pictures(v.hu, *maps, count=self.pictures)
@@ -317,7 +320,9 @@ class Evaluation:
         if len(parts[self._before]) < len(parts[self.names[0]]):
             del parts[self._before]
         columns = ["case", "method", *CaseScores.__annotations__, *LABELS]
-        return pd.DataFrame([row for rows in parts.values() for row in rows], columns=columns, dtype=object)
+        frame = pd.DataFrame([row for part in parts.values() for row in part], columns=columns, dtype=object)
+        kinds = get_type_hints(CaseScores).items()
+        return frame.astype({name: kind for name, kind in kinds if kind in (bool, int, float)})
 
     @property
     def methods(self) -> dict[str, Method]:
@@ -330,8 +335,9 @@ class Evaluation:
             if self.oracle and name in self._counts:
                 best = {**metrics.oracle_threshold(counts := self._counts[name])}
                 best |= metrics.summary_at(counts, best["threshold"]) if counts else {}
-            labels = (_one_label(list(part[label])) for label in LABELS)
-            found[name] = Method(*labels, metrics.summarise(list(cases.values())), cases, best)
+            threshold, bright, judges = (_one_label(list(part[label])) for label in LABELS)
+            summary = metrics.summarise(list(cases.values()))
+            found[name] = Method(threshold, bright, judges, summary, cases, best)
         return found
 
     @property
@@ -361,14 +367,12 @@ class Evaluation:
         """Every table, in the order in which they are read; the paper's own numbers where asked for."""
         methods = self.methods
         compared = {name: methods[name] for name in self.names}
-        scored = [(n, *_means(m.summary, SCORES), str(m.patients), m.threshold) for n, m in methods.items()]
-        bright = [
-            (n, *_means(m.summary, BRIGHT), str(m.patients), m.bright_threshold) for n, m in compared.items()
-        ]
+        scored = [_row(n, m, m.summary, SCORES, m.threshold) for n, m in methods.items()]
+        bright = [_row(n, m, m.summary, BRIGHT, m.bright_threshold) for n, m in compared.items()]
         searched = [
-            (n, *_means(best, SCORES), str(m.patients), f"{best['threshold']:.2f}", m.judges)
+            _row(n, m, best, SCORES, f"{best['threshold']:.2f}", m.judges)
             for n, m in compared.items()
-            if "dsc" in (best := m.oracle or {})
+            if "dsc" in (best := m.oracle_searched_on_this_test_set or {})
         ]
         failed = [(case, method or "all", why) for case, method, why in self.failures]
         notes: dict[tuple[str, str], list[str]] = {}
@@ -376,19 +380,18 @@ class Evaluation:
             for case, scores in method.cases.items():
                 for note in scores["notes"]:
                     notes.setdefault((case, note), []).append(name)
-        noted = [
-            (c, "all" if len(m) == len(compared) else ", ".join(m), note) for (c, note), m in notes.items()
-        ]
+        every = {len(compared): "all"}
+        noted = [(case, every.get(len(m), ", ".join(m)), note) for (case, note), m in notes.items()]
         tables = [
-            _table("Could not be evaluated", ("case", "method", "reason"), failed),
-            _table(
+            Table.of("Could not be evaluated", ("case", "method", "reason"), failed),
+            Table.of(
                 "Table III: lesions against the truth, mean±SD over patients (%)",
                 ("Methods", *OF_SCORES, "patients", "threshold"),
                 scored,
                 "SD of the sample (n - 1). Controls, which have next to no lesion, take no part. Thresholds "
                 "as the predictions recorded them: fixed, or calibrated without annotated data.",
             ),
-            _table(
+            Table.of(
                 "Table II: bright voxels, healthy against lesion, mean±SD over patients (%)",
                 ("Methods", *OF_BRIGHT, "patients", "threshold"),
                 bright,
@@ -399,7 +402,7 @@ class Evaluation:
                 "no threshold.",
             ),
             *(_printed() if paper else ()),
-            _table(
+            Table.of(
                 "Oracle, NOT a result: thresholds searched on this very test set (%)",
                 ("Methods", *OF_SCORES, "patients", "healthy probability", "searched in"),
                 searched,
@@ -409,7 +412,7 @@ class Evaluation:
                 "the whole lung. Not to be set beside Table III.",
             ),
             *(Table(f"Per volume: {name} (%)", self.table(name)) for name in methods),
-            _table("Notes", ("case", "method", "note"), noted),
+            Table.of("Notes", ("case", "method", "note"), noted),
         ]
         return [table for table in tables if len(table.frame)]
 
@@ -417,15 +420,12 @@ class Evaluation:
         """Write `FILES` into a folder, each atomically; what no evaluation wrote is refused (ValueError)."""
         check_output(output)
         output.mkdir(parents=True, exist_ok=True)
-        how = {"healthy_threshold": self.healthy_threshold, "control_voxels": self.control_voxels}
-        methods = {
-            name: {ORACLE if key == "oracle" else key: value for key, value in method._asdict().items()}
-            for name, method in self.methods.items()
-        }
+        rules = {"healthy_threshold": self.healthy_threshold, "control_voxels": self.control_voxels}
+        methods = {name: method._asdict() for name, method in self.methods.items()}
         first = methods[self.names[0]]
         document = {
-            **{entry: first[entry] for entry in ("cases", "summary", ORACLE)},
-            "settings": {**how, **self.settings},
+            **{entry: first[entry] for entry in ("cases", "summary", "oracle_searched_on_this_test_set")},
+            "settings": {**rules, **self.settings},
             "methods": methods,
             "files": FILES,
             "failures": [failure._asdict() for failure in self.failures],
@@ -471,28 +471,25 @@ class Evaluation:
                 page.picture(png, f"{case} ({told}), slice {z}", width=600)
 
 
-def _table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]], note: str = "") -> Table:
-    return Table(title, pd.DataFrame(rows, columns=list(header), dtype=object), note)
-
-
 def _printed() -> list[Table]:
     """Lay out the paper's own Tables III and II."""
     note = f"As printed in {paper.SOURCE}. Other patients, models and training data: no comparison with the "
+    note += "above."
     header = ("Methods (paper)", *(f"{data} {name}" for data in paper.DATA_SETS for name in OF_SCORES))
     scores, bright = ([(n, *row) for n, row in rows.items()] for rows in (paper.TABLE_III, paper.TABLE_II))
+    second = ("Dataset (paper)", *OF_BRIGHT)
     return [
-        _table("The paper's Table III, on its data sets", header, scores, f"{note}above."),
-        _table(
-            "The paper's Table II, on its data sets (%)",
-            ("Dataset (paper)", *OF_BRIGHT),
-            bright,
-            f"{note}above.",
-        ),
+        Table.of("The paper's Table III, on its data sets", header, scores, note),
+        Table.of("The paper's Table II, on its data sets (%)", second, bright, note),
     ]
 
 
 def _means(summary: Mapping[str, Mapping[str, float]], names: Iterable[str]) -> list[str]:
     return [percent(summary[name]["mean"], summary[name]["sd"]) for name in names]
+
+
+def _row(name: str, method: Method, means: Mapping[str, Any], scores: Iterable[str], *more: str) -> list[str]:
+    return [name, *_means(means, scores), str(method.patients), *more]
 
 
 def _one_label(labels: Sequence[str]) -> str:
@@ -556,41 +553,50 @@ def _with_record(files: Mapping[str, Path]) -> Maps:
         return files, {}
 
 
+def _records(folder: Path) -> dict[str, Record | str]:
+    """Read the records of a folder, or what is wrong with a case; nothing where another program wrote it."""
+    records, problems = read_records(folder)
+    found: dict[str, Record | str] = {**{record["case"]: record for record in records}, **problems}
+    for path in folder.glob(f"[!.]*{MAPS['lesions']}") if found else ():
+        case = path.name.removesuffix(MAPS["lesions"])
+        found.setdefault(case, f"{case}.json is missing: its prediction was not finished")
+    return dict(sorted(found.items()))
+
+
 def _maps(folder: Path, cases: Sequence[Case], argument: str) -> dict[str, Maps]:
-    """Find a method's maps of the cases in a folder, or why there are none: by records, else by names."""
-    maps: dict[str, Maps] = {}
-    for case in (case.case for case in cases):
-        try:
-            record = read_record(folder / f"{case}.json")
+    """Find a method's maps of the cases in a folder, or why there are none."""
+    found = _records(folder)
+    if not found:
+        files, problems = match(folder, cases, argument)
+        return {**problems, **{case: _with_record({"lesions": path}) for case, path in files.items()}}
+    if not any(case.case in found for case in cases):
+        there = some_of(", ", list(map(name_of, found)))
+        raise ValueError(f"{argument} must hold maps of the same cases, got {there} in {name_of(folder)}")
+    maps: dict[str, Maps] = {case: text for case, text in found.items() if isinstance(text, str)}
+    for case, record in found.items():
+        if not isinstance(record, str):
             maps[case] = {kind: folder / file for kind, file in record["files"].items() if file}, record
-        except FileNotFoundError:
-            continue
-        except (OSError, ValueError) as error:
-            maps[case] = str(error)
-    if maps:
-        return maps
-    files, problems = match(folder, cases, argument)
-    return {**problems, **{case: _with_record({"lesions": path}) for case, path in files.items()}}
+    return maps
 
 
 def _predicted(folder: Path, ct: Sequence[Path]) -> Found[Case]:
     """Make cases of the records in a folder, their CT where they are now; or one for each CT."""
-    records, problems = read_records(folder)
-    if not records and not problems:
+    found = _records(folder)
+    if not found:
         if not ct:
             raise ValueError(f"ct must be given for maps without <case>.json, as in {name_of(folder)}")
         return find_cases(ct)
-    places = locate(records, ct)
-    known = {record["case"] for record in records} | problems.keys()
-    for path in folder.glob(f"[!.]*{MAPS['lesions']}"):
-        if (case := path.name.removesuffix(MAPS["lesions"])) not in known:
-            problems[case] = f"{case}.json is missing: its prediction was not finished"
-    cases = [Case(case=case, ct=folder, problem=problem) for case, problem in problems.items()]
-    for case, place in zip((record["case"] for record in records), places, strict=True):
-        lost = "" if place.path.exists() else f"{name_of(place.path)}: no such file or folder; {place.hint}"
-        files = () if place.series else (place.path,)
-        cases.append(Case(case=case, ct=place.path, series=place.series, files=files, problem=lost))
-    return Found(sorted(cases, key=lambda case: case.case), places.passed)
+    records = {case: record for case, record in found.items() if not isinstance(record, str)}
+    places = locate(list(records.values()), ct)
+    at, cases = dict(zip(records, places, strict=True)), []
+    for case, problem in found.items():
+        if case not in at:
+            cases.append(Case(case=case, ct=folder, problem=str(problem)))
+            continue
+        path, series = at[case].path, at[case].series
+        lost = "" if path.exists() else f"{name_of(path)}: no such file or folder; {at[case].hint}"
+        cases.append(Case(case=case, ct=path, series=series, files=() if series else (path,), problem=lost))
+    return Found(cases, places.passed)
 
 
 def _find(config: EvaluateConfig) -> tuple[Found[Case], dict[str, dict[str, Maps]]]:
@@ -599,10 +605,8 @@ def _find(config: EvaluateConfig) -> tuple[Found[Case], dict[str, dict[str, Maps
     if config.cases is not None:
         needed = ("lesions",) if config.predictions else ("lesions", "prediction")
         cases = Found(read_table(config.cases, columns=tuple(COLUMNS), needed=needed))
-        for case in cases if config.predictions is None else ():
-            files = {COLUMNS[name]: path for name, path in case.more.items()}
-            maps[config.name][case.case] = _with_record(files)
-    elif config.predictions is not None:
+    else:
+        assert config.predictions is not None
         cases = _predicted(config.predictions, config.ct)
     for argument, role, folder in (("truth", "lesions", config.truth), ("masks", "lungs", config.masks)):
         found, problems = ({}, {}) if folder is None else match(folder, cases, argument)
@@ -611,6 +615,9 @@ def _find(config: EvaluateConfig) -> tuple[Found[Case], dict[str, dict[str, Maps
             cases[number] = replace(case, problem=case.problem or problems.get(case.case, ""), **more)
     if config.predictions is not None:
         maps[config.name] = _maps(config.predictions, cases, "predictions")
+    else:
+        given = {c.case: {COLUMNS[name]: path for name, path in c.more.items()} for c in cases}
+        maps[config.name] = {case: _with_record(files) for case, files in given.items()}
     return cases, maps | {name: _maps(Path(folder), cases, "compare") for name, folder in config.compared}
 
 
@@ -646,10 +653,7 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
     names = tuple(case.case for case in cases)
     evaluation = Evaluation(
         names=tuple(maps),
-        healthy_threshold=config.healthy_threshold,
-        control_voxels=config.control_voxels,
-        oracle=config.oracle,
-        pictures=config.pictures,
+        **{name: getattr(config, name) for name in SHARED},
         settings={
             "label": config.label,
             "lung_label": config.lung_label,
@@ -672,7 +676,7 @@ def _score(
     case: Case, used: Path | None, maps: Mapping[str, Maps], config: EvaluateConfig, evaluation: Evaluation
 ) -> None:
     """Score one case by every method; what goes wrong with it is told and not raised."""
-    first, lungs, notes = maps[config.name], case.lungs or used, ()
+    first, lungs, notes = maps[config.name], case.lungs or used, tuple[str, ...]()
     try:
         if case.problem or case.lesions is None:
             raise ValueError(case.problem)

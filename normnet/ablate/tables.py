@@ -172,7 +172,7 @@ def _voting(
     counts.append(["1, mean±SD over models (paper)", *(_spread(list(column)) for column in paper.T)])
     counts.append(["5 (paper)", *(f"{v:.1f}" for v in TABLE_IV["voting"])])
     title = "Dice by number of models that vote, the first n; more than half must call a voxel healthy (%)"
-    return header, body, [_table(title, ["models", *columns], counts)]
+    return header, body, [Table.of(title, ["models", *columns], counts)]
 
 
 def _single_models(label: str, cells: Mapping[str, Cell], rows: Sequence[str]) -> Table:
@@ -181,7 +181,7 @@ def _single_models(label: str, cells: Mapping[str, Cell], rows: Sequence[str]) -
         "bright voxel a lesion, mean±SD over patients (%)"
     )
     body = [[row, models_text(cells.get(row)), without_text(cells.get(row))] for row in rows]
-    return _table(title, [label, "single models", "no network"], body)
+    return Table.of(title, [label, "single models", "no network"], body)
 
 
 def _patients(cells: Mapping[str, Cell], seeds: int) -> Table:
@@ -196,7 +196,7 @@ def _patients(cells: Mapping[str, Cell], seeds: int) -> Table:
         body.append([f"{patient} (control)" if control else patient, *values])
     notes = [f"{p}: {note}." for scores in voted.values() for p, s in scores.items() for note in s["notes"]]
     note = " ".join(dict.fromkeys(notes))
-    return _table("Dice of the vote by patient (%)", ["patient", *voted], body, note)
+    return Table.of("Dice of the vote by patient (%)", ["patient", *voted], body, note)
 
 
 def _training(cells: Mapping[str, Cell]) -> Table:
@@ -205,11 +205,7 @@ def _training(cells: Mapping[str, Cell]) -> Table:
         for name, cell in cells.items()
         for seed, model in sorted(cell.models.items())
     ]
-    return _table("Training", ["", "seed", "iterations", "seconds"], body)
-
-
-def _table(title: str, header: list[str], rows: list[list[str]], note: str = "") -> Table:
-    return Table(title, pd.DataFrame(rows, columns=header, dtype=object), note)
+    return Table.of("Training", ["", "seed", "iterations", "seconds"], body)
 
 
 def _reasons(cell: Cell) -> list[str]:
