@@ -92,8 +92,10 @@ def read_bytes(path: str | os.PathLike[str], most: int = MOST_BYTES) -> bytes:
     ValueError
         It is no regular file, or longer than `most`; the message starts with its name.
     """
-    with regular_file(path, most) as (stream, _):
-        content = stream.read(most + 1)
+    with regular_file(path, most) as (stream, size):
+        content = stream.read(size + 1)  # read(most) would take that much memory first
+        if len(content) > size:  # it grew, or is a file of the system, which has no size
+            content += stream.read(most + 1 - len(content))
     if len(content) > most:
         raise ValueError(f"{name_of(path)}: must be at most {most} bytes long, got more")
     return content
@@ -254,8 +256,8 @@ def build(cls: type[Built], record: Any, where: str = "") -> Built:
     try:
         return cls(**values)
     except (TypeError, ValueError) as error:
-        # the parts of a list have their place in front; a field knows its own name
-        inside = where.endswith("]") and not str(error).startswith(dot)
+        # a field knows its own name, but not what it is a part of
+        inside = ("." in where or where.endswith("]")) and not str(error).startswith(dot)
         raise ValueError(f"{dot}{error}" if inside else str(error)) from error
 
 

@@ -34,7 +34,7 @@ from normnet.evaluate import (
     tissue,
 )
 from normnet.metrics import HEALTHY_THRESHOLD, percent
-from normnet.model import load_model
+from normnet.model import Model
 from normnet.predict import predict_volume
 from normnet.report import Page
 from normnet.stage import load
@@ -179,7 +179,7 @@ def training_example(settings: TrainConfig, seed: int, shape: tuple[int, int, in
 
 
 def _predicted(config: DemoConfig, run: Path) -> Iterator[CaseVolumes]:
-    model = load_model(run)
+    model = Model.load(run)
     level = config.train.threshold_hu
     origin = Origin(f"fixed at {HEALTHY_THRESHOLD:g}{tissue(level)}", level)
     for name, chest, truth in patients(config):

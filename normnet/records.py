@@ -179,20 +179,6 @@ def _wrong(record: Any) -> str | None:
     return None
 
 
-def model_record(file: Path, **usage: object) -> Record:
-    """Tell a model: its name, the SHA-256 of its weights, and how it is used.
-
-    Parameters
-    ----------
-    file : Path
-        Its weights.
-    **usage
-        ``probability``, the threshold it votes with; ``calibrated``, whether that is from synthetic pairs;
-        ``threshold_hu``, its T; ``inflation_hu``, the density it expects of healthy lung, or None.
-    """
-    return {"name": model_name(file), "sha256": sha256(file), **usage}
-
-
 def model_name(file: Path) -> str:
     """Name weights: by their run, or by their file."""
     return file.resolve().parent.name if file.name == WEIGHTS else file.stem

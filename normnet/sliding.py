@@ -17,7 +17,7 @@ import numpy.typing as npt
 import torch
 
 from normnet.config import PredictConfig
-from normnet.device import use_bf16
+from normnet.model import Model
 
 Image = npt.NDArray[np.float32]
 Mask = npt.NDArray[np.bool_]
@@ -111,7 +111,7 @@ def weights_of(windows: Windows) -> tuple[Image, Image]:
 def slide(
     read: ReadSlices,
     lung_mask: Mask,
-    models: Sequence[torch.nn.Module],
+    models: Sequence[Model],
     config: PredictConfig,
     device: torch.device,
 ) -> Iterator[tuple[int, torch.Tensor]]:
@@ -123,8 +123,8 @@ def slide(
         ``read(first, last)`` gives these slices of the windowed lungs.
     lung_mask : (z, y, x) bool array
         Windows without lung are skipped: their voxels have no meaning.
-    models : sequence of torch.nn.Module
-        One logit a voxel. They are moved to `device`.
+    models : sequence of Model
+        Of the task lesions. They are moved to `device`.
     config : PredictConfig
         Slab, overlap, tile and precision.
     device : torch.device
@@ -147,7 +147,7 @@ def slide(
     Memory: for each model the sums of one slab, and what the network itself needs for one window.
     """
     depth, height, width = lung_mask.shape
-    multiple = math.lcm(*(strides_of(model) for model in models))
+    multiple = math.lcm(*(model.config.multiple for model in models))
     if config.slab % multiple:
         raise ValueError(
             f"slab must be a multiple of {multiple} (product of the model's strides), got {config.slab}"
@@ -155,7 +155,8 @@ def slide(
     slabs = slab_windows(depth, config.slab, config.overlap)
     rows, columns = (tile_windows(n, config.tile, multiple) for n in (height, width))
     ramp, plane_weight = _plane_weights(rows, columns, device)
-    networks = [_Network(model, config, device) for model in models]
+    for model in models:
+        model.to(device, config.precision)
     sums = torch.zeros((len(models), slabs.size, rows.end, columns.end), device=device)
     ramp_z, weight_z = (torch.from_numpy(w).to(device)[:, None, None] for w in weights_of(slabs))
     for start, following in pairwise([*slabs.starts, depth]):
@@ -167,8 +168,9 @@ def slide(
             for y, x in product(rows.starts, columns.starts):
                 tile = (..., slice(y, y + rows.size), slice(x, x + columns.size))
                 if inside[tile].any():
-                    for total, network in zip(sums, networks, strict=True):
-                        total[tile] += network.probability(part[tile]) * ramp_z * ramp
+                    for total, model in zip(sums, models, strict=True):
+                        chance = model.healthy_probability(part[tile][None, None])[0, 0]
+                        total[tile] += chance * ramp_z * ramp
         done = following - start
         weight = weight_z[start:following] * plane_weight
         found = (sums[:, :done] / weight)[..., :height, :width]
@@ -180,7 +182,7 @@ def slide(
         sums[:, slabs.size - done :] = 0
 
 
-def probabilities(image: Image, model: torch.nn.Module, config: PredictConfig, device: torch.device) -> Image:
+def probabilities(image: Image, model: Model, config: PredictConfig, device: torch.device) -> Image:
     """Healthy probability of every voxel of a volume in memory, by one model.
 
     Parameters
@@ -199,27 +201,6 @@ def probabilities(image: Image, model: torch.nn.Module, config: PredictConfig, d
     for first, block in slide(lambda a, b: image[a:b], everywhere, [model], config, device):
         found[first : first + block.shape[1]] = block[0].cpu().numpy()
     return found
-
-
-def strides_of(model: torch.nn.Module) -> int:
-    """Return what every axis of the network's input must be a multiple of; 1 where it does not say."""
-    return int(getattr(getattr(model, "config", None), "multiple", 1))
-
-
-class _Network:
-    """A model where it computes, in the arithmetic it computes in."""
-
-    def __init__(self, model: torch.nn.Module, config: PredictConfig, device: torch.device) -> None:
-        self.device, self.bf16 = device, use_bf16(config.precision, device)
-        self.model = model.to(device).eval()
-        if self.bf16:  # the layout bf16 convolutions are fastest in
-            self.model = self.model.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
-
-    def probability(self, part: torch.Tensor) -> torch.Tensor:
-        """(z, y, x) image to healthy probabilities, float32."""
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
-            logits: torch.Tensor = self.model(part[None, None])
-        return torch.sigmoid(logits[0, 0].float())
 
 
 def _plane_weights(

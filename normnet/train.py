@@ -21,10 +21,11 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import torch
 import tyro
+from pydantic import Field
 from tqdm import tqdm
 
 import lesionsynth as ls
@@ -35,8 +36,9 @@ from normnet.config import PRESETS, WEIGHTS, TrainConfig, read_config, to_json
 from normnet.data import VALIDATION_INDEX, Batch, Batches, PairStream, Stream, ThickSlices, pair_device
 from normnet.device import choose_device, cpu_settings
 from normnet.distributed import World, join, launched_first
-from normnet.model import save_model
+from normnet.model import Model
 from normnet.runlog import METRICS, RunLog
+from normnet.settings import File, settings
 from normnet.trainer import Trainer
 from normnet.validate import BEST as BEST_SCORE
 from normnet.validate import validate, validate_lungs
@@ -233,16 +235,16 @@ def _save(config: TrainConfig, trainer: Trainer, log: RunLog) -> None:
 
 
 def _save_model(config: TrainConfig, trainer: Trainer, name: str) -> None:
-    save_model(
-        config.output / name,
+    model = Model(
         trainer.average,
         config.model,
+        config.task,
+        config.threshold_hu,
+        config.inflation_hu,
         trainer.progress.calibration,
-        threshold_hu=config.threshold_hu,
-        inflation_hu=config.inflation_hu,
-        probability=config.probability,
-        task=config.task,
+        config.probability,
     )
+    model.save(config.output / name)
 
 
 def _claim(config: TrainConfig, held: contextlib.ExitStack) -> str | None:
@@ -338,16 +340,16 @@ def _streams(config: TrainConfig, device: torch.device, world: World) -> tuple[P
     return stream, [held.batch(k) for k in range(config.validation_pairs)]
 
 
-@dataclass(frozen=True, kw_only=True)
+@settings
 class TrainArgs(TrainConfig):
     """Settings of the command line."""
 
     preset: str | None = None
     """paper, laptop, few, lungs or phantom: the defaults below; lungs with --task lungs, else phantom without
     --data and laptop with it."""
-    config: Path | None = None
+    config: File | None = None
     """JSON as a run writes it (config.json): the defaults below, in place of a preset."""
-    ensemble: int = 1
+    ensemble: Annotated[int, Field(ge=1, le=1000)] = 1
     """Train so many seeds, from `seed` up, in folders seed<k> of output; the paper votes with 5 (IV-B.3)."""
     devices: tuple[str, ...] = ()
     """Devices that the members of an ensemble are spread over, such as cuda:0 cuda:1; one after another on

@@ -31,7 +31,7 @@ from normnet.ablate.patients import find_patients
 from normnet.ablate.scoring import majority
 from normnet.config import ModelConfig, PostprocessConfig, PredictConfig
 from normnet.metrics import evaluate_case
-from normnet.model import build_unet, load_model, save_model
+from normnet.model import Model, build_unet
 from normnet.paper import ITERATIONS, TABLE_IV, TABLE_V, TABLE_VI
 from normnet.postprocess import postprocess
 from normnet.predict import predict_volume
@@ -190,7 +190,7 @@ def test_voting_is_table_iv_and_votes_as_a_plain_loop_does(tiny, steps):
     weights = [
         config.output / "runs" / "covid_lung" / f"seed{k}" / "9.safetensors" for k in range(3)
     ]  # fmt: skip
-    models = [load_model(file) for file in weights]
+    models = [Model.load(file) for file in weights]
     alone = [predict_volume(patient.hu, patient.lung_mask, [m], predict, device="cpu") for m in models]
     image = ls.window_hu(patient.hu) * patient.lung_mask
     dice = []
@@ -418,8 +418,8 @@ def test_lungs_of_patients_without_masks_are_segmented_as_asked(tiny, tmp_path):
     weights = {}
     for seed in (0, 1):
         torch.manual_seed(seed)
-        model = ModelConfig(channels=(4, 8), strides=(2,), outputs=2)
-        save_model(tmp_path / f"{seed}/own/model.safetensors", build_unet(model), model, task="lungs")
+        network = ModelConfig(channels=(4, 8), strides=(2,), outputs=2)
+        Model(build_unet(network), network, "lungs").save(tmp_path / f"{seed}/own/model.safetensors")
         (own,) = find_patients(replace(config, lungs=str(tmp_path / f"{seed}/own")))
         assert own.identity["lungs_from"] == "own"
         weights[own.identity["lungs_sha256"]] = own.identity
@@ -476,11 +476,11 @@ def test_labels_of_patients_are_chosen_or_told(tiny, tmp_path):
     ("changes", "message"),
     [
         ({"rows": ("no_lungs",)}, "rows must be among covid_lung, .*, got no_lungs"),
-        ({"rows": ("no_shapes", "no_shapes")}, "rows must differ"),
+        ({"rows": ("no_shapes", "no_shapes")}, "rows must be named once each"),
         ({"seeds": 0}, "seeds must be >= 1, got 0"),
         ({"minutes": 0.0}, "minutes must be > 0, got 0"),
-        ({"table": "colour"}, "table must be one of voting, modules, threshold, got 'colour'"),
-        ({"scale": "huge"}, "scale must be one of small, paper, got 'huge'"),
+        ({"table": "colour"}, "table must be 'voting', 'modules' or 'threshold', got 'colour'"),
+        ({"scale": "huge"}, "scale must be 'small' or 'paper', got 'huge'"),
         ({"phantom_patients": 5000}, "phantom_patients must be <= 999"),
         ({"predict": PredictConfig(slab=8)}, "predict.slab must be left to the training settings, got 8"),
         ({"device": "toaster"}, "device must be"),

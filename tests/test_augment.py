@@ -272,10 +272,10 @@ def test_lungs_that_would_be_moved_away_stay():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"rotate": -1.0}, r"augment.rotate must be >= 0, got -1.0"),
-        ({"deflation": 0.9}, r"augment.deflation must be in \[0, 0.5\], got 0.9"),
-        ({"noise": float("nan")}, r"augment.noise must be >= 0, got nan"),
-        ({"zoom": float("inf")}, r"augment.zoom must be >= 0, got inf"),
+        ({"rotate": -1.0}, r"rotate must be >= 0, got -1.0"),
+        ({"deflation": 0.9}, r"deflation must be <= 0.5, got 0.9"),
+        ({"noise": float("nan")}, r"noise must be finite, got nan"),
+        ({"zoom": float("inf")}, r"zoom must be finite, got inf"),
     ],
 )
 def test_unfit_settings(change, message):

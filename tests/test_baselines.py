@@ -35,7 +35,7 @@ from normnet.baselines.slices import Frame, training_slices, usable_slices
 from normnet.baselines.variational import BayesianVAE, KLGradient, cut_square, gaussian_kl
 from normnet.config import ModelConfig
 from normnet.metrics import roc_auc
-from normnet.model import build_unet, save_model, write_tensors
+from normnet.model import Model, build_unet, write_tensors
 from normnet.prepare.store import Store
 from normnet.volumes import KeptVolume, phantom_volumes, split, store_volumes
 
@@ -439,7 +439,7 @@ def test_the_command_trains_predicts_and_evaluate_reads_it(tmp_path, patient, ca
     before = {path.name: path.read_bytes() for path in maps.iterdir()}
     # maps of another method, or of the other command, are not replaced unasked
     network = ModelConfig(channels=(4, 8), strides=(2,))
-    save_model(tmp_path / "net/model.safetensors", build_unet(network), network)
+    Model(build_unet(network), network).save(tmp_path / "net/model.safetensors")
     normnet = [
         str(tmp_path / "hu"),
         "--masks",
@@ -479,16 +479,16 @@ def test_the_command_trains_predicts_and_evaluate_reads_it(tmp_path, patient, ca
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"method": "pca"}, "method must be one of ae"),
+        ({"method": "pca"}, "method must be 'ae', 'vae', "),
         ({"size": 30}, "size must be a multiple of 4"),
         ({"latent": 0}, "latent must be >= 1, got 0"),
         ({"kl_weight": -1.0}, "kl_weight must be >= 0, got -1.0"),
-        ({"dropout": 1.0}, r"dropout must be in \[0, 1\), got 1.0"),
-        ({"false_positives": 0.0}, "false_positives must be in"),
+        ({"dropout": 1.0}, r"dropout must be < 1, got 1.0"),
+        ({"false_positives": 0.0}, "false_positives must be > 0, got 0.0"),
         ({"minutes": 0.0}, "minutes must be > 0"),
-        ({"learning_rate": float("nan")}, "learning_rate must be > 0, got nan"),
+        ({"learning_rate": float("nan")}, "learning_rate must be finite, got nan"),
         ({"phantoms": 1}, "phantoms must be > held_out=1, got 1"),
-        ({"residual": "square"}, "residual must be absolute or positive"),
+        ({"residual": "square"}, "residual must be 'absolute' or 'positive'"),
         ({"method": "context_vae", "context_crop": 32}, "context_crop must be < size=32"),
     ],
 )
@@ -514,7 +514,7 @@ def test_wrong_volumes_and_files_are_refused(tmp_path, patient, healthy):
     with pytest.raises(ValueError, match="run must be a folder"):
         load_baseline(tmp_path)
     write_tensors(tmp_path / "other.safetensors", {"a": torch.zeros(1)}, {})
-    with pytest.raises(ValueError, match="run must hold a normnet baseline"):
+    with pytest.raises(ValueError, match="another kind of file: its header lacks the key 'normnet_baseline'"):
         load_baseline(tmp_path / "other.safetensors")
     with pytest.raises(ValueError, match="not a store"):
         train_baseline(tiny("ae", tmp_path / "run", data=tmp_path))

@@ -20,7 +20,7 @@ pytest.importorskip("monai")
 
 from lesionsynth.io import read_ct
 from normnet.evaluate import EvaluateConfig, evaluate
-from normnet.model import bundled_models, load_model
+from normnet.model import Model, bundled_models
 from normnet.predict import predict_case
 from normnet.predict.command import main as predict
 from normnet.prepare.__main__ import main as prepare
@@ -48,7 +48,7 @@ def clinical(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 @pytest.fixture(scope="module")
 def volumes(clinical: Path) -> Volumes:
     """What one of the networks finds; all five find the same kind of wrong."""
-    model = load_model(bundled_models()[0])
+    model = Model.load(bundled_models()[0])
 
     def volumes(path: Path) -> dict[str, float]:
         found = predict_case(path, [model], keep_probability=False)

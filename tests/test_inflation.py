@@ -19,7 +19,7 @@ from normnet import predict, train  # noqa: E402
 from normnet.config import ModelConfig, PostprocessConfig, PredictConfig, TrainConfig  # noqa: E402
 from normnet.evaluate import CaseVolumes, evaluate_volumes, origin_of  # noqa: E402
 from normnet.inflation import AIR_HU, healthy_density, inflate, inflation_factor  # noqa: E402
-from normnet.model import build_unet, load_model, save_model  # noqa: E402
+from normnet.model import Model, build_unet  # noqa: E402
 from normnet.output import read_record  # noqa: E402
 from normnet.postprocess import postprocess  # noqa: E402
 from normnet.volumes import KeptVolume, inflated, keep  # noqa: E402
@@ -115,12 +115,12 @@ def test_a_volume_is_brought_to_the_density(density):
 
 def undecided(path, inflation_hu, **header):
     """Weights of a network that calls nothing healthy: every bright voxel is left."""
-    model = build_unet(SMALL)
+    network = build_unet(SMALL)
     with torch.no_grad():
-        for parameter in model.parameters():
+        for parameter in network.parameters():
             parameter.zero_()
-    save_model(path, model, SMALL, threshold_hu=-700.0, inflation_hu=inflation_hu, **header)
-    return load_model(path)
+    Model(network, SMALL, threshold_hu=-700.0, inflation_hu=inflation_hu, **header).save(path)
+    return Model.load(path)
 
 
 def test_prediction_scales_what_network_and_post_processing_see(tmp_path):
@@ -187,14 +187,11 @@ def test_weights_say_how_they_vote(tmp_path):
     calibrated = undecided(tmp_path / "a", None, probability="calibrated", calibration=calibration)
     fixed = undecided(tmp_path / "b", None, probability=0.7, calibration=calibration)
     paper = undecided(tmp_path / "c", None)
-    usual = PredictConfig()
-    assert [predict.healthy_threshold(m, usual) for m in (calibrated, fixed, paper)] == [0.3, 0.7, 0.95]
-    given_level = replace(usual, probability=0.5)
-    assert [predict.healthy_threshold(m, given_level) for m in (calibrated, fixed)] == [0.5, 0.5]
-    own = replace(usual, probability="calibrated")
-    assert predict.healthy_threshold(fixed, own) == 0.3
+    assert [model.threshold() for model in (calibrated, fixed, paper)] == [0.3, 0.7, 0.95]
+    assert [model.threshold(0.5) for model in (calibrated, fixed)] == [0.5, 0.5]
+    assert fixed.threshold("calibrated") == 0.3
     with pytest.raises(ValueError, match="carries no calibration"):
-        predict.healthy_threshold(paper, own)
+        paper.threshold("calibrated")
 
 
 def test_training_scales_and_says_so(tmp_path):
@@ -215,10 +212,11 @@ def test_training_scales_and_says_so(tmp_path):
         device="cpu",
     )
     train.train(config)
-    model = load_model(tmp_path / "flat")
+    model = Model.load(tmp_path / "flat")
     assert (model.inflation_hu, model.probability) == (-900.0, "calibrated")
-    assert predict.healthy_threshold(model, PredictConfig()) == model.calibration["probability"]
+    assert model.threshold() == model.calibration["probability"]
     train.train(replace(config, output=tmp_path / "raw", inflation_hu=None))
     # other images, so other weights
-    pairs = zip(model.parameters(), load_model(tmp_path / "raw").parameters(), strict=True)
+    raw = Model.load(tmp_path / "raw")
+    pairs = zip(model.network.parameters(), raw.network.parameters(), strict=True)
     assert any((a != b).any() for a, b in pairs)

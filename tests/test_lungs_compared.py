@@ -25,7 +25,7 @@ from normnet.config import ModelConfig  # noqa: E402
 from normnet.draw import OUTLINE, prepared_picture  # noqa: E402
 from normnet.evaluate import EvaluateConfig, evaluate  # noqa: E402
 from normnet.evaluate import main as evaluate_main  # noqa: E402
-from normnet.model import build_unet, save_model  # noqa: E402
+from normnet.model import Model, build_unet  # noqa: E402
 from normnet.prepare import load_case as load_ct  # noqa: E402
 from normnet.prepare import prepare, segment_lungs  # noqa: E402
 from normnet.prepare.lungs import Lungs, split_mask  # noqa: E402
@@ -78,7 +78,7 @@ def study(tmp_path_factory):
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.zero_()  # every probability is 0.5: nothing is healthy
-    save_model(root / "models/run/model.safetensors", model, config)
+    Model(model, config).save(root / "models/run/model.safetensors")
     call = [str(root / "scans"), "--models", str(root / "models"), "--lungs", str(root / "mine")]
     call += ["--output", str(root / "maps"), "--threads", "1", "--settings.slab", "16"]
     with stubbed():

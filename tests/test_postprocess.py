@@ -247,7 +247,7 @@ def test_arrays_and_tensors_are_not_mixed():
     ("change", "message"),
     [
         ({"bright_size": 0}, "bright_size must be >= 1, got 0"),
-        ({"full_threshold": 1.5}, r"full_threshold must be in \[0, 1\], got 1.5"),
+        ({"full_threshold": 1.5}, r"full_threshold must be <= 1, got 1.5"),
         ({"connectivity": 8}, "connectivity must be 6, 18 or 26, got 8"),
     ],
 )

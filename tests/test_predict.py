@@ -13,6 +13,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -36,14 +37,14 @@ from normnet.config import (  # noqa: E402
     from_json,
     to_json,
 )
-from normnet.model import build_unet, load_model, save_model  # noqa: E402
+from normnet.model import Model, build_unet  # noqa: E402
 from normnet.postprocess import postprocess  # noqa: E402
 from normnet.prepare import load_case  # noqa: E402
 from normnet.records import read_record, volumes_of  # noqa: E402
 from normnet.stage import check_written  # noqa: E402
 from normnet.stamps import stamp  # noqa: E402
 from tests import classical  # noqa: E402
-from tests.conftest import draw_lungs  # noqa: E402
+from tests.conftest import draw_lungs, played  # noqa: E402
 from tests.test_dicom_seg import voxels_of, write_series  # noqa: E402
 
 EXACT = PredictConfig(precision="fp32", slab=8)
@@ -63,6 +64,10 @@ class Pointwise(torch.nn.Module):
         return self.slope * (x - self.centre)
 
 
+def pointwise(slope: float = 12.0, centre: float = 0.5, **settings: Any) -> Model:
+    return played(Pointwise(slope, centre), **settings)
+
+
 def to_hu(image: np.ndarray, mask: np.ndarray) -> np.ndarray:
     """HU that the window brings back to the image, with soft tissue around the lungs."""
     return np.where(mask, np.rint(image * 900 - 800), 40).astype(np.int16)
@@ -80,20 +85,20 @@ def patient(shape=(21, 40, 44), seed=0):
 @pytest.mark.parametrize("depth", [3, 8, 21])
 def test_slabs_of_a_pointwise_network_are_the_whole_volume(depth, overlap):
     image = np.random.default_rng(0).random((depth, 7, 9), dtype=np.float32)
-    found = predict.slab_probabilities(image, Pointwise(), replace(EXACT, overlap=overlap), CPU)
+    found = predict.slab_probabilities(image, pointwise(), replace(EXACT, overlap=overlap), CPU)
     whole = 1 / (1 + np.exp(-12.0 * (image.astype(np.float64) - 0.5)))
     # float32 logits up to 6 (error 5e-7) through a slope of 1/4, and a weighted mean
     np.testing.assert_allclose(found, whole, atol=1e-6)
 
 
 def test_a_slab_has_the_configured_depth_and_fits_the_network():
-    model = build_unet(ModelConfig(channels=(4, 8, 8), strides=(2, 2)))
-    model.config = ModelConfig(channels=(4, 8, 8), strides=(2, 2))
+    config = ModelConfig(channels=(4, 8, 8), strides=(2, 2))
+    model = Model(build_unet(config), config)
     found = predict.slab_probabilities(np.ones((19, 13, 18), np.float32), model, EXACT, CPU)
     assert found.shape == (19, 13, 18)
-    probe = Pointwise()
+    probe = pointwise()
     predict.slab_probabilities(np.ones((19, 13, 18), np.float32), probe, EXACT, CPU)
-    assert {shape[2] for shape in probe.shapes} == {8}
+    assert {shape[2] for shape in probe.network.shapes} == {8}
 
 
 def test_slabs_are_averaged_by_their_distance_to_the_ends():
@@ -106,7 +111,9 @@ def test_slabs_are_averaged_by_their_distance_to_the_ends():
             self.calls += 1
             return torch.full_like(x, float(np.log(0.1 * self.calls / (1 - 0.1 * self.calls))))
 
-    found = predict.slab_probabilities(np.ones((12, 1, 1), np.float32), Counter(), EXACT, CPU)[:, 0, 0]
+    found = predict.slab_probabilities(np.ones((12, 1, 1), np.float32), played(Counter()), EXACT, CPU)[
+        :, 0, 0
+    ]
     first, second = [1, 2, 3, 4, 4, 3, 2, 1], [1, 2, 3, 4, 4, 3, 2, 1]
     expected = []
     for z in range(12):
@@ -117,7 +124,7 @@ def test_slabs_are_averaged_by_their_distance_to_the_ends():
 
 def test_vote_of_three_models_against_a_plain_loop():
     hu, mask = patient()
-    models = [Pointwise(centre=c, slope=40.0) for c in (0.35, 0.5, 0.65)]
+    models = [pointwise(centre=c, slope=40.0) for c in (0.35, 0.5, 0.65)]
     found = predict.predict_volume(hu, mask, models, EXACT)
     image = ls.window_hu(hu) * mask
     healthy, mean = np.zeros(hu.shape, bool), np.zeros(hu.shape)
@@ -138,9 +145,8 @@ def test_vote_of_three_models_against_a_plain_loop():
 def test_models_are_asked_about_the_tissue_they_were_trained_on():
     """T comes with the weights: a network trained for -700 HU says nothing else of what is brighter."""
     hu, mask = patient()
-    models = [Pointwise(centre=0.05, slope=400.0) for _ in range(2)]  # healthy, whatever is asked
-    for model in models:
-        model.threshold_hu = -700.0
+    # healthy, whatever is asked
+    models = [pointwise(centre=0.05, slope=400.0, threshold_hu=-700.0) for _ in range(2)]
     found = predict.predict_volume(hu, mask, models, EXACT)
     image = ls.window_hu(hu) * mask
     np.testing.assert_array_equal(found.healthy, mask & (image >= np.float32(100 / 900)))
@@ -162,9 +168,7 @@ def test_votes_of_networks_in_tiles_are_those_of_whole_maps():
     models, levels = [], (0.49, 0.5, 0.505)
     for seed, level in enumerate(levels):
         torch.manual_seed(seed)
-        model = build_unet(config).eval()
-        model.config, model.calibration = config, {"probability": level, "dice": 0.5}
-        models.append(model)
+        models.append(Model(build_unet(config), config, calibration={"probability": level, "dice": 0.5}))
     found = predict.predict_volume(hu, mask, models, settings)
     image = ls.window_hu(hu) * mask
     rows, columns = (np.flatnonzero(mask.any(axis=axes)) for axes in ((0, 2), (0, 1)))
@@ -181,27 +185,27 @@ def test_votes_of_networks_in_tiles_are_those_of_whole_maps():
     bare = predict.predict_volume(hu, mask, models, settings, keep_probability=False)
     assert bare.probability is None
     np.testing.assert_array_equal(bare.lesions, found.lesions)
-    del models[1].calibration
+    models[1].calibration = None
     with pytest.raises(ValueError, match="this model carries no calibration"):
         predict.predict_volume(hu, mask, models, settings)
 
 
 def test_a_tie_is_no_majority():
     hu, mask = patient()
-    sure, unsure = Pointwise(slope=0.0), Pointwise(slope=0.0)
-    sure.forward = lambda x: torch.full_like(x, 10.0)
+    sure, unsure = pointwise(slope=0.0), pointwise(slope=0.0)
+    sure.network.forward = lambda x: torch.full_like(x, 10.0)
     assert not predict.predict_volume(hu, mask, [sure, unsure], EXACT).healthy.any()
     assert predict.predict_volume(hu, mask, [sure, sure, unsure], EXACT).healthy.any()
 
 
 def test_nothing_outside_the_lungs():
     hu, mask = patient()
-    sure = Pointwise(slope=0.0)
-    sure.forward = lambda x: torch.full_like(x, 10.0)
+    sure = pointwise(slope=0.0)
+    sure.network.forward = lambda x: torch.full_like(x, 10.0)
     found = predict.predict_volume(hu, mask, [sure], EXACT)
     assert not found.probability[~mask].any()
     assert not found.healthy[~mask].any()
-    ill = predict.predict_volume(hu, mask, [Pointwise(slope=0.0)], EXACT)
+    ill = predict.predict_volume(hu, mask, [pointwise(slope=0.0)], EXACT)
     assert ill.lesions.any()
     assert not ill.lesions[~mask].any()
 
@@ -221,17 +225,17 @@ def test_bad_input(change, message):
     hu, mask = patient()
     with pytest.raises(ValueError, match=message):
         predict.predict_volume(
-            **{"hu": hu, "lung_mask": mask, "models": [Pointwise()], "config": EXACT, **change}
+            **{"hu": hu, "lung_mask": mask, "models": [pointwise()], "config": EXACT, **change}
         )
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"probability": 1.0}, r"probability must be in \(0, 1\) or 'calibrated', got 1.0"),
-        ({"overlap": 1.0}, r"overlap must be in \[0, 1\), got 1.0"),
+        ({"probability": 1.0}, r"probability must be < 1 or 'calibrated', got 1.0"),
+        ({"overlap": 1.0}, r"overlap must be < 1, got 1.0"),
         ({"slab": 0}, "slab must be >= 1, got 0"),
-        ({"precision": "fp8"}, "precision must be auto, fp32 or bf16, got fp8"),
+        ({"precision": "fp8"}, "precision must be 'auto', 'fp32' or 'bf16', got 'fp8'"),
     ],
 )
 def test_bad_settings(change, message):
@@ -254,7 +258,7 @@ def undecided(tmp_path_factory):
             parameter.zero_()
     folder = tmp_path_factory.mktemp("models")
     for name in ("a", "b"):
-        save_model(folder / name / "model.safetensors", model, config)
+        Model(model, config).save(folder / name / "model.safetensors")
     return folder
 
 
@@ -554,7 +558,7 @@ def lung_run(tmp_path):
 def lung_weights(folder, seed):
     torch.manual_seed(seed)
     config = ModelConfig(channels=(4, 8), strides=(2,), outputs=2)
-    save_model(folder / "model.safetensors", build_unet(config), config, task="lungs")
+    Model(build_unet(config), config, "lungs").save(folder / "model.safetensors")
     return folder
 
 
@@ -1040,7 +1044,7 @@ def test_a_case_for_notebooks(tmp_path, undecided):
     spacing = (2.5, 1.3, 0.5)
     ball = write_case(tmp_path, "p1", spacing=spacing)
     case, lungs = tmp_path / "p1_hu.nii.gz", tmp_path / "p1_lung.nii.gz"
-    models = [load_model(undecided / "a")]
+    models = [Model.load(undecided / "a")]
     settings = replace(EXACT, postprocess=PostprocessConfig(threshold_hu=-790, full_threshold=0.001))
     write_case(tmp_path, "p1", spacing=spacing)
     found = predict.predict_case(case, models, settings, mask_path=lungs)
@@ -1069,7 +1073,7 @@ def test_the_vote_is_written_on_the_file_s_own_grid(tmp_path):
     """Two of three models call healthy what is above 0.45 of the window, the mean never does."""
     write_case(tmp_path, "p1")
     case, lungs = tmp_path / "p1_hu.nii.gz", tmp_path / "p1_lung.nii.gz"
-    models = [Pointwise(centre=c, slope=40.0) for c in (0.35, 0.36, 5.0)]
+    models = [pointwise(centre=c, slope=40.0) for c in (0.35, 0.36, 5.0)]
     found = predict.predict_case(case, models, EXACT, mask_path=lungs)
     loaded = load_case(case, lungs)
     volume = predict.predict_volume(loaded.hu, loaded.mask, models, EXACT)
@@ -1267,6 +1271,6 @@ def test_settings_reach_the_post_processing():
     hu, mask = patient()
     none = replace(EXACT, postprocess=PostprocessConfig(growth_iterations=0))
     far = replace(EXACT, postprocess=PostprocessConfig(growth_iterations=-1))
-    a, b = (predict.predict_volume(hu, mask, [Pointwise(slope=0.0)], c) for c in (none, far))
+    a, b = (predict.predict_volume(hu, mask, [pointwise(slope=0.0)], c) for c in (none, far))
     np.testing.assert_array_equal(a.lesions, a.lesions_without_growing)
     assert a.lesions.sum() < b.lesions.sum()

@@ -14,9 +14,9 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("monai")
 
 from normnet.config import ModelConfig, PredictConfig  # noqa: E402
-from normnet.model import build_unet  # noqa: E402
+from normnet.model import Model, build_unet  # noqa: E402
 from normnet.sliding import probabilities, slab_windows, slide, tile_windows  # noqa: E402
-from tests.conftest import draw_lungs  # noqa: E402
+from tests.conftest import draw_lungs, played  # noqa: E402
 
 EXACT = PredictConfig(precision="fp32", slab=8, tile=32)
 CPU = torch.device("cpu")
@@ -25,16 +25,19 @@ CPU = torch.device("cpu")
 class Windowed(torch.nn.Module):
     """A network whose answer depends on where a window ends and on all that is in it."""
 
-    def __init__(self, seed: int = 0, multiple: int = 1) -> None:
+    def __init__(self, seed: int) -> None:
         super().__init__()
         torch.manual_seed(seed)
         self.conv = torch.nn.Conv3d(1, 1, 5, padding=2)
-        self.config = type("Config", (), {"multiple": multiple})()
         self.shapes: list[tuple[int, ...]] = []
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         self.shapes.append(tuple(x.shape[2:]))
         return 4.0 * self.conv(x) + 10.0 * x.mean()
+
+
+def windowed(seed: int = 0, multiple: int = 1) -> Model:
+    return played(Windowed(seed), multiple)
 
 
 def reader(image):
@@ -65,7 +68,9 @@ def oracle(image, model, z_starts, slab, rows, columns):
             for x in columns[0]:
                 at = (slice(z, z + slab), slice(y, y + rows[1]), slice(x, x + columns[1]))
                 with torch.no_grad():
-                    logit = model(torch.from_numpy(padded[at].copy())[None, None])[0, 0].double().numpy()
+                    logit = (
+                        model.network(torch.from_numpy(padded[at].copy())[None, None])[0, 0].double().numpy()
+                    )
                 ramp = distance_to_ends(slab)[:, None, None]
                 ramp = ramp * distance_to_ends(rows[1])[:, None] * distance_to_ends(columns[1])
                 total[at] += ramp / (1 + np.exp(-logit))
@@ -77,7 +82,7 @@ def oracle(image, model, z_starts, slab, rows, columns):
 @pytest.mark.parametrize("overlap", [0.0, 0.5, 0.75])
 def test_tiles_and_slabs_are_the_mean_of_whole_maps(depth, overlap):
     image, mask = draw_lungs((depth, 45, 70), seed=depth)
-    models = [Windowed(seed, multiple=m) for seed, m in ((0, 2), (1, 4), (2, 1))]
+    models = [windowed(seed, multiple=m) for seed, m in ((0, 2), (1, 4), (2, 1))]
     found, _ = run(image, mask, models, replace(EXACT, overlap=overlap))
     step = round(8 * (1 - overlap))
     last = max(depth - 8, 0)
@@ -96,7 +101,7 @@ def test_tiles_and_slabs_are_the_mean_of_whole_maps(depth, overlap):
 def test_slices_come_out_once_and_in_order():
     image, mask = draw_lungs((23, 20, 24))
     blocks = [
-        (first, block.shape[1]) for first, block in slide(reader(image), mask, [Windowed()], EXACT, CPU)
+        (first, block.shape[1]) for first, block in slide(reader(image), mask, [windowed()], EXACT, CPU)
     ]
     ends = [first + count for first, count in blocks]
     assert [first for first, _ in blocks] == [0, *ends[:-1]]
@@ -106,10 +111,10 @@ def test_slices_come_out_once_and_in_order():
 
 def test_a_plane_that_fits_is_one_window():
     image, mask = draw_lungs((8, 30, 34))
-    network = Windowed(multiple=8)
-    found, _ = run(image, mask, [network], replace(EXACT, tile=40))
-    assert network.shapes == [(8, 32, 40)]
-    whole, _ = run(image, mask, [network], replace(EXACT, tile=None))
+    model = windowed(multiple=8)
+    found, _ = run(image, mask, [model], replace(EXACT, tile=40))
+    assert model.network.shapes == [(8, 32, 40)]
+    whole, _ = run(image, mask, [model], replace(EXACT, tile=None))
     np.testing.assert_array_equal(found, whole)
 
 
@@ -118,15 +123,15 @@ def test_windows_without_lung_are_skipped_and_change_nothing():
     lower = mask.copy()
     lower[:24] = lower[:, :, :34] = False
     seen = image * lower
-    every, skipping = Windowed(), Windowed()
+    every, skipping = windowed(), windowed()
     whole, _ = run(seen, np.ones_like(mask), [every], EXACT)
     part, _ = run(seen, lower, [skipping], EXACT)
     # 64 voxels: three tiles of 32 along either axis; a slab every four slices
     windows = [(z, y, x) for z in range(0, 33, 4) for y in (0, 16, 32) for x in (0, 16, 32)]
-    assert len(every.shapes) == len(windows)
+    assert len(every.network.shapes) == len(windows)
     full = sum(bool(lower[z : z + 8, y : y + 32, x : x + 32].any()) for z, y, x in windows)
     assert 0 < full < sum(bool(lower[z : z + 8].any()) for z, _, _ in windows)
-    assert len(skipping.shapes) == full
+    assert len(skipping.network.shapes) == full
     np.testing.assert_array_equal(part[0][lower], whole[0][lower])
 
 
@@ -138,7 +143,7 @@ def test_only_one_slab_is_read_at_a_time():
         asked.append((first, last))
         return image[first:last]
 
-    list(slide(read, mask, [Windowed()], EXACT, CPU))
+    list(slide(read, mask, [windowed()], EXACT, CPU))
     assert max(last - first for first, last in asked) == EXACT.slab
     assert asked == sorted(asked)
 
@@ -147,11 +152,10 @@ def test_probabilities_of_a_real_network_in_tiles_stay_close_to_those_of_whole_p
     """Tiles hide what lies beyond them; with a ramp that costs little."""
     config = ModelConfig(channels=(4, 8, 8), strides=(2, 2))
     torch.manual_seed(0)
-    network = build_unet(config).eval()
-    network.config = config
+    model = Model(build_unet(config), config)
     image, mask = draw_lungs((8, 64, 96), seed=2)
-    tiled = probabilities(image, network, replace(EXACT, tile=64), CPU)
-    whole = probabilities(image, network, replace(EXACT, tile=None), CPU)
+    tiled = probabilities(image, model, replace(EXACT, tile=64), CPU)
+    whole = probabilities(image, model, replace(EXACT, tile=None), CPU)
     assert tiled.shape == whole.shape == image.shape
     assert np.ptp(whole[mask]) > 0.01
     # typical voxels differ by less than a tenth of how much the answers vary
@@ -189,9 +193,9 @@ def test_slabs_cover_a_volume(depth, slab, overlap):
 def test_slab_and_tile_must_fit_the_network():
     image, mask = draw_lungs((12, 40, 44))
     with pytest.raises(ValueError, match=r"slab must be a multiple of 12 \(product of .*\), got 8"):
-        run(image, mask, [Windowed(multiple=4), Windowed(multiple=6)], EXACT)
+        run(image, mask, [windowed(multiple=4), windowed(multiple=6)], EXACT)
     with pytest.raises(ValueError, match=r"tile must be at least 64 .*, got 40"):
-        run(image, np.ones_like(mask), [Windowed(multiple=64)], replace(EXACT, slab=64, tile=40))
+        run(image, np.ones_like(mask), [windowed(multiple=64)], replace(EXACT, slab=64, tile=40))
 
 
 @pytest.mark.gpu
@@ -199,7 +203,7 @@ def test_a_gpu_gives_the_cpu_s_probabilities():
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device")
     image, mask = draw_lungs((21, 45, 70))
-    models = [Windowed(seed) for seed in (0, 1)]
+    models = [windowed(seed) for seed in (0, 1)]
     here, _ = run(image, mask, models, EXACT)
     there, _ = run(image, mask, models, EXACT, torch.device("cuda"))
     # convolutions may use TF32, 10 bits: logits of a few units are right to 1e-2

@@ -28,7 +28,7 @@ from normnet.config import (
     from_json,
     to_json,
 )
-from normnet.model import build_unet, find_models, load_model, read_tensors, save_model, write_tensors
+from normnet.model import Model, build_unet, find_models, read_tensors, write_tensors
 
 TINY = TrainConfig(
     model=ModelConfig(channels=(4, 8), strides=(2,), residual_units=1),
@@ -189,9 +189,9 @@ def test_the_threshold_that_pairs_calibrate(tmp_path):
     assert validate.calibrate(well, ill[:0]) is None
     train.train(replace(TINY, output=tmp_path / "run"))
     rows = list(csv.DictReader((tmp_path / "run/metrics.csv").read_text().splitlines()))
-    calibrated = load_model(tmp_path / "run").calibration["probability"]
+    calibrated = Model.load(tmp_path / "run").calibration["probability"]
     assert float(rows[-1]["calibrated"]) == calibrated
-    assert load_model(tmp_path / "run/best.safetensors").calibration is not None
+    assert Model.load(tmp_path / "run/best.safetensors").calibration is not None
 
 
 def test_the_threshold_in_hu_moves_target_and_generator():
@@ -260,7 +260,7 @@ def test_kept_volumes_give_the_same_batches(place):
 def test_average_zero_saves_the_last_weights(tmp_path):
     train.train(replace(TINY, output=tmp_path / "run", iterations=2, average=0.0))
     tensors, _ = read_tensors(tmp_path / "run/state.safetensors")
-    model = load_model(tmp_path / "run").state_dict()
+    model = Model.load(tmp_path / "run").network.state_dict()
     assert all(torch.equal(model[name], tensors[f"model.{name}"]) for name in model)
 
 
@@ -350,19 +350,19 @@ def test_a_wrong_call_leaves_the_folder_free(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ('{"iterations": "100"}', r"TrainConfig.iterations must be int, got '100'"),
-        ('{"iterations": true}', r"TrainConfig.iterations must be int, got True"),
-        ('{"thick_mm": 3}', r"TrainConfig.thick_mm must be tuple\[float, float\], got 3"),
-        ('{"thick_mm": [3]}', r"TrainConfig.thick_mm must be tuple\[float, float\], got \[3\]"),
-        ('{"thick_mm": [3, "8"]}', r"TrainConfig.thick_mm\[1\] must be float, got '8'"),
-        ('{"minutes": "none"}', r"TrainConfig.minutes must be float \| None, got 'none'"),
-        ('{"model": 3}', r"TrainConfig.model must be a JSON object, got int"),
-        (
-            '{"model": {"norm": "layer"}}',
-            r"TrainConfig.model.norm must be Literal\['batch', 'instance'\], got 'layer'",
-        ),
-        ('{"augment": {"zoom": null}}', r"TrainConfig.augment.zoom must be float, got None"),
-        ('{"data": 3}', r"TrainConfig.data must be .*Path \| None, got 3"),
+        ('{"iterations": "100"}', r"iterations must be an integer, got '100'"),
+        ('{"iterations": true}', r"iterations must be an integer, got True"),
+        ('{"thick_mm": 3}', "thick_mm must be a list, got 3"),
+        ('{"thick_mm": [3]}', r"thick_mm\[1\] must be given, got \(3,\)"),
+        ('{"thick_mm": [3, "8"]}', r"thick_mm\[1\] must be a number, got '8'"),
+        ('{"minutes": "none"}', "minutes must be a number, got 'none'"),
+        ('{"model": 3}', "model must be a JSON object, got int"),
+        ('{"model": {"norm": "layer"}}', r"model\.norm must be 'batch' or 'instance', got 'layer'"),
+        ('{"model": {"channels": [8, 0]}}', r"model\.channels\[1\] must be >= 1, got 0"),
+        ('{"model": {"strides": [2]}}', r"model\.strides must be 4, one less than channels, got \(2,\)"),
+        ('{"model": {"width": 8}}', "ModelConfig has no field 'width'; it has channels, strides, "),
+        ('{"augment": {"zoom": null}}', r"augment\.zoom must be a number, got None"),
+        ('{"data": 3}', "data must be a path, got 3"),
     ],
 )
 def test_json_of_the_wrong_type(text, message):
@@ -376,7 +376,7 @@ def test_json_numbers_are_read_as_their_fields_are():
     assert isinstance(config.minutes, float)
     assert from_json(PredictConfig, '{"probability": "calibrated"}').probability == "calibrated"
     assert from_json(PredictConfig, '{"probability": 0.5, "tile": null}').tile is None
-    with pytest.raises(ValueError, match=r"PredictConfig.overlap must be float, got None"):
+    with pytest.raises(ValueError, match="overlap must be a number, got None"):
         from_json(PredictConfig, '{"overlap": null}')
 
 
@@ -502,19 +502,19 @@ def test_the_paper_s_values_are_the_defaults():
     [
         ({"iterations": 0}, "iterations must be >= 1, got 0"),
         ({"minutes": 0.0}, "minutes must be > 0, got 0.0"),
-        ({"average": 1.0}, r"average must be in \[0, 1\), got 1.0"),
+        ({"average": 1.0}, r"average must be < 1, got 1.0"),
         ({"slab": 31}, r"slab must be a multiple of 16"),
         ({"crop": 100}, r"crop must be a multiple of 16"),
-        ({"lesions": "none"}, "lesions must be one of .*covid_lung.*, got none"),
+        ({"lesions": "none"}, "lesions must be one of .*covid_lung.*, got 'none'"),
         ({"accumulate": 3}, "batch_size must be a multiple of accumulate=3, got 8"),
-        ({"thick_slices": 1.5}, r"thick_slices must be in \[0, 1\], got 1.5"),
-        ({"thick_mm": (8.0, 3.0)}, r"thick_mm must be two lengths > 0, the smaller first, got \(8.0, 3.0\)"),
-        ({"cache": "tape"}, "cache must be one of auto, device, memory, disk, got tape"),
-        ({"threshold_hu": 200.0}, "threshold_hu must be between -800 and 100 HU, got 200.0"),
-        ({"inflation_hu": -600.0}, r"inflation_hu must be None or in \[-950, -700\] HU, got -600.0"),
-        ({"probability": 1.0}, r"probability must be in \(0, 1\) or 'calibrated', got 1.0"),
+        ({"thick_slices": 1.5}, r"thick_slices must be <= 1, got 1.5"),
+        ({"thick_mm": (8.0, 3.0)}, r"thick_mm must be the smaller length first, got \(8.0, 3.0\)"),
+        ({"cache": "tape"}, "cache must be 'auto', 'device', 'memory' or 'disk', got 'tape'"),
+        ({"threshold_hu": 200.0}, "threshold_hu must be < 100, got 200.0"),
+        ({"inflation_hu": -600.0}, r"inflation_hu must be <= -700, got -600.0"),
+        ({"probability": 1.0}, r"probability must be < 1 or 'calibrated', got 1.0"),
         ({"probability": "calibrated", "held_out": 0}, "held_out must be >= 1 to calibrate .* got 0"),
-        ({"seed": -1}, r"seed must be in \[0, 2\*\*32\), got -1"),
+        ({"seed": -1}, r"seed must be >= 0, got -1"),
     ],
 )
 def test_bad_settings(changes, message):
@@ -525,9 +525,9 @@ def test_bad_settings(changes, message):
 def test_bad_json():
     with pytest.raises(ValueError, match="TrainConfig has no field 'learning'"):
         from_json(TrainConfig, '{"learning": 1}')
-    with pytest.raises(ValueError, match="a configuration must be JSON"):
+    with pytest.raises(ValueError, match="not JSON: Expecting"):
         from_json(TrainConfig, "{")
-    with pytest.raises(ValueError, match=r"TrainConfig\.model must be a JSON object, got int"):
+    with pytest.raises(ValueError, match="model must be a JSON object, got int"):
         from_json(TrainConfig, '{"model": 1}')
 
 
@@ -548,21 +548,21 @@ def test_command_line(tmp_path, capsys):
 
 def test_model_round_trip_and_errors(tmp_path):
     config = ModelConfig(channels=(4, 8), strides=(2,))
-    model = build_unet(config).eval()
-    save_model(tmp_path / "run/model.safetensors", model, config)
-    loaded = load_model(tmp_path / "run")
+    network = build_unet(config).eval()
+    Model(network, config).save(tmp_path / "run/model.safetensors")
+    loaded = Model.load(tmp_path / "run")
     x = torch.rand(1, 1, 4, 8, 8)
-    assert torch.equal(model(x), loaded(x))
+    assert torch.equal(network(x), loaded.network(x))
     assert loaded.config == config
     assert find_models([tmp_path]) == find_models([tmp_path / "run"]) == [tmp_path / "run/model.safetensors"]
     with pytest.raises(ValueError, match="models must be weights files or run folders"):
         find_models([tmp_path / "nothing"])
     (tmp_path / "bad.safetensors").write_bytes(b"not weights")
     with pytest.raises(ValueError, match="not a readable safetensors file"):
-        load_model(tmp_path / "bad.safetensors")
+        Model.load(tmp_path / "bad.safetensors")
     write_tensors(tmp_path / "other.safetensors", {"x": torch.zeros(1)}, {})
-    with pytest.raises(ValueError, match="not a normnet model"):
-        load_model(tmp_path / "other.safetensors")
+    with pytest.raises(ValueError, match="another kind of file: its header lacks the key 'normnet'"):
+        Model.load(tmp_path / "other.safetensors")
 
 
 def test_a_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch):

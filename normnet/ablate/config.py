@@ -3,24 +3,28 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-from dataclasses import dataclass, field, replace
-from pathlib import Path
+from dataclasses import replace
 from typing import Annotated, Any, Literal
 
 import tyro
+from pydantic import Field
 
-from lesionsynth.strict import build, check_fields, name_of, parse_json, read_json, settle
+from lesionsynth.strict import name_of, read_json
 from normnet.config import (
-    MOST_THREADS,
+    Count,
+    Minutes,
     ModelConfig,
     PredictConfig,
+    Shape,
+    Steps,
+    Threads,
     TrainConfig,
     check_phantoms,
     paper,
     phantom,
 )
 from normnet.prepare.case import LungMethod
+from normnet.settings import File, check, from_record, settings
 
 TableName = Literal["voting", "modules", "threshold"]
 OWN = ("output", "resume", "seed")
@@ -31,19 +35,21 @@ VARIED: dict[str, tuple[str, ...]] = {
     "threshold": ("threshold_hu",),
 }
 """Training settings that a table varies."""
+Members = Annotated[int, Field(ge=1, le=1000)]
+Labels = Annotated[tuple[Annotated[int, Field(ge=-(2**63), lt=2**63)], ...], Field(fail_fast=True)]
 
 
-@dataclass(frozen=True, kw_only=True)
+@settings
 class Scale:
     """How large an ablation is."""
 
     train: TrainConfig
     """Every run, but for what a table varies."""
-    seeds: int
+    seeds: Members
     """Models that vote."""
-    patients: int
+    patients: Count
     """Phantoms with pneumonia, where no patients are given."""
-    patient_shape: tuple[int, int, int]
+    patient_shape: Shape
     """Their size (z, y, x), in voxels of 1.0 x 0.8 x 0.8 mm."""
 
 
@@ -68,87 +74,66 @@ SCALES: dict[str, Scale] = {"small": SMALL, "paper": PAPER}
 """Every scale, by the name the command line uses."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@settings
 class AblateConfig:
     """Reproduce Table IV (voting), V (modules) or VI (threshold) of the paper."""
 
     table: Annotated[TableName, tyro.conf.Positional]
     """voting: number of models and of iterations; modules: parts of the lesion generator switched off;
     threshold: HU above which the network answers."""
-    output: Path
+    output: File
     """Folder of one table: table.csv, table.md, results.json, report.html; what is finished in it is kept."""
     scale: Literal["small", "paper"] = "small"
     """small: three small networks a row on crops of phantoms, for a CPU; paper: five large ones, 3,500
     iterations of 8 x 32 x 512 x 512, for a GPU."""
-    data: Path | None = None
+    data: File | None = None
     """Store written by `normnet.prepare`, to train on; phantoms where omitted."""
-    patients: tuple[Path, ...] = ()
+    patients: tuple[File, ...] = ()
     """CT, lesion truth and lung masks (NAME_hu, NAME_lesion, NAME_lung), or folders of them (CT and DICOM
     series at any depth), or one CSV with the columns case, ct, lesion and, if any, lung; phantoms with
     pneumonia where omitted."""
-    label: tuple[int, ...] = ()
+    label: Labels = ()
     """Labels of the truth that are lesions; all above zero where omitted."""
-    lung_label: tuple[int, ...] = ()
+    lung_label: Labels = ()
     """Labels of the lung masks that are lungs; all above zero where omitted."""
     lungs: LungMethod = "network"
     """How the lungs of patients without a lung mask are segmented; see `normnet.predict`."""
     rows: tuple[str, ...] = ()
     """Only these: voting, model_1, ...; covid_lung, no_shapes, ...; or thresholds in HU; all by default."""
-    config: Path | None = None
+    config: File | None = None
     """JSON file with fields of `TrainConfig` that replace the scale's."""
-    runs: Path | None = None
+    runs: File | None = None
     """Folder of the training runs, which tables may share; OUTPUT/runs where omitted."""
-    seeds: int | None = None
+    seeds: Members | None = None
     """Models that vote; the scale's where omitted."""
-    iterations: int | None = None
+    iterations: Steps | None = None
     """Optimiser steps of a run (what the paper has 3,500 of); the scale's where omitted."""
-    minutes: float | None = None
+    minutes: Minutes | None = None
     """Stop each run after this much training time, should it come first."""
     device: str | None = None
     """Where to train and predict: auto, cpu, cuda, ...; the scale's where omitted."""
-    threads: int | None = None
+    threads: Threads | None = None
     """CPU threads; all cores where omitted."""
-    phantom_patients: int | None = None
+    phantom_patients: Count | None = None
     """Phantoms with pneumonia, without `patients`; the scale's where omitted."""
-    phantom_shape: tuple[int, int, int] | None = None
+    phantom_shape: Shape | None = None
     """Their size (z, y, x); the scale's where omitted."""
-    predict: PredictConfig = field(default_factory=PredictConfig)
+    predict: PredictConfig = PredictConfig()
     """Thresholds and post-processing; T and slab are those of training."""
 
     def __post_init__(self) -> None:
-        """Check ranges and what excludes each other."""
-        settle(self)
-        if self.table not in VARIED:
-            raise ValueError(f"table must be one of {', '.join(VARIED)}, got {self.table!r}")
-        if self.scale not in SCALES:
-            raise ValueError(f"scale must be one of {', '.join(SCALES)}, got {self.scale!r}")
-        for name in ("seeds", "phantom_patients", "iterations"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be >= 1, got {value}")
-        if self.minutes is not None and not self.minutes > 0:
-            raise ValueError(f"minutes must be > 0, got {self.minutes}")
-        most = {"seeds": 1000, "phantom_patients": 100_000, "iterations": 10**9, "threads": MOST_THREADS}
-        check_fields(self, {name: (1, value) for name, value in most.items()} | {"minutes": (0.0, 1e6)})
+        """Check what excludes each other."""
         if self.phantom_shape is not None:
             check_phantoms(self.phantom_shape)
         if self.patients and (self.phantom_patients or self.phantom_shape):
             raise ValueError("patients replaces phantom_patients and phantom_shape: give one or the other")
         if (self.label or self.lung_label) and not self.patients:
             raise ValueError("label and lung_label must be omitted without patients: phantoms have none")
-        usual = PredictConfig()
-        for name, ours, default in (
-            ("slab", self.predict.slab, usual.slab),
-            (
-                "postprocess.threshold_hu",
-                self.predict.postprocess.threshold_hu,
-                usual.postprocess.threshold_hu,
-            ),
-        ):
-            if ours != default:
-                raise ValueError(f"predict.{name} must be left to the training settings, got {ours}")
-        if len(set(self.rows)) != len(self.rows):
-            raise ValueError(f"rows must differ, got {', '.join(self.rows)}")
+        usual, level = PredictConfig(), self.predict.postprocess.threshold_hu
+        rule = "left to the training settings"
+        check("predict.slab", self.predict.slab, self.predict.slab == usual.slab, rule)
+        check("predict.postprocess.threshold_hu", level, level is None, rule)
+        check("rows", self.rows, len(set(self.rows)) == len(self.rows), "named once each")
 
 
 def training(config: AblateConfig) -> TrainConfig:
@@ -162,9 +147,9 @@ def training(config: AblateConfig) -> TrainConfig:
     """
     base = SCALES[config.scale].train
     if config.config is not None:
-        record = parse_json(json.dumps(_merged(config, base), default=str))
+        record = _merged(config, base)
         try:
-            base = build(TrainConfig, record, "TrainConfig")
+            base = from_record(TrainConfig, record)
         except ValueError as error:
             raise ValueError(f"{name_of(config.config)}: {error}") from error
         if base.task != "lesions":

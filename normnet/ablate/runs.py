@@ -13,12 +13,15 @@ import os
 import shutil
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import Field
 
 from lesionsynth.files import claimed, refuse_foreign, replacing, write_atomically
-from lesionsynth.strict import build, check_fields, read_json, shown
-from normnet.config import WEIGHTS, TrainConfig, read_config
+from lesionsynth.strict import read_json, shown
+from normnet.config import WEIGHTS, Minutes, Seed, Steps, TrainConfig, read_config
 from normnet.model import HEADER, read_tensors
+from normnet.settings import check, from_record, settings
 from normnet.train import CONFIG, RUN_FILES, STATE, train
 
 MARKS = "marks.json"
@@ -145,29 +148,26 @@ def _marks(run: Path) -> dict[str, Any]:
         raise ValueError(rule)
     try:
         for label, mark in marks.items():
-            build(_Finished, mark, shown(label))
+            from_record(_Finished, mark, shown(label))
     except ValueError as error:
         raise ValueError(f"{rule}: {error}") from error
     return marks
 
 
-@dataclass(frozen=True, kw_only=True)
+@settings
 class _Finished:
     """A mark as its file tells it."""
 
-    seed: int
+    seed: Seed
     weights: str
-    iterations: int
-    seconds: float
+    iterations: Steps
+    seconds: Annotated[float, Field(ge=0, le=1e10)]
     sha256: str
-    minutes: float | None
+    minutes: Minutes | None
 
     def __post_init__(self) -> None:
-        if Path(self.weights).name != self.weights or self.weights[:1] in ("", "."):
-            raise ValueError(f"weights must be a file's name, got {shown(self.weights)}")
-        check_fields(self, {"seed": (0, 2**32 - 1), "iterations": (1, 10**9), "seconds": (0.0, 1e10)})
-        if self.minutes is not None and not 0 < self.minutes <= 1e6:
-            raise ValueError(f"minutes must be null or in (0, 1e6], got {self.minutes}")
+        named = Path(self.weights).name == self.weights and self.weights[:1] not in ("", ".")
+        check("weights", self.weights, named, "a file's name")
 
 
 def _time(minutes: float | None) -> float:

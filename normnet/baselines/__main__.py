@@ -6,7 +6,6 @@ import argparse
 import dataclasses
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Annotated, Literal
 
 import tyro
@@ -17,6 +16,7 @@ from normnet.baselines.config import METHODS, PRESETS, BaselineConfig, Method
 from normnet.baselines.predict import BaselinePredictArgs, predict
 from normnet.baselines.train import train_baseline
 from normnet.reasons import tell
+from normnet.settings import settings
 
 PROGRAM = "python -m normnet.baselines"
 HELP = """Train a comparison method of the paper (IV-C, Table III) on healthy slices.
@@ -28,7 +28,7 @@ sections; --preset paper gives its values.
 Exit status: 0 when done, 1 when training failed on the way, 2 for a wrong call."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@settings
 class TrainArgs(BaselineConfig):
     """What the command takes: `BaselineConfig` and a preset."""
 

@@ -9,7 +9,6 @@ from normnet.predict.command import PredictSummary, main, predict
 from normnet.predict.volume import (
     Prediction,
     bright_threshold,
-    healthy_threshold,
     inflation_of,
     predict_volume,
 )
@@ -21,7 +20,6 @@ __all__ = [
     "PredictSummary",
     "Prediction",
     "bright_threshold",
-    "healthy_threshold",
     "inflation_of",
     "main",
     "predict",

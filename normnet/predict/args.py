@@ -16,9 +16,10 @@ from typing import Annotated
 
 import tyro
 
-from lesionsynth.strict import build, name_of, read_json, shown
+from lesionsynth.strict import name_of, read_json, shown
 from normnet.config import PredictConfig
 from normnet.prepare.case import LungMethod
+from normnet.settings import from_record
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,6 +99,6 @@ def read_config(path: Path) -> PredictConfig:
             raise ValueError(f"{name_of(path)}: models must be a list, got {shown(models)}")
         record = record["settings"]
     try:
-        return build(PredictConfig, record, "PredictConfig")
+        return from_record(PredictConfig, record)
     except ValueError as error:
         raise ValueError(f"{name_of(path)}: {error}") from error

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from lesionsynth.io import Scan
 from normnet.config import PredictConfig
+from normnet.model import Model
 from normnet.postprocess import Mask
 from normnet.predict.volume import predict_volume
 from normnet.prepare import load_case
@@ -46,7 +46,7 @@ class CasePrediction:
 
 def predict_case(
     path: str | os.PathLike[str],
-    models: Sequence[torch.nn.Module],
+    models: Sequence[Model],
     config: PredictConfig | None = None,
     *,
     mask_path: str | os.PathLike[str] | None = None,
@@ -62,8 +62,8 @@ def predict_case(
     ----------
     path : path
         What `lesionsynth.io.read_ct` reads.
-    models : sequence of torch.nn.Module
-        From `normnet.model.load_model`.
+    models : sequence of Model
+        They are moved to `device`.
     config : PredictConfig, optional
         The paper's where omitted.
     mask_path : path, optional

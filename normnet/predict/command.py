@@ -12,7 +12,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from tqdm import tqdm
 
 import lesionsynth as ls
@@ -23,14 +22,14 @@ from normnet.config import PredictConfig
 from normnet.device import choose_device, cpu_settings
 from normnet.dicom_seg import check_segmentation, write_segmentation
 from normnet.maps import Folder
-from normnet.model import bundled_models, find_models, load_model
+from normnet.model import Model, bundled_models, find_models, naming
 from normnet.predict.args import PredictArgs, parse
 from normnet.predict.case import CasePrediction, predict_case
-from normnet.predict.volume import bright_threshold, healthy_threshold, inflation_of, threshold_setting
+from normnet.predict.volume import bright_threshold, inflation_of
 from normnet.prepare.case import method_record
 from normnet.prepare.masks import check_lungs, find_mask
 from normnet.reasons import hear, reason, tell
-from normnet.records import Record, as_record, model_record, read_record
+from normnet.records import Record, as_record, read_record
 from normnet.stage import Writer
 from normnet.stamps import stamp
 
@@ -80,7 +79,7 @@ def predict(args: PredictArgs, *, progress_bar: bool = False) -> PredictSummary:
     check_lungs(args.masks, args.lungs, len(sources), args.label)
     choose_device(args.device)
     files = find_models(args.models) if args.models else bundled_models()
-    models = [load_model(file) for file in files]
+    models = [Model.load(file) for file in files]
     bright_threshold(models, args.settings)  # before any case fails of it
     inflation_of(models)
     records = [_record(file, model, args.settings) for file, model in zip(files, models, strict=True)]
@@ -122,17 +121,17 @@ class _Job:
     """Files to write, of `normnet.records.FILES`."""
 
 
-def _record(file: Path, model: torch.nn.Module, config: PredictConfig) -> Record:
-    try:
-        return model_record(
-            file,
-            probability=healthy_threshold(model, config),
-            calibrated=threshold_setting(model, config) == "calibrated",
-            threshold_hu=bright_threshold([model], config),
-            inflation_hu=inflation_of([model]),
-        )
-    except ValueError as error:
-        raise ValueError(f"{file}: {error}") from error
+def _record(file: Path, model: Model, config: PredictConfig) -> Record:
+    with naming(file):
+        level = model.threshold(config.probability)
+    return {
+        "name": model.name,
+        "sha256": model.sha256,
+        "probability": level,
+        "calibrated": (config.probability or model.probability) == "calibrated",
+        "threshold_hu": bright_threshold([model], config),
+        "inflation_hu": model.inflation_hu,
+    }
 
 
 def find_ct(
@@ -213,7 +212,7 @@ def _left(args: PredictArgs, folder: Folder, jobs: Sequence[_Job]) -> tuple[list
     return todo, there
 
 
-def _run(args: PredictArgs, job: _Job, models: Sequence[torch.nn.Module]) -> tuple[CasePrediction, float]:
+def _run(args: PredictArgs, job: _Job, models: Sequence[Model]) -> tuple[CasePrediction, float]:
     """Segment a case; returns the seconds that it took, too."""
     start = time.perf_counter()
     found = predict_case(

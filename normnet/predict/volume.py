@@ -11,9 +11,10 @@ import numpy.typing as npt
 import torch
 
 import lesionsynth as ls
-from normnet.config import PAPER_PROBABILITY, PAPER_THRESHOLD_HU, PredictConfig, Probability
+from normnet.config import PredictConfig
 from normnet.device import choose_device
 from normnet.inflation import inflation_factor, windowed_lungs
+from normnet.model import Model
 from normnet.postprocess import Mask, postprocess_slices
 from normnet.sliding import slide
 
@@ -54,7 +55,7 @@ def checked_volume(hu: Any, lung_mask: Any) -> tuple[npt.NDArray[Any], Mask]:
 def predict_volume(
     hu: Any,
     lung_mask: Any,
-    models: Sequence[torch.nn.Module],
+    models: Sequence[Model],
     config: PredictConfig,
     *,
     device: str = "auto",
@@ -68,8 +69,8 @@ def predict_volume(
         Hounsfield units on the training grid, 1.0 x 0.8 x 0.8 mm.
     lung_mask : (z, y, x) bool array
         Lungs, lesions included.
-    models : sequence of torch.nn.Module
-        From `normnet.model.load_model`.
+    models : sequence of Model
+        They are moved to `device`.
     config : PredictConfig
         Threshold, slabs, tiles and post-processing.
     device : str
@@ -96,7 +97,7 @@ def predict_volume(
     if not models:
         raise ValueError("models must hold at least one network, got none")
     where = choose_device(device)
-    levels = torch.tensor([healthy_threshold(model, config) for model in models], device=where)
+    levels = torch.tensor([model.threshold(config.probability) for model in models], device=where)
     level = bright_threshold(models, config)
     settings, tau = replace(config.postprocess, threshold_hu=level), np.float32(ls.threshold(level))
     factor = inflation_factor(volume, mask, inflation_of(models))
@@ -122,7 +123,7 @@ def predict_volume(
     return Prediction(lesions.final, lesions.core, healthy, mean, factor)
 
 
-def bright_threshold(models: Sequence[torch.nn.Module], config: PredictConfig) -> float:
+def bright_threshold(models: Sequence[Model], config: PredictConfig) -> float:
     """Return T in HU, at or above which voxels are bright: the models' own unless `config` has another.
 
     Raises
@@ -132,7 +133,7 @@ def bright_threshold(models: Sequence[torch.nn.Module], config: PredictConfig) -
     """
     if config.postprocess.threshold_hu is not None:
         return config.postprocess.threshold_hu
-    levels = {float(getattr(model, "threshold_hu", PAPER_THRESHOLD_HU)) for model in models}
+    levels = {model.threshold_hu for model in models}
     if len(levels) > 1:
         shown = ", ".join(f"{level:g}" for level in sorted(levels))
         raise ValueError(
@@ -141,7 +142,7 @@ def bright_threshold(models: Sequence[torch.nn.Module], config: PredictConfig) -
     return levels.pop()
 
 
-def inflation_of(models: Sequence[torch.nn.Module]) -> float | None:
+def inflation_of(models: Sequence[Model]) -> float | None:
     """Return the density in HU that the models expect healthy lung to have; None where they expect nothing.
 
     Raises
@@ -149,35 +150,10 @@ def inflation_of(models: Sequence[torch.nn.Module]) -> float | None:
     ValueError
         They expect different ones.
     """
-    levels: set[Any] = {getattr(model, "inflation_hu", None) for model in models}
+    levels = {model.inflation_hu for model in models}
     if len(levels) > 1:
         raise ValueError(f"models must have one inflation_hu, got {', '.join(sorted(map(str, levels)))}")
-    level: float | None = levels.pop()
-    return level
-
-
-def threshold_setting(model: torch.nn.Module, config: PredictConfig) -> Probability:
-    """Return how `model` votes: as `config` says, else as its training settled."""
-    own: Any = getattr(model, "probability", PAPER_PROBABILITY)
-    chosen: Probability = own if config.probability is None else config.probability
-    return chosen
-
-
-def healthy_threshold(model: torch.nn.Module, config: PredictConfig) -> float:
-    """Return the probability above which a voxel is healthy for `model`.
-
-    Raises
-    ------
-    ValueError
-        It shall be calibrated, and the model is not.
-    """
-    wanted = threshold_setting(model, config)
-    if not isinstance(wanted, str):
-        return wanted
-    calibration: Any = getattr(model, "calibration", None)
-    if not calibration:
-        raise ValueError("probability: this model carries no calibration (trained without held-out volumes)")
-    return float(calibration["probability"])
+    return levels.pop()
 
 
 def _lung_box(mask: Mask) -> tuple[slice, slice]:

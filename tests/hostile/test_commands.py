@@ -34,7 +34,7 @@ from tests.hostile.tally import trial
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="signals and shells of POSIX")
 ENTRIES = (
     "lesionsynth", "normnet.prepare", "normnet.train", "normnet.predict", "normnet.evaluate",
-    "normnet.report", "normnet.export", "normnet.demo", "normnet.ablate", "normnet.baselines",
+    "normnet.report", "normnet.model", "normnet.demo", "normnet.ablate", "normnet.baselines",
 )  # fmt: skip
 SYNTH = "-m lesionsynth synth {0}/a.nii --mask {0}/lung.nii --depth 4 --count 3 --threads 1 --output {0}/out"
 

@@ -35,7 +35,7 @@ from normnet import report as report_module  # noqa: E402
 from normnet.config import ModelConfig  # noqa: E402
 from normnet.draw import LESION, LUNG_WINDOW, OUTLINE, curve, png  # noqa: E402
 from normnet.maps import Folder  # noqa: E402
-from normnet.model import build_unet, save_model  # noqa: E402
+from normnet.model import Model, build_unet  # noqa: E402
 from normnet.prepare.lungs import check_agreement  # noqa: E402
 from normnet.reasons import hear  # noqa: E402
 from normnet.report import (  # noqa: E402
@@ -225,7 +225,7 @@ def predicted(tmp_path_factory):
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.zero_()  # every probability is 0.5: nothing is healthy
-    save_model(root / "models/run7/model.safetensors", model, config)
+    Model(model, config).save(root / "models/run7/model.safetensors")
     call = [str(root / "scans"), "--models", str(root / "models"), "--masks", str(root / "masks")]
     call += ["--output", str(root / "maps"), "--threads", "1", "--settings.slab", "16"]
     call += ["--settings.postprocess.growth-iterations", "3"]
