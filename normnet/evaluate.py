@@ -12,11 +12,12 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, NamedTuple, get_type_hints
+from typing import Annotated, Any, NamedTuple, get_type_hints
 
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
+from pydantic import Field
 
 import lesionsynth as ls
 from lesionsynth.commands import plainly, printable, run
@@ -26,7 +27,7 @@ from lesionsynth.strict import name_of, read_json, shown, some_of
 from lesionsynth.window import HU_RANGE
 from normnet import metrics, paper
 from normnet.cases import Case, find_cases, hear, locate, match, read_table, reason, tell
-from normnet.config import PAPER_THRESHOLD_HU
+from normnet.config import PAPER_THRESHOLD_HU, Share
 from normnet.draw import VoxelCounts, case_pictures
 from normnet.metrics import BRIGHT, SCORES, CaseScores, percent
 from normnet.output import FILES as MAPS
@@ -34,6 +35,7 @@ from normnet.output import Record, dumps, read_record, read_records
 from normnet.prepare.case import LungMethod, method_of, method_record
 from normnet.prepare.lungs import check_plausible
 from normnet.report import Page, lungs_told
+from normnet.settings import File, settings
 from normnet.sheets import sheet
 
 Array = npt.NDArray[Any]
@@ -54,7 +56,7 @@ COLUMNS = {"prediction": "lesions", "probability": "probability", "healthy": "he
 """Of a table of cases: kinds of maps."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@settings
 class EvaluateConfig:
     """Compare predicted lesions with annotated ones.
 
@@ -62,17 +64,17 @@ class EvaluateConfig:
     (the others are), 2 for a wrong call.
     """
 
-    output: Path
+    output: File
     """Folder for cases.csv, results.json, tables.md and report.html."""
-    predictions: Path | None = None
+    predictions: File | None = None
     """Folder that normnet.predict or normnet.baselines wrote; or that has the maps of another program:
     <case>.nii.gz, or one <case>_*.nii.gz, for each CT in `ct`."""
-    truth: Path | None = None
+    truth: File | None = None
     """Folder with the annotated lesions of each case: <case>.nii.gz, or one <case>_*.nii.gz."""
-    ct: tuple[Path, ...] = ()
+    ct: tuple[File, ...] = ()
     """Where the CT are now, if they moved since the prediction, or for maps of another program: files, DICOM
     folders, or folders of these at any depth."""
-    masks: Path | None = None
+    masks: File | None = None
     """Folder with lung masks including lesions, named like the truth; those the prediction used where
     omitted."""
     lungs: LungMethod = "network"
@@ -83,21 +85,21 @@ class EvaluateConfig:
     """Labels of the truth that are lesions; all above zero where omitted."""
     lung_label: tuple[int, ...] = ()
     """Labels of the given lungs that are lungs; all above zero where omitted."""
-    cases: Path | None = None
+    cases: File | None = None
     """CSV with columns case, ct, lungs, lesions and, if any, prediction, probability, healthy, core; replaces
     `truth`, `ct` and `masks`. With `predictions` the maps are those of that folder."""
     compare: tuple[str, ...] = ()
     """NAME=FOLDER: other methods' maps of the same cases, a row each in Tables II and III."""
     name: str = PROPOSED
     """What the tables call the method of `predictions`."""
-    healthy_threshold: float = metrics.HEALTHY_THRESHOLD
+    healthy_threshold: Share = metrics.HEALTHY_THRESHOLD
     """Table II calls a voxel healthy where its probability exceeds this (IV-B), unless the predictions have
     <case>_healthy maps: the vote that `normnet.predict --save-probability` writes."""
-    control_voxels: int = metrics.CONTROL_VOXELS
+    control_voxels: Annotated[int, Field(ge=0)] = metrics.CONTROL_VOXELS
     """A volume with fewer lesion voxels is a control: it has no part in the means."""
     oracle: bool = False
     """Also search the threshold with the best DSC on this very test set; an upper bound, reported apart."""
-    pictures: int = 3
+    pictures: Annotated[int, Field(ge=0)] = 3
     """Slices shown per case, worst first; 0 for none."""
 
     def __post_init__(self) -> None:
@@ -107,11 +109,6 @@ class EvaluateConfig:
             raise ValueError("predictions and truth must be given, or cases")
         if self.lung_label and not (self.masks or self.cases):
             raise ValueError("lung_label must be omitted where neither masks nor cases are given")
-        if not 0 <= self.healthy_threshold <= 1:
-            raise ValueError(f"healthy_threshold must lie in [0, 1], got {self.healthy_threshold}")
-        for name in ("control_voxels", "pictures"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} must be >= 0, got {getattr(self, name)}")
         taken = [self.name, f"{self.name} {WITHOUT_GROWING}"]
         for name, folder in self.compared:
             if not (name and folder):
@@ -258,8 +255,8 @@ class Evaluation:
     control_voxels: int = metrics.CONTROL_VOXELS
     oracle: bool = False
     pictures: int = 3
-    settings: dict[str, Any] = field(default_factory=dict)
-    """What else was asked for."""
+    asked: dict[str, Any] = field(default_factory=dict)
+    """What else results.json shall tell of the settings."""
     failures: list[Failure] = field(default_factory=list)
     """What could not be evaluated; the other cases could."""
     warnings: dict[str, list[str]] = field(default_factory=dict)
@@ -425,7 +422,7 @@ class Evaluation:
         first = methods[self.names[0]]
         document = {
             **{entry: first[entry] for entry in ("cases", "summary", "oracle_searched_on_this_test_set")},
-            "settings": {**rules, **self.settings},
+            "settings": {**rules, **self.asked},
             "methods": methods,
             "files": FILES,
             "failures": [failure._asdict() for failure in self.failures],
@@ -654,7 +651,7 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
     evaluation = Evaluation(
         names=tuple(maps),
         **{name: getattr(config, name) for name in SHARED},
-        settings={
+        asked={
             "label": config.label,
             "lung_label": config.lung_label,
             "lungs": method_record(config.lungs) if own else None,
