@@ -24,15 +24,20 @@ from lesionsynth.files import claimed, others, remove_folder, sweep, write_atomi
 from lesionsynth.strict import name_of
 from normnet.config import WEIGHTS, PredictConfig, TrainConfig, phantom
 from normnet.draw import curve, grey, lung_box, png, side_by_side
-from normnet.evaluate import CaseVolumes, Evaluation, evaluate_volumes
+from normnet.evaluate import (
+    CaseVolumes,
+    Evaluation,
+    Origin,
+    as_text,
+    check_output,
+    evaluate_volumes,
+    tissue,
+)
 from normnet.metrics import HEALTHY_THRESHOLD, percent
 from normnet.model import Model
-from normnet.origin import Origin
 from normnet.output import dumps, load
 from normnet.predict import predict_volume
 from normnet.report import Page
-from normnet.results import check_output
-from normnet.tables import plain_table
 from normnet.train import BEST, CONFIG, METRICS, STATE, TrainResult, train
 from normnet.volumes import PHANTOM_SEED
 
@@ -174,8 +179,8 @@ def training_example(settings: TrainConfig, seed: int, shape: tuple[int, int, in
 
 def _predicted(config: DemoConfig, run: Path) -> Iterator[CaseVolumes]:
     model = Model.load(run)
-    origin = Origin(threshold_hu=config.train.threshold_hu)
-    origin = replace(origin, label=f"fixed at {HEALTHY_THRESHOLD:g}{origin.tissue}")
+    level = config.train.threshold_hu
+    origin = Origin(f"fixed at {HEALTHY_THRESHOLD:g}{tissue(level)}", level)
     for name, chest, truth in patients(config):
         found = predict_volume(
             chest.hu, chest.lung_mask, [model], PredictConfig(probability=HEALTHY_THRESHOLD)
@@ -249,7 +254,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     def body() -> int:
         config = tyro.cli(DemoConfig, args=arguments, prog="python -m normnet.demo")
         evaluation = run_demo(config, say=lambda line: print(line, flush=True))
-        print(plain_table(*evaluation.table()))
+        print(as_text(evaluation.table()))
         auc = evaluation.summary["bright_auc"]["mean"]
         print(f"bright-voxel AUC {auc:.3f}, {time.perf_counter() - start:.0f} s in all")
         print(f"report: {name_of(config.output / 'report.html')}")

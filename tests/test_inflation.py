@@ -17,9 +17,10 @@ pytest.importorskip("monai")
 import lesionsynth as ls  # noqa: E402
 from normnet import predict, train  # noqa: E402
 from normnet.config import ModelConfig, PostprocessConfig, PredictConfig, TrainConfig  # noqa: E402
+from normnet.evaluate import CaseVolumes, evaluate_volumes, origin_of  # noqa: E402
 from normnet.inflation import AIR_HU, healthy_density, inflate, inflation_factor  # noqa: E402
 from normnet.model import Model, build_unet  # noqa: E402
-from normnet.origin import Origin, read_origin  # noqa: E402
+from normnet.output import read_record  # noqa: E402
 from normnet.postprocess import postprocess  # noqa: E402
 from normnet.volumes import KeptVolume, inflated, keep  # noqa: E402
 
@@ -161,14 +162,21 @@ def test_the_record_tells_the_factor_and_what_was_judged(tmp_path):
     assert record["inflation"] == pytest.approx(1.1, rel=0.015)
     assert record["models"][0]["inflation_hu"] == -880.0
     assert record["models"][0]["probability"] == 0.4
-    origin = read_origin(tmp_path / "out/p_lesions.nii.gz")
+    origin = origin_of(record)
     assert origin.threshold_hu == pytest.approx(-700 / record["inflation"])
     assert origin.label == "fixed at 0.4; T -700 HU"
-    assert origin.judged == "lung from -700 HU, at one inflation"
-    assert origin.tissue == "; T -700 HU"
+    case = CaseVolumes(
+        case="p", hu=hu, prediction=mask, truth=mask, lung_mask=mask, probability=mask.astype(np.float32),
+        spacing=(1.0, 0.8, 0.8), origin=origin,
+    )  # fmt: skip
+    with pytest.warns(UserWarning, match="the truth covers 100 % of the lungs"):
+        made = evaluate_volumes([case], pictures=0).methods["Proposed"]
+    assert made.judges == "lung from -700 HU, at one inflation"
+    assert made.bright_threshold == "mean probability, fixed at 0.95; T -700 HU"
     for factor in (0, -1, 1e300, "1e309", "1", True, None, []):  # a damaged record says nothing
         (tmp_path / "out/p.json").write_text(json.dumps({**record, "inflation": factor}))
-        assert read_origin(tmp_path / "out/p_lesions.nii.gz") == Origin()
+        with pytest.raises(ValueError, match="not the record of a prediction: inflation: "):
+            read_record(tmp_path / "out/p.json")
     undecided(tmp_path / "n.safetensors", None)
     assert predict.main([*call, str(tmp_path / "n.safetensors"), "--output", str(tmp_path / "two")]) == 2
     assert not (tmp_path / "two").exists()

@@ -23,10 +23,9 @@ import lesionsynth as ls  # noqa: E402
 from normnet import predict  # noqa: E402
 from normnet.config import ModelConfig  # noqa: E402
 from normnet.draw import OUTLINE, prepared_picture  # noqa: E402
-from normnet.evaluate import EvaluateConfig, evaluate, load_case  # noqa: E402
+from normnet.evaluate import EvaluateConfig, evaluate  # noqa: E402
 from normnet.evaluate import main as evaluate_main  # noqa: E402
 from normnet.model import Model, build_unet  # noqa: E402
-from normnet.pairing import CaseFiles  # noqa: E402
 from normnet.prepare import load_case as load_ct  # noqa: E402
 from normnet.prepare import prepare, segment_lungs  # noqa: E402
 from normnet.prepare.lungs import Lungs, split_mask  # noqa: E402
@@ -190,39 +189,38 @@ def test_prepare_draws_both_and_tells(study, tmp_path, monkeypatch, task):
 
 
 def places(study, root):
-    """CT, truth and prediction of both cases, without lungs."""
+    """CT, truth and prediction of both cases, without lungs and records."""
     for case in (ILL, WELL):
         truth = (LUNGS.left & (consolidated() > -100)).astype(np.uint8)
         write_image(truth, root / f"truth/{case}.nii.gz")
         (root / "pred").mkdir(exist_ok=True)
         shutil.copy(study / f"maps/{case}_lesions.nii.gz", root / "pred")
-    return {"predictions": (root / "pred",), "truth": (root / "truth",), "ct": (study / "scans",)}
+    return {"predictions": root / "pred", "truth": root / "truth", "ct": (study / "scans",)}
+
+
+def bright(scores):
+    return scores["bright_healthy_voxels"] + scores["bright_lesion_voxels"]
 
 
 def test_lungs_to_score_in_are_the_networks(study, tmp_path):
     paths = places(study, tmp_path)
     weights = str(study / "mine")
     with stubbed():
-        evaluation = evaluate(EvaluateConfig(output=tmp_path / "out", **paths, segment=weights, pictures=0))
+        evaluation = evaluate(EvaluateConfig(output=tmp_path / "out", **paths, lungs=weights, pictures=0))
     document = json.loads((tmp_path / "out/results.json").read_text())
     for case in (ILL, WELL):
         notes = evaluation.scores[case]["notes"]
         assert "lungs segmented by the lung network mine: none were given" in notes
         assert document["cases"][case]["notes"] == notes
-    asked = document["settings"]["segment"]
+    asked = document["settings"]["lungs"]
     assert asked["lungs_from"] == "mine"
     assert len(asked["lungs_sha256"]) == 64
-    files = CaseFiles(
-        case=ILL,
-        ct=study / f"scans/{ILL}.nii.gz",
-        lesion=tmp_path / f"truth/{ILL}.nii.gz",
-        prediction=tmp_path / f"pred/{ILL}_lesions.nii.gz",
-    )
-    with stubbed():
-        np.testing.assert_array_equal(load_case(files, segment=weights).lung_mask, CHEST.lung_mask)
-    by_thresholds = load_case(files, segment="classical")
-    np.testing.assert_array_equal(by_thresholds.lung_mask, segment_lungs(consolidated(), SPACING))
-    assert by_thresholds.notes == ("lungs segmented by thresholds: none were given",)
+    hu = consolidated()
+    assert bright(evaluation.scores[ILL]) == (CHEST.lung_mask & (hu >= -500)).sum()
+    classical = evaluate(EvaluateConfig(output=tmp_path / "out", **paths, lungs="classical", pictures=0))
+    lungs = segment_lungs(hu, SPACING)
+    assert bright(classical.scores[ILL]) == (lungs & (hu >= -500)).sum() != bright(evaluation.scores[ILL])
+    assert "lungs segmented by thresholds: none were given" in classical.scores[ILL]["notes"]
 
 
 def test_network_is_what_segments_where_nothing_is_said(study, tmp_path, monkeypatch):
@@ -237,12 +235,13 @@ def test_network_is_what_segments_where_nothing_is_said(study, tmp_path, monkeyp
 def test_lungs_that_nobody_has_are_no_lungs_to_score_in(study, tmp_path):
     whole = Lungs(np.ones(SHAPE, bool), np.zeros(SHAPE, bool))
     config = EvaluateConfig(
-        output=tmp_path / "out", **places(study, tmp_path), segment=str(study / "mine"), pictures=0
+        output=tmp_path / "out", **places(study, tmp_path), lungs=str(study / "mine"), pictures=0
     )
     with stubbed(whole):
         evaluation = evaluate(config)
     assert not evaluation.scores
-    assert all("lungs must have more than 0 and at most" in str(one) for one in evaluation.failures)
+    assert all("lungs must have more than 0 and at most" in one.reason for one in evaluation.failures)
+    assert len(evaluation.failures) == 2
     with stubbed(Lungs(CHEST.lung_mask, np.zeros(SHAPE, bool))):
         evaluation = evaluate(config)
     assert any("is one collapsed" in note for note in evaluation.scores[WELL]["notes"])
@@ -250,15 +249,17 @@ def test_lungs_that_nobody_has_are_no_lungs_to_score_in(study, tmp_path):
 
 def test_no_method_is_told_before_any_case_and_only_where_one_is_needed(study, tmp_path, capsys):
     paths = places(study, tmp_path)
-    call = [text for name, (path,) in paths.items() for text in (f"--{name}", str(path))]
-    call += ["--output", str(tmp_path / "out"), "--segment", "by hand", "--pictures", "0"]
+    call = ["--predictions", str(paths["predictions"]), "--truth", str(paths["truth"])]
+    call += ["--ct", str(study / "scans"), "--output", str(tmp_path / "out")]
+    call += ["--lungs", "by hand", "--pictures", "0"]
     assert evaluate_main(call) == 2
-    assert "segment: lungs must be network, classical, lungmask" in capsys.readouterr().err
+    assert "lungs must be network, classical, lungmask" in capsys.readouterr().err
     assert not (tmp_path / "out/results.json").exists()
     # the prediction's own lungs
     for case in (ILL, WELL):
-        shutil.copy(study / f"maps/{case}_lung.nii.gz", tmp_path / "pred")
+        for name in (f"{case}_lung.nii.gz", f"{case}.json"):
+            shutil.copy(study / "maps" / name, tmp_path / "pred")
     assert evaluate_main(call) == 0
     document = json.loads((tmp_path / "out/results.json").read_text())
-    assert document["settings"]["segment"] is None
+    assert document["settings"]["lungs"] is None
     assert not any("segmented" in note for note in document["cases"][ILL]["notes"])

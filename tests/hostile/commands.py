@@ -129,7 +129,7 @@ class Study:
                 "predictions": self.maps,
                 "truth": root / "lesion",
                 "ct": root / "ct",
-                "lungs": root / "lung",
+                "masks": root / "lung",
             }
             flags = [word for name, path in given.items() for word in (f"--{name}", str(path))]
             return evaluate.main([*flags, "--output", str(out), "--pictures", "1"])

@@ -256,7 +256,7 @@ def test_a_file_where_a_folder_should_be(study: Study, tmp_path: Path, call: str
 
 def test_an_evaluation_keeps_the_list_it_reads(study: Study, tmp_path: Path, capsys) -> None:
     row = f"p1,{study.root}/ct/p1.nii.gz,{study.root}/lesion/p1_lesion.nii.gz,{study.maps}/p1_lesions.nii.gz"
-    table = f"case,ct,lesion,prediction\n{row}\n"
+    table = f"case,ct,lesions,prediction\n{row}\n"
     assert study.calls()["evaluate"](tmp_path) == 0
     for _ in range(2):
         with trial("removals"):
