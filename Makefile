@@ -43,7 +43,8 @@ gpu: $(INSTALLED)  ## everything there is to see on a GPU; GPU='--part smoke' ch
 gpu-wheels:  ## for python -m benchmarks.session --wheels, on a machine with CUDA and torch but no network
 	$(PYTHON) -m pip download --quiet --no-deps --only-binary=:all: --python-version $(GPU_PYTHON) \
 	  --implementation cp --platform manylinux_2_28_x86_64 --platform manylinux2014_x86_64 \
-	  -c constraints.txt -d $(GPU_WHEELS) monai tyro docstring_parser typeguard
+	  -c constraints.txt -d $(GPU_WHEELS) monai tyro docstring_parser typeguard \
+	  annotated-types pydantic pydantic_core typing-inspection pandas python-dateutil joblib narwhals scikit-learn threadpoolctl
 
 check: lint types imports docs test test-slow
 

@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image
 
 import lesionsynth as ls
-from normnet.report import LUNG_WINDOW, grey, lung_box, overlay, side_by_side
+from normnet.draw import LUNG_WINDOW, grey, lung_box, overlay, side_by_side
 
 
 def main() -> None:

@@ -28,9 +28,9 @@ from normnet.data import VALIDATION_INDEX, PairStream, ThickSlices
 from normnet.demo import DemoConfig, patients
 from normnet.inflation import inflation_factor, windowed_lungs
 from normnet.metrics import overlap_scores
-from normnet.model import bundled_models, find_models, load_model
+from normnet.model import Model, bundled_models, find_models
 from normnet.postprocess import postprocess
-from normnet.predict import bright_threshold, healthy_threshold, inflation_of, slab_probabilities
+from normnet.predict import bright_threshold, inflation_of, slab_probabilities
 from normnet.volumes import inflated, split, store_volumes
 
 SWEEPS: dict[str, tuple[Any, ...]] = {
@@ -55,7 +55,7 @@ class Case(NamedTuple):
     spacing: tuple[float, float, float]
 
 
-def phantoms(models: list[Any]) -> Iterator[Case]:
+def phantoms(models: list[Model]) -> Iterator[Case]:
     """Phantom patients, the healthy one last."""
     for _, chest, truth in patients(DemoConfig()):
         factor = inflation_factor(chest.hu, chest.lung_mask, inflation_of(models))
@@ -63,7 +63,7 @@ def phantoms(models: list[Any]) -> Iterator[Case]:
         yield Case(image, chest.lung_mask, truth, _chances(image, models), chest.spacing)
 
 
-def pairs(store: Path, models: list[Any]) -> Iterator[Case]:
+def pairs(store: Path, models: list[Model]) -> Iterator[Case]:
     """Synthetic lesions in what training held out."""
     config = few()
     volumes = store_volumes(store)
@@ -113,13 +113,11 @@ def main() -> None:
     parser.add_argument("--data", type=Path)
     parser.add_argument("--probability", type=float)
     args = parser.parse_args()
-    models: list[Any] = [
-        load_model(f) for f in (find_models(args.models) if args.models else bundled_models())
-    ]
+    models = [Model.load(f) for f in (find_models(args.models) if args.models else bundled_models())]
     usual = PredictConfig(probability=args.probability)
     level = bright_threshold(models, usual)
     base, tau = PostprocessConfig(threshold_hu=level), ls.threshold(level)
-    levels = [healthy_threshold(model, usual) for model in models]
+    levels = [model.threshold(usual.probability) for model in models]
     ill = list(phantoms(models))
     synthetic = list(pairs(args.data, models)) if args.data else []
     print(f"T {level:g} HU, thresholds {levels}; defaults {base}\n")
@@ -135,7 +133,7 @@ def main() -> None:
         print()
 
 
-def _chances(image: Any, models: list[Any]) -> list[Any]:
+def _chances(image: Any, models: list[Model]) -> list[Any]:
     device = torch.device("cpu")
     return [slab_probabilities(image, model, PredictConfig(), device) for model in models]
 

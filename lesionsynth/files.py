@@ -178,12 +178,7 @@ def sweep(folder: Path, name: str | None = None, inside: Collection[str] = ()) -
     inside : collection of str
         What a half-written folder may hold; one with other files stays.
     """
-    begin = "." if name is None else _begin(name)
-    try:
-        found = [Path(entry.path) for entry in os.scandir(folder) if entry.name.startswith(begin)]
-    except OSError:  # nothing there
-        return
-    for path in filter(is_left_over, found):
+    for path in left_over(folder, name):
         try:
             if path.is_dir() and not path.is_symlink():
                 if not others(path, inside):
@@ -192,6 +187,16 @@ def sweep(folder: Path, name: str | None = None, inside: Collection[str] = ()) -
                 path.unlink()
         except OSError:  # another process has just taken it away, or it is not ours to remove
             continue
+
+
+def left_over(folder: Path, name: str | None = None) -> list[Path]:
+    """Return what processes that have ended were writing in a folder, to become the file `name` or any."""
+    begin = "." if name is None else _begin(name)
+    try:
+        found = [Path(entry.path) for entry in os.scandir(folder) if entry.name.startswith(begin)]
+    except OSError:  # nothing there
+        return []
+    return [path for path in found if is_left_over(path)]
 
 
 def is_left_over(path: Path) -> bool:

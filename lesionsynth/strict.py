@@ -92,8 +92,10 @@ def read_bytes(path: str | os.PathLike[str], most: int = MOST_BYTES) -> bytes:
     ValueError
         It is no regular file, or longer than `most`; the message starts with its name.
     """
-    with regular_file(path, most) as (stream, _):
-        content = stream.read(most + 1)
+    with regular_file(path, most) as (stream, size):
+        content = stream.read(size + 1)  # read(most) would take that much memory first
+        if len(content) > size:  # it grew, or is a file of the system, which has no size
+            content += stream.read(most + 1 - len(content))
     if len(content) > most:
         raise ValueError(f"{name_of(path)}: must be at most {most} bytes long, got more")
     return content

@@ -23,16 +23,21 @@ from lesionsynth import commands
 from lesionsynth.files import claimed, others, remove_folder, sweep, write_atomically
 from lesionsynth.strict import name_of
 from normnet.config import WEIGHTS, PredictConfig, TrainConfig, phantom
-from normnet.evaluate import CaseVolumes, Evaluation, evaluate_volumes
-from normnet.metrics import HEALTHY_THRESHOLD
-from normnet.model import load_model
-from normnet.origin import Origin
+from normnet.draw import curve, grey, lung_box, png, side_by_side
+from normnet.evaluate import (
+    CaseVolumes,
+    Evaluation,
+    Origin,
+    as_text,
+    check_output,
+    evaluate_volumes,
+    tissue,
+)
+from normnet.metrics import HEALTHY_THRESHOLD, percent
+from normnet.model import Model
+from normnet.output import dumps, load
 from normnet.predict import predict_volume
-from normnet.report import Report, curve, grey, lung_box, percent, png, side_by_side
-from normnet.results import check_output
-from normnet.stage import load
-from normnet.strict_json import dumps
-from normnet.tables import plain_table
+from normnet.report import Page
 from normnet.train import BEST, CONFIG, METRICS, STATE, TrainResult, train
 from normnet.volumes import PHANTOM_SEED
 
@@ -173,9 +178,9 @@ def training_example(settings: TrainConfig, seed: int, shape: tuple[int, int, in
 
 
 def _predicted(config: DemoConfig, run: Path) -> Iterator[CaseVolumes]:
-    model = load_model(run)
-    origin = Origin(threshold_hu=config.train.threshold_hu)
-    origin = replace(origin, label=f"fixed at {HEALTHY_THRESHOLD:g}{origin.tissue}")
+    model = Model.load(run)
+    level = config.train.threshold_hu
+    origin = Origin(f"fixed at {HEALTHY_THRESHOLD:g}{tissue(level)}", level)
     for name, chest, truth in patients(config):
         found = predict_volume(
             chest.hu, chest.lung_mask, [model], PredictConfig(probability=HEALTHY_THRESHOLD)
@@ -196,7 +201,7 @@ def _predicted(config: DemoConfig, run: Path) -> Iterator[CaseVolumes]:
 
 def _write_report(config: DemoConfig, result: TrainResult, evaluation: Evaluation, seconds: float) -> None:
     auc = evaluation.summary["bright_auc"]
-    report = Report("NormNet on the built-in phantom")
+    report = Page("NormNet on the built-in phantom")
     report.paragraph(
         f"Trained label-free for {config.minutes:g} minutes ({result.iterations} iterations) on healthy "
         f"phantom chests with synthetic lesions, then shown {auc['n']} phantoms with a pneumonia of another "
@@ -249,7 +254,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     def body() -> int:
         config = tyro.cli(DemoConfig, args=arguments, prog="python -m normnet.demo")
         evaluation = run_demo(config, say=lambda line: print(line, flush=True))
-        print(plain_table(*evaluation.table()))
+        print(as_text(evaluation.table()))
         auc = evaluation.summary["bright_auc"]["mean"]
         print(f"bright-voxel AUC {auc:.3f}, {time.perf_counter() - start:.0f} s in all")
         print(f"report: {name_of(config.output / 'report.html')}")

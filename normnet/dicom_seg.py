@@ -20,10 +20,10 @@ import numpy as np
 import numpy.typing as npt
 import pydicom
 from pydicom.sr.codedict import codes
-from pydicom.uid import ExplicitVRLittleEndian, generate_uid
+from pydicom.uid import generate_uid
 
 from lesionsynth import __version__
-from lesionsynth.files import named_when_whole, replacing
+from lesionsynth.files import write_atomically
 from lesionsynth.io import Scan, read_headers
 from lesionsynth.strict import name_of, shown, some_of
 
@@ -54,21 +54,18 @@ def check_segmentation(files: Sequence[Path]) -> None:
     ValueError
         They lack what a segmentation must repeat of them, or it is not as the standard wants it.
     """
-    with _told(files):
-        slices = _slices(files)
+    with _naming(files):
+        slices = _slices(files)[:1]  # they agree: one is as good as all
         voxel = np.zeros((1, int(slices[0].Rows), int(slices[0].Columns), 1), bool)
         voxel[:, 0, 0] = True
-        # slices that agree: one is as good as all
-        _segmentation(slices[:1], ["lesion"], voxel, [""]).save_as(io.BytesIO())
+        _segmentation(slices, ["lesion"], voxel, [""])
 
 
-def write_segmentation(path: str | os.PathLike[str], masks: Mapping[str, Mask], scan: Scan) -> Path:
-    """Write masks as one binary DICOM Segmentation.
+def encode_segmentation(masks: Mapping[str, Mask], scan: Scan) -> bytes:
+    """Make one binary DICOM Segmentation of masks.
 
     Parameters
     ----------
-    path : path
-        File to write; replaced atomically, folders are created.
     masks : mapping of str to (Z, Y, X) bool array
         By name, "lung" or "lesion"; on the grid of ``scan.hu``. They may overlap.
     scan : Scan
@@ -76,8 +73,8 @@ def write_segmentation(path: str | os.PathLike[str], masks: Mapping[str, Mask], 
 
     Returns
     -------
-    Path
-        `path`.
+    bytes
+        A DICOM file.
 
     Raises
     ------
@@ -93,33 +90,33 @@ def write_segmentation(path: str | os.PathLike[str], masks: Mapping[str, Mask], 
     """
     if not masks:
         raise ValueError("masks must hold at least one mask, got none")
-    if unknown := sorted(set(masks) - set(SEGMENTS)):
-        raise ValueError(f"masks must be named {' or '.join(SEGMENTS)}, got {unknown[0]!r}")
     if scan.series is None:
-        raise ValueError(
-            f"scan must be a DICOM series, for a segmentation refers to it, got {name_of(scan.path)}"
-        )
-    frames = []
+        where = name_of(scan.path)
+        raise ValueError(f"scan must be a DICOM series, for a segmentation refers to it, got {where}")
+    content = hashlib.sha256()
     for name, mask in masks.items():
+        if name not in SEGMENTS:
+            raise ValueError(f"masks must be named {' or '.join(SEGMENTS)}, got {name!r}")
         if mask.shape != scan.hu.shape:
-            raise ValueError(
-                f"masks[{name!r}] must have the shape of the CT, {scan.hu.shape}, got {mask.shape}"
-            )
+            rule = f"the shape of the CT, {scan.hu.shape}, got {mask.shape}"
+            raise ValueError(f"masks[{name!r}] must have {rule}")
         if mask.dtype != np.bool_:
             raise ValueError(f"masks[{name!r}] must be bool, got {mask.dtype}")
-        frames.append(scan.grid.from_lps(mask))
-    seed = [scan.series, _digest(masks)]
-    with _told(scan.files):
-        dataset = _segmentation(_slices(scan.files), list(masks), np.stack(frames, axis=-1), seed)
-    target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(target) as beside, named_when_whole(beside) as stream:
-        dataset.save_as(stream)
-    return target
+        content.update(f"{name} {mask.shape} ".encode() + np.packbits(mask).tobytes())
+    frames = np.stack([scan.grid.from_lps(mask) for mask in masks.values()], axis=-1)
+    with _naming(scan.files):
+        return _segmentation(_slices(scan.files), list(masks), frames, [scan.series, content.hexdigest()])
+
+
+def write_segmentation(path: str | os.PathLike[str], masks: Mapping[str, Mask], scan: Scan) -> Path:
+    """Write what `encode_segmentation` makes, with its errors; folders are created, a file is replaced."""
+    content = encode_segmentation(masks, scan)
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    return write_atomically(Path(path), content)
 
 
 @contextmanager
-def _told(files: Sequence[Path]) -> Iterator[None]:
+def _naming(files: Sequence[Path]) -> Iterator[None]:
     """Name the CT in whatever highdicom and pydicom miss in its headers."""
     try:
         with warnings.catch_warnings():
@@ -155,25 +152,14 @@ def _slices(files: Sequence[Path]) -> list[pydicom.Dataset]:
     return slices
 
 
-def _digest(masks: Mapping[str, Mask]) -> str:
-    content = hashlib.sha256()
-    for name, mask in masks.items():
-        content.update(f"{name} {mask.shape} ".encode())
-        content.update(np.packbits(mask).tobytes())
-    return content.hexdigest()
-
-
 def _segmentation(
     slices: Sequence[pydicom.Dataset], names: Sequence[str], frames: Mask, seed: Sequence[str]
-) -> pydicom.Dataset:
-    algorithm = highdicom.AlgorithmIdentificationSequence(
-        name="normnet", family=codes.DCM.ArtificialIntelligence, version=__version__
-    )
-    dataset: pydicom.Dataset = highdicom.seg.Segmentation(
+) -> bytes:
+    dataset = highdicom.seg.Segmentation(
         source_images=slices,
         pixel_array=frames.view(np.uint8),
-        segmentation_type=highdicom.seg.SegmentationTypeValues.BINARY,
-        segment_descriptions=[_describe(number, name, algorithm) for number, name in enumerate(names, 1)],
+        segmentation_type="BINARY",
+        segment_descriptions=[_describe(number, name) for number, name in enumerate(names, 1)],
         series_instance_uid=generate_uid(entropy_srcs=[*seed, "series"]),
         series_number=int(slices[0].get("SeriesNumber") or 0) + 1000,
         sop_instance_uid=generate_uid(entropy_srcs=[*seed, "instance"]),
@@ -185,23 +171,25 @@ def _segmentation(
         content_label="LESIONS",
         content_description="Lungs and lesions by normnet",
         series_description="normnet: lungs and lesions",
-        transfer_syntax_uid=ExplicitVRLittleEndian,
     )
     organization = generate_uid(entropy_srcs=[*seed, "dimensions"])  # highdicom draws it at random
     for item in (*dataset.DimensionOrganizationSequence, *dataset.DimensionIndexSequence):
         item.DimensionOrganizationUID = organization
-    return dataset
+    dataset.save_as(stream := io.BytesIO())
+    return stream.getvalue()
 
 
-def _describe(number: int, name: str, algorithm: Any) -> Any:
+def _describe(number: int, name: str) -> Any:
     category, kind, colour = SEGMENTS[name]
     return highdicom.seg.SegmentDescription(
         segment_number=number,
         segment_label=name,
         segmented_property_category=category,
         segmented_property_type=kind,
-        algorithm_type=highdicom.seg.SegmentAlgorithmTypeValues.AUTOMATIC,
-        algorithm_identification=algorithm,
+        algorithm_type="AUTOMATIC",
+        algorithm_identification=highdicom.AlgorithmIdentificationSequence(
+            name="normnet", family=codes.DCM.ArtificialIntelligence, version=__version__
+        ),
         anatomic_regions=None if kind == codes.SCT.Lung else [codes.SCT.Lung],
         display_color=highdicom.color.CIELabColor.from_rgb(*colour),
     )

@@ -2,11 +2,12 @@
 
 Table III compares the final segmentation with the truth over the whole volume; lesions are the positive
 class. Table II asks how well the network alone tells healthy from diseased among the bright voxels of the
-lung. There the *healthy* voxels are the positive class: the paper says that at a threshold of 0.95 "the high
-specificity ensures that most of the lesions are treated as anomaly", so a true negative is a lesion voxel
-that is not called healthy. Precision is then the share of truly healthy voxels among those called healthy;
-sensitivity the share of healthy voxels that were called so. The area under the ROC curve is the same
-whichever class is called positive.
+lung. There the *healthy* voxels are the positive class: "the high specificity ensures that most of the
+lesions are treated as anomaly", so a true negative is a lesion voxel that is not called healthy. The area
+under the ROC curve is the same whichever class is called positive.
+
+The *oracle* is the threshold that would have been best on the very set it is scored on, as the paper searches
+for its baselines (PAPER.md IV-C): an upper bound, never a result.
 """
 
 from __future__ import annotations
@@ -30,7 +31,6 @@ CONTROL_VOXELS = 100
 ALL_LUNGS, FEW_INSIDE = 0.9, 0.5
 """A truth that covers more of the lungs than the one, or lies in them with less than the other, is doubted:
 lungs that are lesions all through are rare, and lesions lie in lungs."""
-
 SCORES = ("dsc", "psc", "sen")
 """Table III."""
 BRIGHT = ("bright_precision", "bright_sensitivity", "bright_specificity", "bright_auc")
@@ -65,61 +65,26 @@ class CaseScores(OverlapScores):
 
 
 def roc_auc(positive: Array, negative: Array) -> float:
-    r"""Area under the ROC curve, exactly.
+    """Area under the ROC curve of two classes, given their scores: higher is more like the positive class.
 
-    Parameters
-    ----------
-    positive, negative : 1-D arrays
-        Scores of the two classes; higher means more like the positive class.
-
-    Returns
-    -------
-    float
-        :math:`P(p > n) + P(p = n) / 2` over all pairs (Mann-Whitney); NaN where a class is empty.
-
-    Raises
-    ------
-    ValueError
-        A score is NaN.
-
-    Notes
-    -----
-    Counts are integers, so the result does not depend on the order of the voxels; O(n log n).
+    NaN where a class is empty; a score that is NaN is a ValueError.
     """
-    positive, negative = np.ravel(positive), np.ravel(negative)
     for name, scores in (("positive", positive), ("negative", negative)):
-        if scores.dtype.kind == "f" and np.isnan(scores).any():
+        if np.isnan(scores).any():
             raise ValueError(f"{name} scores must be numbers, got NaN")
     if not positive.size or not negative.size:
         return float("nan")
-    ordered = np.sort(negative)
-    # sorted queries walk through memory in order
-    queries = np.sort(positive)
-    below = int(np.searchsorted(ordered, queries, "left").sum(dtype=np.int64))
-    upto = int(np.searchsorted(ordered, queries, "right").sum(dtype=np.int64))
-    return (below + upto) / (2 * positive.size * negative.size)
+    from sklearn.metrics import roc_auc_score
+
+    scores = np.concatenate([positive, negative], axis=None)
+    return float(roc_auc_score(np.arange(scores.size) < positive.size, scores))
 
 
 def bright_voxels(hu: Array, lung_mask: Array, threshold_hu: float | None = PAPER_THRESHOLD_HU) -> Array:
     """Lung voxels at or above T, the ones that a network judges (PAPER.md III-B).
 
-    Parameters
-    ----------
-    hu : (Z, Y, X) array
-        Hounsfield units.
-    lung_mask : (Z, Y, X) bool array
-    threshold_hu : float or None
-        T in HU, in [-800, 100]; the paper's -500 HU (tau = 1/3) where omitted. None for all lung voxels,
-        which the methods that NormNet is compared with judge.
-
-    Returns
-    -------
-    (Z, Y, X) bool array
-
-    Raises
-    ------
-    ValueError
-        T is out of range.
+    Of `hu`, (Z, Y, X) in HU, and a bool `lung_mask` of its shape. T lies in [-800, 100] HU (else ValueError);
+    None stands for all lung voxels, which the methods that NormNet is compared with judge.
     """
     if threshold_hu is None:
         return lung_mask
@@ -132,27 +97,16 @@ def bright_voxels(hu: Array, lung_mask: Array, threshold_hu: float | None = PAPE
 def overlap_scores(
     prediction: Array, lesion_truth: Array, spacing: Sequence[float] = (1.0, 1.0, 1.0)
 ) -> OverlapScores:
-    """Compare two lesion maps (Table III), over the whole volume.
-
-    Parameters
-    ----------
-    prediction, lesion_truth : (Z, Y, X) bool arrays
-    spacing : (3,) floats
-        Voxel size (z, y, x) in mm.
-
-    Returns
-    -------
-    OverlapScores
+    """Compare two lesion maps, (Z, Y, X) bool, over the whole volume (Table III).
 
     Raises
     ------
     TypeError
         A map is not bool.
     ValueError
-        Shapes differ, or `spacing` is not three lengths > 0.
+        Shapes differ, or `spacing`, (z, y, x) in mm, is not three lengths > 0.
     """
-    _check_inputs({"prediction": prediction, "lesion_truth": lesion_truth})
-    _check_masks({"prediction": prediction, "lesion_truth": lesion_truth})
+    _check({"prediction": prediction, "lesion_truth": lesion_truth})
     if len(spacing) != 3 or not min(spacing) > 0:
         raise ValueError(f"spacing must be three lengths > 0 in mm (z, y, x), got {tuple(spacing)}")
     tp = int(np.count_nonzero(prediction & lesion_truth))
@@ -188,15 +142,14 @@ def evaluate_case(
 
     Parameters
     ----------
-    prediction : (Z, Y, X) bool array
-        Final lesion map.
-    lesion_truth, lung_mask : (Z, Y, X) bool arrays
-        Annotated lesions; lungs including lesions. Lesions outside `lung_mask` count in Table III.
+    prediction, lesion_truth, lung_mask : (Z, Y, X) bool arrays
+        Final lesion map; annotated lesions, which count in Table III outside the lungs, too; lungs including
+        lesions.
     hu : (Z, Y, X) array
-        Hounsfield units; bright voxels are those of `lung_mask` at or above -500 HU (tau = 1/3), whatever T
-        the network was trained for: methods compare on the same voxels.
+        Hounsfield units; bright are voxels of `lung_mask` from -500 HU on (tau = 1/3), whatever T the network
+        was trained for: methods compare on the same voxels.
     healthy_probability : (Z, Y, X) float array, optional
-        The network's healthy probability; 0 where it says nothing. Without it Table II is NaN.
+        The network's healthy probability; 0 where it says nothing. Without it the AUC is NaN.
     healthy : (Z, Y, X) bool array, optional
         Voxels that the vote called healthy; where omitted, ``healthy_probability > healthy_threshold``.
     spacing : (3,) floats
@@ -206,87 +159,58 @@ def evaluate_case(
     control_voxels : int
         A truth with fewer lesion voxels is a control, which `summarise` keeps out of its means.
 
-    Returns
-    -------
-    CaseScores
-
     Raises
     ------
-    TypeError
-        A mask is not bool.
-    ValueError
-        Shapes differ, the lung mask is empty, a probability is NaN or outside [0, 1], or a setting is out of
-        range.
+    TypeError, ValueError
+        A mask is not bool; shapes differ, the lung mask is empty, a probability is NaN or outside [0, 1], or
+        a setting is out of range.
 
     Warns
     -----
     UserWarning
         The truth of a case that is no control looks like a mask of the lungs, or of another scan.
     """
-    volumes = {
-        "prediction": prediction,
-        "lesion_truth": lesion_truth,
-        "lung_mask": lung_mask,
-        "healthy": healthy,
-    }
-    _check_inputs({**volumes, "hu": hu, "healthy_probability": healthy_probability})
-    _check_masks(volumes)
+    masks = {"prediction": prediction, "lesion_truth": lesion_truth, "lung_mask": lung_mask}
+    _check({**masks, "healthy": healthy}, {"hu": hu, "healthy_probability": healthy_probability})
     if not lung_mask.any():
         raise ValueError("lung_mask must have at least one voxel, got an empty mask")
+    if healthy_probability is not None:
+        low, high = float(healthy_probability.min()), float(healthy_probability.max())  # NaN wins both
+        if not (low >= 0 and high <= 1):
+            raise ValueError(f"healthy_probability must lie in [0, 1], got {low:g} to {high:g}")
     if not 0 <= healthy_threshold <= 1:
         raise ValueError(f"healthy_threshold must lie in [0, 1], got {healthy_threshold}")
     overlap = overlap_scores(prediction, lesion_truth, spacing)
-    tp, fp, fn = overlap["tp"], overlap["fp"], overlap["fn"]
-    if tp + fn >= control_voxels and (doubt := _doubt(lesion_truth, lung_mask)):
+    control = overlap["tp"] + overlap["fn"] < control_voxels
+    if not control and (doubt := _doubt(lesion_truth, lung_mask)):
         warnings.warn(doubt, stacklevel=2)
-    notes: list[str] = []
-    if tp + fn == 0:
-        notes.append("no lesion in the truth: SEN undefined")
-    if tp + fp == 0:
-        notes.append("nothing predicted: PSC undefined")
     bright = bright_voxels(hu, lung_mask)
-    lesion, well = bright & lesion_truth, bright & ~lesion_truth
-    scores = _bright_scores(lesion, well, healthy_probability, healthy, healthy_threshold, notes)
+    well, lesion = bright & ~lesion_truth, bright & lesion_truth
+    n_well, n_lesion = int(np.count_nonzero(well)), int(np.count_nonzero(lesion))
+    called = healthy
+    if called is None and healthy_probability is not None:
+        called = healthy_probability > healthy_threshold
+    # of the bright voxels called healthy those that are, and those that are lesion
+    tp, fp = (0, 0) if called is None else (int(np.count_nonzero(called & part)) for part in (well, lesion))
+    nan, probability = float("nan"), healthy_probability
+    notes = {
+        "no lesion in the truth: SEN undefined": not overlap["tp"] + overlap["fn"],
+        "nothing predicted: PSC undefined": not overlap["tp"] + overlap["fp"],
+        "no bright lesion voxel: specificity and AUC undefined": not n_lesion,
+        "no bright healthy voxel: sensitivity and AUC undefined": not n_well,
+        "no healthy probability: Table II not computed": called is None,
+        "no bright voxel called healthy: bright precision undefined": called is not None and not tp + fp,
+    }
     return {
         **overlap,
-        "control": tp + fn < control_voxels,
-        "bright_healthy_voxels": int(np.count_nonzero(well)),
-        "bright_lesion_voxels": int(np.count_nonzero(lesion)),
-        "bright_precision": scores[0],
-        "bright_sensitivity": scores[1],
-        "bright_specificity": scores[2],
-        "bright_auc": scores[3],
-        "notes": notes,
-    }
-
-
-def summarise(cases: Sequence[CaseScores]) -> dict[str, dict[str, float]]:
-    """Mean and standard deviation over volumes, as in Tables II and III.
-
-    Parameters
-    ----------
-    cases : sequence of CaseScores
-        Controls do not count; a score that is NaN in one volume leaves that volume out of this score.
-
-    Returns
-    -------
-    dict
-        For each score ``mean``, ``sd`` (of the sample, n - 1; NaN for fewer than two volumes) and ``n``.
-    """
-    patients: list[Mapping[str, Any]] = [case for case in cases if not case["control"]]
-    summary: dict[str, dict[str, float]] = {}
-    for name in (*SCORES, *BRIGHT):
-        summary[name] = mean_and_sd(np.array([case[name] for case in patients], np.float64))
-    return summary
-
-
-def mean_and_sd(values: Array) -> dict[str, float]:
-    """Return ``mean``, ``sd`` (n - 1) and ``n`` of a score over the volumes where it is not NaN."""
-    values = values[~np.isnan(values)]
-    return {
-        "mean": float(values.mean()) if values.size else float("nan"),
-        "sd": float(values.std(ddof=1)) if values.size > 1 else float("nan"),
-        "n": int(values.size),
+        "control": control,
+        "bright_healthy_voxels": n_well,
+        "bright_lesion_voxels": n_lesion,
+        "bright_precision": _ratio(tp, tp + fp),
+        "bright_sensitivity": nan if called is None else _ratio(tp, n_well),
+        "bright_specificity": nan if called is None else _ratio(n_lesion - fp, n_lesion),
+        "bright_auc": nan if probability is None else roc_auc(probability[well], probability[lesion]),
+        "notes": [note for note, holds in notes.items() if holds],
     }
 
 
@@ -303,58 +227,88 @@ def _doubt(truth: Array, lung_mask: Array) -> str:
     return ""
 
 
-def _bright_scores(
-    lesion: Array,
-    well: Array,
-    probability: Array | None,
-    healthy: Array | None,
-    threshold: float,
-    notes: list[str],
-) -> tuple[float, float, float, float]:
-    """Table II: precision, sensitivity, specificity (healthy is positive) and AUC."""
-    if not lesion.any():
-        notes.append("no bright lesion voxel: specificity and AUC undefined")
-    if not well.any():
-        notes.append("no bright healthy voxel: sensitivity and AUC undefined")
-    called = healthy
-    if called is None:
-        if probability is None:
-            notes.append("no healthy probability: Table II not computed")
-            nan = float("nan")
-            return nan, nan, nan, nan
-        called = probability > threshold
-    tp, fp = int(np.count_nonzero(called & well)), int(np.count_nonzero(called & lesion))
-    if tp + fp == 0:
-        notes.append("no bright voxel called healthy: bright precision undefined")
-    n_well, n_lesion = int(np.count_nonzero(well)), int(np.count_nonzero(lesion))
-    auc = float("nan") if probability is None else roc_auc(probability[well], probability[lesion])
-    return _ratio(tp, tp + fp), _ratio(tp, n_well), _ratio(n_lesion - fp, n_lesion), auc
-
-
-def _check_inputs(volumes: Mapping[str, Array | None]) -> None:
-    shape = None
-    for name, volume in volumes.items():
+def _check(masks: Mapping[str, Array | None], others: Mapping[str, Array | None] | None = None) -> None:
+    """Refuse what is no array of the first one's shape, and masks that are not bool."""
+    shape: tuple[int, ...] = ()
+    for name, volume in {**masks, **(others or {})}.items():
         if volume is None:
             continue
         if not isinstance(volume, np.ndarray):
             raise TypeError(f"{name} must be a NumPy array, got {type(volume).__name__}")
         if volume.ndim != 3:
             raise ValueError(f"{name} must be (z, y, x), got shape {volume.shape}")
-        shape = volume.shape if shape is None else shape
+        shape = shape or volume.shape
         if volume.shape != shape:
             raise ValueError(f"{name} must have the shape of prediction, {shape}, got {volume.shape}")
-    probability = volumes.get("healthy_probability")
-    if probability is not None:
-        low, high = float(probability.min()), float(probability.max())  # NaN wins both
-        if not (low >= 0 and high <= 1):
-            raise ValueError(f"healthy_probability must lie in [0, 1], got {low:g} to {high:g}")
-
-
-def _check_masks(masks: Mapping[str, Array | None]) -> None:
-    for name, mask in masks.items():
-        if mask is not None and mask.dtype != np.bool_:
-            raise TypeError(f"{name} must be a bool array, got {mask.dtype}")
+        if name in masks and volume.dtype != np.bool_:
+            raise TypeError(f"{name} must be a bool array, got {volume.dtype}")
 
 
 def _ratio(part: int, whole: int) -> float:
     return part / whole if whole else float("nan")
+
+
+def summarise(cases: Sequence[CaseScores]) -> dict[str, dict[str, float]]:
+    """`mean_and_sd` of each score over volumes, as in Tables II and III; controls do not count."""
+    patients: list[Mapping[str, Any]] = [case for case in cases if not case["control"]]
+    return {name: mean_and_sd([case[name] for case in patients]) for name in (*SCORES, *BRIGHT)}
+
+
+def mean_and_sd(values: Sequence[float] | Array) -> dict[str, float]:
+    """``mean``, ``sd`` (of the sample, n - 1; NaN for fewer than two) and ``n`` of what is not NaN."""
+    known = np.asarray(values, np.float64)
+    known = known[~np.isnan(known)]
+    return {
+        "mean": float(known.mean()) if known.size else float("nan"),
+        "sd": float(known.std(ddof=1)) if known.size > 1 else float("nan"),
+        "n": int(known.size),
+    }
+
+
+def percent(mean: float, sd: float | None = None) -> str:
+    """Write a fraction as the paper's tables do: ``68.7``, ``68.7±15.8`` with a deviation, ``–`` for NaN."""
+    if np.isnan(mean):
+        return "–"
+    return f"{100 * mean:.1f}" + ("" if sd is None or np.isnan(sd) else f"±{100 * sd:.1f}")
+
+
+def threshold_counts(
+    lesion_truth: Array,
+    lung_mask: Array,
+    hu: Array,
+    healthy_probability: Array,
+    *,
+    threshold_hu: float | None = PAPER_THRESHOLD_HU,
+) -> Array:
+    """Tell what each threshold of the healthy probability would give, without post-processing.
+
+    Volumes as in `evaluate_case`. Lesions are found in `bright_voxels` of `threshold_hu` alone: what a
+    NormNet of that T judges, or the whole lung. Returns a (101, 3) int64 array: tp, fp and fn of "lesion
+    where the probability is at most t", for t = 0, 0.01, ... 1.
+    """
+    judged = bright_voxels(hu, lung_mask, threshold_hu)
+    thresholds = (np.arange(101) / 100).astype(healthy_probability.dtype)
+    # a voxel is a lesion from the first t that reaches its probability
+    first = np.searchsorted(thresholds, healthy_probability[judged], "left")
+    truth = lesion_truth[judged]
+    tp = np.cumsum(np.bincount(first[truth], minlength=101))
+    fp = np.cumsum(np.bincount(first[~truth], minlength=101))
+    return np.stack([tp, fp, np.count_nonzero(lesion_truth) - tp], axis=1)
+
+
+def oracle_threshold(counts: Sequence[Array]) -> dict[str, float]:
+    """Find the best ``threshold`` and its ``mean_dsc``, given `threshold_counts` of all but the controls."""
+    if not counts:
+        return {"threshold": float("nan"), "mean_dsc": float("nan")}
+    dsc = np.mean([2 * c[:, 0] / np.maximum(2 * c[:, 0] + c[:, 1] + c[:, 2], 1) for c in counts], axis=0)
+    best = int(dsc.argmax())
+    return {"threshold": best / 100, "mean_dsc": float(dsc[best])}
+
+
+def summary_at(counts: Sequence[Array], threshold: float) -> dict[str, dict[str, float]]:
+    """Table III's `SCORES` at one of the thresholds of `threshold_counts`, each as in `summarise`."""
+    rows = np.array([c[round(100 * threshold)] for c in counts], np.float64).reshape(-1, 3)
+    tp, fp, fn = rows.T
+    with np.errstate(invalid="ignore"):  # 0 / 0: undefined in this volume
+        values = {"dsc": 2 * tp / (2 * tp + fp + fn), "psc": tp / (tp + fp), "sen": tp / (tp + fn)}
+    return {name: mean_and_sd(values[name]) for name in SCORES}

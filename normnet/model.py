@@ -1,24 +1,29 @@
-"""The network, and weights as safetensors with their configuration: loading runs no code."""
+"""`Model`: a network with what its use needs, in a safetensors file: loading runs no code.
+
+``python -m normnet.model RUNS... --output FOLDER`` makes small weights to ship.
+"""
 
 from __future__ import annotations
 
-import dataclasses
+import hashlib
 import json
-import math
 import os
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import TypeVar
+from typing import Annotated, Any, Self, TypeVar
 
 import numpy as np
 import torch
+import tyro
 from monai.networks.nets import UNet
-from safetensors import SafetensorError
 from safetensors.torch import load, save
 
-from lesionsynth.files import write_atomically
-from lesionsynth.strict import build, name_of, parse_json, read_bytes, regular_file, shown
+from lesionsynth.commands import one_line, run
+from lesionsynth.files import claimed, refuse_foreign, same_file, write_atomically
+from lesionsynth.strict import build, name_of, parse_json, read_bytes, read_json, shown
 from normnet.config import (
     BUNDLED,
     OUTPUTS,
@@ -30,18 +35,173 @@ from normnet.config import (
     Task,
     TrainConfig,
 )
+from normnet.device import use_bf16
 
 Built = TypeVar("Built")
-Network = TypeVar("Network", bound=torch.nn.Module)
-
-EXPORTED = "model-*.safetensors"
-"""Names of weights that `normnet.export` writes."""
-HEADER = "normnet"
-"""Key of the safetensors header that holds architecture and calibration, as JSON."""
-PROGRESS = "progress"
-"""The same key of a run's state, which `normnet.trainer` writes."""
 Calibration = dict[str, float]
 """What a model found best on synthetic pairs of its held-out volumes: threshold ``probability``, ``dice``."""
+Tensors = dict[str, torch.Tensor]
+HEADER = "normnet"
+"""Key of the safetensors metadata that holds architecture and settings, as JSON."""
+MOST_FILE, MOST_HEADER = 2**30, 2**22
+"""Longest file, twice the largest network in float32, and longest header: it may name many tensors; bytes."""
+LARGEST, HALF = 1e9, torch.finfo(torch.float16).max
+"""Largest weight, far beyond those of a network that was trained; and largest in half precision."""
+EXPORTED, RECORD, FORMAT = "model-*.safetensors", "export.json", "normnet.export"
+"""Exported weights; the file that lists them with their SHA-256; what it says it is."""
+
+
+@dataclass(eq=False)
+class Model:
+    """A network with T, inflation, calibration and threshold; `ValueError` where these are out of domain."""
+
+    network: torch.nn.Module = field(repr=False)
+    """(n, 1, z, y, x) images to (n, outputs, z, y, x) logits."""
+    config: ModelConfig
+    """Its architecture."""
+    task: Task = "lesions"
+    """What it learned."""
+    threshold_hu: float = PAPER_THRESHOLD_HU
+    """T in HU: it answers for tissue at or above it."""
+    inflation_hu: float | None = None
+    """Density in HU that it expects of healthy lung (`normnet.inflation`); None where it expects none."""
+    calibration: Calibration | None = None
+    """From synthetic pairs; None where training had no held-out volume."""
+    probability: Probability = PAPER_PROBABILITY
+    """Threshold that it votes with unless prediction is given one: a number, or "calibrated"."""
+    name: str = ""
+    """Of its run, or of its file."""
+    sha256: str = ""
+    """Of the file that it was read from, in hexadecimal."""
+    bf16: bool = field(default=False, init=False)
+    """Whether it computes in bfloat16; see `to`."""
+
+    def __post_init__(self) -> None:
+        """Check settings as those of a run, and make NumPy's numbers Python's."""
+        given = {name: getattr(self, name) for name in ("threshold_hu", "inflation_hu", "probability")}
+        settled = TrainConfig(**given)
+        vars(self).update({name: getattr(settled, name) for name in given})
+        check_calibration(self.calibration)
+        if self.config.outputs != OUTPUTS.get(self.task):
+            raise ValueError(f"model.outputs must fit the task {self.task}, got {self.config.outputs}")
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], task: Task = "lesions") -> Self:
+        """Read a model, in evaluation mode, in float32 on the CPU.
+
+        Parameters
+        ----------
+        path : path
+            A run folder, or a weights file.
+        task : {"lesions", "lungs"}
+            What it must have learned.
+
+        Raises
+        ------
+        ValueError
+            There are no weights at `path`, or they are not ours, or of another task.
+        """
+        file = weights_file(Path(path))
+        tensors, metadata = read_tensors(file)
+        with naming(file):
+            settings = dict(vars(read_header(metadata, HEADER, _Header)))
+            with torch.device("meta"):  # no memory before all is known to fit
+                network = build_unet(config := settings.pop("model")).eval()
+            name = file.resolve().parent.name if file.name == WEIGHTS else file.stem
+            model = cls(network, config, **settings, name=name, sha256=_sha256(file))
+            if model.task != task:
+                raise ValueError(f"the model's task must be {task}, got {model.task}")
+            network.load_state_dict(fitted(tensors, network.state_dict()), assign=True)
+        return model
+
+    def save(self, path: Path) -> None:
+        """Write it, atomically; equal models are equal files."""
+        self._write(path, self.network.state_dict())
+
+    def export(self, path: Path) -> None:
+        """Write it in half precision; `ValueError` where a weight is too large.
+
+        A weight keeps 11 bits, which moves a probability by less than a thousandth.
+        """
+        self._write(path, self._halved())
+
+    def threshold(self, probability: Probability | None = None) -> float:
+        """Return the probability above which a voxel is healthy: as asked for, else as training settled.
+
+        `ValueError` where that is "calibrated", and the model is not.
+        """
+        wanted = self.probability if probability is None else probability
+        if not isinstance(wanted, str):
+            return wanted
+        if self.calibration is None:
+            raise ValueError("probability: this model carries no calibration (no volumes were held out)")
+        return self.calibration["probability"]
+
+    def to(self, device: torch.device | str, precision: str = "auto") -> Self:
+        """Move the network to where it shall predict, and choose its arithmetic: auto, fp32 or bf16."""
+        self.bf16 = use_bf16(precision, torch.device(device))
+        self.network.to(device)
+        if self.bf16:  # the layout bf16 convolutions are fastest in
+            self.network.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
+        return self
+
+    @torch.inference_mode()
+    def healthy_probability(self, slab: torch.Tensor) -> torch.Tensor:
+        """Ask the network, in evaluation mode and without gradients.
+
+        Parameters
+        ----------
+        slab : (n, 1, z, y, x) float tensor
+            Windowed lungs, on the network's device; axes are multiples of ``config.multiple``.
+
+        Returns
+        -------
+        (n, outputs, z, y, x) float32 tensor
+            Probability of healthy tissue; for the task lungs, of right and left lung.
+        """
+        if self.network.training:
+            self.network.eval()
+        with torch.autocast(slab.device.type, torch.bfloat16, enabled=self.bf16):
+            logits: torch.Tensor = self.network(slab)
+        return torch.sigmoid(logits.float())
+
+    def _write(self, path: Path, tensors: Tensors) -> None:
+        names = ("calibration", "threshold_hu", "inflation_hu", "probability", "task")
+        header = {"model": asdict(self.config), **{name: getattr(self, name) for name in names}}
+        # one key: safetensors writes several in any order
+        write_tensors(path, tensors, {HEADER: json.dumps(header)})
+
+    def _halved(self) -> Tensors:
+        halved = self.network.state_dict()
+        for name, tensor in halved.items():
+            if not tensor.is_floating_point():
+                continue
+            if (largest := float(tensor.abs().max())) <= HALF:
+                halved[name] = tensor.half()
+            elif not name.endswith(("running_mean", "running_var")):  # statistics may stay as they are
+                raise ValueError(f"weights must be within half precision, got {largest:g}")
+        return halved
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Header:
+    """What a file of a model says in its header; the first ones end with the calibration."""
+
+    model: ModelConfig
+    calibration: Calibration | None
+    threshold_hu: float = PAPER_THRESHOLD_HU
+    inflation_hu: float | None = None
+    probability: Probability = PAPER_PROBABILITY
+    task: Task = "lesions"
+
+
+def check_calibration(found: Calibration | None, name: str = "calibration") -> None:
+    """Raise `ValueError` unless this is None or a calibration."""
+    if found is not None and not (
+        found.keys() == {"probability", "dice"} and 0 < found["probability"] < 1 and 0 <= found["dice"] <= 1
+    ):
+        rule = "have a probability in (0, 1) and a dice in [0, 1]"
+        raise ValueError(f"{name} must {rule}, got {shown(found)}")
 
 
 def build_unet(config: ModelConfig) -> torch.nn.Module:
@@ -49,151 +209,20 @@ def build_unet(config: ModelConfig) -> torch.nn.Module:
 
     One output is the logit of "healthy bright tissue"; two are those of right and left lung.
     """
-    network: torch.nn.Module = UNet(
-        spatial_dims=3,
-        in_channels=1,
-        out_channels=config.outputs,
-        channels=config.channels,
-        strides=config.strides,
-        num_res_units=config.residual_units,
-        norm=config.norm,
-    )
+    levels: dict[str, Any] = {"channels": config.channels, "strides": config.strides, "norm": config.norm}
+    network: torch.nn.Module = UNet(3, 1, config.outputs, num_res_units=config.residual_units, **levels)
     return network
 
 
-def save_model(
-    path: Path,
-    model: torch.nn.Module,
-    config: ModelConfig,
-    calibration: Calibration | None = None,
-    *,
-    threshold_hu: float = PAPER_THRESHOLD_HU,
-    inflation_hu: float | None = None,
-    probability: Probability = PAPER_PROBABILITY,
-    task: Task = "lesions",
-) -> None:
-    """Write weights, architecture, calibration, and what training settled for prediction, atomically.
-
-    Parameters
-    ----------
-    path : Path
-        File to write.
-    model : torch.nn.Module
-        The network.
-    config : ModelConfig
-        Its architecture.
-    calibration : Calibration, optional
-        From synthetic pairs.
-    threshold_hu, inflation_hu, probability, task
-        As in `normnet.config.TrainConfig`.
-    """
-    header = {
-        "model": dataclasses.asdict(config),
-        "calibration": calibration,
-        "threshold_hu": threshold_hu,
-        "inflation_hu": inflation_hu,
-        "probability": probability,
-        "task": task,
-    }
-    # one key: safetensors writes several in any order, and equal models shall be equal files
-    write_tensors(path, model.state_dict(), {HEADER: json.dumps(header)})
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Calibrated:
-    """`Calibration` as a header holds it."""
-
-    probability: float
-    dice: float
-
-    def __post_init__(self) -> None:
-        if not 0 < self.probability < 1 or not 0 <= self.dice <= 1:
-            raise ValueError(
-                f"calibration must have a probability in (0, 1) and a dice in [0, 1], got {self.probability} "
-                f"and {self.dice}"
-            )
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Header:
-    """What the header of a weights file says; files of the first version end with the calibration."""
-
-    model: ModelConfig
-    calibration: _Calibrated | None
-    threshold_hu: float = PAPER_THRESHOLD_HU
-    inflation_hu: float | None = None
-    probability: Probability = PAPER_PROBABILITY
-    task: Task = "lesions"
-
-    def __post_init__(self) -> None:
-        # a run's own domains, where each is explained
-        TrainConfig(
-            threshold_hu=self.threshold_hu, inflation_hu=self.inflation_hu, probability=self.probability
-        )
-        if self.task not in OUTPUTS or self.model.outputs != OUTPUTS[self.task]:
-            raise ValueError(f"model.outputs must fit the task {self.task}, got {self.model.outputs}")
-
-
-def load_model(path: str | os.PathLike[str], task: Task = "lesions") -> torch.nn.Module:
-    """Load a network for prediction.
-
-    Parameters
-    ----------
-    path : path
-        A run folder, or a weights file written by `save_model`.
-    task : {"lesions", "lungs"}
-        What it must have learned.
-
-    Returns
-    -------
-    torch.nn.Module
-        In evaluation mode, in float32 on the CPU; `model.config` is its `ModelConfig`, `model.calibration`
-        its `Calibration`, or None where training had no held-out volume; `model.threshold_hu`,
-        `model.inflation_hu` and `model.probability` are those of training, see `normnet.config.TrainConfig`.
-
-    Raises
-    ------
-    ValueError
-        There are no weights at `path`, or they are not ours, or of another task.
-    """
-    file = weights_file(Path(path))
-    stored = TensorFile.open(file)
-    header = stored.header(HEADER, _Header, "normnet model (its header names no architecture)")
-    if header.task != task:
-        raise ValueError(f"{name_of(file)}: the model's task must be {task}, got {header.task}")
-    model = fill(stored, lambda: build_unet(header.model))
-    # nn.Module types every attribute as a tensor or a module
-    model.config = header.model  # type: ignore[assignment]
-    found = header.calibration
-    model.calibration = None if found is None else dataclasses.asdict(found)  # type: ignore[assignment]
-    model.threshold_hu = header.threshold_hu  # type: ignore[assignment]
-    model.inflation_hu = header.inflation_hu  # type: ignore[assignment]
-    model.probability = header.probability  # type: ignore[assignment]
-    return model.eval()
-
-
 def bundled_models() -> list[Path]:
-    """Return the weights that ship with the package, an ensemble.
-
-    Raises
-    ------
-    ValueError
-        This build ships none.
-    """
-    found = sorted(BUNDLED.glob(EXPORTED))
-    if not found:
-        raise ValueError("models must be given: this build of normnet ships no weights")
-    return found
+    """Return the weights that ship with the package, an ensemble; `ValueError` where this build has none."""
+    if found := sorted(BUNDLED.glob(EXPORTED)):
+        return found
+    raise ValueError("models must be given: this build of normnet ships no weights")
 
 
 def weights_file(path: Path) -> Path:
-    """Return the weights file of a run folder, or `path` itself.
-
-    Raises
-    ------
-    ValueError
-        There is none.
-    """
+    """Return the weights of a run folder, or `path` itself; `ValueError` where there are none."""
     file = path / WEIGHTS if path.is_dir() else path
     if not file.is_file():
         raise ValueError(f"{path}: models must be weights files or run folders with {WEIGHTS}")
@@ -201,19 +230,14 @@ def weights_file(path: Path) -> Path:
 
 
 def find_models(paths: Iterable[str | os.PathLike[str]]) -> list[Path]:
-    """Return the weights files of run folders, folders of runs (an ensemble), exported folders and files.
+    """Return the weights of run folders, folders of runs (an ensemble), exported folders and files.
 
-    Raises
-    ------
-    ValueError
-        A path holds no model, or no path is given.
+    `ValueError` where a path holds none, or no path is given.
     """
     found: list[Path] = []
     for path in map(Path, paths):
-        inside: list[Path] = []
-        if path.is_dir() and not (path / WEIGHTS).exists():
-            inside = sorted(path.glob(f"*/{WEIGHTS}")) or sorted(path.glob(EXPORTED))
-        found += inside or [weights_file(path)]
+        runs = sorted(path.glob(f"*/{WEIGHTS}")) or sorted(path.glob(EXPORTED))
+        found += runs if runs and not (path / WEIGHTS).exists() else [weights_file(path)]
     if not found:
         raise ValueError("models must name at least one weights file or run folder, got none")
     return found
@@ -226,229 +250,160 @@ def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Map
     write_atomically(path, content)
 
 
-MOST_HEADER = 2**22
-"""Longest header of a safetensors file in bytes; that of five bundled networks takes 0.02 million."""
-MOST_TENSORS = 2**14
-"""Tensors of a file; the state of a run with the largest network has some thousands."""
-MOST_FILE = 2**32
-"""Longest safetensors file in bytes."""
-LARGEST = 1e9
-"""Largest weight: far beyond those of a network that was trained, and far from where float32 ends."""
-_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8}
-"""Types of tensors that a file of ours may hold, by the name in a header, with the size of an element."""
+def read_tensors(path: Path, most: int = MOST_FILE) -> tuple[Tensors, dict[str, str]]:
+    """Read a safetensors file of at most `most` bytes, and its metadata, whatever these are.
 
-
-@dataclass(frozen=True, kw_only=True)
-class _Entry:
-    """A tensor in a safetensors header."""
-
-    dtype: str
-    shape: tuple[int, ...]
-    data_offsets: tuple[int, int]
-
-
-class TensorFile:
-    """A safetensors file whose header was checked: nothing was allocated for its tensors yet.
-
-    Attributes
-    ----------
-    path : Path
-    entries : dict
-        Type and shape of every tensor, by name.
-    metadata : dict of str to str
+    `ValueError` where it is no regular file, too long, damaged or of another kind.
     """
-
-    def __init__(self, path: Path, head: bytes, size: int) -> None:
-        self.path, self._head, self._size = path, head, size
-        self.entries, self.metadata = self._parse()
-
-    @classmethod
-    def open(cls, path: Path) -> TensorFile:
-        """Read the header of a file.
-
-        Raises
-        ------
-        ValueError
-            It is missing, no regular file, truncated, too long, or of another kind; the message names it.
-        """
-        try:
-            with regular_file(path, MOST_FILE) as (stream, size):
-                head = stream.read(8)
-                head += stream.read(min(int.from_bytes(head, "little"), MOST_HEADER))
-        except OSError as error:
-            raise ValueError(f"{name_of(path)}: not a readable safetensors file: {error}") from error
-        return cls(path, head, size)
-
-    def header(self, key: str, cls: type[Built], what: str) -> Built:
-        """Read the JSON that the metadata holds under `key`, its only one, as a dataclass.
-
-        Raises
-        ------
-        ValueError
-            There is none, or it is something else; the message names file and field.
-        """
-        if key not in self.metadata:
-            raise ValueError(f"{name_of(self.path)}: not a {what}")
-        if others := sorted(self.metadata.keys() - {key, "format"}):
-            raise ValueError(
-                f"{name_of(self.path)}: the header must hold {key} alone, got {shown(others[0])}"
-            )
-        try:
-            record = parse_json(self.metadata[key], nan=key == PROGRESS)
-            return build(cls, record, "header")
-        except ValueError as error:
-            raise ValueError(f"{name_of(self.path)}: {error}") from error
-
-    def expect(self, tensors: Mapping[str, torch.Tensor], *, missing_ok: bool = False) -> None:
-        """Compare with what a network or an optimiser holds; tensors may be without memory.
-
-        Raises
-        ------
-        ValueError
-            A tensor is missing, unknown, or has another shape or another kind of number.
-        """
-        for name in sorted(tensors.keys() ^ self.entries.keys()):
-            if name in self.entries:
-                raise self._wrong(
-                    name, "must not be there: weights do not fit the architecture in the header"
-                )
-            if not missing_ok:
-                raise self._wrong(name, "is missing: weights do not fit the architecture in the header")
-        for name, entry in self.entries.items():
-            shape = tuple(tensors[name].shape)
-            if entry.shape != shape:
-                raise self._wrong(
-                    name,
-                    f"must have the shape {shape}: weights do not fit the architecture in the header, got "
-                    f"{shown(entry.shape)}",
-                )
-            real = tensors[name].is_floating_point()
-            if (entry.dtype in ("F32", "F16", "BF16")) != real or entry.dtype == "F64":
-                rule = "F32, F16 or BF16" if real else "I64"
-                raise self._wrong(name, f"must be of type {rule}, got {entry.dtype}")
-
-    def tensors(self) -> dict[str, torch.Tensor]:
-        """Return the tensors in float32 and int64, after `expect`.
-
-        Raises
-        ------
-        ValueError
-            A number is NaN, infinite or beyond `LARGEST`, or negative where it counts or is a variance; or
-            the file was changed since its header was read.
-        """
-        try:
-            content = read_bytes(self.path, MOST_FILE)
-            if len(content) != self._size or not content.startswith(self._head):
-                raise ValueError("it was changed while it was read")
-            found = load(content)
-        except (OSError, SafetensorError, ValueError, RuntimeError) as error:
-            raise ValueError(f"{name_of(self.path)}: not a readable safetensors file: {error}") from error
-        for name, tensor in found.items():
-            # NumPy's conversion: torch wakes all its threads for every one of these small tensors
-            values = (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()
-            values = values.astype(np.float32 if values.dtype.kind == "f" else np.int64)
-            found[name] = torch.from_numpy(values)
-            if not values.size:
-                continue
-            low, high = float(values.min()), float(values.max())
-            positive = name.endswith(("running_var", "num_batches_tracked", "step", "exp_avg_sq"))
-            limit = LARGEST if tensor.is_floating_point() and not name.endswith(".step") else float(2**53)
-            least = 0.0 if positive else -limit
-            if not least <= low <= high <= limit:  # NaN is the least and the largest of what it is in
-                if not (math.isfinite(low) and math.isfinite(high)):
-                    raise self._wrong(name, "must be finite, got NaN or infinity")
-                raise self._wrong(name, f"must be in [{least:g}, {limit:g}], got {low:g} to {high:g}")
-        return found
-
-    def _wrong(self, name: str, rule: str) -> ValueError:
-        return ValueError(f"{name_of(self.path)}: tensor {name_of(name)[:200]} {rule}")
-
-    def _parse(self) -> tuple[dict[str, _Entry], dict[str, str]]:
-        """Check what the reader would, and what it would not: one tensor a place, no byte without one."""
-        head, name = self._head, name_of(self.path)
-        size = int.from_bytes(head[:8], "little")
-        if len(head) < 10 or not 2 <= size <= min(MOST_HEADER, self._size - 8):
-            kind = (
-                " (a pickle, which may run code, is not read)"
-                if (head[:2] == b"PK" or head[:1] == b"\x80")
-                else ""
-            )
-            raise ValueError(
-                f"{name}: not a readable safetensors file{kind}: its header must have 2 to {MOST_HEADER} "
-                f"bytes, within the file of {self._size}, got {size if len(head) >= 8 else 'none'}"
-            )
-        try:
-            record = parse_json(head[8:].decode("utf-8"))
-            if not isinstance(record, dict):
-                raise ValueError(f"the header must be a JSON object, got {type(record).__name__}")
-            metadata = record.pop("__metadata__", {})
-            if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
-                raise ValueError(f"__metadata__ must be text by name, got {shown(metadata)}")
-            if len(record) > MOST_TENSORS:
-                raise ValueError(f"it must have at most {MOST_TENSORS} tensors, got {len(record)}")
-            entries = {key: build(_Entry, entry, shown(key)) for key, entry in record.items()}
-            self._check_places(entries, self._size - len(head))
-        except ValueError as error:  # UnicodeDecodeError is one
-            raise ValueError(f"{name}: not a readable safetensors file: {error}") from error
-        return entries, metadata
-
-    @staticmethod
-    def _check_places(entries: Mapping[str, _Entry], room: int) -> None:
-        end = 0
-        for key, entry in sorted(entries.items(), key=lambda item: item[1].data_offsets):
-            if entry.dtype not in _BYTES:
-                raise ValueError(
-                    f"{shown(key)}.dtype must be one of {', '.join(_BYTES)}, got {shown(entry.dtype)}"
-                )
-            if len(entry.shape) > 8 or not all(0 <= n < 2**31 for n in entry.shape):
-                raise ValueError(
-                    f"{shown(key)}.shape must be sizes of at most 8 axes, got {shown(entry.shape)}"
-                )
-            start, stop = entry.data_offsets
-            if start != end or stop - start != math.prod(entry.shape) * _BYTES[entry.dtype]:
-                raise ValueError(
-                    f"{shown(key)}.data_offsets must begin at {end} and fit the shape, got "
-                    f"{shown(entry.data_offsets)}"
-                )
-            end = stop
-        if end != room:
-            raise ValueError(f"its tensors must fill the file, {room} bytes behind the header, got {end}")
+    content = read_bytes(path, most)
+    size = int.from_bytes(content[:8], "little")
+    try:
+        if MOST_HEADER < size < len(content):
+            raise ValueError(f"its header must have at most {MOST_HEADER} bytes, got {size}")
+        return load(content), parse_json(content[8 : 8 + size].decode()).get("__metadata__") or {}
+    except Exception as error:  # the library has many kinds
+        pickled = size > len(content) and content.startswith((b"PK", b"\x80"))
+        hint = " (a pickle, which may run code, is not read)" if pickled else ""
+        said = f"not a readable safetensors file{hint}: {one_line(error)[:300]}"
+        raise ValueError(f"{name_of(path)}: {said}") from error
 
 
-def fill(stored: TensorFile, make: Callable[[], Network]) -> Network:
-    """Build a network and give it the tensors of a file; it is built without memory first, and compared.
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Begin what is wrong in the block, a `ValueError`, with the name of the file it was read from."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{name_of(path)}: {error}") from error
+
+
+def read_header(metadata: Mapping[str, str], key: str, cls: type[Built]) -> Built:
+    """Read what metadata hold under `key` as a dataclass, which knows where NaN may be; or `ValueError`."""
+    if key not in metadata:
+        raise ValueError(f"another kind of file: its header lacks the key {key!r}")
+    return build(cls, parse_json(metadata[key], nan=True), "header")
+
+
+def fitted(tensors: Tensors, wanted: Tensors) -> Tensors:
+    """Return the tensors of a file, in float32 and int64, if they are those of a network or an optimiser.
+
+    `ValueError` where names, shapes or kinds are not those of `wanted`, which may be on the device "meta"; or
+    where a number is NaN, infinite, beyond `LARGEST`, or negative though it counts or is a variance.
+    """
+    found, unfit = Tensors(), "weights do not fit the architecture in the header"
+    for name in sorted(tensors.keys() ^ wanted.keys()):
+        rule = "must not be there" if name in tensors else "is missing"
+        raise ValueError(f"tensor {name_of(name)[:200]} {rule}: {unfit}")
+    for name, tensor in tensors.items():
+        here, shape = f"tensor {name_of(name)[:200]} must", tuple(wanted[name].shape)
+        if tuple(tensor.shape) != shape:
+            raise ValueError(f"{here} have the shape {shape}: {unfit}, got {shown(tuple(tensor.shape))}")
+        reals = (torch.float32, torch.float16, torch.bfloat16)
+        kinds = reals if wanted[name].is_floating_point() else (torch.int64,)
+        if tensor.dtype not in kinds:
+            raise ValueError(f"{here} be of type {' or '.join(map(str, kinds))}, got {tensor.dtype}")
+        # NumPy's conversion: torch wakes all its threads for every one of these small tensors
+        values = (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()
+        values = values.astype(np.float32 if kinds is reals else np.int64)
+        counts = kinds is not reals or name.endswith(".step")
+        most = 2.0**53 if counts else LARGEST
+        least = 0.0 if counts or name.endswith(("running_var", "exp_avg_sq")) else -most
+        if not np.isfinite(values).all():
+            raise ValueError(f"{here} be finite, got NaN or infinity")
+        if values.size and not least <= values.min() <= values.max() <= most:
+            low, high = values.min(), values.max()
+            raise ValueError(f"{here} be in [{least:g}, {most:g}], got {low:g} to {high:g}")
+        found[name] = torch.from_numpy(values)
+    return found
+
+
+def export_models(
+    runs: Annotated[Sequence[Path], tyro.conf.Positional],
+    output: Path,
+    probability: Probability | None = None,
+    task: Task = "lesions",
+) -> list[Path]:
+    """Write the weights of runs in half precision, one file each: model-0.safetensors and so on.
+
+    `ValueError` where models do not go together or into half precision; nothing is written then.
 
     Parameters
     ----------
-    stored : TensorFile
-        Weights.
-    make : callable
-        Returns a network.
-
-    Returns
-    -------
-    torch.nn.Module
-        On the CPU, in float32.
-
-    Raises
-    ------
-    ValueError
-        The tensors are not the network's, or not its numbers.
+    runs : sequence of Path
+        Run folders, folders of runs (an ensemble) or weights files.
+    output : Path
+        Folder for them, which `normnet.predict --models` takes; an earlier export in it, as its export.json
+        tells, is replaced, other weights are not.
+    probability : float or "calibrated", optional
+        Threshold that they vote with unless prediction is given one: a number, such as the best of the
+        ensemble (docs/postprocess_sweep.py), or each its own; that of training where omitted.
+    task : {"lesions", "lungs"}
+        What they learned. Of lungs, one run is taken, and becomes model-0.safetensors.
     """
-    with torch.device("meta"):
-        network = make()
-    stored.expect(network.state_dict())
-    network.load_state_dict(stored.tensors(), assign=True)
-    return network
+    files, models = find_models(runs), list[Model]()
+    if task == "lungs" and len(files) > 1:
+        raise ValueError(f"runs must be one for the task lungs, which nothing votes on, got {len(files)}")
+    for file in files:
+        model = Model.load(file, task)
+        models.append(model if probability is None else replace(model, probability=probability))
+        with naming(file):
+            models[-1].threshold()
+            models[-1]._halved()
+    for name in ("threshold_hu", "inflation_hu"):
+        if len(levels := sorted({str(getattr(model, name)) for model in models})) > 1:
+            rule = f"runs must have one {name}, as their models vote together"
+            raise ValueError(f"{rule}, got {', '.join(levels)}")
+    names = [f"model-{number}.safetensors" for number in range(len(models))]
+    refuse_foreign(output, (), ours=False, maker="an export")  # a file in its place
+    output.mkdir(parents=True, exist_ok=True)
+    with claimed(output):
+        earlier = _earlier(output, files)
+        # until all is done: a call that is killed leaves no file that the next one could not tell
+        _record(output, dict.fromkeys([*names, *earlier]))
+        for name, model in zip(names, models, strict=True):
+            model.export(output / name)
+        for name in earlier - set(names):  # an earlier, larger ensemble's would vote
+            (output / name).unlink(missing_ok=True)
+        _record(output, {name: _sha256(output / name) for name in names})
+    return [output / name for name in names]
 
 
-def read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """Read a safetensors file and the metadata of its header, whatever network it belongs to.
+def _record(output: Path, digests: Mapping[str, str | None]) -> None:
+    write_atomically(output / RECORD, json.dumps({"format": FORMAT, "files": digests}, indent=2) + "\n")
 
-    Raises
-    ------
-    ValueError
-        The file is missing, truncated or of another kind, or holds what is no number.
-    """
-    stored = TensorFile.open(path)
-    return stored.tensors(), stored.metadata
+
+def _earlier(output: Path, inputs: Sequence[Path]) -> set[str]:
+    """Return the files of an earlier export; `ValueError` where weights of others or an input are there."""
+    names, record = {path.name for path in output.glob(EXPORTED)}, dict[str, Any]()
+    try:
+        record = read_json(output / RECORD)
+        known = record["files"].keys() if record["format"] == FORMAT else None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        known = None
+    refuse_foreign(output, (RECORD,), ours=known is not None, maker="an export")
+    for name in sorted(names):
+        refuse_foreign(output, (name,), ours=name in (known or ()), maker="an export")
+        if any(same_file(output / name, file) for file in inputs):
+            raise ValueError(f"output must not replace an input, got {output} for {output / name}")
+        if record["files"][name] not in (None, _sha256(output / name)):
+            raise ValueError(f"output holds {name}, changed since it was exported: move it away")
+    return names
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; 0 when done, 2 for bad input."""
+
+    def body() -> int:
+        for path in tyro.cli(export_models, args=argv, prog="normnet.model"):
+            print(f"{name_of(path)}: {path.stat().st_size / 1e6:.1f} MB")
+        return 0
+
+    return run("normnet.model", body)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

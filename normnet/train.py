@@ -36,7 +36,7 @@ from normnet.config import PRESETS, WEIGHTS, TrainConfig, read_config, to_json
 from normnet.data import VALIDATION_INDEX, Batch, Batches, PairStream, Stream, ThickSlices, pair_device
 from normnet.device import choose_device, cpu_settings
 from normnet.distributed import World, join, launched_first
-from normnet.model import save_model
+from normnet.model import Model
 from normnet.runlog import METRICS, RunLog
 from normnet.settings import File, settings
 from normnet.trainer import Trainer
@@ -235,16 +235,16 @@ def _save(config: TrainConfig, trainer: Trainer, log: RunLog) -> None:
 
 
 def _save_model(config: TrainConfig, trainer: Trainer, name: str) -> None:
-    save_model(
-        config.output / name,
+    model = Model(
         trainer.average,
         config.model,
+        config.task,
+        config.threshold_hu,
+        config.inflation_hu,
         trainer.progress.calibration,
-        threshold_hu=config.threshold_hu,
-        inflation_hu=config.inflation_hu,
-        probability=config.probability,
-        task=config.task,
+        config.probability,
     )
+    model.save(config.output / name)
 
 
 def _claim(config: TrainConfig, held: contextlib.ExitStack) -> str | None:

@@ -11,13 +11,24 @@ from pathlib import Path
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-from lesionsynth.strict import shown
 from normnet.config import TrainConfig
 from normnet.data import Batch
 from normnet.device import use_bf16
 from normnet.distributed import ALONE, World, dice_ce, global_norms
-from normnet.model import PROGRESS, Calibration, TensorFile, build_unet, write_tensors
+from normnet.model import (
+    MOST_FILE,
+    Calibration,
+    build_unet,
+    check_calibration,
+    fitted,
+    naming,
+    read_header,
+    read_tensors,
+    write_tensors,
+)
 
+PROGRESS = "progress"
+"""Key of the safetensors metadata that holds the counters, as JSON."""
 WARM_UP = 20
 """The average follows the weights closely at first: its decay is min(average, (1 + n) / (WARM_UP + n))."""
 
@@ -46,15 +57,7 @@ class Progress:
             raise ValueError(
                 f"progress.validated must be at most iteration={self.iteration}, got {self.validated}"
             )
-        if self.calibration is not None and not (
-            self.calibration.keys() == {"probability", "dice"}
-            and 0 < self.calibration["probability"] < 1
-            and 0 <= self.calibration["dice"] <= 1
-        ):
-            raise ValueError(
-                "progress.calibration must have a probability in (0, 1) and a dice in [0, 1], got "
-                f"{shown(self.calibration)}"
-            )
+        check_calibration(self.calibration, "progress.calibration")
 
 
 _DOMAINS = {
@@ -154,17 +157,18 @@ class Trainer:
             The file is none of this run's: other tensors, or numbers that are none; it is named. Nothing has
             changed then.
         """
-        stored = TensorFile.open(path)
-        progress = stored.header(PROGRESS, Progress, "state of a run (its header tells no progress)")
+        tensors, metadata = read_tensors(path, 4 * MOST_FILE)  # weights, their average and two moments
         wanted = {f"model.{k}": v for k, v in self.model.state_dict().items()}
         wanted |= {f"average.{k}": v for k, v in self.average.state_dict().items()}
-        if progress.iteration:
-            for number, weight in enumerate(self.model.parameters()):
-                wanted[f"adam.{number}.step"] = torch.empty((), dtype=torch.float32, device="meta")
-                wanted |= {f"adam.{number}.{k}": weight for k in ("exp_avg", "exp_avg_sq")}
-        stored.expect(wanted)
+        with naming(path):
+            progress = read_header(metadata, PROGRESS, Progress)
+            if progress.iteration:
+                for number, weight in enumerate(self.model.parameters()):
+                    wanted[f"adam.{number}.step"] = torch.empty((), dtype=torch.float32, device="meta")
+                    wanted |= {f"adam.{number}.{k}": weight for k in ("exp_avg", "exp_avg_sq")}
+            tensors = fitted(tensors, wanted)
         parts: dict[str, dict[str, torch.Tensor]] = {"model": {}, "average": {}, "adam": {}}
-        for name, tensor in stored.tensors().items():
+        for name, tensor in tensors.items():
             part, _, rest = name.partition(".")
             parts[part][rest] = tensor
         self.model.load_state_dict(parts["model"])

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -71,6 +72,17 @@ def shared_data() -> Path:
     if not folder.is_dir():
         pytest.skip(f"real CT volumes are not installed: {folder} does not exist")
     return folder
+
+
+def played(network: Any, multiple: int = 1, **settings: Any) -> Any:
+    """A `normnet.model.Model` of any network, whose inputs have axes that are multiples of `multiple`."""
+    from normnet.config import OUTPUTS, ModelConfig
+    from normnet.model import Model
+
+    strides = (8, multiple // 8) if multiple > 8 else (multiple,)
+    outputs = OUTPUTS[settings.get("task", "lesions")]
+    config = ModelConfig(channels=(1,) * (len(strides) + 1), strides=strides, outputs=outputs)
+    return Model(network, config, **settings)
 
 
 def draw_lungs(

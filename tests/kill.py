@@ -27,7 +27,7 @@ import numpy as np
 import lesionsynth as ls
 from normnet import predict, train
 from normnet.config import ModelConfig, TrainConfig, to_json
-from normnet.model import build_unet, read_tensors, save_model
+from normnet.model import Model, build_unet, read_tensors
 from normnet.prepare import __main__ as prepare
 from normnet.prepare.store import Store
 from tests import classical
@@ -137,7 +137,7 @@ class Predict(Job):
         self.files = [draw(inputs / f"scan{seed}.nii.gz", seed) for seed in (3, 4)]
         for seed in (0, 1):
             torch.manual_seed(seed)
-            save_model(inputs / f"m{seed}" / "model.safetensors", build_unet(NETWORK), NETWORK)
+            Model(build_unet(NETWORK), NETWORK).save(inputs / f"m{seed}" / "model.safetensors")
 
     def run(self, folder: Path) -> int:
         models = [str(self.inputs / f"m{seed}") for seed in (0, 1)]

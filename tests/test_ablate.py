@@ -29,10 +29,10 @@ from normnet.ablate.config import training
 from normnet.ablate.output import caveats
 from normnet.ablate.patients import find_patients
 from normnet.ablate.scoring import majority
-from normnet.ablate.tables import ITERATIONS, MODULES, THRESHOLD, VOTING
 from normnet.config import ModelConfig, PostprocessConfig, PredictConfig
 from normnet.metrics import evaluate_case
-from normnet.model import build_unet, load_model, save_model
+from normnet.model import Model, build_unet
+from normnet.paper import ITERATIONS, TABLE_IV, TABLE_V, TABLE_VI
 from normnet.postprocess import postprocess
 from normnet.predict import predict_volume
 from normnet.trainer import Trainer
@@ -103,12 +103,12 @@ def steps(monkeypatch):
 
 def test_paper_numbers_are_those_of_the_paper():
     assert ITERATIONS == (2000, 2500, 3000, 3500, 4000, 4500)
-    assert list(VOTING) == ["voting", *(f"model_{k}" for k in range(1, 6))]
-    assert all(len(row) == len(ITERATIONS) for row in VOTING.values())
+    assert list(TABLE_IV) == ["voting", *(f"model_{k}" for k in range(1, 6))]
+    assert all(len(row) == len(ITERATIONS) for row in TABLE_IV.values())
     # the three tables share one ensemble: 5 models, 3,500 iterations, all modules, T = -500
-    assert VOTING["voting"][3] == MODULES["covid_lung"][-1] == THRESHOLD["-500"] == 68.7
-    assert set(MODULES) <= set(BY_NAME)
-    assert [row.count("×") for row in MODULES.values()] == [0, 1, 1, 1]
+    assert TABLE_IV["voting"][3] == TABLE_V["covid_lung"][-1] == TABLE_VI["-500"] == 68.7
+    assert set(TABLE_V) <= set(BY_NAME)
+    assert [row.count("×") for row in TABLE_V.values()] == [0, 1, 1, 1]
     assert (PAPER.seeds, PAPER.train.iterations, PAPER.train.batch_size, PAPER.train.slab) == (5, 3500, 8, 32)
     assert PAPER.train.crop is None
     assert SMALL.seeds == 3
@@ -124,7 +124,7 @@ def test_modules_is_table_v(tiny, capsys):
     assert [row[4] for row in table.rows] == ["68.7", "51.5", "62.0", "25.5"]
     assert table.failures == []
     results = json.loads((config.output / "results.json").read_text())
-    for row, name in zip(table.rows, MODULES, strict=True):
+    for row, name in zip(table.rows, TABLE_V, strict=True):
         score = results["cells"][name]["votes"]["2"]["patients"]["phantom_1"]
         dice = 2 * score["tp"] / (2 * score["tp"] + score["fp"] + score["fn"])
         assert row[3] == f"{100 * dice:.1f}"
@@ -177,7 +177,8 @@ def test_voting_is_table_iv_and_votes_as_a_plain_loop_does(tiny, steps):
     ]
     assert table.rows[1][1:] == ["67.6", "70.2", "66.9", "68.7", "70.4", "67.4"]
     assert table.rows[7][1:] == ["66.3", "69.5", "69.1", "70.6", "68.8", "58.4"]
-    title, _, counts, _ = table.details[0]
+    title, frame, _ = table.details[0]
+    counts = frame.to_numpy().tolist()
     assert "number of models" in title
     assert [row[0] for row in counts][:3] == ["1, mean±SD over models", "2", "3"]
     assert counts[4][1:3] == ["65.8±3.4", "67.3±2.9"]  # of the paper's five
@@ -189,7 +190,7 @@ def test_voting_is_table_iv_and_votes_as_a_plain_loop_does(tiny, steps):
     weights = [
         config.output / "runs" / "covid_lung" / f"seed{k}" / "9.safetensors" for k in range(3)
     ]  # fmt: skip
-    models = [load_model(file) for file in weights]
+    models = [Model.load(file) for file in weights]
     alone = [predict_volume(patient.hu, patient.lung_mask, [m], predict, device="cpu") for m in models]
     image = ls.window_hu(patient.hu) * patient.lung_mask
     dice = []
@@ -417,8 +418,8 @@ def test_lungs_of_patients_without_masks_are_segmented_as_asked(tiny, tmp_path):
     weights = {}
     for seed in (0, 1):
         torch.manual_seed(seed)
-        model = ModelConfig(channels=(4, 8), strides=(2,), outputs=2)
-        save_model(tmp_path / f"{seed}/own/model.safetensors", build_unet(model), model, task="lungs")
+        network = ModelConfig(channels=(4, 8), strides=(2,), outputs=2)
+        Model(build_unet(network), network, "lungs").save(tmp_path / f"{seed}/own/model.safetensors")
         (own,) = find_patients(replace(config, lungs=str(tmp_path / f"{seed}/own")))
         assert own.identity["lungs_from"] == "own"
         weights[own.identity["lungs_sha256"]] = own.identity

@@ -35,7 +35,7 @@ from normnet.baselines.slices import Frame, training_slices, usable_slices
 from normnet.baselines.variational import BayesianVAE, KLGradient, cut_square, gaussian_kl
 from normnet.config import ModelConfig
 from normnet.metrics import roc_auc
-from normnet.model import build_unet, save_model, write_tensors
+from normnet.model import Model, build_unet, write_tensors
 from normnet.prepare.store import Store
 from normnet.volumes import KeptVolume, phantom_volumes, split, store_volumes
 
@@ -439,7 +439,7 @@ def test_the_command_trains_predicts_and_evaluate_reads_it(tmp_path, patient, ca
     before = {path.name: path.read_bytes() for path in maps.iterdir()}
     # maps of another method, or of the other command, are not replaced unasked
     network = ModelConfig(channels=(4, 8), strides=(2,))
-    save_model(tmp_path / "net/model.safetensors", build_unet(network), network)
+    Model(build_unet(network), network).save(tmp_path / "net/model.safetensors")
     normnet = [
         str(tmp_path / "hu"),
         "--masks",
@@ -514,7 +514,7 @@ def test_wrong_volumes_and_files_are_refused(tmp_path, patient, healthy):
     with pytest.raises(ValueError, match="run must be a folder"):
         load_baseline(tmp_path)
     write_tensors(tmp_path / "other.safetensors", {"a": torch.zeros(1)}, {})
-    with pytest.raises(ValueError, match="run must hold a normnet baseline"):
+    with pytest.raises(ValueError, match="another kind of file: its header lacks the key 'normnet_baseline'"):
         load_baseline(tmp_path / "other.safetensors")
     with pytest.raises(ValueError, match="not a store"):
         train_baseline(tiny("ae", tmp_path / "run", data=tmp_path))

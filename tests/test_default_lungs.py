@@ -26,7 +26,7 @@ from normnet.baselines.config import small  # noqa: E402
 from normnet.baselines.methods import build_baseline  # noqa: E402
 from normnet.baselines.train import save_baseline  # noqa: E402
 from normnet.config import BUNDLED_LUNGS, ModelConfig  # noqa: E402
-from normnet.model import build_unet, save_model  # noqa: E402
+from normnet.model import Model, build_unet  # noqa: E402
 from normnet.prepare import Store, load_case  # noqa: E402
 from normnet.prepare.__main__ import main as prepare  # noqa: E402
 
@@ -78,7 +78,7 @@ def test_load_case(phantom: tuple[Path, np.ndarray]) -> None:
 def test_predict(phantom: tuple[Path, np.ndarray], sha256: str, tmp_path: Path) -> None:
     folder, lungs = phantom
     config = ModelConfig(channels=(4, 8), strides=(2,))
-    save_model(tmp_path / "run/model.safetensors", build_unet(config), config)
+    Model(build_unet(config), config).save(tmp_path / "run/model.safetensors")
     call = [str(folder), "--models", str(tmp_path / "run"), "--output", str(tmp_path / "maps")]
     assert predict.main([*call, "--threads", "1", "--device", "cpu"]) == 0
     record = json.loads((tmp_path / "maps/ill.json").read_text())

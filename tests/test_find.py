@@ -15,12 +15,11 @@ import pytest
 from numpy.testing import assert_array_equal
 
 from lesionsynth.commands import plainly
-from lesionsynth.io import SUFFIXES, Passed, dicom_folders, find_sources, read_ct
-from normnet.pairing import find_cases, find_patients
+from lesionsynth.io import SUFFIXES, Passed, dicom_folders, find_sources, read_ct, split_name
 from normnet.prepare.__main__ import main as prepare
 from normnet.prepare.masks import find_mask
 from normnet.reasons import tell
-from normnet.report.cases import locate
+from normnet.report import locate
 from tests.test_inputs_dicom import SCOUT
 from tests.test_io import volume, write_series
 
@@ -206,60 +205,6 @@ def test_copies_are_taken_once(tmp_path: Path, seed: int) -> None:
         assert sum(one.named for one in find_sources([whole, *copies]).passed) == 2
 
 
-@pytest.mark.parametrize(
-    "name", ["p.seg.nrrd", "p_Segmentation.seg.nrrd", "p-label.nrrd", "p_ct.seg.nrrd", "P.nrrd"]
-)
-def test_truth_as_segmentation_programs_name_it(tmp_path: Path, name: str) -> None:
-    for path in ("ct/p.nii.gz", "maps/p_lesions.nii.gz", f"truth/{name}"):
-        (tmp_path / path).parent.mkdir()
-        (tmp_path / path).touch()
-    places = {
-        role: [tmp_path / folder]
-        for role, folder in (("predictions", "maps"), ("truth", "truth"), ("ct", "ct"))
-    }
-    if name != "P.nrrd":
-        assert find_cases(**places)[0].lesion == tmp_path / "truth" / name
-        return
-    with pytest.raises(
-        ValueError, match=r"truth must have .*\['p'\] not found in .*; there: .*P\.nrrd \(case P\)"
-    ):
-        find_cases(**places)
-
-
-def test_a_truth_that_is_no_file_of_a_known_format_is_named(tmp_path: Path) -> None:
-    for path in ("ct/p.nii.gz", "maps/p_lesions.nii.gz", "truth/p.img", "truth/p/p_lesion.nii"):
-        (tmp_path / path).parent.mkdir(exist_ok=True, parents=True)
-        (tmp_path / path).touch()
-    truth = tmp_path / "truth"
-    rule = f"there: no file of a format that is read; passed over: {truth / 'p'}, {truth / 'p.img'}"
-    with pytest.raises(ValueError, match=re.escape(rule)):
-        find_cases(predictions=[tmp_path / "maps"], truth=[truth], ct=[tmp_path / "ct"])
-
-
-def test_a_ct_that_is_not_found_says_what_is_there(tmp_path: Path) -> None:
-    for path in ("ct/q.nii.gz", "ct/p.img", "ct/Lungs/p.nii.gz", "maps/p_lesions.nii.gz", "truth/p.nii"):
-        (tmp_path / path).parent.mkdir(exist_ok=True, parents=True)
-        (tmp_path / path).touch()
-    with pytest.raises(
-        ValueError, match=r"ct must have .*; there: .*q\.nii\.gz \(case q\); passed over: "
-    ) as caught:
-        find_cases(predictions=[tmp_path / "maps"], truth=[tmp_path / "truth"], ct=[tmp_path / "ct"])
-    assert "p.img: of no format" in str(caught.value)
-    assert "Lungs/p.nii.gz: in Lungs" in str(caught.value)
-    (tmp_path / "truth/p.nii").rename(tmp_path / "truth/p_lesion.nii")
-    with pytest.raises(
-        ValueError, match=r"a CT for each truth, got none for .*; there: .*q\.nii\.gz \(case q\)"
-    ):
-        find_patients([tmp_path / "ct", tmp_path / "truth"])
-    (tmp_path / "ct/p_hu.nii").touch()
-    found = find_cases(predictions=[tmp_path / "maps"], truth=[tmp_path / "truth"], ct=[tmp_path / "ct"])
-    assert [case.ct.name for case in found] == ["p_hu.nii"]
-    with pytest.raises(
-        ValueError, match=r"no lung mask for case x; expected .*; there: p_hu\.nii, q\.nii\.gz"
-    ):
-        find_mask(tmp_path / "ct", "x")
-
-
 def test_what_is_told_at_the_end(capsys: pytest.CaptureFixture[str]) -> None:
     passed = [Passed(Path(f"f{n}.nii"), "why") for n in range(30)]
     assert not tell({"p": ["one\n\x1b", "two"]}, passed)
@@ -329,20 +274,12 @@ def test_baselines_tell_the_same(
     ["_Lung", "_lungs", "-LUNGE", "_Lung_Mask", ".seg", "_Segmentation.seg", "_label", "_MASKE", "_lobes"],
 )
 def test_lungs_are_found_however_they_are_named(tmp_path: Path, case: str, ct: str, mask: str) -> None:
-    """By `prepare`, `predict` and `evaluate`; beside the CT and lesions of the case, and other cases."""
+    """By `prepare` and `predict`; beside the CT and lesions of the case, and other cases."""
     end = ".nrrd" if "seg" in mask.lower() else ".nii.gz"
     lungs = touched(tmp_path / f"{case}{mask}{end}")
     for name in (f"{case}{ct}.nii", f"{case}_lesions.nii", f"{case}2_lung.nii", "q.nii", f"{case}_prob.mha"):
         touched(tmp_path / name)
     assert find_mask(tmp_path, f"{case}{ct}") == lungs
-    if case.endswith("Lung"):
-        return  # which is no part of the case's name there
-    (tmp_path / "maps").mkdir()
-    touched(tmp_path / "maps" / f"{case}_lesions.nii.gz")
-    places = {"predictions": [tmp_path / "maps"], "truth": [tmp_path], "ct": [tmp_path]}
-    for given in (lungs, tmp_path):
-        (one,) = find_cases(**places, lungs=[given])
-        assert (one.lung, one.lesion.name, one.ct.name) == (lungs, f"{case}_lesions.nii", f"{case}{ct}.nii")
 
 
 def test_lungs_win_over_what_may_be_lesions(tmp_path: Path) -> None:
@@ -365,3 +302,40 @@ def test_inputs_that_overlap(tmp_path: Path, deep: str) -> None:
         assert ([(one.case, one.path) for one in found], found.passed) == ([("p", ct)], ())
     with pytest.raises(ValueError, match=f"p more than once, from {ct}, {tmp_path}/link/{deep}/p.nii; give"):
         find_sources([ct, tmp_path / "link" / deep])
+
+
+@pytest.mark.parametrize(
+    ("name", "case", "role"),
+    [
+        ("radiopaedia_4_hu.nii.gz", "radiopaedia_4", "ct"),
+        ("radiopaedia_4_lung.nii.gz", "radiopaedia_4", "lung"),
+        ("radiopaedia_4_hu_prob.nii.gz", "radiopaedia_4", "probability"),
+        ("r4-lung-mask.nrrd", "r4", "lung"),
+        ("case_mask.mha", "case", "mask"),
+        ("r4_hu_mask.nii", "r4", "mask"),
+        ("r4_lung_seg.nii", "r4", "lung"),
+        ("r4_Lesion-Label.nii", "r4", "lesion"),
+        ("r4_lung.seg.nrrd", "r4", "lung"),
+        ("coronacases_001.nii", "coronacases_001", None),
+        ("lung.nii", "lung", None),
+    ],
+)
+def test_names_tell_case_and_role(tmp_path: Path, name: str, case: str, role: str | None) -> None:
+    assert split_name(tmp_path / name) == (case, role)
+
+
+@pytest.mark.parametrize(
+    ("name", "case", "role"),
+    [
+        ("r4_core.nii.gz", "r4", "core"),
+        ("r4_hu_healthy.nii.gz", "r4", "healthy"),
+        ("anna_healthy_lesions.nii.gz", "anna_healthy", "lesion"),
+        ("anna_healthy_healthy.nii.gz", "anna_healthy", "healthy"),
+        ("r4_probability.nii.gz", "r4", "probability"),
+    ],
+)
+def test_words_that_mean_something_among_predictions_alone(
+    tmp_path: Path, name: str, case: str, role: str
+) -> None:
+    assert split_name(tmp_path / name, predicted=True) == (case, role)
+    assert split_name(tmp_path / "anna_healthy.nii.gz") == ("anna_healthy", None)

@@ -17,9 +17,10 @@ pytest.importorskip("monai")
 import lesionsynth as ls  # noqa: E402
 from normnet import predict, train  # noqa: E402
 from normnet.config import ModelConfig, PostprocessConfig, PredictConfig, TrainConfig  # noqa: E402
+from normnet.evaluate import CaseVolumes, evaluate_volumes, origin_of  # noqa: E402
 from normnet.inflation import AIR_HU, healthy_density, inflate, inflation_factor  # noqa: E402
-from normnet.model import build_unet, load_model, save_model  # noqa: E402
-from normnet.origin import Origin, read_origin  # noqa: E402
+from normnet.model import Model, build_unet  # noqa: E402
+from normnet.output import read_record  # noqa: E402
 from normnet.postprocess import postprocess  # noqa: E402
 from normnet.volumes import KeptVolume, inflated, keep  # noqa: E402
 
@@ -114,12 +115,12 @@ def test_a_volume_is_brought_to_the_density(density):
 
 def undecided(path, inflation_hu, **header):
     """Weights of a network that calls nothing healthy: every bright voxel is left."""
-    model = build_unet(SMALL)
+    network = build_unet(SMALL)
     with torch.no_grad():
-        for parameter in model.parameters():
+        for parameter in network.parameters():
             parameter.zero_()
-    save_model(path, model, SMALL, threshold_hu=-700.0, inflation_hu=inflation_hu, **header)
-    return load_model(path)
+    Model(network, SMALL, threshold_hu=-700.0, inflation_hu=inflation_hu, **header).save(path)
+    return Model.load(path)
 
 
 def test_prediction_scales_what_network_and_post_processing_see(tmp_path):
@@ -161,14 +162,21 @@ def test_the_record_tells_the_factor_and_what_was_judged(tmp_path):
     assert record["inflation"] == pytest.approx(1.1, rel=0.015)
     assert record["models"][0]["inflation_hu"] == -880.0
     assert record["models"][0]["probability"] == 0.4
-    origin = read_origin(tmp_path / "out/p_lesions.nii.gz")
+    origin = origin_of(record)
     assert origin.threshold_hu == pytest.approx(-700 / record["inflation"])
     assert origin.label == "fixed at 0.4; T -700 HU"
-    assert origin.judged == "lung from -700 HU, at one inflation"
-    assert origin.tissue == "; T -700 HU"
+    case = CaseVolumes(
+        case="p", hu=hu, prediction=mask, truth=mask, lung_mask=mask, probability=mask.astype(np.float32),
+        spacing=(1.0, 0.8, 0.8), origin=origin,
+    )  # fmt: skip
+    with pytest.warns(UserWarning, match="the truth covers 100 % of the lungs"):
+        made = evaluate_volumes([case], pictures=0).methods["Proposed"]
+    assert made.judges == "lung from -700 HU, at one inflation"
+    assert made.bright_threshold == "mean probability, fixed at 0.95; T -700 HU"
     for factor in (0, -1, 1e300, "1e309", "1", True, None, []):  # a damaged record says nothing
         (tmp_path / "out/p.json").write_text(json.dumps({**record, "inflation": factor}))
-        assert read_origin(tmp_path / "out/p_lesions.nii.gz") == Origin()
+        with pytest.raises(ValueError, match="not the record of a prediction: inflation: "):
+            read_record(tmp_path / "out/p.json")
     undecided(tmp_path / "n.safetensors", None)
     assert predict.main([*call, str(tmp_path / "n.safetensors"), "--output", str(tmp_path / "two")]) == 2
     assert not (tmp_path / "two").exists()
@@ -179,14 +187,11 @@ def test_weights_say_how_they_vote(tmp_path):
     calibrated = undecided(tmp_path / "a", None, probability="calibrated", calibration=calibration)
     fixed = undecided(tmp_path / "b", None, probability=0.7, calibration=calibration)
     paper = undecided(tmp_path / "c", None)
-    usual = PredictConfig()
-    assert [predict.healthy_threshold(m, usual) for m in (calibrated, fixed, paper)] == [0.3, 0.7, 0.95]
-    given_level = replace(usual, probability=0.5)
-    assert [predict.healthy_threshold(m, given_level) for m in (calibrated, fixed)] == [0.5, 0.5]
-    own = replace(usual, probability="calibrated")
-    assert predict.healthy_threshold(fixed, own) == 0.3
+    assert [model.threshold() for model in (calibrated, fixed, paper)] == [0.3, 0.7, 0.95]
+    assert [model.threshold(0.5) for model in (calibrated, fixed)] == [0.5, 0.5]
+    assert fixed.threshold("calibrated") == 0.3
     with pytest.raises(ValueError, match="carries no calibration"):
-        predict.healthy_threshold(paper, own)
+        paper.threshold("calibrated")
 
 
 def test_training_scales_and_says_so(tmp_path):
@@ -207,10 +212,11 @@ def test_training_scales_and_says_so(tmp_path):
         device="cpu",
     )
     train.train(config)
-    model = load_model(tmp_path / "flat")
+    model = Model.load(tmp_path / "flat")
     assert (model.inflation_hu, model.probability) == (-900.0, "calibrated")
-    assert predict.healthy_threshold(model, PredictConfig()) == model.calibration["probability"]
+    assert model.threshold() == model.calibration["probability"]
     train.train(replace(config, output=tmp_path / "raw", inflation_hu=None))
     # other images, so other weights
-    pairs = zip(model.parameters(), load_model(tmp_path / "raw").parameters(), strict=True)
+    raw = Model.load(tmp_path / "raw")
+    pairs = zip(model.network.parameters(), raw.network.parameters(), strict=True)
     assert any((a != b).any() for a, b in pairs)

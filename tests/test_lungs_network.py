@@ -28,14 +28,14 @@ import torch
 
 from lesionsynth.io import read_ct
 from normnet.config import BUNDLED_LUNGS, ModelConfig
-from normnet.model import build_unet, save_model
+from normnet.model import Model, build_unet
 from normnet.prepare import load_case, network
 from normnet.prepare.case import method_of
 from normnet.prepare.chest import ADULT_MM, shrink
 from normnet.prepare.grid import IsoGrid
 from normnet.prepare.lungs import MIN_LUNG_ML, REACH_MM, Lungs, check_agreement, split_lungs
 from normnet.prepare.network import chances, lung_network, split_by_network
-from tests.conftest import REPOSITORY
+from tests.conftest import REPOSITORY, played
 
 EXTENT = (240.0, 210.0, 300.0)
 """Of the drawn scan in mm, axis order z, y, x."""
@@ -107,15 +107,17 @@ def drawn(dense: float = 0.0, wide: float = 0.0, spacing: tuple[float, float, fl
 class Stub(torch.nn.Module):
     """A network that answers by a function of the image (1, 1, z, y, x)."""
 
-    def __init__(self, answer: Any, multiple: int | None = None) -> None:
+    def __init__(self, answer: Any) -> None:
         super().__init__()
         self.answer, self.asked = answer, []
-        if multiple is not None:
-            self.config = type("Config", (), {"multiple": multiple})
 
     def forward(self, image: Any) -> Any:
         self.asked.append(tuple(image.shape))
         return self.answer(image)
+
+
+def stub(answer: Any, multiple: int = 1) -> Model:
+    return played(Stub(answer), multiple, task="lungs")
 
 
 def knows(image: Any) -> Any:
@@ -139,21 +141,21 @@ def dice(a: np.ndarray, b: np.ndarray) -> float:
 
 @given(
     shape=st.tuples(*[st.integers(1, 9)] * 3),
-    multiple=st.sampled_from([None, 1, 2, 4, 8]),
+    multiple=st.sampled_from([1, 2, 4, 8]),
     seed=st.integers(0, 99),
 )
-def test_padding_moves_no_answer(shape: tuple[int, int, int], multiple: int | None, seed: int) -> None:
+def test_padding_moves_no_answer(shape: tuple[int, int, int], multiple: int, seed: int) -> None:
     """A network that answers voxel by voxel says the same of each, whatever is padded around it."""
     image = np.random.default_rng(seed).random(shape, np.float32)
-    stub = Stub(lambda x: torch.cat([3 * x - 1, 2 - 5 * x], 1), multiple)
-    found = chances(image, stub)
+    model = stub(lambda x: torch.cat([3 * x - 1, 2 - 5 * x], 1), multiple)
+    found = chances(image, model)
     right, left = 1 / (1 + np.exp(1 - 3 * image)), 1 / (1 + np.exp(5 * image - 2))
     # mirrored, right is left: the mean of both answers is said of both
     expected = np.broadcast_to((right + left) / 2, (2, *shape))
     assert found.dtype == np.float32
     assert_allclose(found, expected, rtol=1e-5)  # float32 sigmoids
-    assert all(n % (multiple or 1) == 0 for size in stub.asked for n in size[2:])
-    assert all(0 <= m - n < (multiple or 1) for m, n in zip(stub.asked[0][2:], shape, strict=True))
+    assert all(n % multiple == 0 for size in model.network.asked for n in size[2:])
+    assert all(0 <= m - n < multiple for m, n in zip(model.network.asked[0][2:], shape, strict=True))
 
 
 @given(place=st.tuples(st.integers(0, 2), st.integers(0, 3), st.integers(0, 6)), side=st.integers(0, 1))
@@ -162,7 +164,7 @@ def test_mirroring_swaps_the_sides(place: tuple[int, int, int], side: int) -> No
     z, y, x = place
     logits = torch.full((1, 2, 3, 4, 7), -100.0)
     logits[0, side, z, y, x] = 100.0
-    found = chances(np.zeros((3, 4, 7), np.float32), Stub(lambda _: logits))
+    found = chances(np.zeros((3, 4, 7), np.float32), stub(lambda _: logits))
     expected = np.zeros((2, 3, 4, 7))
     expected[side, z, y, x] += 0.5
     expected[1 - side, z, y, 6 - x] += 0.5
@@ -179,7 +181,7 @@ def test_sides_by_place_survive_mirroring() -> None:
     image = np.zeros((2, 3, 10), np.float32)
     image[:, 1, [1, 2, 8]] = 1
     for multiple in (1, 4, 16):
-        found = chances(image, Stub(by_place, multiple)) > 0.99
+        found = chances(image, stub(by_place, multiple)) > 0.99
         assert_array_equal(found[0], (image > 0) & (np.arange(10) < 5))
         assert_array_equal(found[1], (image > 0) & (np.arange(10) >= 5))
 
@@ -412,26 +414,26 @@ def test_a_childs_chest_has_the_same_voxels(dense: float) -> None:
 @pytest.mark.parametrize("dense", [0.0, 0.4, 1.0])
 def test_scan_to_lungs(scale: float, dense: float) -> None:
     """With the coarse grid chosen by the body; the lungs of a scaled chest are found as well."""
-    scan, stub = drawn(dense=dense), Stub(knows)
+    scan, model = drawn(dense=dense), stub(knows)
     spacing = (scale * SPACING[0], scale * SPACING[1], scale * SPACING[2])
     before = scan.hu.copy()
-    found = split_by_network(scan.hu, spacing, stub)
+    found = split_by_network(scan.hu, spacing, model)
     assert_array_equal(scan.hu, before)
     for mask, true in zip((found.right, found.left), scan.depths, strict=True):
         assert dice(mask, true > 0) > 0.985  # 1 mm of their surface is 5 %
         # half a coarse voxel of 2.3 mm (of an adult's), and half a voxel of the scan
         assert mask[true > 2.4].all()
         assert not mask[true < -2.4].any()
-    assert len(stub.asked) == 2
+    assert len(model.network.asked) == 2
     # the body's cross-section is the square of 90 voxels, 2 % for the outline of the body
-    voxel = [e / n for e, n in zip(EXTENT, stub.asked[0][2:], strict=True)]
+    voxel = [e / n for e, n in zip(EXTENT, model.network.asked[0][2:], strict=True)]
     assert_allclose(voxel, np.sqrt(np.pi * 100 * 140) / 90, rtol=0.02)
 
 
 def test_mirrored_scan_has_mirrored_lungs() -> None:
     scan = drawn(dense=0.4)
-    found = split_by_network(scan.hu, SPACING, Stub(knows))
-    mirrored = split_by_network(np.ascontiguousarray(scan.hu[:, :, ::-1]), SPACING, Stub(knows))
+    found = split_by_network(scan.hu, SPACING, stub(knows))
+    mirrored = split_by_network(np.ascontiguousarray(scan.hu[:, :, ::-1]), SPACING, stub(knows))
     # coarse voxels count from the right edge, and do not end with the image: half of one is 6 % of the lungs
     assert dice(mirrored.right, found.left[:, :, ::-1]) > 0.98
     assert dice(mirrored.left, found.right[:, :, ::-1]) > 0.98
@@ -439,7 +441,7 @@ def test_mirrored_scan_has_mirrored_lungs() -> None:
 
 def test_a_network_that_sees_nothing() -> None:
     scan = drawn()
-    blind = Stub(lambda image: torch.full((1, 2, *image.shape[2:]), -5.0))
+    blind = stub(lambda image: torch.full((1, 2, *image.shape[2:]), -5.0))
     with pytest.raises(ValueError, match="no lung found: the network sees 0 ml"):
         split_by_network(scan.hu, SPACING, blind)
 
@@ -512,7 +514,7 @@ SMALL = {"channels": (2, 4), "strides": (2,), "residual_units": 0}
 
 def weights(path: Path, task: Any, outputs: int) -> Path:
     config = ModelConfig(**SMALL, outputs=outputs)
-    save_model(path, build_unet(config), config, task=task)
+    Model(build_unet(config), config, task).save(path)
     return path
 
 
@@ -542,7 +544,7 @@ def test_methods_by_name_and_by_weights(tmp_path: Path) -> None:
         assert method.func is split_by_network
         assert method.keywords["network"] is methods[0].keywords["network"]
         assert method.keywords["network"].config == ModelConfig(**SMALL, outputs=2)
-        assert not method.keywords["network"].training
+        assert not method.keywords["network"].network.training
 
 
 def test_a_real_network_answers(tmp_path: Path) -> None:
@@ -566,7 +568,7 @@ def write(path: Path, hu: np.ndarray) -> Path:
 @pytest.fixture
 def stub_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     """A path whose network knows the drawn lungs."""
-    monkeypatch.setattr(network, "lung_network", lambda path: Stub(knows))
+    monkeypatch.setattr(network, "lung_network", lambda path: stub(knows))
     path = tmp_path / "stub.safetensors"
     path.touch()
     return str(path)
@@ -631,7 +633,7 @@ def test_case_without_a_network(stub_weights: str, tmp_path: Path) -> None:
 def test_case_names_the_scan_without_lungs(
     stub_weights: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    blind = Stub(lambda image: torch.full((1, 2, *image.shape[2:]), -5.0))
+    blind = stub(lambda image: torch.full((1, 2, *image.shape[2:]), -5.0))
     monkeypatch.setattr(network, "lung_network", lambda path: blind)
     ct = write(tmp_path / "ct.nii.gz", drawn().hu)
     with pytest.raises(ValueError, match=r"ct.nii.gz: no lung found: the network sees 0 ml"):

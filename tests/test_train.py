@@ -28,7 +28,7 @@ from normnet.config import (
     from_json,
     to_json,
 )
-from normnet.model import build_unet, find_models, load_model, read_tensors, save_model, write_tensors
+from normnet.model import Model, build_unet, find_models, read_tensors, write_tensors
 
 TINY = TrainConfig(
     model=ModelConfig(channels=(4, 8), strides=(2,), residual_units=1),
@@ -189,9 +189,9 @@ def test_the_threshold_that_pairs_calibrate(tmp_path):
     assert validate.calibrate(well, ill[:0]) is None
     train.train(replace(TINY, output=tmp_path / "run"))
     rows = list(csv.DictReader((tmp_path / "run/metrics.csv").read_text().splitlines()))
-    calibrated = load_model(tmp_path / "run").calibration["probability"]
+    calibrated = Model.load(tmp_path / "run").calibration["probability"]
     assert float(rows[-1]["calibrated"]) == calibrated
-    assert load_model(tmp_path / "run/best.safetensors").calibration is not None
+    assert Model.load(tmp_path / "run/best.safetensors").calibration is not None
 
 
 def test_the_threshold_in_hu_moves_target_and_generator():
@@ -260,7 +260,7 @@ def test_kept_volumes_give_the_same_batches(place):
 def test_average_zero_saves_the_last_weights(tmp_path):
     train.train(replace(TINY, output=tmp_path / "run", iterations=2, average=0.0))
     tensors, _ = read_tensors(tmp_path / "run/state.safetensors")
-    model = load_model(tmp_path / "run").state_dict()
+    model = Model.load(tmp_path / "run").network.state_dict()
     assert all(torch.equal(model[name], tensors[f"model.{name}"]) for name in model)
 
 
@@ -548,21 +548,21 @@ def test_command_line(tmp_path, capsys):
 
 def test_model_round_trip_and_errors(tmp_path):
     config = ModelConfig(channels=(4, 8), strides=(2,))
-    model = build_unet(config).eval()
-    save_model(tmp_path / "run/model.safetensors", model, config)
-    loaded = load_model(tmp_path / "run")
+    network = build_unet(config).eval()
+    Model(network, config).save(tmp_path / "run/model.safetensors")
+    loaded = Model.load(tmp_path / "run")
     x = torch.rand(1, 1, 4, 8, 8)
-    assert torch.equal(model(x), loaded(x))
+    assert torch.equal(network(x), loaded.network(x))
     assert loaded.config == config
     assert find_models([tmp_path]) == find_models([tmp_path / "run"]) == [tmp_path / "run/model.safetensors"]
     with pytest.raises(ValueError, match="models must be weights files or run folders"):
         find_models([tmp_path / "nothing"])
     (tmp_path / "bad.safetensors").write_bytes(b"not weights")
     with pytest.raises(ValueError, match="not a readable safetensors file"):
-        load_model(tmp_path / "bad.safetensors")
+        Model.load(tmp_path / "bad.safetensors")
     write_tensors(tmp_path / "other.safetensors", {"x": torch.zeros(1)}, {})
-    with pytest.raises(ValueError, match="not a normnet model"):
-        load_model(tmp_path / "other.safetensors")
+    with pytest.raises(ValueError, match="another kind of file: its header lacks the key 'normnet'"):
+        Model.load(tmp_path / "other.safetensors")
 
 
 def test_a_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch):

@@ -24,7 +24,7 @@ from normnet.chests import ChestStream, lung_streams, phantom_chests, store_ches
 from normnet.config import PRESETS, WEIGHTS, AugmentConfig, ChestConfig, ModelConfig, TrainConfig, to_json
 from normnet.data import Batch
 from normnet.distributed import ALONE
-from normnet.model import build_unet, load_model, save_model
+from normnet.model import Model, build_unet
 from normnet.painting import LEFT, RIGHT
 from normnet.prepare import Store, prepare
 from normnet.prepare.__main__ import main as prepare_main
@@ -121,20 +121,19 @@ def test_training_lowers_the_loss(tmp_path):
 
 def test_weights_say_what_they_are_for(run, tmp_path):
     for file in (run, run / "best.safetensors"):
-        model = load_model(file, "lungs")
+        model = Model.load(file, "lungs")
         assert model.config == TINY.model
-        assert model(torch.zeros(1, 1, 16, 32, 32)).shape == (1, 2, 16, 32, 32)
+        assert model.healthy_probability(torch.zeros(1, 1, 16, 32, 32)).shape == (1, 2, 16, 32, 32)
     with pytest.raises(ValueError, match=r"model\.safetensors: the model's task must be lesions, got lungs"):
-        load_model(run)
+        Model.load(run)
     config = ModelConfig(channels=(4, 8), strides=(2,))
-    save_model(tmp_path / "lesions.safetensors", build_unet(config), config)
+    Model(build_unet(config), config).save(tmp_path / "lesions.safetensors")
     with pytest.raises(
         ValueError, match=r"lesions\.safetensors: the model's task must be lungs, got lesions"
     ):
-        load_model(tmp_path / "lesions.safetensors", "lungs")
-    save_model(tmp_path / "odd.safetensors", build_unet(config), config, task="lungs")
+        Model.load(tmp_path / "lesions.safetensors", "lungs")
     with pytest.raises(ValueError, match=r"model\.outputs must fit the task lungs, got 1"):
-        load_model(tmp_path / "odd.safetensors", "lungs")
+        Model(build_unet(config), config, "lungs")
 
 
 # ---- settings
@@ -161,7 +160,7 @@ def test_the_command_takes_the_preset_lungs(run, tmp_path, capsys):
     file.write_text(to_json(replace(TINY, iterations=1, validate_every=0, output=tmp_path / "run")))
     assert train.main(["--config", str(file)]) == 0
     assert "val_recall" in capsys.readouterr().out
-    load_model(tmp_path / "run", "lungs")
+    Model.load(tmp_path / "run", "lungs")
 
 
 @pytest.mark.parametrize(

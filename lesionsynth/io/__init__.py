@@ -12,15 +12,14 @@ which saves the 0.3 seconds that the other takes to start (on Windows it is alwa
 """
 
 from lesionsynth.io.dicom import SeriesInfo, largest_series, read_headers
-from lesionsynth.io.find import Found, Passed, Source, Wanted, dicom_folders, find_scans, find_sources
+from lesionsynth.io.find import Found, Passed, Source, dicom_folders, find_sources
 from lesionsynth.io.grid import Grid
-from lesionsynth.io.names import MAP_WORDS, SUFFIXES, case_name, split_name
+from lesionsynth.io.names import SUFFIXES, case_name
 from lesionsynth.io.nifti import write_nifti
 from lesionsynth.io.read import AIR_HU, Scan, list_series, read_ct, read_map, read_mask
 
 __all__ = [
     "AIR_HU",
-    "MAP_WORDS",
     "SUFFIXES",
     "Found",
     "Grid",
@@ -28,10 +27,8 @@ __all__ = [
     "Scan",
     "SeriesInfo",
     "Source",
-    "Wanted",
     "case_name",
     "dicom_folders",
-    "find_scans",
     "find_sources",
     "largest_series",
     "list_series",
@@ -39,6 +36,5 @@ __all__ = [
     "read_headers",
     "read_map",
     "read_mask",
-    "split_name",
     "write_nifti",
 ]

@@ -1,8 +1,4 @@
-"""Find the CT that a command is given: files, folders of files, DICOM folders, and folders of all these.
-
-A prediction records the DICOM series that it was made from: that very series is found again, whatever its
-folder is called now. Every other CT is found by name.
-"""
+"""Find the CT that a command is given: files, folders of files, DICOM folders, and folders of all these."""
 
 from __future__ import annotations
 
@@ -24,13 +20,11 @@ from lesionsynth.io.dicom import (
     largest_series,
     list_series,
 )
-from lesionsynth.io.names import ROLE_WORDS, SUFFIXES, case_name, split_name
+from lesionsynth.io.names import NO_CT, SUFFIXES, case_name
 from lesionsynth.strict import name_of, some_of
 
 Inputs = Sequence[str | os.PathLike[str]]
 T = TypeVar("T")
-_NO_CT = frozenset({"core"}).union(*(words for role, words in ROLE_WORDS.items() if role != "ct"))
-"""Last, or only, words of a file's name that say "no CT"."""
 _MASK_FOLDER = re.compile(
     r"((lungs?|lesions?|infection|ground|and)[\W_]*)*"
     r"(masks?|masken?|labels?|labelst[rs]|labelsval|segmentations?|annotations?|gt|truth)"
@@ -104,26 +98,6 @@ class Source:
     path: Path
     series: str | None
     files: tuple[Path, ...] = field(default=(), compare=False, repr=False)
-
-
-@dataclass(frozen=True)
-class Wanted:
-    """What is known of a CT to find.
-
-    Attributes
-    ----------
-    case : str
-        Name of its case.
-    name : str
-        The name before words that tell a role were taken off, which `normnet.predict` may have meant:
-        ``a_CT`` of ``a_CT_lesions.nii.gz``, whose case is ``a``.
-    series : str or None
-        SeriesInstanceUID that was recorded.
-    """
-
-    case: str
-    name: str
-    series: str | None = None
 
 
 def find_sources(
@@ -203,58 +177,6 @@ def dicom_folders(inputs: Inputs) -> Found[tuple[Path, list[SeriesInfo]]]:
     return Found([(place.path, place.infos) for place in look.places if place.infos], look.passed)
 
 
-def find_scans(inputs: Sequence[Path], wanted: Sequence[Wanted]) -> tuple[dict[str, Source], Found[Source]]:
-    """Find the CT of cases.
-
-    Parameters
-    ----------
-    inputs : sequence of Path
-        Files, DICOM folders, and folders of these at any depth, searched as `find_sources` does. Files whose
-        names say that they are no CT are passed over.
-    wanted : sequence of Wanted
-        The cases.
-
-    Returns
-    -------
-    by_case : dict of str to Source
-        Those without a CT are not in it. Of a DICOM folder with several series, none of which was recorded,
-        the largest, as `normnet.predict` takes it; ``..._s2`` is the second of all.
-    there : Found of Source
-        Every CT that is there, wanted or not.
-
-    Raises
-    ------
-    FileNotFoundError
-        An input does not exist.
-    ValueError
-        Several CT fit a case equally well, or the folder of its name does not hold the recorded series.
-    """
-    look, name = _Look(inputs, files=_may_be_ct), _namer()
-    ways: list[list[tuple[Source, str]]] = []
-    for series in ("largest", "all"):
-        chosen = look.chosen(series)
-        named = zip(chosen, _unlike(chosen, name), strict=True)
-        ways.append([(one.source(case), one.note if series == "largest" else "") for one, case in named])
-    recorded = {info.uid: place for place in look.places for info in place.infos}
-    found: dict[str, Source] = {}
-    for one in wanted:
-        if one.series is not None and one.series in recorded:
-            found[one.case] = Source(one.case, recorded[one.series].path, one.series)
-            continue
-        source, note = next((fit for way in ways if (fit := _fitting(one, way)) is not None), (None, ""))
-        if source is None:
-            continue
-        if one.series is not None and source.series is not None:
-            raise ValueError(
-                f"ct of case {one.case!r} must be the series that was predicted, {name_of(one.series)}, got "
-                f"{source.series} in {name_of(source.path)}"
-            )
-        if note:
-            warnings.warn(note, stacklevel=2)
-        found[one.case] = source  # by name alone, or a file that was made of the series
-    return found, Found([source for source, _ in ways[0]], look.passed)
-
-
 @dataclass(frozen=True, eq=False)
 class _Place:
     """A volume file, or a DICOM folder and its series, and the input it was found by."""
@@ -288,9 +210,7 @@ class _Chosen:
 class _Look:
     """One walk through all inputs: the CT that are there, and what was passed over."""
 
-    def __init__(
-        self, inputs: Inputs, output: Path | None = None, files: Callable[[Path], bool] = lambda _: True
-    ) -> None:
+    def __init__(self, inputs: Inputs, output: Path | None = None) -> None:
         self._inputs = [Path(given) for given in inputs]
         self.places: list[_Place] = []
         self.passed: list[Passed] = []
@@ -301,7 +221,7 @@ class _Look:
                 raise FileNotFoundError(f"{name_of(given)}: no such file or folder")
             if given.is_dir():
                 self._walk(given)
-            elif given.suffix.lower() == ".dcm" or files(given):
+            else:
                 self._file(given)
         self.held = [place.path for place in self.places]
         infos = (info for place in self.places for info in place.infos)
@@ -450,7 +370,7 @@ def _no_ct(path: Path, why: str) -> str:
     mapped = last in ("healthy", "classical")
     if mapped and path.with_name(f"{case[: -len(last)]}lesions.nii.gz").exists():
         return "a map of normnet.predict"  # by itself the word may well describe a CT
-    if last in _NO_CT or not _may_be_ct(path):
+    if last in NO_CT or ".seg." in path.name.lower():
         return "named as a mask or a map is; give the file itself to read it as a CT"
     return ""
 
@@ -516,46 +436,3 @@ def _between(root: Path, path: Path) -> tuple[str, ...]:
 
 def _is_below(path: Path, root: Path) -> bool:
     return Path(os.path.abspath(path)).is_relative_to(os.path.abspath(root))
-
-
-def _fitting(one: Wanted, ct: Sequence[tuple[Source, str]]) -> tuple[Source, str] | None:
-    """Return the CT that has the name of a case, found in the surest way; None where none has."""
-    ways: tuple[Callable[[Source], bool], ...] = (
-        lambda source: source.case == one.name,
-        lambda source: source.case == one.case,
-        lambda source: _is_case(Path(source.case), one.case),
-        # predicted from its own folder, in which no other CT had its name
-        lambda source: _is_case(source.path, one.case),
-    )
-    for fits in ways:
-        there = [(source, note) for source, note in ct if fits(source)]
-        if len(there) > 1:
-            paths = " and ".join(name_of(source.path) for source, _ in there)
-            raise ValueError(f"ct of case {one.case!r} must be one file or folder, got {paths}")
-        if there:
-            return there[0]
-    return None
-
-
-def _may_be_ct(path: Path) -> bool:
-    return split_name(path)[1] in (None, "ct")
-
-
-def _is_case(path: Path, case: str) -> bool:
-    return split_name(path) in ((case, None), (case, "ct"))
-
-
-def _namer() -> Callable[[Path], str]:
-    """Name CT as `normnet.predict` does; but ``a.nii.gz`` beside ``a_hu.nii.gz`` is not the CT of ``a``."""
-    named: dict[Path, set[str]] = {}
-
-    def name(path: Path) -> str:
-        case, role = split_name(path)
-        if role is not None or not path.is_file():
-            return case
-        if path.parent not in named:
-            roles = (split_name(file) for file in path.parent.iterdir() if file.is_file())
-            named[path.parent] = {other for other, its in roles if its == "ct"}
-        return path.name if case in named[path.parent] else case
-
-    return name

@@ -10,7 +10,7 @@ import tyro
 from lesionsynth.commands import plainly, printable, run
 from lesionsynth.strict import name_of
 from normnet.ablate import AblateConfig, ablate
-from normnet.tables import plain_table
+from normnet.evaluate import as_text
 
 HELP = """Reproduce Table IV (voting), V (modules) or VI (threshold) of the paper, its numbers beside ours.
 
@@ -30,7 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with plainly():
             table = ablate(config, say=lambda line: print(printable(line), flush=True))
         print(table.title)
-        print(plain_table(table.header, table.rows))
+        print(as_text(table.frame))
         for line in table.failures:
             print(f"failed: {printable(line)}", file=sys.stderr)
         print(f"report: {name_of(config.output / 'report.html')}")

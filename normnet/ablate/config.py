@@ -89,9 +89,12 @@ class AblateConfig:
     data: File | None = None
     """Store written by `normnet.prepare`, to train on; phantoms where omitted."""
     patients: tuple[File, ...] = ()
-    """CT, lesion truth and lung masks (NAME_hu, NAME_lesion, NAME_lung), or folders of them (CT and DICOM
-    series at any depth), or one CSV with the columns case, ct, lesion and, if any, lung; phantoms with
-    pneumonia where omitted."""
+    """CT: files, DICOM folders, and folders of these; or one CSV with the columns case, ct, lesions and, if
+    any, lungs. Phantoms with pneumonia where omitted."""
+    truth: File | None = None
+    """Folder with the annotated lesions of the CT: <case>.nii.gz, or the only <case>_*.nii.gz."""
+    masks: File | None = None
+    """Folder with their lung masks, named alike; the lungs are segmented where omitted."""
     label: Labels = ()
     """Labels of the truth that are lesions; all above zero where omitted."""
     lung_label: Labels = ()
@@ -127,8 +130,11 @@ class AblateConfig:
             check_phantoms(self.phantom_shape)
         if self.patients and (self.phantom_patients or self.phantom_shape):
             raise ValueError("patients replaces phantom_patients and phantom_shape: give one or the other")
-        if (self.label or self.lung_label) and not self.patients:
-            raise ValueError("label and lung_label must be omitted without patients: phantoms have none")
+        files = (self.truth, self.masks, *self.label, *self.lung_label)
+        if any(given is not None for given in files) and not self.patients:
+            raise ValueError(
+                "truth, masks, label and lung_label must be omitted without patients: phantoms have none"
+            )
         usual, level = PredictConfig(), self.predict.postprocess.threshold_hu
         rule = "left to the training settings"
         check("predict.slab", self.predict.slab, self.predict.slab == usual.slab, rule)

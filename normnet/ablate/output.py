@@ -14,20 +14,22 @@ from lesionsynth.files import write_atomically
 from normnet.ablate.config import AblateConfig
 from normnet.ablate.patients import Patient
 from normnet.ablate.scoring import Cell, Scores
-from normnet.ablate.tables import ITERATIONS, MODULES, THRESHOLD, VOTING, AblationTable, mean_dice
+from normnet.ablate.tables import AblationTable, mean_dice
 from normnet.config import PAPER_THRESHOLD_HU, TrainConfig, to_json
+from normnet.draw import curve
 from normnet.metrics import summarise
-from normnet.report import Report, curve
-from normnet.strict_json import dumps
+from normnet.output import dumps
+from normnet.paper import ITERATIONS, TABLE_IV, TABLE_V, TABLE_VI
+from normnet.report import Page
 
 FILES = ("table.csv", "table.md", "report.html", "results.json")
 """What a table is written as; the last proves that the others are its own."""
 RECORDED = ("table", "title", "scale", "header", "rows", "paper_dice_percent", "cells", "failures", "notes")
 """Fields that every record has had."""
 PAPER_NUMBERS: dict[str, Any] = {
-    "voting": {"iterations": ITERATIONS, **VOTING},
-    "modules": {row: values[-1] for row, values in MODULES.items()},
-    "threshold": THRESHOLD,
+    "voting": {"iterations": ITERATIONS, **TABLE_IV},
+    "modules": {row: values[-1] for row, values in TABLE_V.items()},
+    "threshold": TABLE_VI,
 }
 
 
@@ -102,16 +104,16 @@ def caveats(config: AblateConfig, base: TrainConfig, seeds: int, patients: Seque
     return notes
 
 
-def _report(table: AblationTable, notes: Sequence[str]) -> Report:
-    report = Report(table.title)
-    report.table(table.header, table.rows)
+def _report(table: AblationTable, notes: Sequence[str]) -> Page:
+    report = Page(table.title)
+    report.table(table.frame)
     for line in table.failures:
         report.paragraph(f"Failed: {line}")
     for picture, caption in _pictures(table):
         report.picture(picture, caption)
-    for title, header, rows, note in table.details:
+    for title, frame, note in table.details:
         report.heading(title)
-        report.table(header, rows)
+        report.table(frame)
         if note:
             report.paragraph(note, note=True)
     for note in notes:
@@ -123,7 +125,7 @@ def _pictures(table: AblationTable) -> list[tuple[bytes, str]]:
     if table.table == "threshold":
         x = np.array([float(name) for name in table.cells])
         ours = np.array([_voted(cell) for cell in table.cells.values()])
-        theirs = np.array([THRESHOLD[name] for name in table.cells])
+        theirs = np.array([TABLE_VI[name] for name in table.cells])
         lines = {"ours": (x, ours), "paper": (x, theirs)}
         return [(curve(lines, xlabel="T (HU)", ylabel="Dice (%)"), "Dice over the threshold")]
     if table.table == "voting":
@@ -132,7 +134,7 @@ def _pictures(table: AblationTable) -> list[tuple[bytes, str]]:
         for seed in sorted({seed for cell in table.cells.values() for seed in cell.single}):
             alone = [_percent(cell.single.get(seed)) for cell in table.cells.values()]
             lines[f"model_{seed + 1}"] = (x, np.array(alone))
-        lines["vote (paper)"] = (np.array(ITERATIONS, float), np.array(VOTING["voting"]))
+        lines["vote (paper)"] = (np.array(ITERATIONS, float), np.array(TABLE_IV["voting"]))
         caption = "Dice over iterations, as a share of the paper's"
         return [(curve(lines, xlabel="the paper's iterations", ylabel="Dice (%)"), caption)]
     return []

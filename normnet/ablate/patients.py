@@ -12,11 +12,11 @@ import numpy.typing as npt
 
 import lesionsynth as ls
 from lesionsynth.io import read_mask
-from normnet import pairing
+from lesionsynth.strict import name_of
 from normnet.ablate.config import SCALES, AblateConfig
-from normnet.pairing import PatientFiles, read_patients
+from normnet.cases import Case, find_cases
 from normnet.prepare import load_case
-from normnet.prepare.case import method_of, method_record
+from normnet.prepare.case import check_lungs, method_record
 from normnet.volumes import PHANTOM_SEED
 
 Array = npt.NDArray[Any]
@@ -73,9 +73,11 @@ def find_patients(config: AblateConfig) -> list[Patient]:
 
     Raises
     ------
+    FileNotFoundError
+        There is no such path.
     ValueError
-        No patient, a patient without CT, two files for one role, too many phantoms, a CSV with gaps, or no
-        such method for lungs that must be segmented.
+        As `normnet.cases.find_cases`; a patient without truth, or whose files cannot be told; too many
+        phantoms; no such method for lungs that must be segmented.
     ImportError
         They are to be segmented by lungmask, which is not installed.
     """
@@ -101,50 +103,44 @@ def _phantom(name: str, seed: int, shape: tuple[int, int, int]) -> Patient:
 
 
 def _listed(config: AblateConfig) -> list[Patient]:
-    paths = config.patients
-    for path in paths:
-        if not path.exists():
-            raise ValueError(f"patients must be files or folders that exist, got {path}")
-    tables = [path for path in paths if path.suffix.lower() == ".csv"]
-    if tables and len(paths) > 1:
-        raise ValueError(f"patients must be one CSV or files and folders, got {len(paths)} with {tables[0]}")
-    cases = read_patients(tables[0]) if tables else pairing.find_patients(paths)
-    for files in cases:
-        if Path(files.case).name != files.case:  # their scores go into files
-            raise ValueError(f"{tables[0]}: case must be a file name, got {files.case!r}")
-    if any(files.lung is None for files in cases):
-        method_of(config.lungs)  # before anything is trained
-    return [_scanned(files, config) for files in sorted(cases, key=lambda files: files.case)]
+    cases = find_cases(config.patients, truth=config.truth, masks=config.masks)
+    for case in cases:
+        lacking = "" if case.lesions else "lesions must be given: truth, or a column of the table"
+        if problem := case.problem or lacking:
+            raise ValueError(f"patient {name_of(case.case)}: {problem}")
+        if Path(case.case).name != case.case:  # their scores go into files
+            raise ValueError(f"{name_of(config.patients[0])}: case must be a file name, got {case.case!r}")
+    # before anything is trained
+    check_lungs([case.lungs for case in cases], config.lungs, config.lung_label)
+    return [_scanned(case, config) for case in sorted(cases, key=lambda case: case.case)]
 
 
-def _scanned(files: PatientFiles, config: AblateConfig) -> Patient:
+def _scanned(case: Case, config: AblateConfig) -> Patient:
     def load() -> Volumes:
         loaded = load_case(
-            files.ct, files.lung, series=files.series, lungs=config.lungs, label=config.lung_label
+            case.ct, case.lungs, series=case.series, lungs=config.lungs, label=config.lung_label
         )
+        assert case.lesions is not None
         return Volumes(
             loaded.hu,
             loaded.mask,
             loaded.volume.hu,
             loaded.native_mask,
-            read_mask(files.lesion, loaded.volume, config.label),
+            read_mask(case.lesions, loaded.volume, config.label),
             loaded.volume.spacing,
             lambda array: np.asarray(loaded.to_native(array)),
         )
 
-    paths = {"ct": files.ct, "lesion": files.lesion, "lung": files.lung}
+    paths = {"ct": case.ct, "lesion": case.lesions, "lung": case.lungs}
     identity: dict[str, Any] = {role: _stamp(path) for role, path in paths.items() if path is not None}
-    chosen = {"series": files.series, "label": config.label, "lung_label": config.lung_label}
+    chosen = {"series": case.series, "label": config.label, "lung_label": config.lung_label}
     identity |= {name: value for name, value in chosen.items() if value}
-    if files.lung is None:
+    if case.lungs is None:
         identity |= method_record(config.lungs)
-    return Patient(files.case, identity, load)
+    return Patient(case.case, identity, load)
 
 
 def _stamp(path: Path) -> list[Any]:
     """Name, size and time of a file; of a DICOM folder, of the folder."""
-    try:
-        status = path.stat()
-    except OSError as error:
-        raise ValueError(f"patients must be files that exist: {error}") from error
+    status = path.stat()
     return [str(path.resolve()), status.st_size, status.st_mtime_ns]

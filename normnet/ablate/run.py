@@ -13,9 +13,10 @@ from normnet.ablate.output import FILES, RECORDED, write
 from normnet.ablate.patients import Patient, find_patients
 from normnet.ablate.runs import Mark, train_to
 from normnet.ablate.scoring import Cell, score_cell
-from normnet.ablate.tables import ITERATIONS, NOMINAL, AblationTable, lay_out, row_names
+from normnet.ablate.tables import AblationTable, lay_out, row_names
 from normnet.config import PredictConfig, TrainConfig
 from normnet.device import choose_device, cpu_settings
+from normnet.paper import ITERATIONS, NOMINAL
 from normnet.prepare.store import Store
 
 MOST_RESULTS = 2**26

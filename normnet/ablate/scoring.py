@@ -13,20 +13,19 @@ from typing import Any, cast, get_type_hints
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from lesionsynth.files import write_atomically
 from lesionsynth.strict import build, read_json
 from normnet.ablate.patients import Patient, Volumes
 from normnet.ablate.runs import Trained
+from normnet.cases import hear
 from normnet.config import PredictConfig, to_json
 from normnet.inflation import windowed_lungs
 from normnet.metrics import BRIGHT, SCORES, CaseScores, evaluate_case
-from normnet.model import load_model
+from normnet.model import Model
+from normnet.output import without_nan
 from normnet.postprocess import postprocess
 from normnet.predict import predict_volume
-from normnet.reasons import hear
-from normnet.strict_json import without_nan
 
 Array = npt.NDArray[Any]
 Scores = dict[str, CaseScores]
@@ -125,13 +124,13 @@ def score_cell(
         "weights": [cell.models[seed].sha256 for seed in seeds],
         "predict": json.loads(to_json(config)),
     }
-    models: list[torch.nn.Module] = []
+    models: list[Model] = []
     for patient in patients:
         file = cache / f"{patient.name}.json"
         own = key | {"patient": patient.identity}
         scores = _cached(file, own)
         if scores is None:
-            models = models or [load_model(cell.models[seed].weights) for seed in seeds]
+            models = models or [Model.load(cell.models[seed].weights) for seed in seeds]
             try:
                 with hear() as texts:
                     scores = _score_patient(patient.load(), models, config, device)
@@ -151,7 +150,7 @@ def score_cell(
 
 
 def _score_patient(
-    volumes: Volumes, models: Sequence[torch.nn.Module], config: PredictConfig, device: str
+    volumes: Volumes, models: Sequence[Model], config: PredictConfig, device: str
 ) -> dict[str, Any]:
     """Every network sees the patient once: a vote needs only what each model calls healthy."""
     healthy: list[npt.NDArray[np.bool_]] = []

@@ -1,4 +1,4 @@
-"""Tables IV, V and VI: the paper's numbers, and ours laid out like them (PAPER.md IV-E)."""
+"""Tables IV, V and VI: our numbers laid out like the paper's, with these beside them (PAPER.md IV-E)."""
 
 from __future__ import annotations
 
@@ -7,35 +7,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
+import pandas as pd
 
 from normnet.ablate.config import TableName
 from normnet.ablate.scoring import Cell, Scores
-from normnet.metrics import summarise
-from normnet.report import percent
+from normnet.evaluate import Table
+from normnet.metrics import percent, summarise
+from normnet.paper import ITERATIONS, TABLE_IV, TABLE_V, TABLE_VI
 from normnet.sheets import sheet
-from normnet.tables import Grid, markdown
 
-ITERATIONS = (2000, 2500, 3000, 3500, 4000, 4500)
-"""Columns of Table IV; the ensemble of every other table has trained for `NOMINAL`."""
-NOMINAL = 3500
-VOTING: dict[str, tuple[float, ...]] = {
-    "voting": (67.6, 70.2, 66.9, 68.7, 70.4, 67.4),
-    "model_1": (62.1, 68.8, 67.4, 69.6, 68.8, 59.2),
-    "model_2": (65.1, 64.5, 66.0, 68.0, 53.5, 66.7),
-    "model_3": (66.3, 69.5, 69.1, 70.6, 68.8, 58.4),
-    "model_4": (71.1, 69.9, 50.7, 64.6, 66.6, 70.4),
-    "model_5": (64.2, 64.0, 66.1, 45.8, 69.8, 70.7),
-}
-"""Table IV, Dice in percent."""
-MODULES: dict[str, tuple[str, str, str, float]] = {
-    "covid_lung": ("✓", "✓", "✓", 68.7),
-    "no_shapes": ("×", "✓", "✓", 51.5),
-    "no_probability_map": ("✓", "×", "✓", 62.0),
-    "no_salt_noise": ("✓", "✓", "×", 25.5),
-}
-"""Table V by preset of `lesionsynth.presets`: shapes, probability maps, salt noises, Dice in percent."""
-THRESHOLD: dict[str, float] = {"-700": 55.1, "-600": 67.0, "-500": 68.7, "-400": 64.3, "-300": 61.1}
-"""Table VI: T in HU, Dice in percent."""
 TITLES: dict[str, str] = {
     "voting": "Table IV: Dice of the models and of their vote, by iterations (%)",
     "modules": "Table V: Dice with modules of the generator switched on and off (%)",
@@ -56,7 +36,7 @@ class AblationTable:
     rows : list of list of str
         As the paper prints them, its numbers labelled "(paper)"; Dice of the vote as mean±SD over patients,
         in percent; "failed" or "pending" where there is none.
-    details : list of Grid
+    details : list of Table
         What the paper does not print: single models, patients, training.
     cells : dict of str to Cell
         All scores, by row, or by column of Table IV.
@@ -68,9 +48,14 @@ class AblationTable:
     title: str
     header: list[str]
     rows: list[list[str]]
-    details: list[Grid] = field(default_factory=list)
+    details: list[Table] = field(default_factory=list)
     cells: dict[str, Cell] = field(default_factory=dict)
     failures: list[str] = field(default_factory=list)
+
+    @property
+    def frame(self) -> pd.DataFrame:
+        """Rows under their header."""
+        return pd.DataFrame(self.rows, columns=self.header, dtype=object)
 
     def csv(self) -> str:
         """Return the table as CSV."""
@@ -78,15 +63,14 @@ class AblationTable:
 
     def markdown(self) -> str:
         """Return the table and its details as Markdown."""
-        grids = [Grid(self.title, self.header, self.rows), *self.details]
-        return "\n".join(markdown(grid) for grid in grids)
+        return "\n".join(table.markdown() for table in (Table(self.title, self.frame), *self.details))
 
 
 def row_names(table: TableName, seeds: int) -> list[str]:
     """Rows of a table (columns, for Table VI) by the names `--rows` takes."""
     if table == "voting":
         return ["voting", *(f"model_{k + 1}" for k in range(seeds))]
-    return list(MODULES if table == "modules" else THRESHOLD)
+    return list(TABLE_V if table == "modules" else TABLE_VI)
 
 
 def lay_out(
@@ -116,13 +100,13 @@ def lay_out(
     elif table == "modules":
         header, body = ["Shapes", "Probability Maps", "Salt Noises", "Dice", "Dice (paper)"], []
         for row in rows:
-            *switches, paper = MODULES[row]
+            *switches, paper = TABLE_V[row]
             body.append([*switches, vote_text(cells.get(row), seeds), f"{paper:.1f}"])
         details = [_single_models("modules", cells, rows)]
     else:
         header = ["HU threshold T", *rows]
         ours = [vote_text(cells.get(row), seeds) for row in rows]
-        body = [["Dice", *ours], ["Dice (paper)", *(f"{THRESHOLD[row]:.1f}" for row in rows)]]
+        body = [["Dice", *ours], ["Dice (paper)", *(f"{TABLE_VI[row]:.1f}" for row in rows)]]
         details = [_single_models("HU threshold T", cells, rows)]
     details += [_patients(cells, seeds), _training(cells)]
     failures = [f"{name}: {reason}" for name, cell in cells.items() for reason in _reasons(cell)]
@@ -168,7 +152,7 @@ def mean_dice(scores: Scores) -> float:
 
 def _voting(
     cells: Mapping[str, Cell], rows: Sequence[str], seeds: int, columns: Sequence[str]
-) -> tuple[list[str], list[list[str]], list[Grid]]:
+) -> tuple[list[str], list[list[str]], list[Table]]:
     done = [cells.get(str(n)) for n in ITERATIONS]
     header, body = ["Iterations", *columns], []
     for row in rows:
@@ -177,30 +161,30 @@ def _voting(
         else:
             seed = int(row.removeprefix("model_")) - 1
             body.append([row, *(model_text(cell, seed) for cell in done)])
-        if row in VOTING:
-            body.append([f"{row} (paper)", *(f"{v:.1f}" for v in VOTING[row])])
+        if row in TABLE_IV:
+            body.append([f"{row} (paper)", *(f"{v:.1f}" for v in TABLE_IV[row])])
     if "voting" not in rows:
         return header, body, []
-    paper = np.array([v for row, v in VOTING.items() if row != "voting"]) / 100
+    paper = np.array([v for row, v in TABLE_IV.items() if row != "voting"]) / 100
     counts = [["1, mean±SD over models", *(models_text(cell) for cell in done)]]
     counts += [[str(n), *(vote_text(cell, n) for cell in done)] for n in range(2, seeds + 1)]
     counts.append(["0, every bright voxel a lesion", *(without_text(cell) for cell in done)])
     counts.append(["1, mean±SD over models (paper)", *(_spread(list(column)) for column in paper.T)])
-    counts.append(["5 (paper)", *(f"{v:.1f}" for v in VOTING["voting"])])
+    counts.append(["5 (paper)", *(f"{v:.1f}" for v in TABLE_IV["voting"])])
     title = "Dice by number of models that vote, the first n; more than half must call a voxel healthy (%)"
-    return header, body, [Grid(title, ["models", *columns], counts)]
+    return header, body, [Table.of(title, ["models", *columns], counts)]
 
 
-def _single_models(label: str, cells: Mapping[str, Cell], rows: Sequence[str]) -> Grid:
+def _single_models(label: str, cells: Mapping[str, Cell], rows: Sequence[str]) -> Table:
     title = (
         "Dice without a vote, mean±SD over models of their mean over patients; and without a network, every "
         "bright voxel a lesion, mean±SD over patients (%)"
     )
     body = [[row, models_text(cells.get(row)), without_text(cells.get(row))] for row in rows]
-    return Grid(title, [label, "single models", "no network"], body)
+    return Table.of(title, [label, "single models", "no network"], body)
 
 
-def _patients(cells: Mapping[str, Cell], seeds: int) -> Grid:
+def _patients(cells: Mapping[str, Cell], seeds: int) -> Table:
     """Table of the vote's Dice for every patient."""
     voted = {name: cell.votes.get(seeds, {}) for name, cell in cells.items()}
     names = list(dict.fromkeys(p for scores in voted.values() for p in scores))
@@ -212,16 +196,16 @@ def _patients(cells: Mapping[str, Cell], seeds: int) -> Grid:
         body.append([f"{patient} (control)" if control else patient, *values])
     notes = [f"{p}: {note}." for scores in voted.values() for p, s in scores.items() for note in s["notes"]]
     note = " ".join(dict.fromkeys(notes))
-    return Grid("Dice of the vote by patient (%)", ["patient", *voted], body, note)
+    return Table.of("Dice of the vote by patient (%)", ["patient", *voted], body, note)
 
 
-def _training(cells: Mapping[str, Cell]) -> Grid:
+def _training(cells: Mapping[str, Cell]) -> Table:
     body = [
         [name, str(seed), str(model.iterations), f"{model.seconds:.0f}"]
         for name, cell in cells.items()
         for seed, model in sorted(cell.models.items())
     ]
-    return Grid("Training", ["", "seed", "iterations", "seconds"], body)
+    return Table.of("Training", ["", "seed", "iterations", "seconds"], body)
 
 
 def _reasons(cell: Cell) -> list[str]:

@@ -15,7 +15,6 @@ from lesionsynth.strict import name_of
 from normnet.baselines.config import METHODS, PRESETS, BaselineConfig, Method
 from normnet.baselines.predict import BaselinePredictArgs, predict
 from normnet.baselines.train import train_baseline
-from normnet.reasons import tell
 from normnet.settings import settings
 
 PROGRAM = "python -m normnet.baselines"
@@ -83,11 +82,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _predict(argv: Sequence[str]) -> int:
     args = tyro.cli(BaselinePredictArgs, args=argv, prog=f"{PROGRAM} predict")
     with plainly():
-        summary = predict(args)
-    named = tell(summary.warnings, summary.passed)
-    for reason in summary.failures.values():
-        print(f"normnet.baselines: {reason}", file=sys.stderr)
-    return 1 if summary.failures or named else 0
+        summary = predict(args, progress_bar=True)
+    return summary.tell("normnet.baselines", args.output)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ import torch
 from normnet.baselines.base import Baseline
 from normnet.baselines.slices import Frame, Mask, usable_slices, windowed
 from normnet.device import choose_device
-from normnet.predict.volume import checked_volume
+from normnet.predict import checked_volume
 from normnet.prepare.case import ISO_SPACING
 from normnet.volumes import Volume
 

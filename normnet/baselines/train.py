@@ -25,7 +25,7 @@ from normnet.baselines.score import calibrate
 from normnet.baselines.slices import training_slices
 from normnet.config import read_config, to_json
 from normnet.device import choose_device, cpu_settings
-from normnet.model import TensorFile, fill, write_tensors
+from normnet.model import fitted, naming, read_header, read_tensors, write_tensors
 from normnet.sheets import Sheet, sheet
 from normnet.volumes import Volume, phantom_volumes, split, store_volumes
 
@@ -164,18 +164,24 @@ def load_baseline(run: str | os.PathLike[str], *, device: str = "auto") -> Basel
     ValueError
         There is none at `run`, it is not ours, or `device` is not there.
     """
+    file = baseline_file(run)
+    tensors, metadata = read_tensors(file)
+    with naming(file):
+        header = read_header(metadata, HEADER, _Header)
+        with torch.device("meta"):  # no memory before all is known to fit
+            baseline = build_baseline(dataclasses.replace(header.config, device=device))
+        baseline.load_state_dict(fitted(tensors, baseline.state_dict()), assign=True)
+    baseline.calibration = dict(header.calibration)
+    return baseline.to(choose_device(device)).eval()
+
+
+def baseline_file(run: str | os.PathLike[str]) -> Path:
+    """Return the weights file of a run folder, or `run` itself; `ValueError` where there is none."""
     path = Path(run)
     file = path / WEIGHTS if path.is_dir() else path
     if not file.is_file():
         raise ValueError(f"run must be a folder with {WEIGHTS} or such a file, got {path}")
-    stored = TensorFile.open(file)
-    if HEADER not in stored.metadata:
-        raise ValueError(f"run must hold a normnet baseline, got another kind of file: {file}")
-    header = stored.header(HEADER, _Header, "normnet baseline")
-    config = dataclasses.replace(header.config, device=device)
-    baseline = fill(stored, lambda: build_baseline(config))
-    baseline.calibration = dict(header.calibration)
-    return baseline.to(choose_device(device)).eval()
+    return file
 
 
 def _volumes(config: BaselineConfig) -> list[Volume]:

@@ -12,10 +12,10 @@ import tyro
 
 from lesionsynth.commands import plainly, run
 from lesionsynth.io import SeriesInfo, dicom_folders, largest_series
+from normnet.cases import tell
 from normnet.config import Task
 from normnet.prepare.case import LungMethod, Side
 from normnet.prepare.run import CaseSummary, prepare
-from normnet.reasons import tell
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,8 @@ class PrepareArgs:
     """
 
     inputs: Annotated[tuple[Path, ...], tyro.conf.Positional]
-    """NIfTI, NRRD or MetaImage files, DICOM folders, and folders of these, LUNA16's among them."""
+    """NIfTI, NRRD or MetaImage files, DICOM folders, and folders of these, LUNA16's among them; or one CSV
+    with the columns case, ct and, for lung masks, lungs."""
     output: Path | None = None
     """Store to make or to go on with; finished cases are kept. Needed, unless series are listed."""
     series: str = "largest"
@@ -36,7 +37,8 @@ class PrepareArgs:
     list_series: bool = False
     """Print the DICOM series in the inputs, and do nothing else."""
     masks: Path | None = None
-    """Lung mask, or folder with a <case>_lung.nii.gz per case; segmented where omitted."""
+    """Folder with lung masks, <case>.nii.gz or the only <case>_*.nii.gz; or the mask of a single CT. The
+    lungs are segmented where omitted."""
     label: tuple[int, ...] = ()
     """Labels of the masks that are lung; all above zero where omitted."""
     lungs: LungMethod | None = None

@@ -14,11 +14,11 @@ import numpy.typing as npt
 
 from lesionsynth.io import Scan, read_ct, read_mask
 from normnet.config import BUNDLED_LUNGS, WEIGHTS
+from normnet.output import model_name, sha256
 from normnet.prepare.grid import IsoGrid
 from normnet.prepare.lungmask import check_installed, split_by_lungmask
 from normnet.prepare.lungs import Lungs, check_agreement, check_plausible, split_lungs, split_mask
 from normnet.prepare.morphology import Mask, Spacing
-from normnet.records import model_name, sha256
 
 ISO_SPACING: Spacing = (1.0, 0.8, 0.8)
 """Working voxel in mm, axis order z, y, x (PAPER.md IV-B)."""
@@ -201,6 +201,29 @@ def weights_of(lungs: LungMethod) -> Path | None:
             f"lungs must be {', '.join(METHODS)}, or a run folder or weights of --task lungs, got {lungs!r}"
         )
     return file
+
+
+def check_lungs(masks: Sequence[Path | None], lungs: LungMethod, label: Sequence[int] = ()) -> None:
+    """Check, before the first of several cases, that the lungs of all can be had.
+
+    Parameters
+    ----------
+    masks : sequence of Path or None
+        The mask of each case.
+    lungs, label
+        As in `load_case`.
+
+    Raises
+    ------
+    ValueError
+        `label` without any mask; or lungs are to be segmented, and there is no such method.
+    ImportError
+        They are, by lungmask, which is not installed.
+    """
+    if label and not any(masks):
+        raise ValueError(f"label must be left out where no masks are given, got {list(label)}")
+    if not all(masks):
+        method_of(lungs)
 
 
 def method_record(lungs: LungMethod) -> dict[str, str | None]:

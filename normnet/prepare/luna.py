@@ -8,7 +8,8 @@ import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from lesionsynth.io import Source, case_name
+from lesionsynth.io import case_name
+from normnet.cases import Case
 from normnet.prepare.exclude import Nodule, read_annotations
 
 
@@ -43,38 +44,37 @@ def _is_subset(path: Path) -> bool:
     return re.fullmatch(r"subset\d+", path.name) is not None and path.is_dir() and any(path.glob("*.mhd"))
 
 
-def match_annotations(files: Sequence[Path], sources: Sequence[Source]) -> Mapping[Source, list[Nodule]]:
-    """Give each source its nodules.
+def match_annotations(files: Sequence[Path], cases: Sequence[Case]) -> Mapping[Case, list[Nodule]]:
+    """Give each case its nodules.
 
     Parameters
     ----------
     files : sequence of Path
         See `read_annotations`.
-    sources : sequence of Source
-        An annotation belongs to the source whose SeriesInstanceUID, file name or case name is its
-        ``seriesuid``.
+    cases : sequence of Case
+        An annotation belongs to the case whose SeriesInstanceUID, file name or name is its ``seriesuid``.
 
     Returns
     -------
-    mapping of Source to list of Nodule
+    mapping of Case to list of Nodule
         Of those that have any.
 
     Raises
     ------
     ValueError
-        An unreadable file; one of whose series none is among the sources. Where only some are missing, a
+        An unreadable file; one of whose series none is among the cases. Where only some are missing, a
         warning says how many.
     """
-    found: dict[Source, list[Nodule]] = {}
+    found: dict[Case, list[Nodule]] = {}
     for file in files:
         nodules = read_annotations(file)
-        known = {source: _keys(source) & set(nodules) for source in sources}
+        known = {case: _keys(case) & set(nodules) for case in cases}
         used = set().union(*known.values()) if known else set()
         missing = sorted(set(nodules) - used)
         if nodules and not used:
             raise ValueError(
                 f"{file}: annotations of another study: none of its {len(nodules)} series "
-                f"({missing[0]}, ...) is among the inputs ({', '.join(s.case for s in sources[:3])}, ...)"
+                f"({missing[0]}, ...) is among the inputs ({', '.join(case.case for case in cases[:3])}, ...)"
             )
         if missing:
             warnings.warn(
@@ -82,11 +82,11 @@ def match_annotations(files: Sequence[Path], sources: Sequence[Source]) -> Mappi
                 f"({missing[0]}, ...)",
                 stacklevel=3,
             )
-        for source, keys in known.items():
+        for case, keys in known.items():
             for key in sorted(keys):
-                found.setdefault(source, []).extend(nodules[key])
+                found.setdefault(case, []).extend(nodules[key])
     return found
 
 
-def _keys(source: Source) -> set[str]:
-    return {source.case, case_name(source.path), source.series or source.case}
+def _keys(case: Case) -> set[str]:
+    return {case.case, case_name(case.ct), case.series or case.case}

@@ -16,7 +16,7 @@ import torch
 from scipy import ndimage
 
 from normnet.config import BUNDLED_LUNGS
-from normnet.model import load_model, weights_file
+from normnet.model import Model, weights_file
 from normnet.prepare.chest import ADULT_MM, chest_grid, shrink, window, without_hilum
 from normnet.prepare.grid import IsoGrid, linear
 from normnet.prepare.lungs import AIR_HU, DEPTH_MM, MIN_LUNG_ML, Lungs, around, settle
@@ -35,7 +35,7 @@ MARGIN = 3
 """Coarse voxels around the lungs within which the outline is set."""
 
 
-def lung_network(path: str | os.PathLike[str] = BUNDLED_LUNGS) -> torch.nn.Module:
+def lung_network(path: str | os.PathLike[str] = BUNDLED_LUNGS) -> Model:
     """Load a lung network; of a file that is as it was, once per process.
 
     Raises
@@ -49,11 +49,11 @@ def lung_network(path: str | os.PathLike[str] = BUNDLED_LUNGS) -> torch.nn.Modul
 
 
 @functools.lru_cache(maxsize=2)
-def _loaded(file: Path, version: tuple[int, ...]) -> torch.nn.Module:
-    return load_model(file, "lungs")
+def _loaded(file: Path, version: tuple[int, ...]) -> Model:
+    return Model.load(file, "lungs")
 
 
-def split_by_network(hu: npt.NDArray[np.int16], spacing: Spacing, network: torch.nn.Module) -> Lungs:
+def split_by_network(hu: npt.NDArray[np.int16], spacing: Spacing, network: Model) -> Lungs:
     """Segment the lungs and tell right from left.
 
     Parameters
@@ -62,7 +62,7 @@ def split_by_network(hu: npt.NDArray[np.int16], spacing: Spacing, network: torch
         Hounsfield units in LPS index order (z from feet to head, y front to back, x right to left).
     spacing : (3,) floats
         Voxel size in mm, axis order z, y, x.
-    network : torch.nn.Module
+    network : Model
         From `lung_network`.
 
     Returns
@@ -81,28 +81,26 @@ def split_by_network(hu: npt.NDArray[np.int16], spacing: Spacing, network: torch
     return outline(hu, small, grid, favoured(chance, small))
 
 
-@torch.inference_mode()
-def chances(image: npt.NDArray[np.float32], network: torch.nn.Module) -> npt.NDArray[np.float32]:
+def chances(image: npt.NDArray[np.float32], network: Model) -> npt.NDArray[np.float32]:
     """Ask the network, once as it is and once mirrored.
 
     Parameters
     ----------
     image : (z, y, x) float32 array
         From `normnet.prepare.chest.window`.
-    network : torch.nn.Module
-        Two logits a voxel.
+    network : Model
+        Of the task lungs.
 
     Returns
     -------
     (2, z, y, x) float32 array
         Chance of right and of left lung.
     """
-    multiple = int(getattr(getattr(network, "config", None), "multiple", 1))
-    pads = [-n % multiple for n in image.shape]
+    pads = [-n % network.config.multiple for n in image.shape]
     padded = torch.from_numpy(np.pad(image, [(p // 2, p - p // 2) for p in pads]))[None, None]
     box = tuple(slice(p // 2, p // 2 + n) for p, n in zip(pads, image.shape, strict=True))
-    seen = torch.sigmoid(network(padded).float())[0]
-    mirrored = torch.sigmoid(network(padded.flip(-1)).float())[0].flip(0, -1)
+    seen = network.healthy_probability(padded)[0]
+    mirrored = network.healthy_probability(padded.flip(-1))[0].flip(0, -1)
     return np.asarray(((seen + mirrored) / 2)[(slice(None), *box)].numpy())
 
 

@@ -9,20 +9,20 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from lesionsynth.files import claimed, refuse_foreign
-from lesionsynth.io import Found, Source, find_sources
+from lesionsynth.io import Found
 from lesionsynth.strict import name_of
+from normnet.cases import Case, find_cases
 from normnet.config import OUTPUTS, Task
-from normnet.prepare.case import ISO_SPACING, LungMethod, Side, check_grid
+from normnet.prepare.case import ISO_SPACING, LungMethod, Side, check_grid, check_lungs
 from normnet.prepare.exclude import read_exclusions
 from normnet.prepare.luna import find_annotations, match_annotations
-from normnet.prepare.masks import check_lungs, find_mask
 from normnet.prepare.morphology import Spacing
 from normnet.prepare.store import Store, case_name_for_store
 from normnet.prepare.summary import CaseSummary, Summary, is_summary, write_csv
 from normnet.prepare.work import Work, attempt, failed
 from normnet.prepare.workers import Died, run_parallel
 
-__all__ = ["CaseSummary", "Summary", "find_mask", "prepare"]
+__all__ = ["CaseSummary", "Summary", "prepare"]
 
 
 def prepare(
@@ -49,14 +49,13 @@ def prepare(
     Parameters
     ----------
     inputs : sequence of paths
-        Volume files, DICOM folders, and folders of these to any depth, LUNA16's among them; see
-        `lesionsynth.io.find_sources`. A case is named after its file or folder.
+        Volume files, DICOM folders, and folders of these to any depth, LUNA16's among them; or one CSV. See
+        `normnet.cases.find_cases`. A case is named after its file or folder.
     output : path
         Store to make or to go on with; finished cases are kept, what a killed run left is taken away.
     masks : path, optional
-        Lung mask for a single input, or a folder where each case has one: ``<case>.nii.gz``,
-        ``<case>_lung.nii.gz`` (or nrrd, mha, mhd, ``.seg.nrrd``; words such as ``_hu`` at the end of the
-        case's name may be missing). Omitted: the lungs are segmented.
+        Lung mask for a single input, or a folder where each case has one: ``<case>.nii.gz`` (or nrrd, mha,
+        mhd, ``.seg.nrrd``), else the only ``<case>_*``. Omitted: the lungs are segmented.
     label : sequence of int
         Labels of the `masks` that are lung; all above zero where omitted.
     exclude : path, optional
@@ -101,7 +100,8 @@ def prepare(
         An input or `masks` does not exist.
     ValueError
         The call as a whole makes no sense: no inputs, a folder without CT, repeated or impossible case names,
-        names in `exclude` or `keep_lung` that are no case, annotations none of which belongs to an input,
+        `masks` without a file for any case, names in `exclude` or `keep_lung` that are no case, annotations
+        none of which belongs to an input,
         unreadable CSV, a store with other settings. What is wrong with one input is in the summary.
     ImportError
         `lungs` is "lungmask", which is not installed.
@@ -117,34 +117,35 @@ def prepare(
         raise ValueError(f"{given} must be omitted for the task lungs: both are shown, with their nodules")
     if lungs is None:
         lungs = "classical" if for_lungs else "network"
-    found = find_sources(inputs, series=series, names=names, output=Path(output))
-    sources = _by_name(found, names)
+    paths = [Path(given) for given in inputs]
+    folder = None if masks is None else Path(masks)
+    found = find_cases(paths, masks=folder, series=series, names=names, output=Path(output))
+    cases = _by_name(found, names)
     sides = dict(keep_lung or {})
     left_out = read_exclusions(Path(exclude)) if exclude is not None else {}
-    _check_names(list(sources), exclude=left_out, keep_lung=sides)
-    check_lungs(None if masks is None else Path(masks), lungs, len(sources), label)
+    _check_names(list(cases), exclude=left_out, keep_lung=sides)
+    check_lungs([case.lungs for case in found], lungs, label)
     files = [Path(annotations)] if annotations is not None else find_annotations(inputs)
-    nodules = {} if for_lungs else match_annotations(files, list(sources.values()))
+    nodules = {} if for_lungs else match_annotations(files, list(cases.values()))
     kept = {"task": task} if for_lungs else {"spacing": [float(s) for s in spacing], "size": int(size)}
     store = Store.create(output, kept)
     refuse_foreign(store.path, ["summary.csv"], ours=is_summary(store.path / "summary.csv"), maker="a store")
     (store.path / "qc").mkdir(exist_ok=True)
     tasks = [
         Work(
-            source=source,
+            case=case,
             case_id=case_id,
             store=store.path,
             spacing=spacing,
             size=size,
-            masks=None if masks is None else Path(masks),
             label=tuple(label),
             left_out=tuple(left_out.get(case_id, ())),
-            nodules=tuple(nodules.get(source, ())),
+            nodules=tuple(nodules.get(case, ())),
             side=sides.get(case_id, "both"),
             lungs=lungs,
             task=task,
         )
-        for case_id, source in sources.items()
+        for case_id, case in cases.items()
     ]
     with claimed(store.path):
         store.clean()
@@ -154,14 +155,14 @@ def prepare(
             store.clean()  # what a worker left that was killed
 
 
-def _by_name(found: Found[Source], names: Sequence[str] | None) -> dict[str, Source]:
+def _by_name(found: Found[Case], names: Sequence[str] | None) -> dict[str, Case]:
     """CT by their names in the store."""
     for name in names or ():
         if name != case_name_for_store(name):
             raise ValueError(
                 f"names must be of letters, digits and _.@+- and not start with a dot, got {name!r}"
             )
-    cases = [case_name_for_store(source.case) for source in found]
+    cases = [case_name_for_store(case.case) for case in found]
     twice = sorted(name for name, count in Counter(cases).items() if count > 1)
     if twice:
         raise ValueError(f"case names must differ, got {', '.join(twice)} more than once; give names")
@@ -207,7 +208,7 @@ def _prepared(tasks: Sequence[Work], workers: int) -> Iterator[CaseSummary]:
         return
     for index, result in run_parallel(attempt, tasks, min(workers, len(tasks))):
         if isinstance(result, Died):
-            yield failed(tasks[index], f"{name_of(tasks[index].source.path)}: {result}")
+            yield failed(tasks[index], f"{name_of(tasks[index].case.ct)}: {result}")
         else:
             yield result
 
@@ -217,10 +218,7 @@ def _there(work: Work, store: Store) -> CaseSummary | None:
     if work.case_id not in store or not store[work.case_id].is_whole():
         return None
     meta = store[work.case_id].meta
-    try:
-        asked = work.request()
-    except ValueError:  # its mask is gone since
-        asked = {}
+    asked = {} if work.case.problem else work.request()  # of what cannot be read, what there is is kept
     other = [name for name, value in asked.items() if name in meta and meta[name] != value]
     remark = f"prepared with another {', '.join(other)}; overwrite prepares it again" if other else ""
     return CaseSummary.of(work.case_id, meta, "there", remark=remark)

@@ -14,20 +14,18 @@ import numpy as np
 import numpy.typing as npt
 
 import lesionsynth as ls
-from lesionsynth.files import is_picture
-from lesionsynth.io import Source
+from lesionsynth.files import is_picture, write_atomically
 from lesionsynth.strict import name_of
+from normnet.cases import FORESEEN, Case, hear, reason
 from normnet.config import Task
+from normnet.draw import prepared_picture
 from normnet.prepare.case import LoadedCase, LungMethod, Side, load_case, method_record
 from normnet.prepare.chest import chest_grid, shrink, without_hilum
 from normnet.prepare.exclude import Nodule, Range, kept_slices, nodule_slices, runs
 from normnet.prepare.grid import IsoGrid
-from normnet.prepare.masks import find_mask
 from normnet.prepare.morphology import Mask, Spacing, bounding_box, plane_eroded
-from normnet.prepare.qc import write_picture
 from normnet.prepare.store import Store
 from normnet.prepare.summary import CaseSummary
-from normnet.reasons import FORESEEN, hear, reason
 
 _LOG = logging.getLogger(__name__)
 EDGE_MM = 3.2
@@ -40,13 +38,12 @@ MARGIN_SLICES = 4
 class Work:
     """What is asked for one case; can be sent to another process."""
 
-    source: Source
+    case: Case
     case_id: str
     """Name in the store."""
     store: Path
     spacing: Spacing
     size: int
-    masks: Path | None
     label: tuple[int, ...]
     left_out: tuple[Range, ...]
     nodules: tuple[Nodule, ...]
@@ -57,11 +54,10 @@ class Work:
     def request(self) -> dict[str, Any]:
         """Give what of it changes the case, as kept in its meta data."""
         lungs: dict[str, str | None] = method_record(self.lungs)
-        if self.masks is not None:
-            mask = find_mask(self.masks, self.source.case)
-            lungs = {"lungs_from": name_of(mask.name), "lungs_sha256": None}
+        if self.case.lungs is not None:
+            lungs = {"lungs_from": name_of(self.case.lungs.name), "lungs_sha256": None}
         return {
-            "series": self.source.series,
+            "series": self.case.series,
             "excluded": [list(r) for r in self.left_out],
             "nodules": [list(n) for n in self.nodules],
             **lungs,
@@ -78,36 +74,36 @@ def attempt(work: Work) -> CaseSummary:
     except Exception as error:  # one bad file must not cost the others, whatever a library makes of it
         if not isinstance(error, FORESEEN):
             _LOG.warning("%s failed: %s", work.case_id, error, exc_info=True)
-        return failed(work, reason(work.source.path, error), time.perf_counter() - start)
+        return failed(work, reason(work.case.ct, error), time.perf_counter() - start)
     return CaseSummary.of(work.case_id, meta, "prepared", time.perf_counter() - start)
 
 
 def failed(work: Work, message: str, seconds: float = 0.0) -> CaseSummary:
     """Sum up a case of which nothing is in the store."""
-    source = work.source
     return CaseSummary(
         work.case_id,
         "failed",
         (message,),
         seconds=seconds,
-        source=name_of(source.path.name),
-        series=source.series or "",
+        source=name_of(work.case.ct.name),
+        series=work.case.series or "",
     )
 
 
 def prepare_one(work: Work) -> dict[str, Any]:
     """Prepare a case and store it; returns its meta data. Errors as in `load_case` and `Store.add`."""
-    store, source = Store.open(work.store), work.source
-    mask_path = None if work.masks is None else find_mask(work.masks, source.case)
+    store, asked = Store.open(work.store), work.case
+    if asked.problem:
+        raise ValueError(asked.problem)
     with hear() as said:
         case = load_case(
-            source.path,
-            mask_path,
+            asked.ct,
+            asked.lungs,
             spacing=work.spacing,
             size=work.size,
             margin=MARGIN_SLICES,
             keep_lung=work.side,
-            series=source.series,
+            series=asked.series,
             lungs=work.lungs,
             label=work.label,
         )
@@ -125,9 +121,9 @@ def prepare_one(work: Work) -> dict[str, Any]:
     if classical is not None:
         classical[~keep] = False
     if not mask.any():
-        raise ValueError(f"{source.path}: no lung is left after the slices to leave out")
+        raise ValueError(f"{asked.ct}: no lung is left after the slices to leave out")
     meta: dict[str, Any] = {
-        "source": name_of(source.path.name),
+        "source": name_of(asked.ct.name),
         "source_shape": list(case.volume.hu.shape),
         "source_spacing": list(case.volume.spacing),
         "spacing": list(grid.spacing),
@@ -146,8 +142,7 @@ def prepare_one(work: Work) -> dict[str, Any]:
     )
 
     def draw(path: Path) -> None:
-        write_picture(
-            path,
+        picture = prepared_picture(
             hu,
             mask,
             removed,
@@ -156,6 +151,7 @@ def prepare_one(work: Work) -> dict[str, Any]:
             title=title,
             classical=classical,
         )
+        write_atomically(path, picture)
 
     return _stored(store, work.case_id, hu, mask if sides is None else sides, meta, draw)
 

@@ -55,7 +55,7 @@ class Study:
         import lesionsynth as ls
         from normnet import predict
         from normnet.config import to_json
-        from normnet.model import build_unet, save_model
+        from normnet.model import Model, build_unet
 
         root, config = self.root, self.train_config
         network = config.model
@@ -71,7 +71,7 @@ class Study:
             SimpleITK.WriteImage(image, str(root / name / f"p1{ending}.nii.gz"))
         for seed in (0, 1):
             torch.manual_seed(seed)
-            save_model(root / "runs" / f"seed{seed}" / "model.safetensors", build_unet(network), network)
+            Model(build_unet(network), network).save(root / "runs" / f"seed{seed}" / "model.safetensors")
         self.settings.write_text(to_json(config))
         changes = json.loads(to_json(config))
         for name in ("output", "resume", "seed", "lesions", "threshold_hu", "schedule"):
@@ -88,11 +88,10 @@ class Study:
     def calls(self) -> dict[str, Call]:
         """By name: each is given the folder to write into and returns the exit code."""
         from lesionsynth import cli
-        from normnet import demo, evaluate, export, predict, train
+        from normnet import demo, evaluate, model, predict, report, train
         from normnet.ablate import __main__ as ablate
         from normnet.baselines import __main__ as baselines
         from normnet.prepare import __main__ as prepare
-        from normnet.report import __main__ as report
 
         root = self.root
         ct, lung = str(root / "ct/p1.nii.gz"), str(root / "lung/p1_lung.nii.gz")
@@ -130,7 +129,7 @@ class Study:
                 "predictions": self.maps,
                 "truth": root / "lesion",
                 "ct": root / "ct",
-                "lungs": root / "lung",
+                "masks": root / "lung",
             }
             flags = [word for name, path in given.items() for word in (f"--{name}", str(path))]
             return evaluate.main([*flags, "--output", str(out), "--pictures", "1"])
@@ -188,7 +187,7 @@ class Study:
             ),
             "evaluate": evaluated,
             "report": reported,
-            "export": lambda out: export.main([str(root / "runs"), "--output", str(out)]),
+            "export": lambda out: model.main([str(root / "runs"), "--output", str(out)]),
             "demo": demonstrated,
             "ablate": ablated,
             "baselines": lambda out: baselines.main(["ae", "--output", str(out), *small]),

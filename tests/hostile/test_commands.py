@@ -22,10 +22,11 @@ pytest.importorskip("torch")
 pytest.importorskip("monai")
 pytest.importorskip("SimpleITK")
 
+import pandas as pd
+
 from lesionsynth import cli, commands, files
 from normnet import evaluate
 from normnet.prepare.workers import Died, run_parallel
-from normnet.tables import Grid, markdown, plain_table
 from tests import classical
 from tests.hostile.commands import Study, hidden
 from tests.hostile.tally import trial
@@ -33,7 +34,7 @@ from tests.hostile.tally import trial
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="signals and shells of POSIX")
 ENTRIES = (
     "lesionsynth", "normnet.prepare", "normnet.train", "normnet.predict", "normnet.evaluate",
-    "normnet.report", "normnet.export", "normnet.demo", "normnet.ablate", "normnet.baselines",
+    "normnet.report", "normnet.model", "normnet.demo", "normnet.ablate", "normnet.baselines",
 )  # fmt: skip
 SYNTH = "-m lesionsynth synth {0}/a.nii --mask {0}/lung.nii --depth 4 --count 3 --threads 1 --output {0}/out"
 
@@ -425,7 +426,7 @@ def test_two_trainings_never_share_a_folder(tmp_path: Path) -> None:
 @pytest.mark.parametrize("entry", ENTRIES)
 def test_every_entry_has_the_same_wrapper(monkeypatch: pytest.MonkeyPatch, entry: str) -> None:
     modules = {"lesionsynth": "lesionsynth.cli", "normnet.predict": "normnet.predict.command"}
-    packages = ("prepare", "report", "ablate", "baselines")
+    packages = ("prepare", "ablate", "baselines")
     name = modules.get(entry, f"{entry}.__main__" if entry.partition(".")[2] in packages else entry)
     module = importlib.import_module(name)
     holder = module.commands if hasattr(module, "commands") else module
@@ -438,7 +439,8 @@ def test_every_entry_has_the_same_wrapper(monkeypatch: pytest.MonkeyPatch, entry
 def test_no_table_moves_the_cursor(names: list[str]) -> None:
     """Names of cases and methods are what somebody else wrote."""
     rows = [[name, "1.0"] for name in names]
-    for text in (plain_table(["case", "DSC"], rows), markdown(Grid("Scores", ["case", "DSC"], rows))):
+    table = evaluate.Table("Scores", pd.DataFrame(rows, columns=["case", "DSC"], dtype=object))
+    for text in (evaluate.as_text(table.frame), table.markdown()):
         lines = text.splitlines()
         assert all(line.isprintable() for line in lines)
         assert len(lines) == (3 if "|" not in lines[-1] else 6)
@@ -457,7 +459,9 @@ def test_a_path_that_the_system_refuses_fails_its_own_case(
     ]
     bad = cell.format(study.root)
     rows = [[f"b\x1b[3{n}m", *(bad if n == k else path for k, path in enumerate(good))] for n in range(3)]
-    table = "\n".join(",".join(row) for row in (["case", "ct", "lesion", "prediction"], *rows, ["p1", *good]))
+    table = "\n".join(
+        ",".join(row) for row in (["case", "ct", "lesions", "prediction"], *rows, ["p1", *good])
+    )
     (tmp_path / "list.csv").write_text(table)
     call = ["--cases", str(tmp_path / "list.csv"), "--output", str(tmp_path / "out"), "--pictures", "0"]
     with trial("commands"):
@@ -484,7 +488,7 @@ def test_a_bar_ends_before_an_error_is_told(study: Study, tmp_path: Path, monkey
     def stop(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("normnet.report.maps.look", stop)
+    monkeypatch.setattr("normnet.report.look", stop)
     with trial("commands"):
         assert study.calls()["report"](tmp_path) == 130
         assert capsys.readouterr().err.endswith("\nnormnet.report: interrupted\n")

@@ -18,7 +18,7 @@ from tests.hostile.tally import trial
 pytest.importorskip("torch")
 pytest.importorskip("monai")
 
-from normnet.pairing import read_patients, read_table
+from normnet.cases import read_table
 from normnet.prepare.exclude import read_annotations, read_exclusions
 from normnet.runlog import RunLog
 from normnet.sheets import has_columns, heading, plain, safe, sheet
@@ -141,7 +141,7 @@ def test_tables_that_are_none(tmp_path: Path) -> None:
             os.mkfifo(path)
         else:
             path.write_bytes(content)
-        for read in (read_exclusions, read_annotations, read_table, read_patients):
+        for read in (read_exclusions, read_annotations, read_table):
             with trial("csv"), pytest.raises(ValueError, match=rf"{kind}\.csv") as caught:
                 read(path)
             assert len(str(caught.value)) < 700

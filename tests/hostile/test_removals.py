@@ -15,7 +15,7 @@ pytest.importorskip("monai")
 pytest.importorskip("SimpleITK")
 
 from lesionsynth import cli, files
-from normnet import demo, evaluate, export
+from normnet import demo, evaluate, model
 from normnet.ablate.scoring import Cell
 from normnet.prepare.store import Store
 from normnet.stage import publish
@@ -198,20 +198,20 @@ def test_a_second_demo_replaces_the_first_alone(study: Study, tmp_path: Path) ->
 
 def test_export_keeps_its_inputs_and_weights_of_others(study: Study, tmp_path: Path) -> None:
     runs = study.root / "runs"
-    assert export.main([str(runs), "--output", str(tmp_path)]) == 0
+    assert model.main([str(runs), "--output", str(tmp_path)]) == 0
     before = snapshot(tmp_path)
     for inputs in ([tmp_path], [tmp_path / "model-1.safetensors"], [runs, tmp_path / "model-0.safetensors"]):
         with trial("removals"):
-            assert export.main([*map(str, inputs), "--output", str(tmp_path)]) == 2
+            assert model.main([*map(str, inputs), "--output", str(tmp_path)]) == 2
             assert snapshot(tmp_path) == before
     with trial("removals"):  # a smaller ensemble replaces a larger one that an export wrote
-        assert export.main([str(runs / "seed1"), "--output", str(tmp_path)]) == 0
+        assert model.main([str(runs / "seed1"), "--output", str(tmp_path)]) == 0
         assert sorted(p.name for p in tmp_path.iterdir()) == ["export.json", "model-0.safetensors"]
     for name in ("model-7.safetensors", "model-0.safetensors", "model-mine.safetensors"):
         with trial("removals"):
             shutil.copy(runs / "seed0/model.safetensors", tmp_path / name)
             before = snapshot(tmp_path)
-            assert export.main([str(runs), "--output", str(tmp_path)]) == 2
+            assert model.main([str(runs), "--output", str(tmp_path)]) == 2
             assert snapshot(tmp_path) == before
 
 
@@ -256,7 +256,7 @@ def test_a_file_where_a_folder_should_be(study: Study, tmp_path: Path, call: str
 
 def test_an_evaluation_keeps_the_list_it_reads(study: Study, tmp_path: Path, capsys) -> None:
     row = f"p1,{study.root}/ct/p1.nii.gz,{study.root}/lesion/p1_lesion.nii.gz,{study.maps}/p1_lesions.nii.gz"
-    table = f"case,ct,lesion,prediction\n{row}\n"
+    table = f"case,ct,lesions,prediction\n{row}\n"
     assert study.calls()["evaluate"](tmp_path) == 0
     for _ in range(2):
         with trial("removals"):

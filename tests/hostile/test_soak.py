@@ -47,12 +47,12 @@ state()
 PREDICTIONS = """
 import contextlib, io, shutil
 from normnet import predict
-from normnet.model import build_unet, save_model
+from normnet.model import Model, build_unet
 from tests import classical
 from tests.kill import NETWORK, draw
 work = Path(sys.argv[1])
 scan = draw(work / "scan.nii.gz", 3)
-save_model(work / "model.safetensors", build_unet(NETWORK), NETWORK)
+Model(build_unet(NETWORK), NETWORK).save(work / "model.safetensors")
 for number in range(200):
     if number % 40 == 0:
         state()

@@ -14,7 +14,7 @@ import torch
 
 from lesionsynth.io import read_ct, read_mask
 from normnet.config import ModelConfig
-from normnet.model import build_unet, save_model
+from normnet.model import Model, build_unet
 from normnet.predict import main
 from tests import classical
 from tests.test_wrong_input import MESSAGES, bad, good  # noqa: F401  (fixtures)
@@ -26,7 +26,7 @@ def outcome(bad: Path, good: Path, tmp_path_factory: pytest.TempPathFactory):  #
     base = tmp_path_factory.mktemp("wrong")
     config = ModelConfig(channels=(4, 8), strides=(2,), residual_units=0)
     torch.manual_seed(0)
-    save_model(base / "run/model.safetensors", build_unet(config), config)
+    Model(build_unet(config), config).save(base / "run/model.safetensors")
     inputs = sorted(bad.iterdir())
     inputs.insert(len(inputs) // 2, good)
     said: list[str] = []

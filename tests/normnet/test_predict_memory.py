@@ -16,7 +16,7 @@ pytest.importorskip("resource")
 
 import lesionsynth as ls  # noqa: E402
 from normnet.config import laptop  # noqa: E402
-from normnet.model import build_unet, save_model  # noqa: E402
+from normnet.model import Model, build_unet  # noqa: E402
 
 SLICES, SPACING = 600, (0.7, 0.8, 0.8)
 GIB = 2**30
@@ -43,7 +43,7 @@ def long_case(tmp_path_factory):
         sitk.WriteImage(image, str(folder / f"p_{name}.nii.gz"))
     model = laptop().model
     torch.manual_seed(0)
-    save_model(folder / "run/model.safetensors", build_unet(model), model)
+    Model(build_unet(model), model).save(folder / "run/model.safetensors")
     return folder
 
 

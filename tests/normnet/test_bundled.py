@@ -15,15 +15,15 @@ import lesionsynth as ls  # noqa: E402
 from normnet import predict  # noqa: E402
 from normnet.config import PredictConfig, few  # noqa: E402
 from normnet.metrics import evaluate_case  # noqa: E402
-from normnet.model import bundled_models, load_model  # noqa: E402
-from normnet.report.__main__ import main as report_main  # noqa: E402
+from normnet.model import Model, bundled_models  # noqa: E402
+from normnet.report import main as report_main  # noqa: E402
 
 
 def test_five_small_models_of_the_preset():
     files = bundled_models()
     assert [f.name for f in files] == [f"model-{k}.safetensors" for k in range(5)]
     assert sum(f.stat().st_size for f in files) < 30e6
-    models = [load_model(f) for f in files]
+    models = [Model.load(f) for f in files]
     for model in models:
         assert model.config == few().model
         assert model.threshold_hu == few().threshold_hu
@@ -31,7 +31,7 @@ def test_five_small_models_of_the_preset():
         assert model.probability == 0.7  # as docs/model-card.md says
         assert 0 < model.calibration["probability"] < 1
         assert model.calibration["dice"] > 0.8
-    first = [next(m.parameters()) for m in models]
+    first = [next(m.network.parameters()) for m in models]
     assert all(not torch.equal(first[0], other) for other in first[1:])  # five seeds, not one
 
 
@@ -41,7 +41,7 @@ def test_they_tell_phantom_pneumonia_from_a_healthy_phantom():
 
     Bounds are below what three other phantoms gave (docs/results.md): what they catch is a broken chain.
     """
-    models = [load_model(f) for f in bundled_models()]
+    models = [Model.load(f) for f in bundled_models()]
     chest = ls.phantom.chest_ct(shape=(48, 320, 400), seed=11)
     ill = ls.phantom.add_pneumonia(chest.hu, chest.lung_mask, chest.spacing, seed=11)
     found = predict.predict_volume(ill.hu, chest.lung_mask, models, PredictConfig())

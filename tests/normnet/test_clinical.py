@@ -20,7 +20,7 @@ pytest.importorskip("monai")
 
 from lesionsynth.io import read_ct
 from normnet.evaluate import EvaluateConfig, evaluate
-from normnet.model import bundled_models, load_model
+from normnet.model import Model, bundled_models
 from normnet.predict import predict_case
 from normnet.predict.command import main as predict
 from normnet.prepare.__main__ import main as prepare
@@ -48,7 +48,7 @@ def clinical(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 @pytest.fixture(scope="module")
 def volumes(clinical: Path) -> Volumes:
     """What one of the networks finds; all five find the same kind of wrong."""
-    model = load_model(bundled_models()[0])
+    model = Model.load(bundled_models()[0])
 
     def volumes(path: Path) -> dict[str, float]:
         found = predict_case(path, [model], keep_probability=False)
@@ -151,11 +151,11 @@ def test_a_truth_of_several_labels(clinical: Path, tmp_path: Path) -> None:
     ct = tmp_path / "13_pred_p.nii.gz"
     shutil.copy(clinical / "ref_plain18.nii.gz", ct)
     table = tmp_path / "cases.csv"
-    table.write_text(f"case,ct,lesion,prediction\np,{ct},{files['truth'][0]},{files['predictions'][0]}\n")
+    table.write_text(f"case,ct,lesions,prediction\np,{ct},{files['truth'][0]},{files['predictions'][0]}\n")
 
     def dice(folder: str, **label: tuple[int, ...]) -> float:
         config = EvaluateConfig(cases=table, output=tmp_path / folder, pictures=0, **label)
-        return evaluate(config).methods[0].scores["p"]["dsc"]
+        return evaluate(config).scores["p"]["dsc"]
 
     assert dice("all") == pytest.approx(0.095, abs=1e-3)
     assert "1 (" in (tmp_path / "all" / "tables.md").read_text()  # what counts is listed

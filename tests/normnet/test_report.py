@@ -1,21 +1,25 @@
-"""Pages about folders of maps: numbers as in the written files, pictures voxel by voxel, what goes wrong.
+"""Pages: text stays text, nothing is fetched; of folders of maps, with the numbers of the written files.
 
-Oracles read the maps with nibabel and the CT with SimpleITK.
+Oracles read the page with html.parser, the maps with nibabel and the CT with SimpleITK.
 """
 
 from __future__ import annotations
 
 import base64
 import html
-import io
 import json
+import os
 import re
 import shutil
 import subprocess
 import sys
+from html.parser import HTMLParser
 
 import numpy as np
+import pandas as pd
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("monai")
@@ -23,20 +27,173 @@ pytest.importorskip("matplotlib")
 nibabel = pytest.importorskip("nibabel")
 sitk = pytest.importorskip("SimpleITK")
 
-from matplotlib.image import imread  # noqa: E402
 
 import lesionsynth as ls  # noqa: E402
 from lesionsynth.io import read_ct  # noqa: E402
 from normnet import predict  # noqa: E402
+from normnet import report as report_module  # noqa: E402
 from normnet.config import ModelConfig  # noqa: E402
+from normnet.draw import LESION, LUNG_WINDOW, OUTLINE, curve, png  # noqa: E402
 from normnet.maps import Folder  # noqa: E402
-from normnet.model import build_unet, save_model  # noqa: E402
-from normnet.report import LUNG_WINDOW, ReportConfig, report_maps  # noqa: E402
-from normnet.report import section as section_module  # noqa: E402
-from normnet.report.__main__ import main  # noqa: E402
-from normnet.report.checks import doubt_maps, doubt_numbers  # noqa: E402
-from normnet.report.layout import lungs_told  # noqa: E402
-from normnet.report.slices import LESION, OUTLINE, finding_pictures, shown_slices  # noqa: E402
+from normnet.model import Model, build_unet  # noqa: E402
+from normnet.prepare.lungs import check_agreement  # noqa: E402
+from normnet.reasons import hear  # noqa: E402
+from normnet.report import (  # noqa: E402
+    DIFFER,
+    Page,
+    ReportConfig,
+    check_page,
+    doubt_lungs,
+    doubt_maps,
+    doubt_numbers,
+    lungs_told,
+    main,
+    report_maps,
+    told,
+)
+from tests.normnet.test_draw import decoded, is_dashed  # noqa: E402
+
+BLACK = png(np.zeros((2, 2, 3), np.uint8))
+
+
+def test_a_page_is_one_file_that_fetches_nothing(tmp_path):
+    page = Page("A <b> & title")
+    page.heading("Numbers")
+    page.table(pd.DataFrame([["x & y", 1.5]], columns=["case", "DSC"]))
+    page.legend()
+    page.picture(BLACK, 'caption "quoted" <i>')
+    page.picture(curve({"a": (np.arange(3), np.arange(3.0))}, xlabel="x", ylabel="y"), "curve", width=70)
+    written = page.write(tmp_path / "deep" / "report.html").read_text()
+    assert written.startswith("<!doctype html>")
+    assert written.endswith("</html>")
+    assert "A &lt;b&gt; &amp; title" in written
+    assert "<td>x &amp; y</td><td>1.5</td>" in written
+    assert "<i>" not in written
+    assert written.count('width="70"') == 1
+    sources = re.findall(r'src="([^"]*)"', written)
+    assert len(sources) == 2
+    for source in sources:
+        head, data = source.split(",", 1)
+        assert head == "data:image/png;base64"
+        assert base64.b64decode(data).startswith(b"\x89PNG")
+    assert not re.search(r"https?://|<script|<link|@import|url\(", written)
+    assert list((tmp_path / "deep").iterdir()) == [tmp_path / "deep" / "report.html"]
+
+
+class Parsed(HTMLParser):
+    """What a browser would see: every tag with its attributes, and the text in it; style aside."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None], list[str]]] = []
+        self.open: list[list[str]] = [[]]
+        self.feed(page)
+        self.close()
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs), []))
+        if tag not in ("meta", "img"):
+            self.open.append(self.tags[-1][2])
+
+    def handle_endtag(self, tag):
+        self.open.pop()
+
+    def handle_data(self, data):
+        self.open[-1].append(data)
+
+    def texts(self, *tags):
+        return ["".join(text) for tag, _, text in self.tags if tag in tags]
+
+
+HOSTILE = (
+    "<script>alert(1)</script>", "</title></style></td></section>", '" onerror="x', "' id='x", "&amp;",
+    "&#60;", "{{ 1 }}", "{% raw %}", "<!--", "]]>", "a\nb\r\nc", "\udcff\ud800", "\0", "\u202e",
+)  # fmt: skip
+TEXTS = st.lists(
+    st.text(st.characters(codec=None), max_size=9) | st.sampled_from(HOSTILE), min_size=13, max_size=13
+)
+
+
+@given(texts=TEXTS | st.sampled_from(HOSTILE).map(lambda text: [text] * 13))
+def test_whatever_a_text_says_it_stays_text(tmp_path_factory, texts):
+    """Names of cases, files and methods are what somebody else wrote."""
+    title, heading, section, text, note, warning, caption, anchor, *cells = texts
+    page = Page(title)
+    page.heading(heading)
+    page.paragraph(text)
+    page.paragraph(note, note=True)
+    page.warning(warning)
+    header = pd.Index([cells[0], cells[0]], dtype=object)  # a name may come twice
+    page.table(pd.DataFrame([cells[1:3], cells[3:5]], columns=header, dtype=object), anchors=[anchor, None])
+    page.heading(section, anchor=anchor)
+    page.picture(BLACK, caption)
+    path = page.write(tmp_path_factory.mktemp("page") / "page.html")
+    parsed = Parsed(path.read_bytes().decode())
+
+    def shown(*texts):
+        return [text.encode("utf-8", "backslashreplace").decode() for text in texts]
+
+    assert parsed.texts("title", "h1") == shown(title, title)
+    assert parsed.texts("h2") == shown(heading, section)
+    assert parsed.texts("p") == shown(text, note, warning)
+    assert parsed.texts("th") == shown(cells[0], cells[0])
+    assert parsed.texts("td", "a") == ["", *shown(*cells[1:5])]  # the first cell holds a link alone
+    assert parsed.texts("figcaption") == shown(caption)
+    attributes = [attributes for _, attributes, _ in parsed.tags]
+    (picture,) = (a for tag, a, _ in parsed.tags if tag == "img")
+    data = f"data:image/png;base64,{base64.b64encode(BLACK).decode()}"
+    assert picture == {"alt": shown(caption)[0], "src": data}
+    assert [a for a in attributes if "id" in a] == [{"id": shown(anchor)[0]}]
+    assert [a for a in attributes if "href" in a] == [{"href": shown(f"#{anchor}")[0]}]
+    assert {tag for tag, *_ in parsed.tags} == {
+        "html", "head", "meta", "title", "style", "body", "h1", "h2", "p", "div", "table", "tr", "th", "td",
+        "a", "section", "figure", "img", "figcaption",
+    }  # fmt: skip
+    assert {name for a in attributes for name in a} == {
+        "lang", "charset", "name", "content", "class", "id", "href", "alt", "src",
+    }  # fmt: skip
+
+
+@pytest.mark.skipif(os.name != "posix", reason="permissions of POSIX systems")
+def test_a_page_is_as_readable_as_any_new_file(tmp_path):
+    (tmp_path / "plain").touch()
+    written = Page("t").write(tmp_path / "report.html")
+    assert written.stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
+FOREIGN = {
+    "empty": lambda path: path.touch(),
+    "another page": lambda path: path.write_text("<!doctype html><html><head><title>mine</title>"),
+    "a text about ours": lambda path: path.write_text(f"{'x' * 200}{report_module.MARK.decode()}"),
+    "a folder": lambda path: path.mkdir(),
+    "a link to ours": lambda path: path.symlink_to(Page("t").write(path.with_name("ours.html"))),
+    "a link to nothing": lambda path: path.symlink_to(path.with_name("nothing")),
+}
+
+
+@pytest.mark.parametrize("what", FOREIGN)
+def test_nothing_but_a_page_of_ours_is_written_over(tmp_path, what):
+    path = tmp_path / "report.html"
+    FOREIGN[what](path)
+    before = {p.name: (p.lstat().st_mtime_ns, p.is_file() and p.read_bytes()) for p in tmp_path.iterdir()}
+    with pytest.raises(ValueError, match=r"output must be a new file or an earlier page, got .*report\.html"):
+        Page("new").write(path)
+    assert before == {
+        p.name: (p.lstat().st_mtime_ns, p.is_file() and p.read_bytes()) for p in tmp_path.iterdir()
+    }
+
+
+def test_an_earlier_page_is_replaced(tmp_path):
+    check_page(tmp_path / "report.html")
+    Page("first").write(tmp_path / "report.html")
+    assert "<h1>second</h1>" in Page("second").write(tmp_path / "report.html").read_text()
+    # as the first version wrote it
+    old = (
+        '<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="generator" content="normnet">'
+    )
+    (tmp_path / "report.html").write_text(f"{old}<title>t</title>")
+    check_page(tmp_path / "report.html")
+
 
 SHAPE, SPACING, ORIGIN = (20, 56, 72), (2.0, 1.6, 1.6), (-30.0, 12.0, -77.0)
 HARD, MILD, WELL = 'b <i>hard & "odd"', "a_mild", "c_well"  # the order of names is another
@@ -68,7 +225,7 @@ def predicted(tmp_path_factory):
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.zero_()  # every probability is 0.5: nothing is healthy
-    save_model(root / "models/run7/model.safetensors", model, config)
+    Model(model, config).save(root / "models/run7/model.safetensors")
     call = [str(root / "scans"), "--models", str(root / "models"), "--masks", str(root / "masks")]
     call += ["--output", str(root / "maps"), "--threads", "1", "--settings.slab", "16"]
     call += ["--settings.postprocess.growth-iterations", "3"]
@@ -112,10 +269,7 @@ def sections(page):
 def pictures(body):
     """Captions and pixels of the pictures in a section."""
     found = re.findall(r'<img[^>]*src="data:image/png;base64,([^"]*)"><figcaption>(.*?)</figcaption>', body)
-    return [
-        (caption, np.round(imread(io.BytesIO(base64.b64decode(data)))[..., :3] * 255).astype(np.uint8))
-        for data, caption in found
-    ]
+    return [(html.unescape(caption), decoded(base64.b64decode(data))) for data, caption in found]
 
 
 def warnings_in(body):
@@ -207,7 +361,6 @@ def test_without_lesions_the_middle_of_the_lungs_is_shown(maps):
     assert caption.endswith("no lesions in this case")
     assert (picture == OUTLINE).all(axis=-1).any()
     assert "CT numbers" in chart
-    assert shown_slices(np.zeros_like(lung), lung, 0) == []
 
 
 def test_the_page_fetches_nothing_and_names_are_text(maps):
@@ -215,7 +368,7 @@ def test_the_page_fetches_nothing_and_names_are_text(maps):
     page = result.path.read_text()
     assert not re.search(r"https?://|<script|<link|@import|url\(", page)
     assert "<i>hard" not in page
-    assert page.count(html.escape(HARD)) >= 2
+    assert html.unescape(page).count(HARD) >= 2
     sources = re.findall(r'src="([^"]*)"', page)
     assert len(sources) == 3 + 3 + 2  # slices, histograms, and curves of two
     assert all(source.startswith("data:image/png;base64,") for source in sources)
@@ -253,7 +406,7 @@ def test_ct_that_moved_are_found_again(predicted, maps, tmp_path, capsys):
     edit(maps, MILD, ct="D:\\gone\\p2\\ct.nii.gz")
     edit(maps, WELL, ct="/gone/well.nrrd")
     new = tmp_path / "archive"
-    for case, name in ((HARD, "p1/ct"), (MILD, "p2/ct"), (WELL, f"p3/{WELL}_hu")):
+    for case, name in ((HARD, "p1/ct"), (MILD, "p2/ct"), (WELL, f"p3/{WELL}")):
         (new / name).parent.mkdir(parents=True)
         shutil.copy(predicted / "scans" / f"{case}.nii.gz", new / f"{name}.nii.gz")
     result = report_maps(ReportConfig(maps=maps, ct=(new,)))
@@ -300,8 +453,8 @@ def test_a_series_that_moved_is_known_by_its_uid(tmp_path):
     assert abs(int(picture[2, 2, 0]) - grey) <= 1  # 10 would be 6 greys darker
 
 
-def write_maps(folder, volume, lesions, lung, *, volumes=None, **entries):
-    """Write a finished case ``p`` as a prediction does."""
+def write_maps(folder, volume, lesions, lung, *, volumes=None, classical=None, **entries):
+    """Write a finished case, ``p`` where no other is named, as a prediction does."""
     ml = float(np.prod(volume.spacing)) / 1000
     measured = {"lung_ml": lung.sum() * ml, "lesion_ml": lesions.sum() * ml, "percent": 1.0}
     record = {
@@ -309,8 +462,9 @@ def write_maps(folder, volume, lesions, lung, *, volumes=None, **entries):
         "models": [], "volumes": volumes or measured, **entries,
     }  # fmt: skip
     masks = {"lesions": lesions, "lung": lung}
+    masks |= {} if classical is None else {"classical": classical}
     writers = {kind: lambda path, a=array: volume.write_like(a, path) for kind, array in masks.items()}
-    Folder(folder).write("p", writers, record)
+    Folder(folder).write(record["case"], writers, record)
 
 
 @pytest.mark.parametrize(
@@ -343,7 +497,7 @@ def test_any_error_stays_with_its_case(maps, monkeypatch):
             raise RuntimeError("nobody thought of this")
         return read_ct(path, series)
 
-    monkeypatch.setattr(section_module, "read_ct", odd)
+    monkeypatch.setattr(report_module, "read_ct", odd)
     result = report_maps(ReportConfig(maps=maps))
     assert list(result.failures) == [MILD]
     assert result.failures[MILD].endswith(f"{MILD}.nii.gz: RuntimeError: nobody thought of this")
@@ -410,10 +564,11 @@ def test_wrong_calls(maps, tmp_path, capsys):
     assert not (tmp_path / "empty.html/report.html").exists()
 
 
-def test_help_shows_defaults_without_loading_torch():
+def test_help_shows_defaults_without_loading_what_it_does_not_need():
     code = (
-        "import sys; from normnet.report.__main__ import main\n"
-        "try: main(['--help'])\nfinally: assert not {'torch', 'matplotlib'} & sys.modules.keys()"
+        "import sys; from normnet.report import main\n"
+        "try: main(['--help'])\n"
+        "finally: assert not {'torch', 'matplotlib', 'pandas', 'jinja2'} & sys.modules.keys()"
     )
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert ran.stderr == ""
@@ -494,14 +649,161 @@ def test_where_lungs_are_from(source, weights, told, short):
     assert (lungs_told(record), lungs_told(record, path=False)) == (told, short)
 
 
-def test_oblong_voxels_are_shown_square():
-    """Pixels twice as high as wide are repeated once: a lung of 4 x 8 voxels becomes a square."""
-    lung = np.zeros((2, 6, 14), bool)
-    lung[:, 1:5, 3:11] = True
-    hu = np.where(lung, -1100, 200)
-    ((_, data),) = finding_pictures(hu, np.zeros_like(lung), lung, (1.0, 1.6, 0.8))
-    picture = np.round(imread(io.BytesIO(data))[..., 0] * 255)
-    scale = picture.shape[0] // 12
-    assert picture.shape == (12 * scale, (2 * 14 + 3) * scale)
-    dark = picture[:, : 14 * scale] == 0
-    assert dark.any(axis=1).sum() == dark.any(axis=0).sum() == 8 * scale
+ILL, CHEST_MM = "ill", (4.0, 3.0, 3.0)
+CHEST = ls.phantom.chest_ct(shape=(20, 48, 64), spacing=CHEST_MM, seed=1)
+
+
+@pytest.fixture
+def compared(tmp_path):
+    """Maps of two cases by the lung network; thresholds lose the lower half of a lung of one of them."""
+    lung, classical = CHEST.lung_mask, CHEST.lung_mask.copy()
+    classical[:10, :, 32:] = False
+    classical[:, 1:] |= classical[:, :-1]  # and lie a voxel too far back in the other
+    lesions = lung & (CHEST.hu > -500)
+    with hear() as warned:
+        assert not check_agreement(lung, classical, CHEST_MM)
+    made = {"lungs_from": "network", "lungs_sha256": "5a"}
+    for case, more in ((ILL, {"classical": classical, "warnings": warned}), (WELL, {})):
+        write_image(CHEST.hu, tmp_path / f"scans/{case}.nii.gz", CHEST_MM)
+        ct = read_ct(tmp_path / f"scans/{case}.nii.gz")
+        write_maps(tmp_path / "maps", ct, lesions, lung, case=case, **made, **more)
+    return tmp_path / "maps"
+
+
+def recorded(maps):
+    (text,) = (w for w in json.loads((maps / f"{ILL}.json").read_text())["warnings"] if "thresholds" in w)
+    return text
+
+
+def tags(page, case):
+    (row,) = (row for row in tables(page)[0] if row[0] == case)
+    return row[6].split(", ")
+
+
+def test_two_lungs_are_told_in_ml_and_shown_where_they_differ(compared):
+    page = report_maps(ReportConfig(maps=compared)).path.read_text()
+    lung, classical = (voxels(compared, ILL, kind)[0] for kind in ("lung", "classical"))
+    ml = np.prod(CHEST_MM) / 1000
+    more, less = (lung & ~classical).sum() * ml, (classical & ~lung).sum() * ml
+    assert more > 150
+    assert less > 20
+    body = sections(page)[ILL]
+    (said,) = (text for text in warnings_in(body) if "thresholds" in text.lower())
+    assert f"differ by {more + less:,.0f} ml: {more:,.0f} ml belong to the network's lungs alone" in said
+    assert f"{less:,.0f} ml to those by thresholds" in said
+    assert recorded(compared) not in html.unescape(page)
+    assert tags(page, ILL).count(DIFFER) == 1
+    assert "warned of" not in tags(page, ILL)
+
+    slices = [(int(text.split()[1]), text, p) for text, p in pictures(body) if text.startswith("slice ")]
+    assert len(slices) == 3
+    apart = np.count_nonzero(lung ^ classical, axis=(1, 2))
+    ((z, caption, picture),) = (one for one in slices if "outlines differ most" in one[1])
+    assert apart[z] == apart.max()
+    cm2 = CHEST_MM[1] * CHEST_MM[2] / 100
+    one, other = (m[z].sum() * cm2 for m in (lung & ~classical, classical & ~lung))
+    assert caption.endswith(
+        f"differ most: {one:.1f} cm² lie within the blue one alone, {other:.1f} cm² within the dashed one "
+        "alone"
+    )
+    right = picture[:, picture.shape[1] // 2 + 3 :]
+    assert is_dashed(right).any()
+    assert (right == OUTLINE).all(axis=-1).any()
+
+
+def test_pages_say_how_to_read_dashes_where_there_are_some(compared):
+    sentence = "a dashed line in yellow and black"
+    page = report_maps(ReportConfig(maps=compared)).path.read_text()
+    assert page.count(sentence) == 1
+    well = sections(page)[WELL]
+    assert DIFFER not in well
+    (compared / f"{ILL}.json").unlink()
+    page = report_maps(ReportConfig(maps=compared)).path.read_text()
+    assert sentence not in page
+    assert sections(page)[WELL] == well
+    for files in (None, "absent"):  # as earlier versions wrote it, too
+        record = json.loads((compared / f"{WELL}.json").read_text())
+        record["files"] = {k: v for k, v in record["files"].items() if k != "classical"}
+        edit(compared, WELL, files=record["files"] | ({} if files else {"classical": None}))
+        assert sections(report_maps(ReportConfig(maps=compared)).path.read_text())[WELL] == well
+
+
+def test_without_pictures_the_record_tells(compared):
+    assert main([str(compared), "--pictures", "0"]) == 0
+    page = (compared / "report.html").read_text()
+    assert warnings_in(sections(page)[ILL]).count(recorded(compared)) == 1
+    assert DIFFER in tags(page, ILL)
+    assert "dashed" not in page
+
+
+def test_thresholds_that_find_no_lung(compared):
+    write_image(np.zeros(CHEST.hu.shape, np.uint8), compared / f"{ILL}_classical.nii.gz", CHEST_MM)
+    body = sections(report_maps(ReportConfig(maps=compared, pictures=1)).path.read_text())[ILL]
+    lung = voxels(compared, ILL, "lung")[0]
+    ml = lung.sum() * np.prod(CHEST_MM) / 1000
+    assert any(f"find no lung where the lung network has {ml:,.0f} ml" in text for text in warnings_in(body))
+    caption = pictures(body)[0][0]
+    assert int(caption.split()[1]) == lung.sum(axis=(1, 2)).argmax()
+    assert caption.endswith("0.0 cm² within the dashed one alone")
+
+
+@pytest.mark.parametrize(
+    ("damage", "reason"),
+    [
+        (lambda path: path.unlink(), "no such file or folder"),
+        (lambda path: path.write_bytes(path.read_bytes()[:-40]), "damaged or truncated gzip file"),
+        (lambda path: write_image(np.ones((4, 5, 6), np.uint8), path), "the mask's shape must be that of"),
+        (
+            lambda path: write_image(np.ones(CHEST.hu.shape, np.uint8), path, (4.0, 3.0, 3.2)),
+            "must lie on the grid of",
+        ),
+    ],
+)
+def test_without_the_second_outline_a_case_is_shown(compared, damage, reason):
+    """It is there to compare; what was found does not depend on it."""
+    damage(compared / f"{ILL}_classical.nii.gz")
+    assert main([str(compared), "--pictures", "1"]) == 0
+    page = (compared / "report.html").read_text()
+    body = sections(page)[ILL]
+    assert len(pictures(body)) == 3
+    assert "dashed" not in page
+    assert not any(is_dashed(p[:, p.shape[1] // 2 + 3 :]).any() for _, p in pictures(body)[:1])
+    said = warnings_in(body)
+    (why,) = (text for text in said if text.startswith("The lungs by thresholds are not drawn: "))
+    assert reason in why
+    assert f"{ILL}_classical.nii.gz" in why
+    assert said.count(recorded(compared)) == 1
+    assert {DIFFER, "no second outline"} <= set(tags(page, ILL))
+
+
+def test_maps_that_are_needed_fail_all_the_same(compared):
+    (compared / f"{ILL}_lung.nii.gz").unlink()
+    edit(compared, WELL, warnings=["something else"])
+    result = report_maps(ReportConfig(maps=compared))
+    assert list(result.failures) == [ILL]
+    page = result.path.read_text()
+    assert recorded(compared) in warnings_in(sections(page)[ILL])
+    assert "something else" in warnings_in(sections(page)[WELL])
+    assert "warned of" in tags(page, WELL)
+
+
+@pytest.mark.parametrize("found", [np.zeros_like(CHEST.lung_mask), np.roll(CHEST.lung_mask, 20, axis=2)])
+def test_the_warning_of_the_check_is_known_by_its_words(found):
+    with hear() as said:
+        assert not check_agreement(CHEST.lung_mask, found, CHEST_MM)
+    assert [concern.tag for concern in told([*said, "the lungs have 11000 ml"])] == [DIFFER, "warned of"]
+
+
+@given(seed=st.integers(0, 500), share=st.floats(0, 1))
+def test_volumes_that_one_has_alone(seed, share):
+    rng = np.random.default_rng(seed)
+    lung, classical = rng.random((2, 3, 5, 7)) < [[[[0.6]]], [[[share]]]]
+    more = less = 0
+    for a, b in zip(lung.ravel(), classical.ravel(), strict=True):
+        more, less = more + (a and not b), less + (b and not a)
+    text = doubt_lungs(lung, classical, 100.0).text
+    if classical.any():
+        assert f"by {(more + less) * 100:,.0f} ml: {more * 100:,.0f} ml" in text
+        assert f" alone, {less * 100:,.0f} ml to those" in text
+    else:
+        assert f"network has {more * 100:,.0f} ml." in text
