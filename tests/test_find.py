@@ -14,12 +14,9 @@ import numpy as np
 import pytest
 from numpy.testing import assert_array_equal
 
-from lesionsynth.commands import plainly
-from lesionsynth.io import SUFFIXES, Passed, dicom_folders, find_sources, read_ct
+from lesionsynth.io import SUFFIXES, dicom_folders, find_sources, read_ct
 from normnet.pairing import find_cases, find_patients
 from normnet.prepare.__main__ import main as prepare
-from normnet.prepare.masks import find_mask
-from normnet.reasons import tell
 from normnet.report.cases import locate
 from tests.test_inputs_dicom import SCOUT
 from tests.test_io import volume, write_series
@@ -254,24 +251,6 @@ def test_a_ct_that_is_not_found_says_what_is_there(tmp_path: Path) -> None:
     (tmp_path / "ct/p_hu.nii").touch()
     found = find_cases(predictions=[tmp_path / "maps"], truth=[tmp_path / "truth"], ct=[tmp_path / "ct"])
     assert [case.ct.name for case in found] == ["p_hu.nii"]
-    with pytest.raises(
-        ValueError, match=r"no lung mask for case x; expected .*; there: p_hu\.nii, q\.nii\.gz"
-    ):
-        find_mask(tmp_path / "ct", "x")
-
-
-def test_what_is_told_at_the_end(capsys: pytest.CaptureFixture[str]) -> None:
-    passed = [Passed(Path(f"f{n}.nii"), "why") for n in range(30)]
-    assert not tell({"p": ["one\n\x1b", "two"]}, passed)
-    lines = capsys.readouterr().err.splitlines()
-    assert lines[:3] == ["warning: p: one\\n\\x1b", "warning: p: two", "passed over: f0.nii: why"]
-    assert (len(lines), lines[-1]) == (13, "and 20 more")
-    assert tell({}, [*passed, Passed(Path("g.nii"), "why", named=True)])
-    assert capsys.readouterr().err.startswith("passed over: g.nii: why\n")
-    assert not tell({})
-    with plainly():
-        warnings.warn("text", stacklevel=1)
-    assert capsys.readouterr().err == "warning: text\n"
 
 
 def test_a_report_says_what_was_passed_over(tmp_path: Path) -> None:
@@ -303,21 +282,27 @@ def test_baselines_tell_the_same(
     pytest.importorskip("torch")
     from normnet.baselines import predict
     from normnet.baselines.__main__ import main
+    from normnet.cases import PredictSummary
 
     def fail(*_: object, **__: object) -> None:
         warnings.warn("odd", stacklevel=1)
         raise ValueError("bad")
 
-    method = SimpleNamespace(method="ae", lungs_only=True)
-    monkeypatch.setattr(predict, "load_baseline", lambda *_, **__: SimpleNamespace(config=method))
+    baseline = SimpleNamespace(
+        config=SimpleNamespace(method="ae", lungs_only=True), calibration={"threshold": 0.5}
+    )
+    monkeypatch.setattr(predict, "load_baseline", lambda *_, **__: baseline)
+    monkeypatch.setattr(predict, "baseline_file", lambda _: touched(tmp_path / "weights"))
     monkeypatch.setattr(predict, "load_case", fail)
     names = [os.fspath(touched(tmp_path / name)) for name in ("a.nii", "c_lung.nii", "d.img")]
     assert main(["predict", "run", str(tmp_path), "--output", str(tmp_path / "out")]) == 1
-    said = capsys.readouterr().err.splitlines()
+    said = [line for line in capsys.readouterr().err.splitlines() if line[:8] not in ("", "predict:")]
     assert said[0] == "warning: a: odd"
     assert [line.split(": ")[1] for line in said[1:3]] == names[1:]
     assert said[3] == f"normnet.baselines: {names[0]}: bad"
-    monkeypatch.setattr(predict, "_predict_case", lambda *_: None)
+    monkeypatch.setattr(
+        predict, "run_cases", lambda cases, *_, **__: PredictSummary([], [], {}, passed=cases.passed)
+    )
     for inputs, code in (([str(tmp_path)], 0), (names, 1), (names[:2], 0), (names[2:], 2)):
         assert main(["predict", "run", *inputs, "--output", str(tmp_path / "out")]) == code
 
@@ -329,12 +314,11 @@ def test_baselines_tell_the_same(
     ["_Lung", "_lungs", "-LUNGE", "_Lung_Mask", ".seg", "_Segmentation.seg", "_label", "_MASKE", "_lobes"],
 )
 def test_lungs_are_found_however_they_are_named(tmp_path: Path, case: str, ct: str, mask: str) -> None:
-    """By `prepare`, `predict` and `evaluate`; beside the CT and lesions of the case, and other cases."""
+    """Beside the CT and lesions of the case, and other cases."""
     end = ".nrrd" if "seg" in mask.lower() else ".nii.gz"
     lungs = touched(tmp_path / f"{case}{mask}{end}")
     for name in (f"{case}{ct}.nii", f"{case}_lesions.nii", f"{case}2_lung.nii", "q.nii", f"{case}_prob.mha"):
         touched(tmp_path / name)
-    assert find_mask(tmp_path, f"{case}{ct}") == lungs
     if case.endswith("Lung"):
         return  # which is no part of the case's name there
     (tmp_path / "maps").mkdir()
@@ -343,14 +327,6 @@ def test_lungs_are_found_however_they_are_named(tmp_path: Path, case: str, ct: s
     for given in (lungs, tmp_path):
         (one,) = find_cases(**places, lungs=[given])
         assert (one.lung, one.lesion.name, one.ct.name) == (lungs, f"{case}_lesions.nii", f"{case}{ct}.nii")
-
-
-def test_lungs_win_over_what_may_be_lesions(tmp_path: Path) -> None:
-    for name in ("p_hu.nii", "p_seg.nii", "p_lung.nii"):
-        touched(tmp_path / name)
-    for name in ("p_lung.nii", "p_seg.nii", "p_hu.nii"):
-        assert find_mask(tmp_path, "p_hu").name == name
-        (tmp_path / name).unlink()
 
 
 @pytest.mark.parametrize("deep", ["lungs", "data/masks", "GT/x"])

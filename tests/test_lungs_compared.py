@@ -23,6 +23,7 @@ sitk = pytest.importorskip("SimpleITK")
 
 import lesionsynth as ls  # noqa: E402
 from normnet import predict  # noqa: E402
+from normnet.cases import hear  # noqa: E402
 from normnet.config import ModelConfig  # noqa: E402
 from normnet.evaluate import EvaluateConfig, evaluate, load_case  # noqa: E402
 from normnet.evaluate import main as evaluate_main  # noqa: E402
@@ -32,7 +33,6 @@ from normnet.prepare import load_case as load_ct  # noqa: E402
 from normnet.prepare import prepare, segment_lungs  # noqa: E402
 from normnet.prepare.lungs import Lungs, check_agreement, split_mask  # noqa: E402
 from normnet.prepare.qc import write_picture  # noqa: E402
-from normnet.reasons import hear  # noqa: E402
 from normnet.report import ReportConfig, grey, report_maps  # noqa: E402
 from normnet.report.__main__ import main as report_main  # noqa: E402
 from normnet.report.checks import DIFFER, doubt_lungs, told  # noqa: E402

@@ -29,8 +29,8 @@ import lesionsynth as ls  # noqa: E402
 from lesionsynth.io import read_ct  # noqa: E402
 from normnet import predict  # noqa: E402
 from normnet.config import ModelConfig  # noqa: E402
-from normnet.maps import Folder  # noqa: E402
 from normnet.model import Model, build_unet  # noqa: E402
+from normnet.output import write_case  # noqa: E402
 from normnet.report import LUNG_WINDOW, ReportConfig, report_maps  # noqa: E402
 from normnet.report import section as section_module  # noqa: E402
 from normnet.report.__main__ import main  # noqa: E402
@@ -280,7 +280,7 @@ def test_ct_that_moved_are_found_again(predicted, maps, tmp_path, capsys):
 
 
 def test_a_series_that_moved_is_known_by_its_uid(tmp_path):
-    from tests.test_dicom_seg import write_series
+    from tests.normnet.test_dicom_seg import write_series
 
     lung = np.zeros((6, 20, 24), bool)
     lung[1:5, 4:16, 3:9] = lung[1:5, 4:16, 14:20] = True
@@ -310,7 +310,7 @@ def write_maps(folder, volume, lesions, lung, *, volumes=None, **entries):
     }  # fmt: skip
     masks = {"lesions": lesions, "lung": lung}
     writers = {kind: lambda path, a=array: volume.write_like(a, path) for kind, array in masks.items()}
-    Folder(folder).write("p", writers, record)
+    write_case(folder, "p", writers, record)
 
 
 @pytest.mark.parametrize(

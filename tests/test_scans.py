@@ -242,9 +242,10 @@ def test_ablation_reads_the_series_of_a_dicom_folder(tmp_path):
     ct = io.read_ct(scans / "p1", uids[chosen])
     inside = np.zeros(ct.hu.shape, bool)
     inside[1:-1, 1:-1, 1:-1] = True
-    for role in ("lesion", "lung"):
-        ct.write_like(inside, tmp_path / "truth" / f"p1_{role}.nii.gz")
-    config = AblateConfig(table="modules", output=tmp_path / "out", patients=(scans, tmp_path / "truth"))
+    folders = {"truth": tmp_path / "truth", "masks": tmp_path / "lungs"}
+    for folder in folders.values():
+        ct.write_like(inside, folder / "p1.nii.gz")
+    config = AblateConfig(table="modules", output=tmp_path / "out", patients=(scans,), **folders)
     with pytest.warns(UserWarning, match=f"taking {uids[chosen]}"):
         (patient,) = patients_of(config)
     assert (patient.name, patient.identity["series"]) == ("p1", uids[chosen])
