@@ -37,6 +37,7 @@ from normnet.postprocess import postprocess
 from normnet.predict import predict_volume
 from normnet.trainer import Trainer
 from tests import classical
+from tests.normnet.test_evaluate import cells_of
 
 # two steps of training are never sure to 0.95
 PREDICT = PredictConfig(probability=0.5)
@@ -135,7 +136,7 @@ def test_modules_is_table_v(tiny, capsys):
     assert len(hashes) == 8  # every row and seed is another network
     with (config.output / "table.csv").open(newline="") as stream:
         assert list(csv.reader(stream)) == [table.header, *table.rows]
-    assert "| ✓ | ✓ | × |" in (config.output / "table.md").read_text()
+    assert ["✓", "✓", "×", table.rows[3][3], "25.5"] in cells_of(config.output / "table.md")
     page = (config.output / "report.html").read_text()
     assert page.startswith("<!doctype html>")
     assert "http" not in page
@@ -365,18 +366,26 @@ def test_changed_weights_and_other_settings_fail_the_row(tiny):
     assert ablate(config).failures == []
 
 
-def test_files_of_patients(tiny, tmp_path):
-    folder = tmp_path / "patients"
-    folder.mkdir()
-    affine = np.diag([1.6, 1.6, 2.0, 1.0])
+def on_disk(folder, hu, lesions, lungs=None, spacing=(2.0, 1.6, 1.6)):
+    """Write a patient, p5; returns the settings that name its files."""
     nibabel = pytest.importorskip("nibabel")
+    volumes = {"scans": hu, "truth": lesions, "masks": lungs}
+    for role, array in volumes.items():
+        if array is not None:
+            image = nibabel.Nifti1Image(
+                array.astype(np.int16).transpose(2, 1, 0), np.diag([*spacing[::-1], 1])
+            )
+            (folder / role).mkdir()
+            nibabel.save(image, folder / role / "p5.nii.gz")
+    places = {"patients": (folder / "scans",), "truth": folder / "truth"}
+    places["masks"] = None if lungs is None else folder / "masks"
+    return {**places, "phantom_patients": None, "phantom_shape": None}
+
+
+def test_files_of_patients(tiny, tmp_path):
     chest = ls.phantom.chest_ct(shape=(24, 48, 60), seed=5)
     ill = ls.phantom.add_pneumonia(chest.hu, chest.lung_mask, chest.spacing, seed=5)
-    volumes = {"hu": ill.hu, "lesion": ill.lesion_mask, "lung": chest.lung_mask}
-    for role, array in volumes.items():
-        image = nibabel.Nifti1Image(array.astype(np.int16).transpose(2, 1, 0), affine)
-        nibabel.save(image, folder / f"p5_{role}.nii.gz")
-    given = {"patients": (folder,), "phantom_patients": None, "phantom_shape": None}
+    given = on_disk(tmp_path, ill.hu, ill.lesion_mask, chest.lung_mask)
     config = tiny("modules", rows=("covid_lung",), seeds=1, **given)
     table = ablate(config)
     score = table.cells["covid_lung"].single[0]["p5"]
@@ -384,36 +393,34 @@ def test_files_of_patients(tiny, tmp_path):
     assert score["lesion_ml"] == pytest.approx(np.count_nonzero(ill.lesion_mask) * 1.6 * 1.6 * 2.0 / 1000)
     assert "given patients" in (config.output / "table.md").read_text()
     listed = tmp_path / "cases.csv"
-    listed.write_text(
-        "case,ct,lesion,lung\np5,patients/p5_hu.nii.gz,patients/p5_lesion.nii.gz,patients/p5_lung.nii.gz\n"
-    )
-    assert find_patients(replace(config, patients=(listed,)))[0].identity == find_patients(config)[0].identity
+    alone = replace(config, patients=(listed,), truth=None, masks=None)
+    listed.write_text("case,ct,lesions,lungs\np5,scans/p5.nii.gz,truth/p5.nii.gz,masks/p5.nii.gz\n")
+    assert find_patients(alone)[0].identity == find_patients(config)[0].identity
     for case in ("../p5", "a/b"):
-        listed.write_text(f"case,ct,lesion\n{case},x.nii,y.nii\n")
+        listed.write_text(f"case,ct,lesions\n{case},scans/p5.nii.gz,truth/p5.nii.gz\n")
         with pytest.raises(ValueError, match="case must be a file name, got '" + case):
-            find_patients(replace(config, patients=(listed,)))
-    listed.write_text("case,ct,lesion\np5,,x\n")
-    with pytest.raises(ValueError, match=r"line 2: columns .* missing \['ct'\]"):
-        find_patients(replace(config, patients=(listed,)))
-    (folder / "p5_hu.nii.gz").unlink()
-    with pytest.raises(ValueError, match="patients must have a CT for each truth"):
+            find_patients(alone)
+    listed.write_text("case,ct,lesions\np5,scans/p5.nii.gz,gone.nii\n")
+    with pytest.raises(ValueError, match=r"patient p5: .*gone\.nii: no such file or folder"):
+        find_patients(alone)
+    listed.write_text("case,ct\np5,scans/p5.nii.gz\n")
+    with pytest.raises(ValueError, match="patient p5: lesions must be given"):
+        find_patients(alone)
+    (tmp_path / "truth/p5.nii.gz").rename(tmp_path / "truth/q.nii.gz")
+    with pytest.raises(
+        ValueError, match=r"truth must hold p5\.nii\.gz, or one file of p5_\*\.nii\.gz, got q"
+    ):
         find_patients(config)
 
 
 def test_lungs_of_patients_without_masks_are_segmented_as_asked(tiny, tmp_path):
     """By the network where nothing is asked; cached scores are of one method and its weights."""
-    nibabel = pytest.importorskip("nibabel")
-    folder = tmp_path / "patients"
-    folder.mkdir()
     chest = ls.phantom.chest_ct(shape=(24, 96, 120), spacing=(8.0, 3.2, 3.2), seed=5)
-    for role, array in (("hu", chest.hu), ("lesion", chest.lung_mask)):
-        image = nibabel.Nifti1Image(array.astype(np.int16).transpose(2, 1, 0), np.diag([3.2, 3.2, 8.0, 1.0]))
-        nibabel.save(image, folder / f"p5_{role}.nii.gz")
-    given = {"patients": (folder,), "phantom_patients": None, "phantom_shape": None}
+    given = on_disk(tmp_path, chest.hu, chest.lung_mask, spacing=(8.0, 3.2, 3.2))
     config = tiny("modules", lungs="classical", **given)
     (one,) = find_patients(config)
     assert (one.identity["lungs_from"], one.identity["lungs_sha256"]) == ("classical", None)
-    expected = classical.load_case(folder / "p5_hu.nii.gz").native_mask
+    expected = classical.load_case(tmp_path / "scans/p5.nii.gz").native_mask
     np.testing.assert_array_equal(one.load().native_lung, expected)
     weights = {}
     for seed in (0, 1):
@@ -428,24 +435,17 @@ def test_lungs_of_patients_without_masks_are_segmented_as_asked(tiny, tmp_path):
     with pytest.raises(ValueError, match=r"lungs must be network, classical, .*, got 'gone'"):
         ablate(replace(config, lungs="gone"))
     assert not (tmp_path / "modules").exists()
-    shutil.copy(folder / "p5_lesion.nii.gz", folder / "p5_lung.nii.gz")
-    (one,) = find_patients(replace(config, lungs="gone"))  # nobody asks it
+    masked = replace(config, lungs="gone", masks=tmp_path / "truth")
+    (one,) = find_patients(masked)  # nobody asks it
     assert "lungs_from" not in one.identity
 
 
 def test_labels_of_patients_are_chosen_or_told(tiny, tmp_path):
-    nibabel = pytest.importorskip("nibabel")
-    folder = tmp_path / "patients"
-    folder.mkdir()
     chest = ls.phantom.chest_ct(shape=(24, 48, 60), seed=5)
     ill = ls.phantom.add_pneumonia(chest.hu, chest.lung_mask, chest.spacing, seed=5)
     halves = np.where(np.arange(60) < 30, 1, 2) * chest.lung_mask
-    volumes = {"hu": ill.hu, "lesion": np.where(ill.lesion_mask, 3, halves), "lung": halves}
-    for role, array in volumes.items():
-        image = nibabel.Nifti1Image(array.astype(np.int16).transpose(2, 1, 0), np.diag([1.6, 1.6, 2.0, 1.0]))
-        nibabel.save(image, folder / f"p5_{role}.nii.gz")
-    given = {"patients": (folder,), "phantom_patients": None, "phantom_shape": None, "seeds": 1}
-    given |= {"rows": ("covid_lung",), "runs": tmp_path / "runs"}
+    given = on_disk(tmp_path, ill.hu, np.where(ill.lesion_mask, 3, halves), halves)
+    given |= {"seeds": 1, "rows": ("covid_lung",), "runs": tmp_path / "runs"}
     chosen = tiny("modules", label=(3,), lung_label=(1, 2), output=tmp_path / "chosen", **given)
     score = ablate(chosen).cells["covid_lung"].votes[1]["p5"]
     assert score["tp"] + score["fn"] == np.count_nonzero(ill.lesion_mask)
@@ -460,8 +460,8 @@ def test_labels_of_patients_are_chosen_or_told(tiny, tmp_path):
             table = ablate(config)
         notes = table.cells["covid_lung"].votes[1]["p5"]["notes"]
         for text in (
-            "p5_lung.nii.gz: labels 1 (",
-            "p5_lesion.nii.gz: labels 1 (",
+            "masks/p5.nii.gz: labels 1 (",
+            "truth/p5.nii.gz: labels 1 (",
             "the truth covers 100 % of",
         ):
             assert sum(text in note for note in notes) == 1
@@ -563,7 +563,7 @@ def test_command_line_ends_with_two_for_a_wrong_call(tmp_path, capsys):
     assert main(["modules", "--output", out, "--data", str(tmp_path / "none")]) == 2
     assert "not a store" in capsys.readouterr().err
     assert main(["modules", "--output", out, "--patients", str(tmp_path / "none")]) == 2
-    assert "patients must be files or folders that exist" in capsys.readouterr().err
+    assert f"{tmp_path / 'none'}: no such file or folder" in capsys.readouterr().err
     with pytest.raises(SystemExit) as end:
         main(["voting", "--scale", "huge", "--output", out])
     assert end.value.code == 2

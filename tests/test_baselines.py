@@ -393,7 +393,7 @@ def test_the_command_trains_predicts_and_evaluate_reads_it(tmp_path, patient, ca
     for role, array in files.items():
         image = nibabel.Nifti1Image(array.transpose(2, 1, 0), affine)
         (tmp_path / role).mkdir()
-        nibabel.save(image, tmp_path / role / f"p1_{role}.nii.gz")
+        nibabel.save(image, tmp_path / role / "p1.nii.gz")
     run, maps = tmp_path / "run", tmp_path / "maps"
     shape = [str(n) for n in SHAPE]
     spacing = [str(s) for s in SPACING]
@@ -407,7 +407,7 @@ def test_the_command_trains_predicts_and_evaluate_reads_it(tmp_path, patient, ca
     call = ["predict", str(run), str(tmp_path / "hu"), "--masks", str(tmp_path / "lung"), "--threads", "1"]
     assert main([*call, "--output", str(maps)]) == 0
     names = {f"p1_{k}.nii.gz" for k in ("lesions", "probability", "lung")}
-    assert {p.name for p in maps.iterdir()} == {*names, "p1.json"}
+    assert {p.name for p in maps.iterdir()} == {*names, "p1.json", "volumes.csv"}
     lesions = nibabel.load(maps / "p1_lesions.nii.gz")
     probability = nibabel.load(maps / "p1_probability.nii.gz").get_fdata().transpose(2, 1, 0)
     np.testing.assert_allclose(lesions.affine, affine)
@@ -419,22 +419,23 @@ def test_the_command_trains_predicts_and_evaluate_reads_it(tmp_path, patient, ca
     scores = evaluate.evaluate(
         evaluate.EvaluateConfig(
             output=tmp_path / "results",
-            predictions=(maps,),
-            truth=(tmp_path / "lesion",),
-            ct=(tmp_path / "hu",),
+            predictions=maps,
+            truth=tmp_path / "lesion",
             oracle=True,
             pictures=0,
         )
     )
     assert scores.scores["p1"]["tp"] == np.count_nonzero(found & ball)
     assert scores.scores["p1"]["bright_auc"] > 0
-    assert scores.oracle is not None
-    assert scores.methods[0].threshold == f"calibrated on healthy volumes: anomaly {threshold:.4g}"
+    made = scores.methods["Proposed"]
+    assert made.oracle_searched_on_this_test_set is not None
+    assert made.threshold == f"calibrated on healthy volumes: anomaly {threshold:.4g}"
+    assert made.judges == "lung"
     (tmp_path / "hu" / "broken.nii.gz").write_bytes(b"no image")
     assert main([*call, "--output", str(maps)]) == 1
     assert "broken" in capsys.readouterr().err
-    assert main([*call, "--masks", str(tmp_path / "lung/p1_lung.nii.gz"), "--output", str(maps)]) == 2
-    assert "masks must be a folder where there are several inputs" in capsys.readouterr().err
+    assert main([*call, "--masks", str(tmp_path / "lung/p1.nii.gz"), "--output", str(maps)]) == 2
+    assert "masks must be a folder where there are several CT" in capsys.readouterr().err
     (tmp_path / "hu" / "broken.nii.gz").unlink()
     before = {path.name: path.read_bytes() for path in maps.iterdir()}
     # maps of another method, or of the other command, are not replaced unasked
@@ -452,21 +453,21 @@ def test_the_command_trains_predicts_and_evaluate_reads_it(tmp_path, patient, ca
     normnet += ["--models", str(tmp_path / "net"), "--settings.slab", "8"]
     assert predict.main(normnet) == 2
     said = capsys.readouterr().err
-    assert "output holds p1_lesions.nii.gz, which is of normnet.baselines (ae); take another folder" in said
+    assert f"{maps / 'p1.json'}: settings must be that of this call, or overwrite passed" in said
     assert {path.name: path.read_bytes() for path in maps.iterdir()} == before
     assert predict.main([*normnet, "--overwrite"]) == 0
     assert main([*call, "--output", str(maps)]) == 2
-    assert "output holds p1_lesions.nii.gz, which is of normnet.predict; take" in capsys.readouterr().err
+    assert "p1.json: settings must be that of this call, or overwrite passed" in capsys.readouterr().err
     assert main([*call, "--output", str(maps), "--overwrite"]) == 0
     assert "baseline" in json.loads((maps / "p1.json").read_text())
     record = json.loads((maps / "p1.json").read_text())
     record["baseline"]["method"] = "vae"
     (maps / "p1.json").write_text(json.dumps(record))
     assert main([*call, "--output", str(maps)]) == 2
-    assert "which is of normnet.baselines (vae)" in capsys.readouterr().err
+    assert "p1.json: baseline must be that of this call, or overwrite passed" in capsys.readouterr().err
     (maps / "p1.json").unlink()
     assert main([*call, "--output", str(maps)]) == 2
-    assert "output holds p1_lesions.nii.gz, which is of no earlier call" in capsys.readouterr().err
+    assert "output holds p1_lesions.nii.gz, which is of no finished call" in capsys.readouterr().err
     assert main([*call, "--output", str(tmp_path / "none"), "--masks", str(tmp_path / "gone")]) == 2
     assert "masks must exist" in capsys.readouterr().err
     monkeypatch.setitem(sys.modules, "lungmask", None)

@@ -15,7 +15,7 @@ import pytest
 from numpy.testing import assert_array_equal
 
 from lesionsynth.commands import plainly
-from lesionsynth.io import SUFFIXES, Passed, dicom_folders, find_sources, read_ct, split_name
+from lesionsynth.io import SUFFIXES, Passed, dicom_folders, find_sources, read_ct
 from normnet.prepare.__main__ import main as prepare
 from normnet.prepare.masks import find_mask
 from normnet.reasons import tell
@@ -302,40 +302,3 @@ def test_inputs_that_overlap(tmp_path: Path, deep: str) -> None:
         assert ([(one.case, one.path) for one in found], found.passed) == ([("p", ct)], ())
     with pytest.raises(ValueError, match=f"p more than once, from {ct}, {tmp_path}/link/{deep}/p.nii; give"):
         find_sources([ct, tmp_path / "link" / deep])
-
-
-@pytest.mark.parametrize(
-    ("name", "case", "role"),
-    [
-        ("radiopaedia_4_hu.nii.gz", "radiopaedia_4", "ct"),
-        ("radiopaedia_4_lung.nii.gz", "radiopaedia_4", "lung"),
-        ("radiopaedia_4_hu_prob.nii.gz", "radiopaedia_4", "probability"),
-        ("r4-lung-mask.nrrd", "r4", "lung"),
-        ("case_mask.mha", "case", "mask"),
-        ("r4_hu_mask.nii", "r4", "mask"),
-        ("r4_lung_seg.nii", "r4", "lung"),
-        ("r4_Lesion-Label.nii", "r4", "lesion"),
-        ("r4_lung.seg.nrrd", "r4", "lung"),
-        ("coronacases_001.nii", "coronacases_001", None),
-        ("lung.nii", "lung", None),
-    ],
-)
-def test_names_tell_case_and_role(tmp_path: Path, name: str, case: str, role: str | None) -> None:
-    assert split_name(tmp_path / name) == (case, role)
-
-
-@pytest.mark.parametrize(
-    ("name", "case", "role"),
-    [
-        ("r4_core.nii.gz", "r4", "core"),
-        ("r4_hu_healthy.nii.gz", "r4", "healthy"),
-        ("anna_healthy_lesions.nii.gz", "anna_healthy", "lesion"),
-        ("anna_healthy_healthy.nii.gz", "anna_healthy", "healthy"),
-        ("r4_probability.nii.gz", "r4", "probability"),
-    ],
-)
-def test_words_that_mean_something_among_predictions_alone(
-    tmp_path: Path, name: str, case: str, role: str
-) -> None:
-    assert split_name(tmp_path / name, predicted=True) == (case, role)
-    assert split_name(tmp_path / "anna_healthy.nii.gz") == ("anna_healthy", None)
