@@ -12,7 +12,6 @@ import nibabel
 import numpy as np
 import pytest
 import torch
-from normnet.report.__main__ import main as report
 from scipy import integrate, stats
 
 import lesionsynth as ls
@@ -39,6 +38,7 @@ from normnet.metrics import roc_auc
 from normnet.model import Model, build_unet, write_tensors
 from normnet.output import read_record, sha256
 from normnet.prepare.store import Store
+from normnet.report import main as report
 from normnet.volumes import KeptVolume, phantom_volumes, split, store_volumes
 
 SHAPE, SPACING = (12, 88, 110), (12.0, 3.4, 3.4)
