@@ -136,8 +136,8 @@ def postprocess_slices(
         inner, at = slice(first - wide.start, last - wide.start), slice(first - bottom, last - bottom)
         room[at] = (_smooth(full, config.full_size, full_threshold) & lungs)[inner]
         seed[at] = _smooth(bright, config.bright_size, config.bright_threshold)[inner] & room[at]
-    steps, final[box] = config.growth_iterations, seed
-    if steps:  # for ops.grow, as for SciPy, 0 steps are as many as change something
+    final[box] = seed
+    if steps := config.growth_iterations:  # ops.grow, as SciPy, takes 0 for "until nothing changes"
         final[box] = ls.ops.grow(seed, room, iterations=steps, connectivity=config.connectivity)
     return Lesions(final, core)
 
