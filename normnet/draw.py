@@ -100,10 +100,9 @@ def _tinted(background: RGB, regions: Iterable[tuple[Array, Colour]], opacity: f
 
 def _around(mask: Array) -> Array:
     """Voxels that share a side with a (Y, X) mask and lie outside it."""
-    padded = np.pad(mask, 1)
-    near = padded[2:, 1:-1] | padded[:-2, 1:-1] | padded[1:-1, 2:] | padded[1:-1, :-2]
-    outside: Array = near & ~mask
-    return outside
+    from scipy.ndimage import binary_dilation
+
+    return np.asarray(binary_dilation(mask) & ~mask)
 
 
 def worst_slices(prediction: Array, truth: Array, count: int) -> list[int]:
@@ -363,11 +362,12 @@ def prepared_picture(
     from matplotlib.lines import Line2D
 
     # outlines as lines over each other: colour, width, style; where both are one, cyan hides the dashes
-    outlines: list[tuple[Array, list[tuple[str, float, Any]]]] = [(mask, [("cyan", 0.7, "solid")])]
+    cyan: list[tuple[str, float, Any]] = [("cyan", 0.7 if classical is None else 1.3, "solid")]
+    outlines = {"the lung network": (mask, cyan)}
     if classical is not None:
         dashed = [("black", 0.8, "solid"), ("yellow", 0.8, (0, (4, 4)))]
-        outlines = [(classical, dashed), (mask, [("cyan", 1.3, "solid")])]
-    shown = np.logical_or.reduce([removed, *(outline for outline, _ in outlines)])
+        outlines = {"thresholds": (classical, dashed), **outlines}
+    shown = np.logical_or.reduce([removed, *(outline for outline, _ in outlines.values())])
     box, (y, x), up = [_side(shown, axis) for axis in range(3)], lung_box(shown, 25), slice(None, None, -1)
     axial = np.linspace(box[0].start, box[0].stop - 1, 14).round().astype(int)
     views: list[tuple[Any, str]] = []
@@ -383,17 +383,17 @@ def prepared_picture(
         axes.imshow(hu[view], cmap="gray", vmin=-1100, vmax=300, **how)
         if removed[view].any():
             axes.imshow(removed[view][..., None] * (1.0, 0.6, 0.0, 0.9), **how)
-        for outline, lines in outlines:
+        for outline, lines in outlines.values():
             for colour, width, style in lines if 0 < outline[view].mean() < 1 else ():
                 axes.contour(outline[view], [0.5], colors=colour, linewidths=width, linestyles=[style])
         axes.set_title(name, fontsize=8, color="r" if name.endswith("left out") else "k")
         axes.axis("off")
     figure.suptitle(title, fontsize=12)
     if classical is not None:
-        keys: list[Any] = [
-            tuple(Line2D([], [], color=c, ls=style) for c, _, style in ls) for _, ls in outlines
-        ]
-        names = ["thresholds", "the lung network"]
-        figure.legend(keys[::-1], names[::-1], title="lungs by", loc="upper right", facecolor="0.5")
+        keys: dict[str, Any] = {
+            name: tuple(Line2D([], [], color=colour, ls=style) for colour, _, style in lines)
+            for name, (_, lines) in reversed(outlines.items())
+        }
+        figure.legend(list(keys.values()), list(keys), title="lungs by", loc="upper right", facecolor="0.5")
     figure.subplots_adjust(0.005, 0.005, 0.995, 0.93, 0.02, 0.1)
     return _encoded(figure, dpi=70, metadata={"Software": SOFTWARE})
