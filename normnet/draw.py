@@ -29,7 +29,7 @@ TRUE_POSITIVE, FALSE_NEGATIVE, FALSE_POSITIVE = (60, 200, 80), (60, 120, 255), (
 LESION, OUTLINE, OPACITY = (255, 127, 14), (0, 150, 255), 0.45
 DASHES, DASH = ((255, 225, 0), (0, 0, 0)), 4
 """Yellow and black of a second outline, so many voxels each: one of them stands out from air and from dense
-disease. Readers of any colour vision tell yellow from blue, and dashes from a line."""
+disease, and any colour vision tells yellow from blue, and dashes from a line."""
 LUNG_WINDOW = (-1100.0, 200.0)
 """HU shown as black and white; wider than the network's, so that both vessels and haze are visible."""
 BINS = 60
@@ -39,14 +39,12 @@ HU_EDGES = np.array([-np.inf, *np.linspace(*LUNG_WINDOW, 66), np.inf])
 
 
 def grey(values: Array, window: tuple[float, float]) -> RGB:
-    """Show a slice in grey, (Y, X, 3).
+    """Show a (Y, X) slice in grey, (Y, X, 3): HU or other values, from black to white over a window.
 
-    Parameters
-    ----------
-    values : (Y, X) array
-        HU, or an image in [0, 1]. ValueError where it is no slice.
-    window : (low, high)
-        Values shown as black and white. ValueError where they do not increase.
+    Raises
+    ------
+    ValueError
+        `values` are no slice, or the window does not increase.
     """
     low, high = window
     if values.ndim != 2:
@@ -67,30 +65,22 @@ def overlay(background: RGB, prediction: Array, truth: Array, *, opacity: float 
     prediction, truth : (Y, X) bool arrays
         Lesions. ValueError where shapes differ.
     opacity : float
-        Of the colours. ValueError outside [0, 1].
+        Of the colours, in [0, 1].
     """
     if prediction.shape != background.shape[:2] or truth.shape != background.shape[:2]:
         raise ValueError(
             f"prediction and truth must have the shape of background, {background.shape[:2]}, "
             f"got {prediction.shape} and {truth.shape}"
         )
-    if not 0 <= opacity <= 1:
-        raise ValueError(f"opacity must lie in [0, 1], got {opacity}")
     wrong = ((~prediction & truth, FALSE_NEGATIVE), (prediction & ~truth, FALSE_POSITIVE))
     return _tinted(background, ((prediction & truth, TRUE_POSITIVE), *wrong), opacity)
 
 
 def mark(background: RGB, lesions: Array, lung: Array, classical: Array | None = None) -> RGB:
-    """Colour lesions and draw the outline of the lungs, on a copy of `background`.
+    """Colour lesions and draw the outline of the lungs, on a copy of `background` from `grey`.
 
-    Parameters
-    ----------
-    background : (Y, X, 3) uint8 array
-        From `grey`.
-    lesions, lung : (Y, X) bool arrays
-        Maps. The outline lies on the voxels around the lung, so that it hides none inside.
-    classical : (Y, X) bool array, optional
-        Other lungs: a dashed outline, where it is not that of `lung`.
+    The outline lies on the voxels around the lung, so that it hides none inside. That of `classical`, other
+    lungs, is dashed where the two differ. All are (Y, X) bool arrays.
     """
     picture = _tinted(background, [(lesions, LESION)], OPACITY)
     if classical is not None:
@@ -110,10 +100,9 @@ def _tinted(background: RGB, regions: Iterable[tuple[Array, Colour]], opacity: f
 
 def _around(mask: Array) -> Array:
     """Voxels that share a side with a (Y, X) mask and lie outside it."""
-    padded = np.pad(mask, 1)
-    near = padded[2:, 1:-1] | padded[:-2, 1:-1] | padded[1:-1, 2:] | padded[1:-1, :-2]
-    outside: Array = near & ~mask
-    return outside
+    from scipy.ndimage import binary_dilation
+
+    return np.asarray(binary_dilation(mask) & ~mask)
 
 
 def worst_slices(prediction: Array, truth: Array, count: int) -> list[int]:
@@ -162,12 +151,12 @@ def png(picture: RGB, *, scale: int = 1) -> bytes:
     return stream.getvalue()
 
 
-def side_by_side(pictures: Sequence[RGB], *, gap: int = 3) -> RGB:
-    """Join pictures of one height from left to right, with white gaps of `gap` pixels."""
+def side_by_side(pictures: Sequence[RGB]) -> RGB:
+    """Join pictures of one height from left to right, with white gaps of 3 pixels."""
     height = pictures[0].shape[0]
     if any(p.shape[0] != height for p in pictures):
         raise ValueError(f"pictures must have one height, got {[p.shape[0] for p in pictures]}")
-    white = np.full((height, gap, 3), 255, np.uint8)
+    white = np.full((height, 3, 3), 255, np.uint8)
     return np.concatenate([part for p in pictures for part in (p, white)][:-1], axis=1)
 
 
@@ -203,18 +192,7 @@ def finding_pictures(
 ) -> list[tuple[int, bytes]]:  # fmt: skip
     """Draw the `shown_slices` of a case, each as (slice, PNG): CT beside `mark`, cropped to the lungs.
 
-    Parameters
-    ----------
-    hu : (Z, Y, X) array
-        Hounsfield units.
-    lesions, lung : (Z, Y, X) bool arrays
-        Maps; the lung is not empty.
-    spacing : (3,) floats
-        Voxel size in mm, (z, y, x); pixels are square.
-    count : int
-        Pictures at most.
-    classical : (Z, Y, X) bool array, optional
-        Other lungs to outline.
+    As in `case_pictures`; `spacing` in mm (z, y, x) makes pixels square.
     """
     box, pictures = lung_box(lung if classical is None else lung | classical), []
     for z in shown_slices(lesions, lung, count, classical):
@@ -249,9 +227,7 @@ def curve(
     Parameters
     ----------
     series : mapping of str to (x, y)
-        Lines by the names in the legend; NaN leaves a gap.
-    xlabel, ylabel : str
-        Axis labels.
+        By the names in the legend; NaN leaves a gap.
     colours : sequence of (red, green, blue), optional
         Of the lines in turn, 0 to 255; matplotlib's where omitted.
     """
@@ -275,8 +251,6 @@ def histogram(series: Mapping[str, Array], edges: Array, *, xlabel: str, ylabel:
     edges : (n + 1,) array
         Of the bins. The first and the last may be infinite: what lies beyond the others counts in the shares
         and is not shown. ValueError where they do not increase, or do not fit the counts.
-    xlabel, ylabel : str
-        Axis labels.
     """
     shown = np.flatnonzero(np.isfinite(edges))
     if len(shown) < 2 or not (np.diff(edges) > 0).all():
@@ -321,8 +295,6 @@ class VoxelCounts:
         Lung voxels that the method judges by healthy probability, for healthy and lesion.
     hu : dict of str to (67,) int64 array
         Voxels by HU (`HU_EDGES`), for found, missed and wrongly marked.
-    judged : set of float or None
-        Every T that `probability` was counted with.
     """
 
     def __init__(self) -> None:
@@ -337,16 +309,8 @@ class VoxelCounts:
     ) -> None:  # fmt: skip
         """Count a case.
 
-        Parameters
-        ----------
-        hu : (Z, Y, X) array
-            Hounsfield units.
-        prediction, truth, lung_mask : (Z, Y, X) bool arrays
-            Lesions and lungs.
-        probability : (Z, Y, X) float array, optional
-            Healthy probability, in [0, 1].
-        threshold_hu : float or None
-            The method judges lung voxels at or above this; None for all of them.
+        All are (Z, Y, X) arrays: Hounsfield units, bool lesions and lungs, healthy probability. The method
+        judges lung voxels at or above `threshold_hu`; None for all of them.
         """
         regions = (prediction & truth, ~prediction & truth, prediction & ~truth)
         for counts, region in zip(self.hu.values(), regions, strict=True):
@@ -391,8 +355,6 @@ def prepared_picture(
         mm, axis order z, y, x.
     segments : sequence of (z0, z1)
         Slices in use; titles of the others say "left out".
-    title : str
-        Figure title.
     classical : (Z, Y, X) bool array, optional
         The lungs by thresholds, where `mask` is a network's: outlined, too, with a legend.
     """
@@ -400,17 +362,18 @@ def prepared_picture(
     from matplotlib.lines import Line2D
 
     # outlines as lines over each other: colour, width, style; where both are one, cyan hides the dashes
-    outlines: list[tuple[Array, list[tuple[str, float, Any]]]] = [(mask, [("cyan", 0.7, "solid")])]
+    cyan: list[tuple[str, float, Any]] = [("cyan", 0.7 if classical is None else 1.3, "solid")]
+    outlines = {"the lung network": (mask, cyan)}
     if classical is not None:
         dashed = [("black", 0.8, "solid"), ("yellow", 0.8, (0, (4, 4)))]
-        outlines = [(classical, dashed), (mask, [("cyan", 1.3, "solid")])]
-    shown = np.logical_or.reduce([removed, *(outline for outline, _ in outlines)])
+        outlines = {"thresholds": (classical, dashed), **outlines}
+    shown = np.logical_or.reduce([removed, *(outline for outline, _ in outlines.values())])
     box, (y, x), up = [_side(shown, axis) for axis in range(3)], lung_box(shown, 25), slice(None, None, -1)
-    used = np.zeros(len(hu), bool)
-    for first, last in segments:
-        used[first:last] = True
     axial = np.linspace(box[0].start, box[0].stop - 1, 14).round().astype(int)
-    views: list[tuple[Any, str]] = [((z, y, x), f"z {z}{'' if used[z] else ' left out'}") for z in axial]
+    views: list[tuple[Any, str]] = []
+    for z in axial:
+        used = any(first <= z < last for first, last in segments)
+        views.append(((z, y, x), f"z {z}" if used else f"z {z} left out"))
     for axis, part in ((1, 0.35), (1, 0.65), (2, 0.25), (2, 0.75)):
         at = int(box[axis].start + part * (box[axis].stop - box[axis].start - 1))
         views.append(((up, at, x) if axis == 1 else (up, y, at), f"{'zyx'[axis]} {at}"))
@@ -420,17 +383,17 @@ def prepared_picture(
         axes.imshow(hu[view], cmap="gray", vmin=-1100, vmax=300, **how)
         if removed[view].any():
             axes.imshow(removed[view][..., None] * (1.0, 0.6, 0.0, 0.9), **how)
-        for outline, lines in outlines:
+        for outline, lines in outlines.values():
             for colour, width, style in lines if 0 < outline[view].mean() < 1 else ():
                 axes.contour(outline[view], [0.5], colors=colour, linewidths=width, linestyles=[style])
         axes.set_title(name, fontsize=8, color="r" if name.endswith("left out") else "k")
         axes.axis("off")
     figure.suptitle(title, fontsize=12)
     if classical is not None:
-        keys: list[Any] = [
-            tuple(Line2D([], [], color=c, ls=style) for c, _, style in ls) for _, ls in outlines
-        ]
-        names = ["thresholds", "the lung network"]
-        figure.legend(keys[::-1], names[::-1], title="lungs by", loc="upper right", facecolor="0.5")
+        keys: dict[str, Any] = {
+            name: tuple(Line2D([], [], color=colour, ls=style) for colour, _, style in lines)
+            for name, (_, lines) in reversed(outlines.items())
+        }
+        figure.legend(list(keys.values()), list(keys), title="lungs by", loc="upper right", facecolor="0.5")
     figure.subplots_adjust(0.005, 0.005, 0.995, 0.93, 0.02, 0.1)
     return _encoded(figure, dpi=70, metadata={"Software": SOFTWARE})

@@ -22,7 +22,7 @@ import tyro
 
 from lesionsynth.commands import plainly, printable, run
 from lesionsynth.files import write_atomically
-from lesionsynth.io import Scan, read_ct, read_mask
+from lesionsynth.io import read_ct, read_mask
 from lesionsynth.strict import name_of
 from normnet.cases import FORESEEN, Place, hear, locate, reason
 from normnet.draw import LESION, LUNG_WINDOW, curve, finding_pictures, histogram, most_apart
@@ -38,51 +38,24 @@ Volumes = Mapping[str, float | None]
 MARK = b'<meta name="generator" content="normnet">'
 """Tells a page of ours from others."""
 LUNG_ML = (1500.0, 10_500.0)
-"""Both lungs of an adult, by the reference values of Hall et al., Eur Respir J 2021;57:2000289. Above: the
-95th percentile of total lung capacity in men of 2.0 m, 10.5 l (median 8.8 l). Below: the 5th of what women of
-1.5 m keep after breathing out at rest, 1.5 l (median 2.1 l); a chest CT is taken breathed in."""
+"""Both lungs of an adult (Hall et al., Eur Respir J 2021;57:2000289): what 95 % of women of 1.5 m keep after
+breathing out at rest, and the total capacity that 95 % of men of 2.0 m stay below."""
 SMALLER_SIDE = 1 / 3
-"""Share of the smaller lung. The left one holds about 45 %; with less than half of the other's volume a lung
-is collapsed, displaced or cut off, or its mask has a hole."""
+"""Share of the smaller lung, 45 % as a rule: below, one is collapsed or cut off, or its mask has a hole."""
 THICK_MM = 5.0
 """Slice distance. The network was trained on 1 mm: thicker slices are interpolated (docs/limits.md)."""
 LARGE_PERCENT = 50.0
-"""Lesions in percent of both lungs: 47 of the 1,110 patients of MosMedData, suspected of COVID-19, have more
-(its grades CT-3 and CT-4; Morozov et al., arXiv:2005.06465)."""
+"""Lesions in both lungs; 47 of 1,110 suspected of COVID-19 have more (MosMedData, arXiv:2005.06465)."""
 CUT_SHARE = 0.1
-"""Lung in the first or last slice, as a share of the slice with most lung. Apex and recess taper to nothing
-within the scan; a lung that ends wider is cut off by it."""
+"""Lung in the first or last slice, as a share of the slice with most. Whole lungs taper to nothing."""
 DENSE_HU = -500.0
 """Median of the lung outside the lesions; from this value on the paper calls a voxel bright (III-D)."""
 CHANGED = 1e-3
 """Relative difference of volumes in a record and its maps: float32 spacings in files differ by 1e-7."""
 DIFFER = "lungs differ"
-CONCERNS = {
-    "lung volume": "The lungs measure {:,.0f} ml; an adult's hold {:,.0f} to {:,.0f} ml. Is the whole chest "
-    "in the scan, and does the outline follow the lungs?",
-    "sides unknown": "The right and the left lung could not be told apart.",
-    "no right lung": "No right lung was found; if there is one, nothing was searched in it.",
-    "no left lung": "No left lung was found; if there is one, nothing was searched in it.",
-    "unequal lungs": "The right lung measures {:,.0f} ml, the left {:,.0f} ml: one has less than half of the "
-    "other. Is part of it missing from the outline?",
-    "large share": "{:.0f} % of the lungs are marked, more than {:.0f} %. Shallow breath, motion or an "
-    "unusual reconstruction may look like haze to the models.",
-    "thick slices": "The slices lie {:.1f} mm apart, more than {:.0f} mm: small lesions blur away, and "
-    "vessels and the diaphragm may look like haze.",
-    "cut off": "The lungs reach the {} end of the scan: it does not cover them, and what lies beyond is "
-    "not counted.",
-    "dense lungs": "Half of the lung outside the lesions is above {:.0f} HU; inflated lung lies near "
-    "-850 HU. Does the outline follow the lungs?",
-    "maps changed": "The {} map holds {:.2f} ml, but {:.2f} ml were measured when it was written: it was "
-    "changed since, and the numbers here were not.",
-    "no second outline": "The lungs by thresholds are not drawn: {}",
-    DIFFER: "{}. Thresholds lose dense disease at the pleura, a network may be wrong: the pictures show both "
-    "outlines.",
-}
-"""What must be looked at: a few words for a table, and a sentence with the value and the limit."""
+"""Tag of the concern that two outlines of the lungs do."""
 HU_EDGES = np.array([-np.inf, *np.linspace(-1024, 296, 61), np.inf])
 """Of the histogram: from air to muscle, 22 HU a bin. Bins of whole HU hold equally many values each."""
-MADE = "models, each with the probability above which a voxel is healthy, from which HU on"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,8 +72,7 @@ class ReportConfig:
     """The page, a file that ends in .html; MAPS/report.html where omitted. An earlier one is replaced."""
     pictures: int = 3
     """Slices shown per case, those with most lesion first, about 300 KB each; where thresholds find other
-    lungs than the network, one of them is where these differ most. 0 for the volumes alone: then neither CT
-    nor maps are read."""
+    lungs than the network, one is where these differ most. 0 for the volumes alone: no CT or map is read."""
     ct: Annotated[tuple[Path, ...], tyro.conf.arg(metavar="FOLDER_OR_FILES")] = ()
     """CT files, DICOM folders, or folders of these, where CT are no longer where the prediction read them."""
     title: str = "NormNet: lesions in lung CT"
@@ -124,13 +96,7 @@ class ReportResult(NamedTuple):
 
 
 class Page:
-    """A self-contained HTML page, built from top to bottom: pictures inside, nothing fetched, no script.
-
-    Parameters
-    ----------
-    title : str
-        Heading and window title.
-    """
+    """A self-contained HTML page, built from top to bottom: pictures inside, nothing fetched, no script."""
 
     def __init__(self, title: str) -> None:
         self._title = title
@@ -194,17 +160,7 @@ def check_page(path: Path) -> None:
 def report_maps(config: ReportConfig, *, progress_bar: bool = False) -> ReportResult:
     """Write a page about every finished case in a folder of maps; one case is in memory at a time.
 
-    Parameters
-    ----------
-    config : ReportConfig
-        The folder, and what to show.
-    progress_bar : bool
-        Show one on standard error.
-
-    Returns
-    -------
-    ReportResult
-        Cases whose CT or maps cannot be read do not stop the others.
+    Cases whose CT or maps cannot be read do not stop the others.
 
     Raises
     ------
@@ -224,13 +180,11 @@ def report_maps(config: ReportConfig, *, progress_bar: bool = False) -> ReportRe
     if not records and not failures:
         rule = "maps must hold at least one finished case of normnet.predict (<case>.json), found none in"
         raise ValueError(f"{rule} {maps}")
-    shares = {r["case"]: -1.0 if (share := r["volumes"].get("percent")) is None else share for r in records}
-    records.sort(key=lambda r: (-shares[r["case"]], r["case"]))
+    records.sort(key=lambda record: (-(record["volumes"].get("percent") or 0.0), record["case"]))
     places = locate(records, config.ct)
     for one in places.passed:
         if one.named:
             warnings.warn(f"passed over: {one}", stacklevel=2)
-    # closed before an error is told
     with tqdm(records, disable=not progress_bar, unit="case", desc="report") as bar:
         cases = [
             look(maps, record, place, config.pictures) for record, place in zip(bar, places, strict=True)
@@ -244,14 +198,10 @@ def report_maps(config: ReportConfig, *, progress_bar: bool = False) -> ReportRe
 
 
 class Concern(NamedTuple):
-    """Something that must be looked at, see `CONCERNS`."""
+    """Something that must be looked at: a few words for the table, and a sentence for the case."""
 
     tag: str
     text: str
-
-
-def _concern(tag: str, *values: object) -> Concern:
-    return Concern(tag, CONCERNS[tag].format(*values))
 
 
 def told(warnings: Iterable[str]) -> list[Concern]:
@@ -263,18 +213,29 @@ def doubt_numbers(volumes: Volumes, slice_mm: float | None) -> Iterator[Concern]
     """Check what a record says: its volumes in ml and percent, and the distance of the slices in mm."""
     both, percent = volumes.get("lung_ml"), volumes.get("percent")
     right, left = volumes.get("right_lung_ml"), volumes.get("left_lung_ml")
-    if both is not None and not LUNG_ML[0] <= both <= LUNG_ML[1]:
-        yield _concern("lung volume", both, *LUNG_ML)
+    low, high = LUNG_ML
+    if both is not None and not low <= both <= high:
+        text = f"The lungs measure {both:,.0f} ml; an adult's hold {low:,.0f} to {high:,.0f} ml. "
+        text += "Is the whole chest in the scan, and does the outline follow the lungs?"
+        yield Concern("lung volume", text)
     if right is None or left is None:
-        yield _concern("sides unknown")
+        yield Concern("sides unknown", "The right and the left lung could not be told apart.")
     elif not right or not left:
-        yield _concern("no left lung" if right else "no right lung")
+        missing = "left" if right else "right"
+        text = f"No {missing} lung was found; if there is one, nothing was searched in it."
+        yield Concern(f"no {missing} lung", text)
     elif min(right, left) < SMALLER_SIDE * (right + left):
-        yield _concern("unequal lungs", right, left)
+        text = f"The right lung measures {right:,.0f} ml, the left {left:,.0f} ml: one has less than half of "
+        text += "the other. Is part of it missing from the outline?"
+        yield Concern("unequal lungs", text)
     if percent is not None and percent > LARGE_PERCENT:
-        yield _concern("large share", percent, LARGE_PERCENT)
+        text = f"{percent:.0f} % of the lungs are marked, more than {LARGE_PERCENT:.0f} %. Shallow breath, "
+        text += "motion or an unusual reconstruction may look like haze to the models."
+        yield Concern("large share", text)
     if slice_mm is not None and slice_mm > THICK_MM:
-        yield _concern("thick slices", slice_mm, THICK_MM)
+        text = f"The slices lie {slice_mm:.1f} mm apart, more than {THICK_MM:.0f} mm: small lesions blur "
+        text += "away, and vessels and the diaphragm may look like haze."
+        yield Concern("thick slices", text)
 
 
 def doubt_maps(
@@ -282,72 +243,58 @@ def doubt_maps(
 ) -> Iterator[Concern]:
     """Check what maps and CT show: areas of slices from the feet, HU of the lungs outside the lesions."""
     ends = {"lower": lung_cm2[0], "upper": lung_cm2[-1]}
-    if wide := [end for end, area in ends.items() if area > CUT_SHARE * lung_cm2.max()]:
-        yield _concern("cut off", " and the ".join(wide))
+    if wide := " and the ".join(end for end, area in ends.items() if area > CUT_SHARE * lung_cm2.max()):
+        text = f"The lungs reach the {wide} end of the scan: it does not cover them, and what lies beyond is "
+        text += "not counted."
+        yield Concern("cut off", text)
     if outside_hu.size and (median := float(np.median(outside_hu))) > DENSE_HU:
-        yield _concern("dense lungs", median)
+        text = f"Half of the lung outside the lesions is above {median:.0f} HU; inflated lung lies near "
+        text += "-850 HU. Does the outline follow the lungs?"
+        yield Concern("dense lungs", text)
     for name, areas in (("lung", lung_cm2), ("lesion", lesion_cm2)):
         recorded, now = volumes.get(f"{name}_ml"), float(areas.sum()) * slice_mm / 10.0
         if recorded is not None and abs(now - recorded) > CHANGED * max(now, recorded):
-            yield _concern("maps changed", name, now, recorded)
+            text = f"The {name} map holds {now:.2f} ml, but {recorded:.2f} ml were measured when it was "
+            text += "written: it was changed since, and the numbers here were not."
+            yield Concern("maps changed", text)
 
 
 def doubt_lungs(lung: Mask, classical: Mask, voxel_ml: float) -> Concern:
     """Tell how (Z, Y, X) lungs of the network, which were searched, differ from those by thresholds."""
-    shared = int(np.count_nonzero(lung & classical))
-    more, less = ((int(np.count_nonzero(m)) - shared) * voxel_ml for m in (lung, classical))
+    more, less = (np.count_nonzero(m) * voxel_ml for m in (lung & ~classical, classical & ~lung))
+    text = f"The lung network and thresholds differ by {more + less:,.0f} ml: {more:,.0f} ml belong to the "
+    text += f"network's lungs alone, {less:,.0f} ml to those by thresholds"
     if not classical.any():
-        return _concern(DIFFER, f"Thresholds find no lung where the lung network has {more:,.0f} ml")
-    alone = f"{more:,.0f} ml belong to the network's lungs alone, {less:,.0f} ml to those by thresholds"
-    return _concern(DIFFER, f"The lung network and thresholds differ by {more + less:,.0f} ml: {alone}")
+        text = f"Thresholds find no lung where the lung network has {more:,.0f} ml"
+    advice = "Thresholds lose dense disease at the pleura, a network may be wrong: the pictures show both"
+    return Concern(DIFFER, f"{text}. {advice} outlines.")
 
 
 @dataclass
 class Case:
-    """What the page says of a case.
-
-    `facts` tell the size of its CT; `pictures` are PNG, caption and width: slices, most lesion first, with
-    the lungs by thresholds, too, where `compared`; histogram and curve. `failure` is why there are none.
-    """
+    """What the page says of a case: its record; what to look at; the size of its CT; pictures or why none."""
 
     record: Record
     concerns: list[Concern]
     facts: str = ""
     pictures: list[tuple[bytes, str, int]] = field(default_factory=list)
+    """PNG, caption and width: slices, most lesion first, then histogram and curve."""
     compared: bool = False
+    """The slices show the lungs by thresholds, too."""
     failure: str | None = None
 
 
 def look(folder: Path, record: Record, place: Place, count: int) -> Case:
-    """Look at a case, at `count` slices, with 0 at its record alone.
-
-    Whatever is wrong with it is its `failure`, and the others are not to wait. Of the lungs by thresholds
-    that is a concern: the rest can be shown without them.
-    """
-    warned, slice_mm = record.get("warnings", ()), None
+    """Look at a case, at `count` slices, with 0 at its record alone; what goes wrong is its `failure`."""
+    slice_mm = None
     with suppress(TypeError, ValueError, LookupError):  # no part of every record
         slice_mm = float(record["grid"]["spacing"][0])
-    case = Case(record, [*doubt_numbers(record["volumes"], slice_mm), *told(warned)])
-    if not count:
-        return case
-    maps = {kind: folder / name for kind, name in record["files"].items() if name is not None}
-    classical, problems = None, []
-    try:
-        if not place.path.exists():
-            raise FileNotFoundError(f"{place.path}: no such file or folder; {place.hint}")
-        with hear() as said:
-            ct = read_ct(place.path, place.series)
-            lung, lesions = read_mask(maps["lung"], ct), read_mask(maps["lesions"], ct)
-            try:
-                classical = read_mask(maps["classical"], ct) if "classical" in maps else None
-            except Exception as error:
-                problems = [_concern("no second outline", _reason(maps["classical"], error))]
-        case.concerns += [*told(text for text in said if text not in warned), *problems]
-        if not lung.any():
-            raise ValueError(f"{maps['lung']}: the lung map must not be empty")
-        _draw(case, ct, lesions, lung, classical, count)
-    except Exception as error:
-        case.failure = _reason(place.path, error)
+    case = Case(record, [*doubt_numbers(record["volumes"], slice_mm), *told(record["warnings"])])
+    if count:
+        try:
+            _draw(case, folder, place, count)
+        except Exception as error:
+            case.failure = _reason(place.path, error)
     return case
 
 
@@ -356,44 +303,61 @@ def _reason(path: Path, error: Exception) -> str:
     return reason(None if isinstance(error, FORESEEN) else path, error)
 
 
-def _draw(case: Case, ct: Scan, lesions: Mask, lung: Mask, classical: Mask | None, count: int) -> None:
-    """Measure, doubt and draw a case; arrays are (Z, Y, X) on the CT's grid."""
+def _draw(case: Case, folder: Path, place: Place, count: int) -> None:
+    """Read CT and maps of a case, check and draw them."""
+    maps = {kind: folder / name for kind, name in case.record["files"].items() if name is not None}
+    classical, unread = None, []
+    if not place.path.exists():
+        raise FileNotFoundError(f"{place.path}: no such file or folder; {place.hint}")
+    with hear() as said:
+        ct = read_ct(place.path, place.series)
+        lung, lesions = read_mask(maps["lung"], ct), read_mask(maps["lesions"], ct)
+        try:
+            classical = read_mask(maps["classical"], ct) if "classical" in maps else None
+        except Exception as error:  # it is there to compare: the rest can be shown without it
+            why = _reason(maps["classical"], error)
+            unread = [Concern("no second outline", f"The lungs by thresholds are not drawn: {why}")]
+    case.concerns += [*told(text for text in said if text not in case.record["warnings"]), *unread]
+    if not lung.any():
+        raise ValueError(f"{maps['lung']}: the lung map must not be empty")
+
     z_mm, y_mm, x_mm = ct.spacing
     slices, rows, columns = ct.hu.shape
-    lung_cm2, cm2 = (np.count_nonzero(m, axis=(1, 2)) * (y_mm * x_mm / 100) for m in (lung, lesions))
+    pixel_cm2 = y_mm * x_mm / 100
+    lung_cm2, lesion_cm2 = (np.count_nonzero(m, axis=(1, 2)) * pixel_cm2 for m in (lung, lesions))
+    ill, outside = lesion_cm2.any(), ct.hu[lung & ~lesions]
     corners = ct.grid.corners()[:, 2]  # the lowest slice's four, then the highest's
     positions = np.linspace(corners[:4].mean(), corners[4:].mean(), slices)
-    apart, pictures = None if classical is None else most_apart(lung, classical), []
-    for z, drawn in finding_pictures(ct.hu, lesions, lung, ct.spacing, count=count, classical=classical):
+    pictures = []
+    for z, png in finding_pictures(ct.hu, lesions, lung, ct.spacing, count=count, classical=classical):
+        share = f"{100 * lesion_cm2[z] / lung_cm2[z]:.1f} %" if lung_cm2[z] else "–"
+        found = f"lesions {lesion_cm2[z]:.1f} cm², {share} of the lungs in it"
         caption = f"slice {z} of 0–{slices - 1} from the feet, z = {positions[z]:.1f} mm: "
-        share = f"{100 * cm2[z] / lung_cm2[z]:.1f} %" if lung_cm2[z] else "–"
-        found = f"lesions {cm2[z]:.1f} cm², {share} of the lungs in it"
-        caption += found if cm2.any() else "no lesions in this case"
-        if classical is not None and z == apart:
-            one, other = lung[z] & ~classical[z], classical[z] & ~lung[z]
-            blue, dashed = (np.count_nonzero(m) * (y_mm * x_mm / 100) for m in (one, other))
+        caption += found if ill else "no lesions in this case"
+        if classical is not None and z == most_apart(lung, classical):
+            alone = (lung[z] & ~classical[z], classical[z] & ~lung[z])
+            blue, dashed = (np.count_nonzero(m) * pixel_cm2 for m in alone)
             caption += f"; here the outlines differ most: {blue:.1f} cm² lie within the blue one alone, "
             caption += f"{dashed:.1f} cm² within the dashed one alone"
-        pictures.append((drawn, caption, 1000))
-    outside = ct.hu[lung & ~lesions]
+        pictures.append((png, caption, 1000))
     values = {"lungs outside lesions": outside, "lesions": ct.hu[lesions]}
     counts = {name: np.histogram(hu, HU_EDGES)[0] for name, hu in values.items()}
-    drawn = histogram(counts, HU_EDGES, xlabel="HU", ylabel="share of voxels")
-    each = "lungs and lesions, as shares of the voxels of each" if cm2.any() else "lungs"
-    pictures.append((drawn, f"CT numbers of {each}", 520))
-    if cm2.any():
-        inside = np.flatnonzero(lung_cm2 + cm2)
-        line = {"lesions": (positions[inside[0] : inside[-1] + 1], cm2[inside[0] : inside[-1] + 1])}
+    png = histogram(counts, HU_EDGES, xlabel="HU", ylabel="share of voxels")
+    each = "lungs and lesions, as shares of the voxels of each" if ill else "lungs"
+    pictures.append((png, f"CT numbers of {each}", 520))
+    if ill:
+        inside = np.flatnonzero(lung_cm2 + lesion_cm2)
+        used = slice(inside[0], inside[-1] + 1)
         labels = {"xlabel": "z of the slice (mm), feet to head", "ylabel": "lesion area (cm²)"}
-        drawn = curve(line, **labels, colours=[LESION])
-        pictures.append((drawn, "Area of the lesions in every slice of the lungs", 520))
-    case.concerns += doubt_maps(case.record["volumes"], lung_cm2, cm2, z_mm, outside)
-    if classical is not None:
-        # in place of what the record tells of the same
+        png = curve({"lesions": (positions[used], lesion_cm2[used])}, **labels, colours=[LESION])
+        pictures.append((png, "Area of the lesions in every slice of the lungs", 520))
+
+    case.concerns += doubt_maps(case.record["volumes"], lung_cm2, lesion_cm2, z_mm, outside)
+    if classical is not None:  # in place of what the record tells of the same
         case.concerns = [concern for concern in case.concerns if concern.tag != DIFFER]
         case.concerns.append(doubt_lungs(lung, classical, z_mm * y_mm * x_mm / 1000))
-    pixels = f"{rows} × {columns} pixels of {y_mm:.2f} × {x_mm:.2f} mm"
-    case.facts = f"{slices} slices, {z_mm:.2f} mm apart, {pixels}"
+    size = f"{rows} × {columns} pixels of {y_mm:.2f} × {x_mm:.2f} mm"
+    case.facts = f" {slices} slices, {z_mm:.2f} mm apart, {size}."
     case.pictures, case.compared = pictures, classical is not None
 
 
@@ -420,21 +384,19 @@ def _add_overview(page: Page, maps: Path, cases: Sequence[Case], failures: Mappi
     if names := ", ".join(sorted(mapped - known)):
         page.warning(f"Left out, as their prediction was not finished: {names}. Give that command again.")
     if cases:
+        header = ["case", "lungs ml", "lesions ml", "% of both lungs", "% of right", "% of left", "look at"]
+        kinds = ("lung_ml", "lesion_ml", "percent", "right_percent", "left_percent")
         rows = []
         for case in cases:
             tags = ["no pictures"] * (case.failure is not None) + [concern.tag for concern in case.concerns]
-            kinds = ("lung_ml", "lesion_ml", "percent", "right_percent", "left_percent")
-            numbers = [_number(case, kind) for kind in kinds]
-            rows.append([case.record["case"], *numbers, ", ".join(dict.fromkeys(tags)) or "–"])
-        header = ["case", "lungs ml", "lesions ml", "% of both lungs", "% of right", "% of left", "look at"]
+            look_at = ", ".join(dict.fromkeys(tags)) or "–"
+            rows.append([case.record["case"], *(_number(case, kind) for kind in kinds), look_at])
         page.table(_frame(header, rows), anchors=[f"case-{number}" for number in range(1, len(rows) + 1)])
         page.heading("How the maps were made")
-        made = Counter(_made(case.record) for case in cases).most_common()
-        rows, header = (
-            [[*how, count] for how, count in made],
-            [MADE, "region growing", "lungs", "version", "cases"],
-        )
-        page.table(_frame(header, rows))
+        made = "models, each with the probability above which a voxel is healthy, from which HU on"
+        header = [made, "region growing", "lungs", "version", "cases"]
+        ways = Counter(_made(case.record) for case in cases)
+        page.table(_frame(header, [[*how, count] for how, count in ways.most_common()]))
     if any(case.pictures for case in cases):
         page.heading("How to read the pictures")
         page._add("reading", black=LUNG_WINDOW[0], white=LUNG_WINDOW[1])
@@ -449,13 +411,12 @@ def _add_case(page: Page, case: Case, anchor: str) -> None:
         page.warning(concern.text)
     if case.failure is not None:
         page.warning(f"No pictures: {case.failure}")
-    sides = (("both", ""), ("right", "right_"), ("left", "left_"))
-    kinds = ("lung_ml", "lesion_ml", "percent")
-    rows = [[name, *(_number(case, f"{side}{kind}") for kind in kinds)] for name, side in sides]
+    rows = []
+    for name, side in (("both", ""), ("right", "right_"), ("left", "left_")):
+        rows.append([name, *(_number(case, side + kind) for kind in ("lung_ml", "lesion_ml", "percent"))])
     page.table(_frame(["lungs", "ml", "lesions ml", "lesions %"], rows))
     series = f", series {record['series']}" if record["series"] else ""
-    facts = f" {case.facts}." if case.facts else ""
-    page.paragraph(f"CT: {record['ct']}{series}.{facts} Lungs: {lungs_told(record)}.", note=True)
+    page.paragraph(f"CT: {record['ct']}{series}.{case.facts} Lungs: {lungs_told(record)}.", note=True)
     for picture, caption, width in case.pictures:
         page.picture(picture, caption, width=width)
 
@@ -474,9 +435,9 @@ def _made(record: Record) -> tuple[str, str, str, str]:
     growth = "–"
     with suppress(TypeError, LookupError):  # another version's
         steps = record["settings"]["postprocess"]["growth_iterations"]
-        growth = {0: "none"}.get(steps, f"{steps} steps" if steps > 0 else "until nothing changes")
-    lungs, version = lungs_told(record, path=False), str(record.get("version", "–"))
-    return ", ".join(models) or "–", growth, lungs, version
+        growth = "none" if steps == 0 else f"{steps} steps" if steps > 0 else "until nothing changes"
+    lungs = lungs_told(record, path=False)
+    return ", ".join(models) or "–", growth, lungs, str(record.get("version", "–"))
 
 
 def lungs_told(record: Mapping[str, Any], *, path: bool = True) -> str:
