@@ -66,6 +66,7 @@ LearningRate = Annotated[float, Field(ge=1e-12, le=10)]
 Threads = Annotated[int, Field(ge=1, le=MOST_THREADS)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 ThresholdHU = Annotated[float, Field(gt=-800, lt=100)]
+HealthyHU = Annotated[float, Field(ge=HEALTHY_HU[0], le=HEALTHY_HU[1])]
 Precision = Literal["auto", "fp32", "bf16"]
 
 
@@ -185,7 +186,7 @@ class TrainConfig:
     """Preset of `lesionsynth.presets`: the paper's generator or a Table V switch."""
     threshold_hu: ThresholdHU = PAPER_THRESHOLD_HU
     """T: the network answers for tissue at or above it, in HU (III-A, Table VI)."""
-    inflation_hu: Annotated[float, Field(ge=HEALTHY_HU[0], le=HEALTHY_HU[1])] | None = None
+    inflation_hu: HealthyHU | None = None
     """Density in HU that the healthy lung of every volume is brought to, here and in prediction
     (`normnet.inflation`); None leaves HU as they are, as the paper does."""
     probability: Probability = PAPER_PROBABILITY

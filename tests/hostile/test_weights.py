@@ -28,8 +28,8 @@ from normnet.config import ModelConfig, PredictConfig, TrainConfig
 from normnet.device import choose_device
 from normnet.model import HEADER, Model, build_unet, bundled_models
 from normnet.model import main as export
-from normnet.predict.command import main as predict
-from normnet.predict.volume import predict_volume
+from normnet.predict import main as predict
+from normnet.predict import predict_volume
 from normnet.prepare.__main__ import main as prepare
 from normnet.prepare.network import split_by_network
 from normnet.trainer import Trainer
