@@ -10,6 +10,7 @@ import json
 import os
 import sys
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Self, TypeVar
@@ -108,9 +109,8 @@ class Model:
         tensors, metadata = read_tensors(file)
         with naming(file):
             header = dict(vars(read_header(metadata, HEADER, _Header)))
-            config = header.pop("model")
             with torch.device("meta"):  # no memory before all is known to fit
-                network = build_unet(config).eval()
+                network = build_unet(config := header.pop("model")).eval()
             name = file.resolve().parent.name if file.name == WEIGHTS else file.stem
             model = cls(network, config, **header, name=name, sha256=_sha256(file))
             if model.task != task:
@@ -123,9 +123,9 @@ class Model:
         self._write(path, self.network.state_dict())
 
     def export(self, path: Path) -> None:
-        """Write it in half precision; `ValueError` where a weight is too large.
+        """Write it in half precision, which moves a probability by less than 0.001.
 
-        A weight keeps 11 bits, which moves a probability by less than a thousandth.
+        `ValueError` where a weight is too large.
         """
         self._write(path, self._halved())
 
@@ -161,7 +161,7 @@ class Model:
         Returns
         -------
         (n, outputs, z, y, x) float32 tensor
-            Probability of healthy tissue; for the task lungs, of right and left lung.
+            Of healthy tissue; for the task lungs, of right and left lung.
         """
         with torch.autocast(slab.device.type, torch.bfloat16, enabled=self.bf16):
             logits: torch.Tensor = self.network.eval()(slab)
@@ -245,10 +245,7 @@ def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Map
 
 
 def read_tensors(path: Path, most: int = MOST_FILE) -> tuple[Tensors, dict[str, str]]:
-    """Read a safetensors file of at most `most` bytes, and its metadata, whatever these are.
-
-    `ValueError` where it is no regular file, too long, damaged or of another kind.
-    """
+    """Read a safetensors file of at most `most` bytes, and its metadata; `ValueError` for any other file."""
     content = read_bytes(path, most)
     size = int.from_bytes(content[:8], "little")
     try:
@@ -286,7 +283,7 @@ def fitted(tensors: Tensors, wanted: Tensors) -> Tensors:
         if tuple(tensor.shape) != shape:
             raise ValueError(f"{here} have the shape {shape}: {unfit}, got {shown(tuple(tensor.shape))}")
         if tensor.dtype not in kinds:
-            raise ValueError(f"{here} be of type {' or '.join(map(str, kinds))}, got {tensor.dtype}")
+            raise ValueError(f"{here} be {' or '.join(map(str, kinds))}, got {tensor.dtype}")
         # NumPy's conversion: torch wakes all its threads for every one of these small tensors
         values = (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()
         values = values.astype(np.float32 if real else np.int64)
@@ -355,14 +352,12 @@ def _record(output: Path, digests: Mapping[str, str | None]) -> None:
 
 def _earlier(output: Path, inputs: Sequence[Path]) -> set[str]:
     """Return the files of an earlier export; `ValueError` where weights of others or an input are there."""
-    names, known = {path.name for path in output.glob(EXPORTED)}, None
-    try:
-        record = read_json(output / RECORD)
-        known = dict(record["files"]) if record["format"] == FORMAT else None
-    except (OSError, ValueError, KeyError, TypeError):  # none of ours
-        pass
-    refuse_foreign(output, (RECORD,), ours=known is not None, maker="an export")
-    known = known or {}
+    names, record = {path.name for path in output.glob(EXPORTED)}, None
+    with suppress(OSError, ValueError, KeyError, TypeError):  # it is none of ours
+        found = read_json(output / RECORD)
+        record = dict(found["files"]) if found["format"] == FORMAT else None
+    refuse_foreign(output, (RECORD,), ours=record is not None, maker="an export")
+    known = record or {}
     for name in sorted(names):
         refuse_foreign(output, (name,), ours=name in known, maker="an export")
         if any(same_file(output / name, file) for file in inputs):

@@ -18,7 +18,7 @@ import numpy as np
 import pydantic.dataclasses
 from pydantic import BeforeValidator, ConfigDict, TypeAdapter, ValidationError
 
-from lesionsynth.strict import hints_of, name_of, parse_json, plain_number, read_json, shown
+from lesionsynth.strict import build, hints_of, name_of, parse_json, plain_number, read_json, shown
 
 Config = TypeVar("Config")
 
@@ -136,6 +136,8 @@ def naming(path: Path) -> Iterator[None]:
 
 def from_record(cls: type[Config], record: Any, where: str = "") -> Config:
     """Make a configuration of a JSON object, as `from_json`; messages call its fields ``where.field``."""
+    if not hasattr(cls, "__pydantic_validator__"):  # of `lesionsynth`, which has no pydantic
+        return build(cls, record, cls.__name__)
     if not isinstance(record, dict):
         raise ValueError(f"{where or cls.__name__} must be a JSON object, got {type(record).__name__}")
     dot = f"{where}." if where else ""
