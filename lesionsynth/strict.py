@@ -16,7 +16,7 @@ import reprlib
 import stat
 import types
 import typing
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, TypeVar
@@ -412,22 +412,6 @@ def check_integer(name: str, value: Any, least: int, most: int, rule: str = "") 
     if not least <= found <= most:
         raise ValueError(f"{name} must be {rule or f'an integer in [{least}, {most}]'}, got {shown(found)}")
     return found
-
-
-def check_fields(instance: Any, domains: Mapping[str, tuple[float, float]], prefix: str = "") -> None:
-    """Check fields of a settled dataclass, and each part of tuples, against closed intervals; None passes.
-
-    Raises
-    ------
-    ValueError
-        One lies outside; the message names it.
-    """
-    for name, (least, most) in domains.items():
-        value = getattr(instance, name)
-        for part in value if isinstance(value, tuple) else (value,):
-            if part is not None and not least <= part <= most:
-                rule = f"in [{least:g}, {most:g}]" if isinstance(part, float) else f"in [{least}, {most}]"
-                raise ValueError(f"{prefix}{name} must be {rule}, got {shown(value)}")
 
 
 class _Short(reprlib.Repr):

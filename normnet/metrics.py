@@ -99,12 +99,7 @@ def overlap_scores(
 ) -> OverlapScores:
     """Compare two lesion maps, (Z, Y, X) bool, over the whole volume (Table III).
 
-    Raises
-    ------
-    TypeError
-        A map is not bool.
-    ValueError
-        Shapes differ, or `spacing`, (z, y, x) in mm, is not three lengths > 0.
+    Else TypeError; ValueError where shapes differ, or `spacing`, (z, y, x) in mm, is not three lengths > 0.
     """
     _check({"prediction": prediction, "lesion_truth": lesion_truth})
     if len(spacing) != 3 or not min(spacing) > 0:
@@ -138,7 +133,7 @@ def evaluate_case(
     healthy_threshold: float = HEALTHY_THRESHOLD,
     control_voxels: int = CONTROL_VOXELS,
 ) -> CaseScores:
-    """Compare a prediction with the truth.
+    """Compare a prediction with the truth; warn of a truth that looks like lungs, or another scan's.
 
     Parameters
     ----------
@@ -164,11 +159,6 @@ def evaluate_case(
     TypeError, ValueError
         A mask is not bool; shapes differ, the lung mask is empty, a probability is NaN or outside [0, 1], or
         a setting is out of range.
-
-    Warns
-    -----
-    UserWarning
-        The truth of a case that is no control looks like a mask of the lungs, or of another scan.
     """
     masks = {"prediction": prediction, "lesion_truth": lesion_truth, "lung_mask": lung_mask}
     _check({**masks, "healthy": healthy}, {"hu": hu, "healthy_probability": healthy_probability})

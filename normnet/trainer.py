@@ -9,12 +9,13 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 from normnet.config import TrainConfig
 from normnet.data import Batch
 from normnet.device import use_bf16
-from normnet.distributed import ALONE, World, dice_ce, global_norms
+from normnet.distributed import ALONE, World, global_norms
 from normnet.model import (
     MOST_FILE,
     Calibration,
@@ -75,6 +76,40 @@ def learning_rate(config: TrainConfig, iteration: int) -> float:
     if config.schedule == "constant":
         return config.learning_rate
     return 0.5 * config.learning_rate * (1 + math.cos(math.pi * min(iteration / config.iterations, 1.0)))
+
+
+def dice_ce(
+    logits: torch.Tensor, target: torch.Tensor, world: World = ALONE, weight: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Dice plus cross-entropy of the global batch (PAPER.md III-A).
+
+    Parameters
+    ----------
+    logits : (b, c, z, y, x) float tensor
+        Of this process's part.
+    target : (b, c, z, y, x) bool tensor
+        Healthy bright tissue, or right and left lung.
+    world : World
+        The processes that share the batch in equal parts.
+    weight : (b, 1, z, y, x) float tensor, optional
+        Of the voxels in the cross-entropy, which stays a mean over voxels; 1 where omitted.
+
+    Returns
+    -------
+    scalar float32 tensor
+        The same on every process: 1 - Dice over the whole batch, plus the mean binary cross-entropy, as
+        MONAI's ``DiceCELoss(sigmoid=True, batch=True)``. One Dice over the batch: a crop may hold next to no
+        healthy bright tissue, where Dice is noise.
+    """
+    wanted = target.float()
+    logits = logits.float()
+    chance = torch.sigmoid(logits)
+    entropy = F.binary_cross_entropy_with_logits(logits, wanted, weight)
+    sums = torch.stack([(chance * wanted).sum(), chance.sum(), wanted.sum(), entropy])
+    both, found, there, entropies = world.sum(sums)
+    smooth = 1e-5  # MONAI's: an empty batch has Dice 1
+    loss: torch.Tensor = 1 - (2 * both + smooth) / (found + there + smooth) + entropies / world.size
+    return loss
 
 
 class Trainer:

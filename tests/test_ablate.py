@@ -365,18 +365,22 @@ def test_changed_weights_and_other_settings_fail_the_row(tiny):
     assert ablate(config).failures == []
 
 
-def test_files_of_patients(tiny, tmp_path):
-    folder = tmp_path / "patients"
-    folder.mkdir()
-    affine = np.diag([1.6, 1.6, 2.0, 1.0])
+def write_patient(folder, spacing, **volumes):
+    """Write a file of each role into a folder of its own; returns the settings that name them."""
     nibabel = pytest.importorskip("nibabel")
+    for role, array in volumes.items():
+        (folder / role).mkdir(parents=True, exist_ok=True)
+        image = nibabel.Nifti1Image(array.astype(np.int16).transpose(2, 1, 0), np.diag([*spacing[::-1], 1.0]))
+        nibabel.save(image, folder / role / f"p5{'' if role == 'ct' else '_' + role}.nii.gz")
+    given = {name: folder / name for name in ("truth", "masks") if name in volumes}
+    return {"patients": (folder / "ct",), "phantom_patients": None, "phantom_shape": None, **given}
+
+
+def test_files_of_patients(tiny, tmp_path):
     chest = ls.phantom.chest_ct(shape=(24, 48, 60), seed=5)
     ill = ls.phantom.add_pneumonia(chest.hu, chest.lung_mask, chest.spacing, seed=5)
-    volumes = {"hu": ill.hu, "lesion": ill.lesion_mask, "lung": chest.lung_mask}
-    for role, array in volumes.items():
-        image = nibabel.Nifti1Image(array.astype(np.int16).transpose(2, 1, 0), affine)
-        nibabel.save(image, folder / f"p5_{role}.nii.gz")
-    given = {"patients": (folder,), "phantom_patients": None, "phantom_shape": None}
+    volumes = {"ct": ill.hu, "truth": ill.lesion_mask, "masks": chest.lung_mask}
+    given = write_patient(tmp_path, (2.0, 1.6, 1.6), **volumes)
     config = tiny("modules", rows=("covid_lung",), seeds=1, **given)
     table = ablate(config)
     score = table.cells["covid_lung"].single[0]["p5"]
@@ -384,36 +388,34 @@ def test_files_of_patients(tiny, tmp_path):
     assert score["lesion_ml"] == pytest.approx(np.count_nonzero(ill.lesion_mask) * 1.6 * 1.6 * 2.0 / 1000)
     assert "given patients" in (config.output / "table.md").read_text()
     listed = tmp_path / "cases.csv"
-    listed.write_text(
-        "case,ct,lesion,lung\np5,patients/p5_hu.nii.gz,patients/p5_lesion.nii.gz,patients/p5_lung.nii.gz\n"
-    )
-    assert find_patients(replace(config, patients=(listed,)))[0].identity == find_patients(config)[0].identity
-    for case in ("../p5", "a/b"):
-        listed.write_text(f"case,ct,lesion\n{case},x.nii,y.nii\n")
-        with pytest.raises(ValueError, match="case must be a file name, got '" + case):
-            find_patients(replace(config, patients=(listed,)))
-    listed.write_text("case,ct,lesion\np5,,x\n")
-    with pytest.raises(ValueError, match=r"line 2: columns .* missing \['ct'\]"):
-        find_patients(replace(config, patients=(listed,)))
-    (folder / "p5_hu.nii.gz").unlink()
-    with pytest.raises(ValueError, match="patients must have a CT for each truth"):
+    listed.write_text("case,ct,lesions,lungs\np5,ct/p5.nii.gz,truth/p5_truth.nii.gz,masks/p5_masks.nii.gz\n")
+    table = replace(config, patients=(listed,), truth=None, masks=None)
+    assert find_patients(table)[0].identity == find_patients(config)[0].identity
+    for text, told in (
+        ("case,ct,lesions\np5,,x\n", "line 2: ct must be filled, got none"),
+        ("case,ct\np5,ct/p5.nii.gz\n", "patient p5: lesions must be given: truth, or a column"),
+        ("case,ct,lesions\np5,ct/p5.nii.gz,gone.nii\n", "patient p5: .*gone.nii: no such file or folder"),
+        *((f"case,ct,lesions\n{case},{volumes},{volumes}\n", f"case must be a file name, got '{case}'")
+          for case in ("../p5", "a/b") for volumes in ["ct/p5.nii.gz"]),
+    ):  # fmt: skip
+        listed.write_text(text)
+        with pytest.raises(ValueError, match=told):
+            find_patients(table)
+    with pytest.raises(ValueError, match="truth must be omitted beside a table of cases"):
+        find_patients(replace(config, patients=(listed,), masks=None))
+    shutil.copy(tmp_path / "ct/p5.nii.gz", tmp_path / "ct/p6.nii.gz")
+    with pytest.raises(ValueError, match=r"patient p6: masks must hold p6\.nii\.gz, or one file of p6_\*"):
         find_patients(config)
 
 
 def test_lungs_of_patients_without_masks_are_segmented_as_asked(tiny, tmp_path):
     """By the network where nothing is asked; cached scores are of one method and its weights."""
-    nibabel = pytest.importorskip("nibabel")
-    folder = tmp_path / "patients"
-    folder.mkdir()
     chest = ls.phantom.chest_ct(shape=(24, 96, 120), spacing=(8.0, 3.2, 3.2), seed=5)
-    for role, array in (("hu", chest.hu), ("lesion", chest.lung_mask)):
-        image = nibabel.Nifti1Image(array.astype(np.int16).transpose(2, 1, 0), np.diag([3.2, 3.2, 8.0, 1.0]))
-        nibabel.save(image, folder / f"p5_{role}.nii.gz")
-    given = {"patients": (folder,), "phantom_patients": None, "phantom_shape": None}
+    given = write_patient(tmp_path, chest.spacing, ct=chest.hu, truth=chest.lung_mask)
     config = tiny("modules", lungs="classical", **given)
     (one,) = find_patients(config)
     assert (one.identity["lungs_from"], one.identity["lungs_sha256"]) == ("classical", None)
-    expected = classical.load_case(folder / "p5_hu.nii.gz").native_mask
+    expected = classical.load_case(tmp_path / "ct/p5.nii.gz").native_mask
     np.testing.assert_array_equal(one.load().native_lung, expected)
     weights = {}
     for seed in (0, 1):
@@ -428,23 +430,16 @@ def test_lungs_of_patients_without_masks_are_segmented_as_asked(tiny, tmp_path):
     with pytest.raises(ValueError, match=r"lungs must be network, classical, .*, got 'gone'"):
         ablate(replace(config, lungs="gone"))
     assert not (tmp_path / "modules").exists()
-    shutil.copy(folder / "p5_lesion.nii.gz", folder / "p5_lung.nii.gz")
-    (one,) = find_patients(replace(config, lungs="gone"))  # nobody asks it
+    (one,) = find_patients(replace(config, lungs="gone", masks=tmp_path / "truth"))  # nobody asks it
     assert "lungs_from" not in one.identity
 
 
 def test_labels_of_patients_are_chosen_or_told(tiny, tmp_path):
-    nibabel = pytest.importorskip("nibabel")
-    folder = tmp_path / "patients"
-    folder.mkdir()
     chest = ls.phantom.chest_ct(shape=(24, 48, 60), seed=5)
     ill = ls.phantom.add_pneumonia(chest.hu, chest.lung_mask, chest.spacing, seed=5)
     halves = np.where(np.arange(60) < 30, 1, 2) * chest.lung_mask
-    volumes = {"hu": ill.hu, "lesion": np.where(ill.lesion_mask, 3, halves), "lung": halves}
-    for role, array in volumes.items():
-        image = nibabel.Nifti1Image(array.astype(np.int16).transpose(2, 1, 0), np.diag([1.6, 1.6, 2.0, 1.0]))
-        nibabel.save(image, folder / f"p5_{role}.nii.gz")
-    given = {"patients": (folder,), "phantom_patients": None, "phantom_shape": None, "seeds": 1}
+    volumes = {"ct": ill.hu, "truth": np.where(ill.lesion_mask, 3, halves), "masks": halves}
+    given = write_patient(tmp_path, (2.0, 1.6, 1.6), **volumes) | {"seeds": 1}
     given |= {"rows": ("covid_lung",), "runs": tmp_path / "runs"}
     chosen = tiny("modules", label=(3,), lung_label=(1, 2), output=tmp_path / "chosen", **given)
     score = ablate(chosen).cells["covid_lung"].votes[1]["p5"]
@@ -460,15 +455,15 @@ def test_labels_of_patients_are_chosen_or_told(tiny, tmp_path):
             table = ablate(config)
         notes = table.cells["covid_lung"].votes[1]["p5"]["notes"]
         for text in (
-            "p5_lung.nii.gz: labels 1 (",
-            "p5_lesion.nii.gz: labels 1 (",
+            "p5_masks.nii.gz: labels 1 (",
+            "p5_truth.nii.gz: labels 1 (",
             "the truth covers 100 % of",
         ):
             assert sum(text in note for note in notes) == 1
             assert text in (config.output / "table.md").read_text()
             assert text in (config.output / "report.html").read_text()
     assert not said
-    with pytest.raises(ValueError, match="label and lung_label must be omitted without patients"):
+    with pytest.raises(ValueError, match="truth, masks, label and lung_label must be omitted"):
         tiny("modules", lung_label=(1,))
 
 

@@ -36,7 +36,9 @@ from normnet.baselines.variational import BayesianVAE, KLGradient, cut_square, g
 from normnet.config import ModelConfig
 from normnet.metrics import roc_auc
 from normnet.model import Model, build_unet, write_tensors
+from normnet.output import read_record, sha256
 from normnet.prepare.store import Store
+from normnet.report import main as report
 from normnet.volumes import KeptVolume, phantom_volumes, split, store_volumes
 
 SHAPE, SPACING = (12, 88, 110), (12.0, 3.4, 3.4)
@@ -393,7 +395,7 @@ def test_the_command_trains_predicts_and_evaluate_reads_it(tmp_path, patient, ca
     for role, array in files.items():
         image = nibabel.Nifti1Image(array.transpose(2, 1, 0), affine)
         (tmp_path / role).mkdir()
-        nibabel.save(image, tmp_path / role / f"p1_{role}.nii.gz")
+        nibabel.save(image, tmp_path / role / f"p1{'' if role == 'hu' else '_' + role}.nii.gz")
     run, maps = tmp_path / "run", tmp_path / "maps"
     shape = [str(n) for n in SHAPE]
     spacing = [str(s) for s in SPACING]
@@ -407,12 +409,26 @@ def test_the_command_trains_predicts_and_evaluate_reads_it(tmp_path, patient, ca
     call = ["predict", str(run), str(tmp_path / "hu"), "--masks", str(tmp_path / "lung"), "--threads", "1"]
     assert main([*call, "--output", str(maps)]) == 0
     names = {f"p1_{k}.nii.gz" for k in ("lesions", "probability", "lung")}
-    assert {p.name for p in maps.iterdir()} == {*names, "p1.json"}
+    assert {p.name for p in maps.iterdir()} == {*names, "p1.json", "volumes.csv"}
+    record = read_record(maps / "p1.json")
+    assert record["ct"] == str(tmp_path / "hu/p1.nii.gz")
+    assert record["lungs_from"] == str(tmp_path / "lung/p1_lung.nii.gz")
+    assert record["models"] == [{"name": "run", "sha256": sha256(run / "baseline.safetensors")}]
+    assert (record["settings"], record["inflation"], record["warnings"]) == ({}, 1.0, [])
+    threshold = load_baseline(run).calibration["threshold"]
+    assert record["baseline"] == {"method": "ae", "threshold": threshold, "calibrated": True}
+    stamps = {path.name: path.stat().st_mtime_ns for path in maps.glob("p1*")}
+    capsys.readouterr()
+    assert main([*call, "--output", str(maps)]) == 0
+    assert "1 of 1 volumes segmented (1 by an earlier call)" in capsys.readouterr().out
+    assert {path.name: path.stat().st_mtime_ns for path in maps.glob("p1*")} == stamps
+    assert main([*call, "--output", str(maps), "--threshold", "0.5"]) == 2
+    assert "baseline must be that of this call, or overwrite passed" in capsys.readouterr().err
+    assert report([str(maps)]) == 0
     lesions = nibabel.load(maps / "p1_lesions.nii.gz")
     probability = nibabel.load(maps / "p1_probability.nii.gz").get_fdata().transpose(2, 1, 0)
     np.testing.assert_allclose(lesions.affine, affine)
     assert not probability[~mask].any()
-    threshold = load_baseline(run).calibration["threshold"]
     found = lesions.get_fdata().transpose(2, 1, 0) > 0
     clear = np.abs(1 - probability - threshold) > 1e-5
     np.testing.assert_array_equal(found[clear], ((1 - probability > threshold) & mask)[clear])
@@ -434,8 +450,9 @@ def test_the_command_trains_predicts_and_evaluate_reads_it(tmp_path, patient, ca
     assert main([*call, "--output", str(maps)]) == 1
     assert "broken" in capsys.readouterr().err
     assert main([*call, "--masks", str(tmp_path / "lung/p1_lung.nii.gz"), "--output", str(maps)]) == 2
-    assert "masks must be a folder where there are several inputs" in capsys.readouterr().err
+    assert "masks must be a folder where there are several CT" in capsys.readouterr().err
     (tmp_path / "hu" / "broken.nii.gz").unlink()
+    (maps / "report.html").unlink()
     before = {path.name: path.read_bytes() for path in maps.iterdir()}
     # maps of another method, or of the other command, are not replaced unasked
     network = ModelConfig(channels=(4, 8), strides=(2,))
@@ -452,21 +469,21 @@ def test_the_command_trains_predicts_and_evaluate_reads_it(tmp_path, patient, ca
     normnet += ["--models", str(tmp_path / "net"), "--settings.slab", "8"]
     assert predict.main(normnet) == 2
     said = capsys.readouterr().err
-    assert "output holds p1_lesions.nii.gz, which is of normnet.baselines (ae); take another folder" in said
+    assert "p1.json: settings must be that of this call, or overwrite passed: there {}, now " in said
     assert {path.name: path.read_bytes() for path in maps.iterdir()} == before
     assert predict.main([*normnet, "--overwrite"]) == 0
     assert main([*call, "--output", str(maps)]) == 2
-    assert "output holds p1_lesions.nii.gz, which is of normnet.predict; take" in capsys.readouterr().err
+    assert "p1.json: settings must be that of this call, or overwrite passed" in capsys.readouterr().err
     assert main([*call, "--output", str(maps), "--overwrite"]) == 0
     assert "baseline" in json.loads((maps / "p1.json").read_text())
     record = json.loads((maps / "p1.json").read_text())
     record["baseline"]["method"] = "vae"
     (maps / "p1.json").write_text(json.dumps(record))
     assert main([*call, "--output", str(maps)]) == 2
-    assert "which is of normnet.baselines (vae)" in capsys.readouterr().err
+    assert "p1.json: baseline must be that of this call" in capsys.readouterr().err
     (maps / "p1.json").unlink()
     assert main([*call, "--output", str(maps)]) == 2
-    assert "output holds p1_lesions.nii.gz, which is of no earlier call" in capsys.readouterr().err
+    assert "output holds p1_lesions.nii.gz, which is of no finished call" in capsys.readouterr().err
     assert main([*call, "--output", str(tmp_path / "none"), "--masks", str(tmp_path / "gone")]) == 2
     assert "masks must exist" in capsys.readouterr().err
     monkeypatch.setitem(sys.modules, "lungmask", None)

@@ -20,9 +20,10 @@ from monai.losses import DiceCELoss
 import lesionsynth as ls
 from normnet import data, train
 from normnet.config import to_json
-from normnet.distributed import ALONE, GlobalBatchNorm, World, dice_ce, global_norms
+from normnet.distributed import ALONE, GlobalBatchNorm, World, global_norms
 from normnet.ensemble import train_ensemble
 from normnet.model import build_unet, read_tensors
+from normnet.trainer import dice_ce
 from tests.test_train import TINY, Segments, losses, weights
 
 FOUR = replace(TINY, batch_size=4, iterations=5, learning_rate=3e-3, validate_every=0, checkpoint_every=5)

@@ -139,24 +139,19 @@ def test_prediction_scales_what_network_and_post_processing_see(tmp_path):
     # -660 HU of a lung at -800 HU is -726 HU of one at -880 HU: fainter than T
     assert predict.predict_volume(hu, mask, [plain], config, device="cpu").lesions[6, 22, 22]
     assert not found.lesions.any()
-    with pytest.raises(ValueError, match=r"models must have one inflation_hu, got -880.0, None"):
+    with pytest.raises(ValueError, match=r"models must have one inflation_hu, got None, -880.0"):
         predict.predict_volume(hu, mask, [plain, scaled], config, device="cpu")
 
 
 def test_the_record_tells_the_factor_and_what_was_judged(tmp_path):
     undecided(tmp_path / "m.safetensors", -880.0, probability=0.4)
     hu, mask = lungs(-800)
-    for array, kind in ((hu, "hu"), (mask.astype(np.uint8), "lung")):
+    for array, name in ((hu, "p"), (mask.astype(np.uint8), "lungs")):
         image = sitk.GetImageFromArray(array)
         image.SetSpacing((0.8, 0.8, 1.0))
-        sitk.WriteImage(image, str(tmp_path / f"p_{kind}.nii.gz"))
-    call = [
-        str(tmp_path / "p_hu.nii.gz"),
-        "--masks",
-        str(tmp_path),
-        "--models",
-        str(tmp_path / "m.safetensors"),
-    ]
+        sitk.WriteImage(image, str(tmp_path / f"{name}.nii.gz"))
+    call = [str(tmp_path / "p.nii.gz"), "--masks", str(tmp_path / "lungs.nii.gz")]
+    call += ["--models", str(tmp_path / "m.safetensors")]
     assert predict.main([*call, "--output", str(tmp_path / "out")]) == 0
     record = json.loads((tmp_path / "out/p.json").read_text())
     assert record["inflation"] == pytest.approx(1.1, rel=0.015)

@@ -21,6 +21,7 @@ sitk = pytest.importorskip("SimpleITK")
 
 import lesionsynth as ls  # noqa: E402
 from normnet import predict  # noqa: E402
+from normnet.cases import hear  # noqa: E402
 from normnet.config import ModelConfig  # noqa: E402
 from normnet.draw import OUTLINE, prepared_picture  # noqa: E402
 from normnet.evaluate import EvaluateConfig, evaluate  # noqa: E402
@@ -29,7 +30,6 @@ from normnet.model import Model, build_unet  # noqa: E402
 from normnet.prepare import load_case as load_ct  # noqa: E402
 from normnet.prepare import prepare, segment_lungs  # noqa: E402
 from normnet.prepare.lungs import Lungs, split_mask  # noqa: E402
-from normnet.reasons import hear  # noqa: E402
 from normnet.report import DIFFER, ReportConfig, report_maps  # noqa: E402
 from tests.normnet.test_draw import is_dashed  # noqa: E402
 from tests.normnet.test_report import pictures, sections, tables, voxels, warnings_in  # noqa: E402

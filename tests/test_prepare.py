@@ -28,7 +28,6 @@ from normnet.prepare import store as store_module
 from normnet.prepare.__main__ import main
 from normnet.prepare.exclude import kept_slices, nodule_slices, read_annotations, read_exclusions, runs
 from normnet.prepare.grid import IsoGrid
-from normnet.prepare.run import find_mask
 from normnet.prepare.workers import Died, _share_cores, run_parallel
 from tests import classical
 from tests.classical import load_case, prepare
@@ -432,18 +431,6 @@ def test_labels_and_warnings_are_kept(
     (tmp_path / "gone.nii").symlink_to(tmp_path / "nothing")
     assert main([*call[:1], str(tmp_path / "gone.nii"), *call[1:]]) == 1
     assert f"passed over: {tmp_path}/gone.nii: a link that leads nowhere" in capsys.readouterr().err
-
-
-def test_mask_names(tmp_path: Path) -> None:
-    for name in ("a.nii.gz", "a_lung.nrrd", "b.nii", "c_lung.nii.gz", "d_lung.nii", "d_mask.nii"):
-        (tmp_path / name).touch()
-    assert find_mask(tmp_path, "a").name == "a_lung.nrrd"
-    assert find_mask(tmp_path, "b").name == "b.nii"
-    assert find_mask(tmp_path, "c_hu").name == "c_lung.nii.gz"
-    with pytest.raises(ValueError, match="several masks for case d"):
-        find_mask(tmp_path, "d")
-    with pytest.raises(ValueError, match="no lung mask for case e"):
-        find_mask(tmp_path, "e")
 
 
 # ---- left over by killed runs

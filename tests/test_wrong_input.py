@@ -182,7 +182,7 @@ def test_a_mask_of_another_shape(good: Path, tmp_path: Path) -> None:
     none, wrong = summary.failed
     assert "wrong_lung.nii.gz: the mask's shape must be that of" in wrong.message
     assert "(24, 96, 120) (z, y, x), got (23, 96, 120)" in wrong.message
-    assert "no lung mask for case none" in none.message
+    assert "masks must hold none.nii.gz, or one file of none_*.nii.gz" in none.message
     with pytest.raises(FileNotFoundError, match="gone"):
         prepare([good], tmp_path / "t", masks=tmp_path / "gone", **SETTINGS)
 

@@ -74,7 +74,7 @@ def find_patients(config: AblateConfig) -> list[Patient]:
     Raises
     ------
     FileNotFoundError
-        There is no such path.
+        There is no such `truth` or `masks`.
     ValueError
         As `normnet.cases.find_cases`; a patient without truth, or whose files cannot be told; too many
         phantoms; no such method for lungs that must be segmented.
@@ -103,6 +103,8 @@ def _phantom(name: str, seed: int, shape: tuple[int, int, int]) -> Patient:
 
 
 def _listed(config: AblateConfig) -> list[Patient]:
+    if lost := [path for path in config.patients if not path.exists()]:
+        raise ValueError(f"patients must be files or folders that exist, got {lost[0]}")
     cases = find_cases(config.patients, truth=config.truth, masks=config.masks)
     for case in cases:
         lacking = "" if case.lesions else "lesions must be given: truth, or a column of the table"

@@ -99,7 +99,7 @@ def test_the_tables_of_maps_and_evaluations(tmp_path: Path, case: str) -> None:
     import numpy as np
 
     from normnet.evaluate import CaseVolumes, evaluate_volumes
-    from normnet.maps import TABLE, Folder
+    from normnet.output import TABLE, check_output, write_table
 
     record = {
         "case": case, "ct": "/x", "series": None, "lungs_from": "", "settings": {}, "models": [],
@@ -108,8 +108,8 @@ def test_the_tables_of_maps_and_evaluations(tmp_path: Path, case: str) -> None:
     }  # fmt: skip
     (tmp_path / f"{case}.json").write_text(json.dumps(record))
     with trial("csv"):
-        Folder(tmp_path).write_table()
-        Folder(tmp_path).write_table()  # it is taken for ours
+        write_table(tmp_path)
+        check_output(tmp_path, {})  # it is taken for ours
         rows = list(csv.DictReader(io.StringIO((tmp_path / TABLE).read_bytes().decode(), newline="")))
         assert [row["case"] for row in rows] == [safe(case)]
         assert rows[0]["lesion_ml"] == "0.50"

@@ -24,9 +24,9 @@ from normnet import config as configs
 from normnet.baselines.config import BaselineConfig
 from normnet.baselines.config import paper as paper_baseline
 from normnet.config import PredictConfig, TrainConfig
-from normnet.predict.args import read_config as read_settings
+from normnet.output import read_record, read_records
+from normnet.predict import read_config as read_settings
 from normnet.prepare.store import Case, Store
-from normnet.records import read_record, read_records
 from tests.hostile.tally import trial
 from tests.plans import blob, plan, renderer
 

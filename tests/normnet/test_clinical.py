@@ -21,8 +21,8 @@ pytest.importorskip("monai")
 from lesionsynth.io import read_ct
 from normnet.evaluate import EvaluateConfig, evaluate
 from normnet.model import Model, bundled_models
+from normnet.predict import main as predict
 from normnet.predict import predict_case
-from normnet.predict.command import main as predict
 from normnet.prepare.__main__ import main as prepare
 
 Volumes = Callable[[Path], dict[str, float]]

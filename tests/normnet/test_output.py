@@ -184,11 +184,14 @@ def attempt(folder: Path, kinds: Any, overwrite: bool, fail: int = -1, kill: int
 
 def check_after(folder: Path, kinds: Any, overwrite: bool, before: str | None, pid: int, scene: str) -> None:
     """Whatever happened: a whole result or none, and a rerun that ends with the new one."""
-    if scene != "a file that is gone":  # whose record is not true from the beginning
-        assert finished(folder) in {before, "new", None}
     for name, content in FOREIGN.items():
         assert (folder / name).read_bytes() == content
+    if scene != "a file that is gone":  # whose record is not true from the beginning
+        assert finished(folder) in {before, "new", None}
     bury(folder, pid)
+    to_write(folder, "p1", request("new"), kinds, overwrite=True)
+    if scene != "a file that is gone":
+        assert finished(folder) in {before, "new", None}
     run(folder, "new", kinds, overwrite=overwrite)
     assert finished(folder) == "new"
     wanted = {f"p1{FILES[kind]}" for kind in kinds} | {"p1.json"}

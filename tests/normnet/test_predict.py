@@ -11,7 +11,6 @@ import shutil
 import sys
 from dataclasses import replace
 from itertools import product
-from pathlib import Path
 from typing import Any
 
 import numpy as np

@@ -36,11 +36,11 @@ def long_case(tmp_path_factory):
     folder = tmp_path_factory.mktemp("long")
     chest = ls.phantom.chest_ct(shape=(40, 512, 512), seed=3)
     ill = ls.phantom.add_pneumonia(chest.hu, chest.lung_mask, chest.spacing, seed=3)
-    for array, name in ((ill.hu, "hu"), (chest.lung_mask.astype(np.uint8), "lung")):
+    for array, name in ((ill.hu, "p"), (chest.lung_mask.astype(np.uint8), "p_lung")):
         up_and_down = np.concatenate([array, array[::-1]])
         image = sitk.GetImageFromArray(np.resize(up_and_down, (SLICES, *array.shape[1:])))
         image.SetSpacing(SPACING[::-1])
-        sitk.WriteImage(image, str(folder / f"p_{name}.nii.gz"))
+        sitk.WriteImage(image, str(folder / f"{name}.nii.gz"))
     model = laptop().model
     torch.manual_seed(0)
     Model(build_unet(model), model).save(folder / "run/model.safetensors")
@@ -54,7 +54,7 @@ def long_case(tmp_path_factory):
     ids=["lungs given", "lungs by the network and by thresholds", "every map"],
 )
 def test_a_long_ct_stays_below_3_gib(long_case, tmp_path, flags):
-    command = [sys.executable, "-c", MEASURED, "p_hu.nii.gz", "--models", "run", "--output", str(tmp_path)]
+    command = [sys.executable, "-c", MEASURED, "p.nii.gz", "--models", "run", "--output", str(tmp_path)]
     done = subprocess.run([*command, *flags], cwd=long_case, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     peak = int(done.stdout.split("peak ")[1])

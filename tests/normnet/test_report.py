@@ -32,12 +32,12 @@ import lesionsynth as ls  # noqa: E402
 from lesionsynth.io import read_ct  # noqa: E402
 from normnet import predict  # noqa: E402
 from normnet import report as report_module  # noqa: E402
+from normnet.cases import hear  # noqa: E402
 from normnet.config import ModelConfig  # noqa: E402
 from normnet.draw import LESION, LUNG_WINDOW, OUTLINE, curve, png  # noqa: E402
-from normnet.maps import Folder  # noqa: E402
 from normnet.model import Model, build_unet  # noqa: E402
+from normnet.output import write_case  # noqa: E402
 from normnet.prepare.lungs import check_agreement  # noqa: E402
-from normnet.reasons import hear  # noqa: E402
 from normnet.report import (  # noqa: E402
     DIFFER,
     Page,
@@ -433,7 +433,7 @@ def test_ct_that_moved_are_found_again(predicted, maps, tmp_path, capsys):
 
 
 def test_a_series_that_moved_is_known_by_its_uid(tmp_path):
-    from tests.test_dicom_seg import write_series
+    from tests.normnet.test_dicom_seg import write_series
 
     lung = np.zeros((6, 20, 24), bool)
     lung[1:5, 4:16, 3:9] = lung[1:5, 4:16, 14:20] = True
@@ -464,7 +464,7 @@ def write_maps(folder, volume, lesions, lung, *, volumes=None, classical=None, *
     masks = {"lesions": lesions, "lung": lung}
     masks |= {} if classical is None else {"classical": classical}
     writers = {kind: lambda path, a=array: volume.write_like(a, path) for kind, array in masks.items()}
-    Folder(folder).write(record["case"], writers, record)
+    write_case(folder, record["case"], writers, record)
 
 
 @pytest.mark.parametrize(
