@@ -1,7 +1,6 @@
-"""Every setting, with the paper's value as default and its section cited.
+"""Every setting, with the paper's value as default and its section cited; and the presets.
 
-Presets are values: `paper`, `laptop`, `few`, `lungs` and `phantom`. A run writes its configuration as JSON
-beside its weights.
+A run writes its configuration as JSON beside its weights.
 """
 
 from __future__ import annotations
@@ -23,9 +22,6 @@ from normnet.settings import json_schema as json_schema
 from normnet.settings import read_config as read_config
 from normnet.settings import to_json as to_json
 
-MOST_THREADS = 1024
-MOST_LEVELS = 10
-"""Of a network."""
 MOST_WEIGHTS = 2**27
 """Of a network, half a gigabyte; the paper's has 4.8 million."""
 
@@ -52,7 +48,7 @@ BUNDLED_LUNGS = BUNDLED / "lungs.safetensors"
 
 # Bounds are far beyond use: they bound work and memory.
 Size = Annotated[int, Field(ge=1, le=4096)]
-Levels = Annotated[tuple[Size, ...], Field(min_length=1, max_length=MOST_LEVELS, fail_fast=True)]
+Levels = Annotated[tuple[Size, ...], Field(min_length=1, max_length=10, fail_fast=True)]
 Shape = tuple[Size, Size, Size]
 Mm = Annotated[float, Field(ge=0.01, le=100)]
 Spacing = tuple[Mm, Mm, Mm]
@@ -63,9 +59,10 @@ Count = Annotated[int, Field(ge=1, le=100_000)]
 Steps = Annotated[int, Field(ge=1, le=10**9)]
 Minutes = Annotated[float, Field(gt=0, le=1e6)]
 LearningRate = Annotated[float, Field(ge=1e-12, le=10)]
-Threads = Annotated[int, Field(ge=1, le=MOST_THREADS)]
+Threads = Annotated[int, Field(ge=1, le=1024)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 ThresholdHU = Annotated[float, Field(gt=-800, lt=100)]
+HealthyHU = Annotated[float, Field(ge=HEALTHY_HU[0], le=HEALTHY_HU[1])]
 Precision = Literal["auto", "fp32", "bf16"]
 
 
@@ -122,8 +119,7 @@ class AugmentConfig:
     deflation: Annotated[float, Field(ge=0, le=0.5)] = 0.0
     """Share of the lungs' air taken away everywhere: scans after breathing out."""
     dependent: Annotated[float, Field(ge=0, le=0.5)] = 0.0
-    """Share of the lungs' air taken away at the back, and less towards the front: dependent lung, where
-    blood gathers and air does not."""
+    """Share of the lungs' air taken away at the back, and less towards the front: dependent lung."""
     blur: Annotated[float, Field(ge=0, le=100)] = 0.0
     """Standard deviation in voxels of an in-plane Gaussian: softer reconstruction kernels."""
     noise: Annotated[float, Field(ge=0, le=10_000)] = 0.0
@@ -131,8 +127,7 @@ class AugmentConfig:
     offset: Annotated[float, Field(ge=0, le=10_000)] = 0.0
     """HU added or subtracted everywhere: calibration."""
     border: Annotated[int, Field(ge=0, le=100)] = 0
-    """Lung masks shrunk or grown in plane by up to so many voxels: lungs segmented in another way have more
-    or less of the chest wall, the diaphragm and the hilum at their edge."""
+    """Lung masks shrunk or grown in plane by up to so many voxels: lungs segmented in another way."""
     gain: Annotated[float, Field(ge=0, le=0.5)] = 0.0
     """Contrast to air, hu + 1000, times up to 1 + this or down to 1 - this: pictures that were windowed."""
 
@@ -171,12 +166,10 @@ class TrainConfig:
     """One training run (PAPER.md IV-B.3)."""
 
     task: Task = "lesions"
-    """What to learn: the healthy tissue behind lesions, the paper's; or "lungs", the right and the left lung
-    behind dense disease (`normnet.chests`), which `lesions`, `threshold_hu`, `inflation_hu` and `probability`
-    say nothing about."""
+    """What to learn: healthy tissue behind lesions, as the paper; or right and left lung behind dense disease
+    (`normnet.chests`), which `lesions`, `threshold_hu`, `inflation_hu` and `probability` do not concern."""
     data: File | None = None
-    """Store written by `normnet.prepare`, for lungs by ``--task lungs``; the built-in phantom where
-    omitted."""
+    """Store written by `normnet.prepare` for the same task; the built-in phantom where omitted."""
     output: File = Path("runs/normnet")
     """Run folder: weights, configuration, metrics."""
     model: ModelConfig = ModelConfig()
@@ -185,12 +178,10 @@ class TrainConfig:
     """Preset of `lesionsynth.presets`: the paper's generator or a Table V switch."""
     threshold_hu: ThresholdHU = PAPER_THRESHOLD_HU
     """T: the network answers for tissue at or above it, in HU (III-A, Table VI)."""
-    inflation_hu: Annotated[float, Field(ge=HEALTHY_HU[0], le=HEALTHY_HU[1])] | None = None
-    """Density in HU that the healthy lung of every volume is brought to, here and in prediction
-    (`normnet.inflation`); None leaves HU as they are, as the paper does."""
+    inflation_hu: HealthyHU | None = None
+    """Density in HU that healthy lung is brought to (`normnet.inflation`); the paper leaves it as it is."""
     probability: Probability = PAPER_PROBABILITY
-    """What prediction takes as the threshold of these weights unless it is given one: a number, or what
-    suits the synthetic pairs of the held-out volumes best."""
+    """Threshold of these weights in prediction: a number, or what is best on held-out synthetic pairs."""
     iterations: Steps = 3500
     """Optimiser steps (IV-B.3)."""
     minutes: Minutes | None = None
@@ -198,13 +189,11 @@ class TrainConfig:
     batch_size: Size = 8
     """Pairs of a step, over all processes (IV-B.3)."""
     accumulate: Size = 1
-    """Parts that a step's pairs are computed in, for devices too small for all at once; normalisation and
-    Dice are then those of a part."""
+    """Parts that a step is computed in, for small devices; normalisation and Dice are those of a part."""
     learning_rate: LearningRate = 3e-4
     """Adam's (IV-B.3)."""
     schedule: Literal["constant", "cosine"] = "constant"
-    """Learning rate: constant, as the paper's, or falling to 0 over `iterations` along half a cosine, which
-    makes more of few iterations."""
+    """Learning rate: constant, as the paper's, or falling to 0 over `iterations` along half a cosine."""
     slab: Size = 32
     """Slices of a training slab (III-C.1)."""
     crop: Size | None = None
@@ -212,8 +201,7 @@ class TrainConfig:
     mirror: bool = False
     """Flip half of the slabs left to right. The paper, with 453 volumes, needs no augmentation; few do."""
     thick_slices: Share = 0.0
-    """Share of the slabs shown as a scan with thick slices would. The paper names such scans as the largest
-    source of its false positives (V) and has no such option."""
+    """Share of the slabs shown as in thick slices, the paper's largest source of false positives (V)."""
     thick_mm: tuple[Thickness, Thickness] = (3.0, 8.0)
     """Least and largest thickness of those slices in mm."""
     augment: AugmentConfig = AugmentConfig()
@@ -227,8 +215,7 @@ class TrainConfig:
     device: str = "auto"
     """"auto" takes CUDA where there is some, else the CPU."""
     cache: Literal["auto", "device", "memory", "disk"] = "auto"
-    """Where volumes are kept: on the training device, in main memory, or read slab by slab; "auto" takes the
-    first that has twice the room."""
+    """Where volumes are kept, disk reading slab by slab; "auto" takes the first that has twice the room."""
     seed: Seed = 0
     """Of initial weights, slabs and lesions; ensembles use several."""
     held_out: Annotated[int, Field(ge=0, le=100_000)] = 1
@@ -270,9 +257,10 @@ class TrainConfig:
         check_phantoms(self.phantom_shape)
 
 
-def check_phantoms(shape: tuple[int, int, int], name: str = "phantom_shape") -> None:
+def check_phantoms(shape: tuple[int, int, int]) -> None:
     """Raise `ValueError` unless phantoms have a size that can be made."""
-    check(name, shape, math.prod(shape) <= 2**28, f"three sizes of at most {2**28} voxels together")
+    rule = f"three sizes of at most {2**28} voxels together"
+    check("phantom_shape", shape, math.prod(shape) <= 2**28, rule)
 
 
 @settings
@@ -280,8 +268,7 @@ class PostprocessConfig:
     """From healthy voxels to lesions (PAPER.md III-D, IV-B.3)."""
 
     threshold_hu: ThresholdHU | None = None
-    """T: bright voxels are at or above it; where omitted what the models were trained with, -500 HU in the
-    paper."""
+    """T: bright voxels are at or above it; that of the models' training where omitted."""
     bright_size: Annotated[int, Field(ge=1, le=255)] = 9
     """Mean filter on the bright lesion voxels (Fig. 4d to 4e)."""
     bright_threshold: Share = 0.2
@@ -289,8 +276,8 @@ class PostprocessConfig:
     full_size: Annotated[int, Field(ge=1, le=255)] = 7
     """Mean filter on all lung voxels that are not healthy, as intensities (Fig. 4f to 4g)."""
     full_threshold: Share | None = None
-    """Its threshold. None takes the paper's 0.15, but no more than three quarters of τ (0.15 holds down to
-    T = -620 HU): it is compared with intensities, and would else filter away what the network found."""
+    """Its threshold, of intensities. None takes the paper's 0.15, but no more than three quarters of τ (from
+    T = -620 HU down), which would else filter away what the network found."""
     growth_iterations: Annotated[int, Field(ge=-(10**6), le=10**6)] = 8
     """Steps that 4e grows inside 4g; 0 for none, negative until nothing changes. The paper has no number:
     on phantom pneumonia Dice levels off here (docs/postprocess_sweep.py)."""
@@ -303,16 +290,14 @@ class PredictConfig:
     """From a volume to lesions (PAPER.md III-A, IV-B.3)."""
 
     probability: Probability | None = None
-    """A voxel is healthy for a model where its probability exceeds this; "calibrated" takes what each model
-    found best on synthetic pairs of its held-out volumes. None takes what each model's training settled
-    (`TrainConfig.probability`): the paper's 0.95 (IV-B.3) unless it chose otherwise."""
+    """A voxel is healthy for a model where its probability exceeds this, or the model's own calibration; None
+    takes what its training settled (`TrainConfig.probability`), the paper's 0.95 unless it chose another."""
     slab: Size = 32
     """Slices the network sees at once, as in training."""
     overlap: Annotated[float, Field(ge=0, lt=1)] = 0.5
     """Share of a slab that the next one sees again; probabilities are averaged."""
     tile: Annotated[int, Field(ge=32, le=65_536)] | None = 320
-    """In-plane size of what the network sees at once, which bounds its memory; wider lungs are cut into
-    overlapping tiles. None takes whole slices."""
+    """In-plane size of the overlapping tiles that the network sees; None takes whole slices, and memory."""
     precision: Precision = "auto"
     """Arithmetic of the network; "auto" takes bf16 where the hardware has it."""
     postprocess: PostprocessConfig = PostprocessConfig()
@@ -336,9 +321,9 @@ def laptop() -> TrainConfig:
 def few() -> TrainConfig:
     """Return what the shipped weights were trained with: `laptop` for a handful of healthy volumes.
 
-    Departs from the paper: T = -700 HU and fainter lesions, as ground glass is often fainter than the paper's
-    -500 HU; healthy lung brought to one density, so that T means the same in every patient; thick slices and
-    varied anatomy, in place of its 453 volumes; a calibrated threshold instead of 0.95.
+    Departs from the paper: T = -700 HU and fainter lesions, as ground glass often is; healthy lung at one
+    density, so that T means the same in every patient; thick slices and varied anatomy, in place of 453
+    volumes; a calibrated threshold instead of 0.95.
     """
     return replace(
         laptop(),

@@ -1,7 +1,6 @@
-"""Masks as a DICOM Segmentation that refers to the CT series they were found in.
+"""Masks as a DICOM Segmentation that refers to the CT series they were found in: viewers show it on top.
 
-Viewers and archives show it on top of the CT. UIDs follow from the series and the voxels: writing the same
-result again gives the same instance, not a second one.
+UIDs follow from the series and the voxels: the same result again is the same instance, not a second one.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ from lesionsynth.strict import name_of, shown, some_of
 
 Mask = npt.NDArray[np.bool_]
 
-SEGMENTS: Mapping[str, tuple[Any, Any, tuple[int, int, int]]] = {
+SEGMENTS: dict[str, tuple[Any, Any, tuple[int, int, int]]] = {
     "lung": (codes.SCT.AnatomicalStructure, codes.SCT.Lung, (80, 160, 220)),
     "lesion": (codes.SCT.MorphologicallyAbnormalStructure, codes.SCT.Lesion, (220, 60, 50)),
 }
@@ -42,17 +41,9 @@ _MAY_BE_EMPTY = (
 
 
 def check_segmentation(files: Sequence[Path]) -> None:
-    """Check that the headers of a CT series allow a segmentation, before one is computed.
+    """Raise `ValueError` unless a CT series, the files of a `Scan` or a `Source`, allows a segmentation.
 
-    Parameters
-    ----------
-    files : sequence of Path
-        The slices: files of a `Scan`, or of a `Source`.
-
-    Raises
-    ------
-    ValueError
-        They lack what a segmentation must repeat of them, or it is not as the standard wants it.
+    Its headers may lack what a segmentation must repeat, or not be as the standard wants them.
     """
     with _naming(files):
         slices = _slices(files)[:1]  # they agree: one is as good as all
@@ -62,44 +53,38 @@ def check_segmentation(files: Sequence[Path]) -> None:
 
 
 def encode_segmentation(masks: Mapping[str, Mask], scan: Scan) -> bytes:
-    """Make one binary DICOM Segmentation of masks.
+    """Make one binary DICOM Segmentation of masks, the content of a file.
 
     Parameters
     ----------
     masks : mapping of str to (Z, Y, X) bool array
         By name, "lung" or "lesion"; on the grid of ``scan.hu``. They may overlap.
     scan : Scan
-        The CT, of a DICOM series.
-
-    Returns
-    -------
-    bytes
-        A DICOM file.
+        The CT.
 
     Raises
     ------
     ValueError
-        `scan` is no DICOM series or lacks what a segmentation must repeat of it, there is no mask, a name
-        is unknown, or a mask has not the shape of the CT.
+        `scan` is no DICOM series or refused by `check_segmentation`, there is no mask, a name is unknown, or
+        a mask has not the shape of the CT.
 
     Notes
     -----
-    Frames without a voxel are left out, as the standard has it. What the CT may not leave out, though it may
-    be empty (a date of birth, say), is empty here where de-identification took it away. An instance with the
-    same voxels on the same series has the same UIDs.
+    Frames without a voxel are left out, as the standard has it. What a CT must have, though maybe empty (a
+    date of birth, say), is empty here where de-identification took it away.
     """
     if not masks:
         raise ValueError("masks must hold at least one mask, got none")
     if scan.series is None:
-        where = name_of(scan.path)
-        raise ValueError(f"scan must be a DICOM series, for a segmentation refers to it, got {where}")
+        rule = "scan must be a DICOM series, for a segmentation refers to it"
+        raise ValueError(f"{rule}, got {name_of(scan.path)}")
     content = hashlib.sha256()
     for name, mask in masks.items():
         if name not in SEGMENTS:
             raise ValueError(f"masks must be named {' or '.join(SEGMENTS)}, got {name!r}")
         if mask.shape != scan.hu.shape:
-            rule = f"the shape of the CT, {scan.hu.shape}, got {mask.shape}"
-            raise ValueError(f"masks[{name!r}] must have {rule}")
+            rule = f"have the shape of the CT, {scan.hu.shape}"
+            raise ValueError(f"masks[{name!r}] must {rule}, got {mask.shape}")
         if mask.dtype != np.bool_:
             raise ValueError(f"masks[{name!r}] must be bool, got {mask.dtype}")
         content.update(f"{name} {mask.shape} ".encode() + np.packbits(mask).tobytes())
@@ -155,11 +140,28 @@ def _slices(files: Sequence[Path]) -> list[pydicom.Dataset]:
 def _segmentation(
     slices: Sequence[pydicom.Dataset], names: Sequence[str], frames: Mask, seed: Sequence[str]
 ) -> bytes:
+    algorithm = highdicom.AlgorithmIdentificationSequence(
+        name="normnet", family=codes.DCM.ArtificialIntelligence, version=__version__
+    )
+    segments = []
+    for number, name in enumerate(names, 1):
+        category, kind, colour = SEGMENTS[name]
+        segment = highdicom.seg.SegmentDescription(
+            segment_number=number,
+            segment_label=name,
+            segmented_property_category=category,
+            segmented_property_type=kind,
+            algorithm_type="AUTOMATIC",
+            algorithm_identification=algorithm,
+            anatomic_regions=None if kind == codes.SCT.Lung else [codes.SCT.Lung],
+            display_color=highdicom.color.CIELabColor.from_rgb(*colour),
+        )
+        segments.append(segment)
     dataset = highdicom.seg.Segmentation(
         source_images=slices,
         pixel_array=frames.view(np.uint8),
         segmentation_type="BINARY",
-        segment_descriptions=[_describe(number, name) for number, name in enumerate(names, 1)],
+        segment_descriptions=segments,
         series_instance_uid=generate_uid(entropy_srcs=[*seed, "series"]),
         series_number=int(slices[0].get("SeriesNumber") or 0) + 1000,
         sop_instance_uid=generate_uid(entropy_srcs=[*seed, "instance"]),
@@ -177,19 +179,3 @@ def _segmentation(
         item.DimensionOrganizationUID = organization
     dataset.save_as(stream := io.BytesIO())
     return stream.getvalue()
-
-
-def _describe(number: int, name: str) -> Any:
-    category, kind, colour = SEGMENTS[name]
-    return highdicom.seg.SegmentDescription(
-        segment_number=number,
-        segment_label=name,
-        segmented_property_category=category,
-        segmented_property_type=kind,
-        algorithm_type="AUTOMATIC",
-        algorithm_identification=highdicom.AlgorithmIdentificationSequence(
-            name="normnet", family=codes.DCM.ArtificialIntelligence, version=__version__
-        ),
-        anatomic_regions=None if kind == codes.SCT.Lung else [codes.SCT.Lung],
-        display_color=highdicom.color.CIELabColor.from_rgb(*colour),
-    )

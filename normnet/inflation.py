@@ -1,10 +1,9 @@
 """Bring lungs to one inflation: scale HU so that healthy lung has the density that a network was trained at.
 
-A lesion is denser than the lung around it, and how dense that is depends on the breath: in full inspiration
-healthy lung lies near -900 HU and ground glass may stay below -700, after breathing out healthy lung itself
-reaches that. One threshold T in HU (PAPER.md III-A) then misses the lesions of the one and marks the lungs of
-the other. Less air scales HU towards 0, water, so a factor takes one state to the other: ``hu * factor``,
-which leaves what holds no air. The paper does nothing of the kind.
+In full inspiration healthy lung lies near -900 HU and ground glass may stay below -700, which healthy lung
+itself reaches after breathing out: one threshold T in HU (PAPER.md III-A) misses the lesions of the one and
+marks the lungs of the other. Less air scales HU towards 0, water, so ``hu * factor`` takes one state to the
+other, and leaves what holds no air. The paper does nothing of the kind.
 """
 
 from __future__ import annotations
@@ -14,6 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+from scipy.ndimage import gaussian_filter1d
 
 import lesionsynth as ls
 from lesionsynth.io import AIR_HU
@@ -21,28 +21,22 @@ from normnet.config import HEALTHY_HU
 
 Array = Any
 """A NumPy array or a torch tensor."""
-
 SMOOTH = 15.0
 """Standard deviation in HU of the filter on the histogram: far below the width of its peak, about 50."""
 
 
 def healthy_density(hu: npt.NDArray[Any], lung_mask: npt.NDArray[np.bool_]) -> float | None:
-    """Density of a patient's healthy lung: where the histogram of the lungs peaks.
+    """Density in HU of a patient's healthy lung: where the histogram of the lungs peaks, within `HEALTHY_HU`.
 
-    Disease makes lung denser, so of several peaks it is the first that has half of the highest one's height.
+    Disease makes lung denser, so of several peaks it is the first that has half of the highest one's height;
+    a mean or a median would move. None where there is no peak: hardly any healthy lung, or no lung.
 
     Parameters
     ----------
     hu : (z, y, x) array
-        Hounsfield units.
+        Not modified.
     lung_mask : (z, y, x) bool array
         Lungs, lesions included.
-
-    Returns
-    -------
-    float or None
-        In HU, within `HEALTHY_HU`. Lesions move a mean or a median; the peak stays. None where there is no
-        peak in that range: hardly any healthy lung, or no lung.
     """
     low, high = (int(level) for level in HEALTHY_HU)
     edge = round(4 * SMOOTH)
@@ -50,9 +44,7 @@ def healthy_density(hu: npt.NDArray[Any], lung_mask: npt.NDArray[np.bool_]) -> f
     for slab, lungs in zip(hu, lung_mask, strict=True):  # by slices: no copy of a long scan's lungs
         bins = np.rint(slab[lungs]).astype(np.int64) - (low - edge)
         values += np.bincount(bins[(bins >= 0) & (bins < len(values))], minlength=len(values))
-    smooth = np.asarray(
-        ls.ops.gaussian_filter(values.astype(np.float32)[None, None], (0.0, 0.0, SMOOTH), threads=1)
-    )[0, 0]
+    smooth = gaussian_filter1d(values, SMOOTH)
     inner = np.arange(edge, len(values) - edge)
     peaks = inner[(smooth[inner] > smooth[inner - 1]) & (smooth[inner] >= smooth[inner + 1])]
     if not peaks.size:
@@ -75,21 +67,16 @@ def inflation_factor(
 
 
 def inflate(hu: Array, lung_mask: Array, factor: float) -> Array:
-    """Scale the lungs' HU below 0.
+    """Scale the lungs' HU below 0, in the dtype of `hu`, and not below `AIR_HU`.
 
     Parameters
     ----------
     hu : (z, y, x) int16 or float32 array or tensor
-        Hounsfield units, not below `AIR_HU`, as `lesionsynth.io` reads them. Not modified.
+        Not below `AIR_HU`, as `lesionsynth.io` reads it. Not modified.
     lung_mask : (z, y, x) bool array or tensor
-        Lungs; other tissue is left.
+        Other tissue is left.
     factor : float
         From `inflation_factor`; 1 gives `hu` itself.
-
-    Returns
-    -------
-    (z, y, x) array or tensor
-        Of the dtype of `hu`, rounded to whole HU where that is of integers, not below `AIR_HU`.
     """
     if factor == 1:
         return hu

@@ -9,11 +9,11 @@ import hashlib
 import json
 import os
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Any, Self, TypeVar
+from typing import Annotated, Self, TypeVar
 
 import numpy as np
 import torch
@@ -23,19 +23,21 @@ from safetensors.torch import load, save
 
 from lesionsynth.commands import one_line, run
 from lesionsynth.files import claimed, refuse_foreign, same_file, write_atomically
-from lesionsynth.strict import build, name_of, parse_json, read_bytes, read_json, shown
+from lesionsynth.strict import build, hints_of, name_of, parse_json, read_bytes, read_json, shown
 from normnet.config import (
     BUNDLED,
     OUTPUTS,
     PAPER_PROBABILITY,
     PAPER_THRESHOLD_HU,
     WEIGHTS,
+    HealthyHU,
     ModelConfig,
     Probability,
     Task,
-    TrainConfig,
+    ThresholdHU,
 )
 from normnet.device import use_bf16
+from normnet.settings import naming, settings
 
 Built = TypeVar("Built")
 Calibration = dict[str, float]
@@ -44,11 +46,23 @@ Tensors = dict[str, torch.Tensor]
 HEADER = "normnet"
 """Key of the safetensors metadata that holds architecture and settings, as JSON."""
 MOST_FILE, MOST_HEADER = 2**30, 2**22
-"""Longest file, twice the largest network in float32, and longest header: it may name many tensors; bytes."""
+"""Longest file, twice the largest network in float32, and longest header, which names every tensor; bytes."""
 LARGEST, HALF = 1e9, torch.finfo(torch.float16).max
 """Largest weight, far beyond those of a network that was trained; and largest in half precision."""
 EXPORTED, RECORD, FORMAT = "model-*.safetensors", "export.json", "normnet.export"
 """Exported weights; the file that lists them with their SHA-256; what it says it is."""
+
+
+@settings
+class _Header:
+    """What a file says of its model; the first ones end with the calibration."""
+
+    model: ModelConfig
+    calibration: Calibration | None
+    threshold_hu: ThresholdHU = PAPER_THRESHOLD_HU
+    inflation_hu: HealthyHU | None = None
+    probability: Probability = PAPER_PROBABILITY
+    task: Task = "lesions"
 
 
 @dataclass(eq=False)
@@ -64,9 +78,9 @@ class Model:
     threshold_hu: float = PAPER_THRESHOLD_HU
     """T in HU: it answers for tissue at or above it."""
     inflation_hu: float | None = None
-    """Density in HU that it expects of healthy lung (`normnet.inflation`); None where it expects none."""
+    """Density in HU that it expects of healthy lung, if any (`normnet.inflation`)."""
     calibration: Calibration | None = None
-    """From synthetic pairs; None where training had no held-out volume."""
+    """None where training had no held-out volume."""
     probability: Probability = PAPER_PROBABILITY
     """Threshold that it votes with unless prediction is given one: a number, or "calibrated"."""
     name: str = ""
@@ -77,38 +91,28 @@ class Model:
     """Whether it computes in bfloat16; see `to`."""
 
     def __post_init__(self) -> None:
-        """Check settings as those of a run, and make NumPy's numbers Python's."""
-        given = {name: getattr(self, name) for name in ("threshold_hu", "inflation_hu", "probability")}
-        settled = TrainConfig(**given)
-        vars(self).update({name: getattr(settled, name) for name in given})
-        check_calibration(self.calibration)
+        """Refuse what no file may say, and make NumPy's numbers Python's."""
         if self.config.outputs != OUTPUTS.get(self.task):
             raise ValueError(f"model.outputs must fit the task {self.task}, got {self.config.outputs}")
+        check_calibration(self.calibration)
+        header = self._header()
+        self.threshold_hu, self.inflation_hu = header.threshold_hu, header.inflation_hu
+        self.probability = header.probability
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], task: Task = "lesions") -> Self:
-        """Read a model, in evaluation mode, in float32 on the CPU.
+        """Read the model of a run folder or weights file, in evaluation mode, in float32 on the CPU.
 
-        Parameters
-        ----------
-        path : path
-            A run folder, or a weights file.
-        task : {"lesions", "lungs"}
-            What it must have learned.
-
-        Raises
-        ------
-        ValueError
-            There are no weights at `path`, or they are not ours, or of another task.
+        `ValueError` where there are no weights at `path`, or they are not ours, or of another task.
         """
         file = weights_file(Path(path))
         tensors, metadata = read_tensors(file)
         with naming(file):
-            settings = dict(vars(read_header(metadata, HEADER, _Header)))
+            header = dict(vars(read_header(metadata, HEADER, _Header)))
             with torch.device("meta"):  # no memory before all is known to fit
-                network = build_unet(config := settings.pop("model")).eval()
+                network = build_unet(config := header.pop("model")).eval()
             name = file.resolve().parent.name if file.name == WEIGHTS else file.stem
-            model = cls(network, config, **settings, name=name, sha256=_sha256(file))
+            model = cls(network, config, **header, name=name, sha256=_sha256(file))
             if model.task != task:
                 raise ValueError(f"the model's task must be {task}, got {model.task}")
             network.load_state_dict(fitted(tensors, network.state_dict()), assign=True)
@@ -119,9 +123,9 @@ class Model:
         self._write(path, self.network.state_dict())
 
     def export(self, path: Path) -> None:
-        """Write it in half precision; `ValueError` where a weight is too large.
+        """Write it in half precision, which moves a probability by less than 0.001.
 
-        A weight keeps 11 bits, which moves a probability by less than a thousandth.
+        `ValueError` where a weight is too large.
         """
         self._write(path, self._halved())
 
@@ -157,19 +161,19 @@ class Model:
         Returns
         -------
         (n, outputs, z, y, x) float32 tensor
-            Probability of healthy tissue; for the task lungs, of right and left lung.
+            Of healthy tissue; for the task lungs, of right and left lung.
         """
-        if self.network.training:
-            self.network.eval()
         with torch.autocast(slab.device.type, torch.bfloat16, enabled=self.bf16):
-            logits: torch.Tensor = self.network(slab)
+            logits: torch.Tensor = self.network.eval()(slab)
         return torch.sigmoid(logits.float())
 
+    def _header(self) -> _Header:
+        given = {name: getattr(self, name) for name in hints_of(_Header) if name != "model"}
+        return _Header(model=self.config, **given)
+
     def _write(self, path: Path, tensors: Tensors) -> None:
-        names = ("calibration", "threshold_hu", "inflation_hu", "probability", "task")
-        header = {"model": asdict(self.config), **{name: getattr(self, name) for name in names}}
         # one key: safetensors writes several in any order
-        write_tensors(path, tensors, {HEADER: json.dumps(header)})
+        write_tensors(path, tensors, {HEADER: json.dumps(asdict(self._header()))})
 
     def _halved(self) -> Tensors:
         halved = self.network.state_dict()
@@ -181,18 +185,6 @@ class Model:
             elif not name.endswith(("running_mean", "running_var")):  # statistics may stay as they are
                 raise ValueError(f"weights must be within half precision, got {largest:g}")
         return halved
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Header:
-    """What a file of a model says in its header; the first ones end with the calibration."""
-
-    model: ModelConfig
-    calibration: Calibration | None
-    threshold_hu: float = PAPER_THRESHOLD_HU
-    inflation_hu: float | None = None
-    probability: Probability = PAPER_PROBABILITY
-    task: Task = "lesions"
 
 
 def check_calibration(found: Calibration | None, name: str = "calibration") -> None:
@@ -209,8 +201,10 @@ def build_unet(config: ModelConfig) -> torch.nn.Module:
 
     One output is the logit of "healthy bright tissue"; two are those of right and left lung.
     """
-    levels: dict[str, Any] = {"channels": config.channels, "strides": config.strides, "norm": config.norm}
-    network: torch.nn.Module = UNet(3, 1, config.outputs, num_res_units=config.residual_units, **levels)
+    network: torch.nn.Module = UNet(
+        3, 1, config.outputs, config.channels, config.strides,
+        num_res_units=config.residual_units, norm=config.norm,
+    )  # fmt: skip
     return network
 
 
@@ -251,10 +245,7 @@ def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Map
 
 
 def read_tensors(path: Path, most: int = MOST_FILE) -> tuple[Tensors, dict[str, str]]:
-    """Read a safetensors file of at most `most` bytes, and its metadata, whatever these are.
-
-    `ValueError` where it is no regular file, too long, damaged or of another kind.
-    """
+    """Read a safetensors file of at most `most` bytes, and its metadata; `ValueError` for any other file."""
     content = read_bytes(path, most)
     size = int.from_bytes(content[:8], "little")
     try:
@@ -266,15 +257,6 @@ def read_tensors(path: Path, most: int = MOST_FILE) -> tuple[Tensors, dict[str, 
         hint = " (a pickle, which may run code, is not read)" if pickled else ""
         said = f"not a readable safetensors file{hint}: {one_line(error)[:300]}"
         raise ValueError(f"{name_of(path)}: {said}") from error
-
-
-@contextmanager
-def naming(path: Path) -> Iterator[None]:
-    """Begin what is wrong in the block, a `ValueError`, with the name of the file it was read from."""
-    try:
-        yield
-    except ValueError as error:
-        raise ValueError(f"{name_of(path)}: {error}") from error
 
 
 def read_header(metadata: Mapping[str, str], key: str, cls: type[Built]) -> Built:
@@ -296,22 +278,20 @@ def fitted(tensors: Tensors, wanted: Tensors) -> Tensors:
         raise ValueError(f"tensor {name_of(name)[:200]} {rule}: {unfit}")
     for name, tensor in tensors.items():
         here, shape = f"tensor {name_of(name)[:200]} must", tuple(wanted[name].shape)
+        real = wanted[name].is_floating_point()
+        kinds = (torch.float32, torch.float16, torch.bfloat16) if real else (torch.int64,)
         if tuple(tensor.shape) != shape:
             raise ValueError(f"{here} have the shape {shape}: {unfit}, got {shown(tuple(tensor.shape))}")
-        reals = (torch.float32, torch.float16, torch.bfloat16)
-        kinds = reals if wanted[name].is_floating_point() else (torch.int64,)
         if tensor.dtype not in kinds:
-            raise ValueError(f"{here} be of type {' or '.join(map(str, kinds))}, got {tensor.dtype}")
+            raise ValueError(f"{here} be {' or '.join(map(str, kinds))}, got {tensor.dtype}")
         # NumPy's conversion: torch wakes all its threads for every one of these small tensors
         values = (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()
-        values = values.astype(np.float32 if kinds is reals else np.int64)
-        counts = kinds is not reals or name.endswith(".step")
+        values = values.astype(np.float32 if real else np.int64)
+        counts = not real or name.endswith(".step")
         most = 2.0**53 if counts else LARGEST
         least = 0.0 if counts or name.endswith(("running_var", "exp_avg_sq")) else -most
-        if not np.isfinite(values).all():
-            raise ValueError(f"{here} be finite, got NaN or infinity")
-        if values.size and not least <= values.min() <= values.max() <= most:
-            low, high = values.min(), values.max()
+        low, high = (values.min(), values.max()) if values.size else (least, most)
+        if not least <= low <= high <= most:  # nor is NaN
             raise ValueError(f"{here} be in [{least:g}, {most:g}], got {low:g} to {high:g}")
         found[name] = torch.from_numpy(values)
     return found
@@ -332,13 +312,11 @@ def export_models(
     runs : sequence of Path
         Run folders, folders of runs (an ensemble) or weights files.
     output : Path
-        Folder for them, which `normnet.predict --models` takes; an earlier export in it, as its export.json
-        tells, is replaced, other weights are not.
+        Folder for them, as `normnet.predict --models` takes; only an earlier export is replaced in it.
     probability : float or "calibrated", optional
-        Threshold that they vote with unless prediction is given one: a number, such as the best of the
-        ensemble (docs/postprocess_sweep.py), or each its own; that of training where omitted.
+        Threshold that they vote with (`Model.probability`); that of training where omitted.
     task : {"lesions", "lungs"}
-        What they learned. Of lungs, one run is taken, and becomes model-0.safetensors.
+        What they learned; of lungs, one run is taken.
     """
     files, models = find_models(runs), list[Model]()
     if task == "lungs" and len(files) > 1:
@@ -374,18 +352,17 @@ def _record(output: Path, digests: Mapping[str, str | None]) -> None:
 
 def _earlier(output: Path, inputs: Sequence[Path]) -> set[str]:
     """Return the files of an earlier export; `ValueError` where weights of others or an input are there."""
-    names, record = {path.name for path in output.glob(EXPORTED)}, dict[str, Any]()
-    try:
-        record = read_json(output / RECORD)
-        known = record["files"].keys() if record["format"] == FORMAT else None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        known = None
-    refuse_foreign(output, (RECORD,), ours=known is not None, maker="an export")
+    names, record = {path.name for path in output.glob(EXPORTED)}, None
+    with suppress(OSError, ValueError, KeyError, TypeError):  # it is none of ours
+        found = read_json(output / RECORD)
+        record = dict(found["files"]) if found["format"] == FORMAT else None
+    refuse_foreign(output, (RECORD,), ours=record is not None, maker="an export")
+    known = record or {}
     for name in sorted(names):
-        refuse_foreign(output, (name,), ours=name in (known or ()), maker="an export")
+        refuse_foreign(output, (name,), ours=name in known, maker="an export")
         if any(same_file(output / name, file) for file in inputs):
             raise ValueError(f"output must not replace an input, got {output} for {output / name}")
-        if record["files"][name] not in (None, _sha256(output / name)):
+        if known[name] not in (None, _sha256(output / name)):
             raise ValueError(f"output holds {name}, changed since it was exported: move it away")
     return names
 

@@ -34,10 +34,11 @@ from normnet.config import PredictConfig, from_json, to_json
 from normnet.device import choose_device, cpu_settings
 from normnet.dicom_seg import check_segmentation, encode_segmentation
 from normnet.inflation import inflation_factor, windowed_lungs
-from normnet.model import Model, bundled_models, find_models, naming
+from normnet.model import Model, bundled_models, find_models
 from normnet.output import Record, volumes_of
 from normnet.postprocess import Mask, postprocess_slices
 from normnet.prepare.case import LungMethod, check_lungs, load_case, method_record
+from normnet.settings import naming
 
 Image = npt.NDArray[np.float32]
 

@@ -1,8 +1,7 @@
 """What every class of settings is: a frozen dataclass that pydantic checks, written and read as JSON.
 
-Types and bounds stand beside the fields, ``batch_size: Annotated[int, Field(ge=1)] = 8``, and hold wherever
-settings are made: in Python, by the command line, from JSON. Whatever is refused, one line names field, rule
-and value.
+Types and bounds stand beside the fields, ``batch_size: Annotated[int, Field(ge=1)] = 8``, and hold in Python,
+on the command line and in JSON. One line names field, rule and value of what is refused.
 """
 
 from __future__ import annotations
@@ -10,6 +9,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, TypeVar, dataclass_transform
 
@@ -44,9 +45,8 @@ File = Annotated[Path, BeforeValidator(_path)]
 def settings(cls: type[Config]) -> type[Config]:
     """Make a class a frozen dataclass whose fields pydantic checks, and whose errors are one line.
 
-    Numbers of NumPy are stored as Python's, and lists as tuples. Text is no number, nor is a bool. Making an
-    instance raises TypeError for another type or an unknown field, and ValueError for what a bound or
-    ``__post_init__`` refuses.
+    Numbers of NumPy are stored as Python's, lists as tuples; text is no number, nor is a bool. Another type
+    or an unknown field is a TypeError, what a bound or ``__post_init__`` refuses a ValueError.
     """
     strict = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
     made: Any = pydantic.dataclasses.dataclass(frozen=True, kw_only=True, config=strict)(cls)
@@ -114,29 +114,22 @@ def to_json(config: Any) -> str:
 
 
 def from_json(cls: type[Config], text: str) -> Config:
-    """Read a configuration written by `to_json`.
-
-    Raises
-    ------
-    ValueError
-        `text` is not a JSON object, a field is unknown, or a value is of another type or out of its range.
-    """
+    """Read what `to_json` wrote; `ValueError` for what is no JSON object, no field or out of its range."""
     return from_record(cls, parse_json(text))
 
 
 def read_config(cls: type[Config], path: Path) -> Config:
-    """Read the file of a configuration written by `to_json`.
-
-    Raises
-    ------
-    OSError
-        It cannot be opened or read.
-    ValueError
-        As `from_json`, or it is no regular file; the message starts with its name.
-    """
+    """Read a file as `from_json`, whose errors then name it; `OSError` where it cannot be read."""
     record = read_json(path)
-    try:
+    with naming(path):
         return from_record(cls, record)
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Begin what is wrong in the block, a `ValueError`, with the name of the file it was read from."""
+    try:
+        yield
     except ValueError as error:
         raise ValueError(f"{name_of(path)}: {error}") from error
 

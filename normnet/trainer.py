@@ -22,11 +22,11 @@ from normnet.model import (
     build_unet,
     check_calibration,
     fitted,
-    naming,
     read_header,
     read_tensors,
     write_tensors,
 )
+from normnet.settings import naming
 
 PROGRESS = "progress"
 """Key of the safetensors metadata that holds the counters, as JSON."""
