@@ -10,7 +10,7 @@ from __future__ import annotations
 import sys
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import astuple, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple, get_type_hints
 
@@ -278,16 +278,15 @@ class Evaluation:
     def methods(self) -> dict[str, Method]:
         """By name, in the order of `frame`."""
         frame, found = self.frame, {}
+        columns = list(CaseScores.__annotations__)
         for name in dict.fromkeys((*frame["method"], *self.names)):
             part = frame[frame["method"] == name]
-            cases: Any = part.set_index("case")[list(CaseScores.__annotations__)].to_dict("index")
-            searched = self.oracle and name in self._counts
-            found[name] = Method(
-                *(_one_label(part[label]) for label in LABELS),
-                metrics.summarise(list(cases.values())),
-                cases,
-                metrics.oracle_threshold(self._counts[name]) if searched else None,
+            cases: Any = part.set_index("case")[columns].to_dict("index")
+            best = (
+                metrics.oracle_threshold(self._counts[name]) if self.oracle and name in self._counts else None
             )
+            labels = (_one_label(part[label]) for label in LABELS)
+            found[name] = Method(*labels, metrics.summarise(list(cases.values())), cases, best)
         return found
 
     @property
@@ -362,19 +361,18 @@ class Evaluation:
         for name, caption, png in pictures:
             n, threshold = methods[name].patients, methods[name].threshold
             page.picture(png, f"{name}: {caption}, n = {n}; threshold: {threshold}")
-        first = self.frame[self.frame["method"] == self.names[0]].sort_values("case")
-        patients = first[~first["control"]].sort_values("dsc", kind="stable")
-        dsc = (100 * patients["dsc"]).map("DSC {:.1f} %".format)
-        self._add_slices(page, "Worst slices first", patients["case"], dsc)
-        controls = first[first["control"]].sort_values("false_positive_ml", ascending=False, kind="stable")
-        ml = controls["false_positive_ml"].map("{:.1f} ml wrongly marked".format)
-        self._add_slices(page, "Controls: marked where there is next to no lesion", controls["case"], ml)
+        first = self.frame[self.frame["method"] == self.names[0]].set_index("case").sort_index()
+        worst = 100 * first[~first["control"]]["dsc"].sort_values(kind="stable")
+        self._add_slices(page, "Worst slices first", worst.map("DSC {:.1f} %".format))
+        ml = first[first["control"]]["false_positive_ml"].sort_values(ascending=False, kind="stable")
+        marked = ml.map("{:.1f} ml wrongly marked".format)
+        self._add_slices(page, "Controls: marked where there is next to no lesion", marked)
 
-    def _add_slices(self, page: Page, heading: str, cases: Iterable[str], told: Iterable[str]) -> None:
-        """Add the overlays of cases, and what is told of each."""
+    def _add_slices(self, page: Page, heading: str, told: pd.Series[str]) -> None:
+        """Add the overlays of cases, with what is told of each."""
         shown = [
             (f"{case} ({text}), slice {z}", png)
-            for case, text in zip(cases, told, strict=True)
+            for case, text in told.items()
             for z, png in self._slices.get(case, ())
         ]
         if shown:
@@ -479,8 +477,9 @@ def _predicted(folder: Path, ct: Sequence[Path]) -> Found[Case]:
         return find_cases(ct)
     places = locate(records, ct)
     cases = [Case(case=case, ct=folder, problem=problem) for case, problem in problems.items()]
-    for record, (path, series, hint) in zip(records, map(astuple, places), strict=True):
-        lost = "" if path.exists() else f"{name_of(path)}: no such file or folder; {hint}"
+    for record, place in zip(records, places, strict=True):
+        path, series = place.path, place.series
+        lost = "" if path.exists() else f"{name_of(path)}: no such file or folder; {place.hint}"
         files = () if series else (path,)
         cases.append(Case(case=record["case"], ct=path, series=series, files=files, problem=lost))
     return Found(sorted(cases, key=lambda case: case.case), places.passed)
@@ -495,8 +494,10 @@ def _find(config: EvaluateConfig) -> tuple[Found[Case], dict[str, dict[str, Maps
         assert config.predictions is not None
         cases = _predicted(config.predictions, config.ct)
     for argument, role, folder in (("truth", "lesions", config.truth), ("masks", "lungs", config.masks)):
-        found, problems = ({}, {}) if folder is None else match(folder, cases, argument)
-        for number, case in enumerate(cases if folder else ()):
+        if folder is None:
+            continue
+        found, problems = match(folder, cases, argument)
+        for number, case in enumerate(cases):
             more: dict[str, Any] = {role: found.get(case.case)}
             cases[number] = replace(case, problem=case.problem or problems.get(case.case, ""), **more)
     if config.predictions is not None:
@@ -577,8 +578,8 @@ def _score(
     except Exception as error:  # whatever is wrong with one patient, the others are not to wait
         evaluation.failures.append(Failure(case.case, None, reason(None, error)))
         return
-    scan: Any = {"case": case.case, "hu": ct.hu, "spacing": ct.spacing, "truth": truth}
-    scan |= {"lung_mask": lung_mask, "notes": notes}
+    scan: Any = {"case": case.case, "hu": ct.hu, "spacing": ct.spacing, "notes": notes}
+    scan |= {"truth": truth, "lung_mask": lung_mask}
     for name, found in maps.items():
         try:
             if isinstance(found, str):
