@@ -282,11 +282,11 @@ class Evaluation:
         for name in dict.fromkeys((*frame["method"], *self.names)):
             part = frame[frame["method"] == name]
             cases: Any = part.set_index("case")[columns].to_dict("index")
-            best = (
-                metrics.oracle_threshold(self._counts[name]) if self.oracle and name in self._counts else None
-            )
-            labels = (_one_label(part[label]) for label in LABELS)
-            found[name] = Method(*labels, metrics.summarise(list(cases.values())), cases, best)
+            searched = self.oracle and name in self._counts
+            best = metrics.oracle_threshold(self._counts[name]) if searched else None
+            threshold, bright, judges = (_one_label(part[label]) for label in LABELS)
+            summary = metrics.summarise(list(cases.values()))
+            found[name] = Method(threshold, bright, judges, summary, cases, best)
         return found
 
     @property
@@ -309,7 +309,7 @@ class Evaluation:
         compared = {name: methods[name] for name in self.names}
         failed = [(case, method or "all", why) for case, method, why in self.failures]
         notes = self.frame[self.frame["method"].isin(self.names)].explode("notes").dropna(subset="notes")
-        whose = notes.groupby(["case", "notes"], sort=False)["method"].agg(list)
+        whose: Any = notes.groupby(["case", "notes"], sort=False)["method"].agg(list)
         every = {len(self.names): "all"}
         noted = [(case, every.get(len(m), ", ".join(m)), note) for (case, note), m in whose.items()]
         tables = [
@@ -363,12 +363,12 @@ class Evaluation:
             page.picture(png, f"{name}: {caption}, n = {n}; threshold: {threshold}")
         first = self.frame[self.frame["method"] == self.names[0]].set_index("case").sort_index()
         worst = 100 * first[~first["control"]]["dsc"].sort_values(kind="stable")
-        self._add_slices(page, "Worst slices first", worst.map("DSC {:.1f} %".format))
+        self._add_slices(page, "Worst slices first", worst.map("DSC {:.1f} %".format).to_dict())
         ml = first[first["control"]]["false_positive_ml"].sort_values(ascending=False, kind="stable")
-        marked = ml.map("{:.1f} ml wrongly marked".format)
+        marked = ml.map("{:.1f} ml wrongly marked".format).to_dict()
         self._add_slices(page, "Controls: marked where there is next to no lesion", marked)
 
-    def _add_slices(self, page: Page, heading: str, told: pd.Series[str]) -> None:
+    def _add_slices(self, page: Page, heading: str, told: Mapping[Any, str]) -> None:
         """Add the overlays of cases, with what is told of each."""
         shown = [
             (f"{case} ({text}), slice {z}", png)
@@ -587,7 +587,7 @@ def _score(
             files, record = found
             if same_file(files["lesions"], case.lesions):
                 raise ValueError(f"{name_of(case.lesions)}: must not be both the truth and the prediction")
-            masks = {kind: read_mask(files[kind], ct) for kind in ("healthy", "core") if kind in files}
+            masks: Any = {kind: read_mask(files[kind], ct) for kind in ("healthy", "core") if kind in files}
             probability = read_map(files["probability"], ct) if "probability" in files else None
             lesions, origin = read_mask(files["lesions"], ct), origin_of(record)
             volumes = CaseVolumes(**scan, **masks, prediction=lesions, probability=probability, origin=origin)

@@ -34,11 +34,9 @@ ALL_LUNGS, FEW_INSIDE = 0.9, 0.5
 lungs that are lesions all through are rare, and lesions lie in lungs."""
 SCORES = {"dsc": "DSC (%)", "psc": "PSC (%)", "sen": "SEN (%)"}
 BRIGHT = {
-    "bright_precision": "Precision",
-    "bright_sensitivity": "Sensitivity",
-    "bright_specificity": "Specificity",
-    "bright_auc": "AUC",
-}
+    "bright_precision": "Precision", "bright_sensitivity": "Sensitivity",
+    "bright_specificity": "Specificity", "bright_auc": "AUC",
+}  # fmt: skip
 """Of Tables III and II: scores, and what the paper calls them."""
 
 
@@ -70,10 +68,7 @@ class CaseScores(OverlapScores):
 
 
 def roc_auc(positive: Array, negative: Array) -> float:
-    """Area under the ROC curve of two classes, given their scores: higher is more like the positive class.
-
-    NaN where a class is empty; a score that is NaN is a ValueError.
-    """
+    """Area under the ROC curve of two classes' scores: NaN where one is empty, ValueError for NaN in one."""
     for name, scores in (("positive", positive), ("negative", negative)):
         if np.isnan(scores).any():
             raise ValueError(f"{name} scores must be numbers, got NaN")
@@ -109,10 +104,13 @@ def overlap_scores(
     _check({"prediction": prediction, "lesion_truth": lesion_truth})
     if len(spacing) != 3 or not min(spacing) > 0:
         raise ValueError(f"spacing must be three lengths > 0 in mm (z, y, x), got {tuple(spacing)}")
-    tp = int(np.count_nonzero(prediction & lesion_truth))
-    fp = int(np.count_nonzero(prediction)) - tp
-    fn = int(np.count_nonzero(lesion_truth)) - tp
+    tp = _count(prediction & lesion_truth)
+    fp, fn = _count(prediction) - tp, _count(lesion_truth) - tp
     return _overlap(tp, fp, fn, float(np.prod(spacing)) / 1000)
+
+
+def _count(voxels: Array) -> int:
+    return int(np.count_nonzero(voxels))
 
 
 def _overlap(tp: int, fp: int, fn: int, ml: float) -> OverlapScores:
@@ -171,7 +169,7 @@ def evaluate_case(
     if not lung_mask.any():
         raise ValueError("lung_mask must have at least one voxel, got an empty mask")
     if healthy_probability is not None:
-        low, high = float(healthy_probability.min()), float(healthy_probability.max())  # NaN wins both
+        low, high = healthy_probability.min(), healthy_probability.max()  # NaN wins both
         if not (low >= 0 and high <= 1):
             raise ValueError(f"healthy_probability must lie in [0, 1], got {low:g} to {high:g}")
     if not 0 <= healthy_threshold <= 1:
@@ -182,12 +180,12 @@ def evaluate_case(
         warnings.warn(doubt, stacklevel=2)
     bright = bright_voxels(hu, lung_mask)
     well, lesion = bright & ~lesion_truth, bright & lesion_truth
-    n_well, n_lesion = int(np.count_nonzero(well)), int(np.count_nonzero(lesion))
+    n_well, n_lesion = _count(well), _count(lesion)
     called = healthy
     if called is None and healthy_probability is not None:
         called = healthy_probability > healthy_threshold
     # of the bright voxels called healthy those that are, and those that are lesion
-    tp, fp = (0, 0) if called is None else (int(np.count_nonzero(called & part)) for part in (well, lesion))
+    tp, fp = (0, 0) if called is None else (_count(called & well), _count(called & lesion))
     nan, probability = float("nan"), healthy_probability
     notes = {
         "no lesion in the truth: SEN undefined": not overlap["tp"] + overlap["fn"],
@@ -212,7 +210,7 @@ def evaluate_case(
 
 def _doubt(truth: Array, lung_mask: Array) -> str:
     """Say what a truth looks like that is none of these lungs' lesions."""
-    inside, lesion, lung = map(np.count_nonzero, (truth & lung_mask, truth, lung_mask))
+    inside, lesion, lung = _count(truth & lung_mask), _count(truth), _count(lung_mask)
     if inside > ALL_LUNGS * lung:
         return f"the truth covers {100 * inside / lung:.0f} % of the lungs: a lung mask?"
     if lesion > lung:
@@ -301,5 +299,6 @@ def oracle_threshold(counts: Sequence[Array]) -> dict[str, Any]:
 
 def summary_at(counts: Sequence[Array], threshold: float) -> dict[str, dict[str, float]]:
     """Table III's `SCORES` at one of the thresholds of `threshold_counts`, each as in `summarise`."""
-    cases: Any = [_overlap(*c[round(100 * threshold)].tolist(), ml=1.0) for c in counts]
+    counted = [c[round(100 * threshold)].tolist() for c in counts]
+    cases: Any = [_overlap(tp, fp, fn, 1.0) for tp, fp, fn in counted]
     return {name: mean_and_sd([case[name] for case in cases]) for name in SCORES}
