@@ -24,18 +24,11 @@ from lesionsynth.files import claimed, others, remove_folder, sweep, write_atomi
 from lesionsynth.strict import name_of
 from normnet.config import WEIGHTS, PredictConfig, TrainConfig, phantom
 from normnet.draw import curve, grey, lung_box, png, side_by_side
-from normnet.evaluate import (
-    CaseVolumes,
-    Evaluation,
-    Origin,
-    as_text,
-    check_output,
-    evaluate_volumes,
-    tissue,
-)
+from normnet.evaluate import CaseVolumes, Evaluation, Origin, check_output, evaluate_volumes, tissue
 from normnet.metrics import HEALTHY_THRESHOLD, percent
 from normnet.model import Model
 from normnet.output import dumps, load
+from normnet.paper import as_text
 from normnet.predict import predict_volume
 from normnet.report import Page
 from normnet.train import BEST, CONFIG, METRICS, STATE, TrainResult, train

@@ -14,7 +14,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple, get_type_hints
 
-import numpy as np
 import numpy.typing as npt
 import pandas as pd
 from pydantic import Field
@@ -25,13 +24,14 @@ from lesionsynth.files import refuse_foreign, same_file, write_atomically
 from lesionsynth.io import Found, Passed, case_name, read_ct, read_map, read_mask
 from lesionsynth.strict import name_of, read_json, shown, some_of
 from lesionsynth.window import HU_RANGE
-from normnet import metrics, paper
+from normnet import metrics
 from normnet.cases import Case, find_cases, hear, locate, match, read_table, reason, tell
 from normnet.config import PAPER_THRESHOLD_HU, Share
 from normnet.draw import VoxelCounts, case_pictures
-from normnet.metrics import BRIGHT, SCORES, CaseScores, percent
+from normnet.metrics import CaseScores
 from normnet.output import FILES as MAPS
 from normnet.output import Record, dumps, read_record, read_records
+from normnet.paper import Method, Table, as_text, oracle_table, printed, table_three, table_two, volume_table
 from normnet.prepare.case import LungMethod, method_of, method_record
 from normnet.prepare.lungs import check_plausible
 from normnet.report import Page, lungs_told
@@ -48,10 +48,6 @@ MOST_RECORD = 2**27
 """Bytes of it: it grows with the cases, by about a thousand each."""
 LABELS = ("threshold", "bright_threshold", "judges")
 """Of each case: where the thresholds behind Tables III and II come from; the voxels that are judged."""
-SHARED = ("healthy_threshold", "control_voxels", "oracle", "pictures")
-OF_SCORES = ("DSC (%)", "PSC (%)", "SEN (%)")
-OF_BRIGHT = ("Precision", "Sensitivity", "Specificity", "AUC")
-"""Headers of Tables III and II."""
 COLUMNS = {"prediction": "lesions", "probability": "probability", "healthy": "healthy", "core": "core"}
 """Of a table of cases: kinds of maps."""
 
@@ -75,12 +71,10 @@ class EvaluateConfig:
     """Where the CT are now, if they moved since the prediction, or for maps of another program: files, DICOM
     folders, or folders of these at any depth."""
     masks: File | None = None
-    """Folder with lung masks including lesions, named like the truth; those the prediction used where
-    omitted."""
+    """Folder with lung masks including lesions, named like the truth; the prediction's where omitted."""
     lungs: LungMethod = "network"
-    """How lungs are segmented where there are neither given ones nor the prediction's: network, that of this
-    package; classical, thresholds and morphology; lungmask, the network of that package, if installed; or
-    weights of your own (normnet.train --task lungs)."""
+    """How lungs are segmented where neither are there: network, that of this package; classical, thresholds
+    and morphology; lungmask, that package's, if installed; or weights of normnet.train --task lungs."""
     label: tuple[int, ...] = ()
     """Labels of the truth that are lesions; all above zero where omitted."""
     lung_label: tuple[int, ...] = ()
@@ -201,50 +195,6 @@ class Failure(NamedTuple):
     reason: str
 
 
-class Method(NamedTuple):
-    """What is known of a method: `LABELS` of all its cases, their scores, and mean and SD of these."""
-
-    threshold: str
-    bright_threshold: str
-    judges: str
-    summary: dict[str, dict[str, float]]
-    cases: dict[str, CaseScores]
-    oracle_searched_on_this_test_set: dict[str, Any] | None
-    """The best threshold, and Table III's scores at it: an upper bound, no result."""
-
-    @property
-    def patients(self) -> int:
-        """Cases that are no controls."""
-        return sum(not scores["control"] for scores in self.cases.values())
-
-
-class Table(NamedTuple):
-    """A table of strings, and what its reader must know."""
-
-    title: str
-    frame: pd.DataFrame
-    note: str = ""
-
-    @classmethod
-    def of(cls, title: str, header: Sequence[str], rows: Sequence[Sequence[str]], note: str = "") -> Table:
-        """Make it of rows; names of files that are no text are left as they are."""
-        return cls(title, pd.DataFrame(rows, columns=list(header), dtype=object), note)
-
-    def markdown(self) -> str:
-        """Write it in Markdown, its title above and its note below."""
-        note = f"\n{self.note}\n" if self.note else ""
-        return f"**{printable(self.title)}**\n\n{as_text(self.frame, 'pipe')}\n{note}"
-
-
-def as_text(frame: pd.DataFrame, layout: str = "plain") -> str:
-    """Set a table of strings in columns for a terminal, or in Markdown ("pipe"); controls are escaped."""
-    bar, lines = "\\|" if layout == "pipe" else "|", [list(frame), *frame.to_numpy().tolist()]
-    header, *rows = ([printable(cell).replace("|", bar) for cell in line] for line in lines)
-    align = ("left", *["right"] * (len(header) - 1))
-    shown = pd.DataFrame(rows, columns=header)
-    return str(shown.to_markdown(index=False, tablefmt=layout, disable_numparse=True, colalign=align))
-
-
 @dataclass(kw_only=True, eq=False)
 class Evaluation:
     """Scores of every case by every method, and what follows from them."""
@@ -274,29 +224,31 @@ class Evaluation:
     def add(self, v: CaseVolumes, method: str | None = None) -> None:
         """Score a case by a method, the first where omitted; where it fails nothing of it is kept.
 
-        Raises
-        ------
-        TypeError, ValueError
-            As `normnet.metrics.evaluate_case`.
+        TypeError and ValueError as `normnet.metrics.evaluate_case`.
         """
         first, at, (label, level, inflation) = self.names[0], self.healthy_threshold, v.origin
         method, maps = method or first, (v.prediction, v.truth, v.lung_mask)
         how: Any = {"spacing": v.spacing, "healthy_threshold": at, "control_voxels": self.control_voxels}
         scores = metrics.evaluate_case(*maps, v.hu, v.probability, healthy=v.healthy, **how)
         scores["notes"] += v.notes
-        before = None if v.core is None else metrics.overlap_scores(v.core, v.truth, v.spacing)
         own = None if level is None else round(level * inflation, 3)
         scaled = "" if inflation == 1 else ", at one inflation"
-        judges = "lung" if own is None else f"lung from {round(own)} HU{scaled}"
         bright = "–" if v.probability is None else f"mean probability, fixed at {at:g}{tissue(own)}"
-        bright = bright if v.healthy is None else f"vote, {label}"
-        labels = {"threshold": label, "bright_threshold": bright, "judges": judges}
-        row = {"case": v.case, "method": method, **scores, **labels}
+        row = {
+            "case": v.case,
+            "method": method,
+            **scores,
+            "threshold": label,
+            "bright_threshold": bright if v.healthy is None else f"vote, {label}",
+            "judges": "lung" if own is None else f"lung from {round(own)} HU{scaled}",
+        }
+        rows = [row]
+        if method == first and v.core is not None:
+            before = metrics.overlap_scores(v.core, v.truth, v.spacing)
+            rows.append({**row, "method": self._before, **before})
         if method == first and self.pictures:  # a page with overlays of ten methods is too large to open
             self._slices[v.case] = case_pictures(v.hu, *maps, count=self.pictures)
-        if method == first and before is not None:
-            self._rows.append({**row, "method": self._before, **before})
-        self._rows.append(row)
+        self._rows += rows
         if scores["control"]:
             return
         self.voxels[method].add(v.hu, *maps, v.probability, threshold_hu=level)
@@ -306,33 +258,33 @@ class Evaluation:
 
     @property
     def frame(self) -> pd.DataFrame:
-        """A row per method and case: scores with their notes, and `LABELS`.
+        """A row per method and case: scores, `LABELS`, and notes with what was warned of.
 
         The first method's maps before growing come in front, as in the paper, where every case has them.
         """
-        parts: dict[str, list[dict[str, Any]]] = {name: [] for name in (self._before, *self.names)}
-        for row in self._rows:
-            notes = [*row["notes"], *self.warnings.get(row["case"], ())]
-            parts[row["method"]].append({**row, "notes": notes})
-        if len(parts[self._before]) < len(parts[self.names[0]]):
-            del parts[self._before]
-        columns = ["case", "method", *CaseScores.__annotations__, *LABELS]
-        frame = pd.DataFrame([row for part in parts.values() for row in part], columns=columns, dtype=object)
-        kinds = get_type_hints(CaseScores).items()
-        return frame.astype({name: kind for name, kind in kinds if kind in (bool, int, float)})
+        kinds = get_type_hints(CaseScores)
+        columns = ["case", "method", *kinds, *LABELS]
+        frame = pd.DataFrame(self._rows, columns=columns, dtype=object)  # names may be no text
+        frame = frame.astype({name: kind for name, kind in kinds.items() if kind in (bool, int, float)})
+        warned = frame["case"].map(lambda case: self.warnings.get(case, []))
+        frame["notes"] = frame.pop("notes") + warned  # the last column
+        names = [self._before, *self.names]
+        count = frame["method"].value_counts()
+        if count.get(names[0], 0) < count.get(names[1], 0):
+            frame = frame[frame["method"] != names[0]]
+        return frame.sort_values("method", key=lambda column: column.map(names.index), kind="stable")
 
     @property
     def methods(self) -> dict[str, Method]:
         """By name, in the order of `frame`."""
         frame, found = self.frame, {}
+        columns = list(CaseScores.__annotations__)
         for name in dict.fromkeys((*frame["method"], *self.names)):
             part = frame[frame["method"] == name]
-            cases: Any = part.set_index("case")[list(CaseScores.__annotations__)].to_dict("index")
-            best: dict[str, Any] | None = None
-            if self.oracle and name in self._counts:
-                best = {**metrics.oracle_threshold(counts := self._counts[name])}
-                best |= metrics.summary_at(counts, best["threshold"]) if counts else {}
-            threshold, bright, judges = (_one_label(list(part[label])) for label in LABELS)
+            cases: Any = part.set_index("case")[columns].to_dict("index")
+            searched = self.oracle and name in self._counts
+            best = metrics.oracle_threshold(self._counts[name]) if searched else None
+            threshold, bright, judges = (_one_label(part[label]) for label in LABELS)
             summary = metrics.summarise(list(cases.values()))
             found[name] = Method(threshold, bright, judges, summary, cases, best)
         return found
@@ -349,66 +301,24 @@ class Evaluation:
 
     def table(self, method: str | None = None) -> pd.DataFrame:
         """Scores in percent of a method, the first where omitted: a row per case, then mean±SD."""
-        made = self.methods[method or self.names[0]]
-        names = ("DSC", "PSC", "SEN", "bright PSC", "bright SEN", "bright SPC", "AUC", "lesion ml", "FP ml")
-        rows = []
-        for case, scores in made.cases.items():
-            s: Mapping[str, Any] = scores
-            cells = ["–" if s["control"] else percent(s[name]) for name in (*SCORES, *BRIGHT)]
-            cells += [f"{s[name]:.1f}" for name in ("lesion_ml", "false_positive_ml")]
-            rows.append([f"{case} (control)" if s["control"] else case, *cells])
-        rows.append(["mean±SD", *_means(made.summary, (*SCORES, *BRIGHT)), "", ""])
-        return pd.DataFrame(rows, columns=["case", *names], dtype=object)
+        return volume_table(self.methods[method or self.names[0]])
 
     def tables(self, *, paper: bool = True) -> list[Table]:
         """Every table, in the order in which they are read; the paper's own numbers where asked for."""
         methods = self.methods
         compared = {name: methods[name] for name in self.names}
-        scored = [_row(n, m, m.summary, SCORES, m.threshold) for n, m in methods.items()]
-        bright = [_row(n, m, m.summary, BRIGHT, m.bright_threshold) for n, m in compared.items()]
-        searched = [
-            _row(n, m, best, SCORES, f"{best['threshold']:.2f}", m.judges)
-            for n, m in compared.items()
-            if "dsc" in (best := m.oracle_searched_on_this_test_set or {})
-        ]
         failed = [(case, method or "all", why) for case, method, why in self.failures]
-        notes: dict[tuple[str, str], list[str]] = {}
-        for name, method in compared.items():
-            for case, scores in method.cases.items():
-                for note in scores["notes"]:
-                    notes.setdefault((case, note), []).append(name)
-        every = {len(compared): "all"}
-        noted = [(case, every.get(len(m), ", ".join(m)), note) for (case, note), m in notes.items()]
+        notes = self.frame[self.frame["method"].isin(self.names)].explode("notes").dropna(subset="notes")
+        whose: Any = notes.groupby(["case", "notes"], sort=False)["method"].agg(list)
+        every = {len(self.names): "all"}
+        noted = [(case, every.get(len(m), ", ".join(m)), note) for (case, note), m in whose.items()]
         tables = [
             Table.of("Could not be evaluated", ("case", "method", "reason"), failed),
-            Table.of(
-                "Table III: lesions against the truth, mean±SD over patients (%)",
-                ("Methods", *OF_SCORES, "patients", "threshold"),
-                scored,
-                "SD of the sample (n - 1). Controls, which have next to no lesion, take no part. Thresholds "
-                "as the predictions recorded them: fixed, or calibrated without annotated data.",
-            ),
-            Table.of(
-                "Table II: bright voxels, healthy against lesion, mean±SD over patients (%)",
-                ("Methods", *OF_BRIGHT, "patients", "threshold"),
-                bright,
-                "Lung voxels of at least -500 HU, the paper's T, for every method whatever its own T: "
-                "methods compare on the same voxels, and what a method does not judge it does not call "
-                "healthy. Before post-processing; healthy is the positive class, so specificity is the share "
-                "of bright lesion voxels not called healthy. The AUC, of the mean healthy probability, needs "
-                "no threshold.",
-            ),
-            *(_printed() if paper else ()),
-            Table.of(
-                "Oracle, NOT a result: thresholds searched on this very test set (%)",
-                ("Methods", *OF_SCORES, "patients", "healthy probability", "searched in"),
-                searched,
-                "One threshold per method, the best mean DSC of 0, 0.01, ... 1, on its mean probability "
-                "without post-processing: the search that the paper grants its baselines (IV-C). The most "
-                "that the bare map could reach on the voxels that the method judges: from its own T on, or "
-                "the whole lung. Not to be set beside Table III.",
-            ),
-            *(Table(f"Per volume: {name} (%)", self.table(name)) for name in methods),
+            table_three(methods),
+            table_two(compared),
+            *(printed() if paper else ()),
+            oracle_table(compared),
+            *(Table(f"Per volume: {name} (%)", volume_table(method)) for name, method in methods.items()),
             Table.of("Notes", ("case", "method", "note"), noted),
         ]
         return [table for table in tables if len(table.frame)]
@@ -429,9 +339,9 @@ class Evaluation:
             "warnings": self.warnings,
         }
         write_atomically(output / FILES[-1], dumps(document))  # first: it claims the others
-        columns = [*self.frame.columns.drop(["notes", "judges"]), "notes"]
-        rows = [[*row[:-1], "; ".join(row[-1])] for row in self.frame[columns].itertuples(index=False)]
-        write_atomically(output / "cases.csv", sheet([columns, *rows]))
+        frame = self.frame.drop(columns="judges")
+        frame["notes"] = frame["notes"].map("; ".join)
+        write_atomically(output / "cases.csv", sheet([frame.columns, *frame.itertuples(index=False)]))
         write_atomically(output / "tables.md", "\n".join(table.markdown() for table in self.tables()))
         page = Page("NormNet: evaluation")
         self.add_to(page)
@@ -444,52 +354,35 @@ class Evaluation:
             page.table(table.frame)
             if table.note:
                 page.paragraph(table.note, note=True)
-        methods, heading = self.methods, ""
+        methods = self.methods
         pictures = [(name, *one) for name in self.names for one in self.voxels[name].pictures().items()]
         if pictures:
             page.heading("Histograms")
         for name, caption, png in pictures:
             n, threshold = methods[name].patients, methods[name].threshold
             page.picture(png, f"{name}: {caption}, n = {n}; threshold: {threshold}")
-        ranked = []
-        for case, s in self.scores.items():
-            ml, dsc = s["false_positive_ml"], s["dsc"]
-            if s["control"]:
-                ranked.append((1, -ml, case, f"{ml:.1f} ml wrongly marked"))
-            else:
-                ranked.append((0, float(np.nan_to_num(dsc, nan=1.0)), case, f"DSC {100 * dsc:.1f} %"))
-        headings = ("Worst slices first", "Controls: marked where there is next to no lesion")
-        for control, _, case, told in sorted(ranked):
-            for z, png in self._slices.get(case, ()):
-                if heading != headings[control]:
-                    heading = headings[control]
-                    page.heading(heading)
-                    page.legend()
-                page.picture(png, f"{case} ({told}), slice {z}", width=600)
+        first = self.frame[self.frame["method"] == self.names[0]].set_index("case").sort_index()
+        worst = 100 * first[~first["control"]]["dsc"].sort_values(kind="stable")
+        self._add_slices(page, "Worst slices first", worst.map("DSC {:.1f} %".format).to_dict())
+        ml = first[first["control"]]["false_positive_ml"].sort_values(ascending=False, kind="stable")
+        marked = ml.map("{:.1f} ml wrongly marked".format).to_dict()
+        self._add_slices(page, "Controls: marked where there is next to no lesion", marked)
+
+    def _add_slices(self, page: Page, heading: str, told: Mapping[Any, str]) -> None:
+        """Add the overlays of cases, with what is told of each."""
+        shown = [
+            (f"{case} ({text}), slice {z}", png)
+            for case, text in told.items()
+            for z, png in self._slices.get(case, ())
+        ]
+        if shown:
+            page.heading(heading)
+            page.legend()
+        for caption, png in shown:
+            page.picture(png, caption, width=600)
 
 
-def _printed() -> list[Table]:
-    """Lay out the paper's own Tables III and II."""
-    note = f"As printed in {paper.SOURCE}. Other patients, models and training data: no comparison with the "
-    note += "above."
-    header = ("Methods (paper)", *(f"{data} {name}" for data in paper.DATA_SETS for name in OF_SCORES))
-    scores, bright = ([(n, *row) for n, row in rows.items()] for rows in (paper.TABLE_III, paper.TABLE_II))
-    second = ("Dataset (paper)", *OF_BRIGHT)
-    return [
-        Table.of("The paper's Table III, on its data sets", header, scores, note),
-        Table.of("The paper's Table II, on its data sets (%)", second, bright, note),
-    ]
-
-
-def _means(summary: Mapping[str, Mapping[str, float]], names: Iterable[str]) -> list[str]:
-    return [percent(summary[name]["mean"], summary[name]["sd"]) for name in names]
-
-
-def _row(name: str, method: Method, means: Mapping[str, Any], scores: Iterable[str], *more: str) -> list[str]:
-    return [name, *_means(means, scores), str(method.patients), *more]
-
-
-def _one_label(labels: Sequence[str]) -> str:
+def _one_label(labels: Iterable[str]) -> str:
     """One label for all cases; where they differ, each with the number of its cases."""
     count = Counter(labels)
     if len(count) < 2:
@@ -514,7 +407,6 @@ def evaluate_volumes(volumes: Iterable[CaseVolumes], *, name: str = PROPOSED, **
     Parameters
     ----------
     volumes : iterable of CaseVolumes
-        At least one; names differ.
     name, **how
         ``healthy_threshold``, ``control_voxels``, ``oracle`` and ``pictures`` of `EvaluateConfig`.
 
@@ -550,55 +442,51 @@ def _with_record(files: Mapping[str, Path]) -> Maps:
         return files, {}
 
 
-def _records(folder: Path) -> dict[str, Record | str]:
-    """Read the records of a folder, or what is wrong with a case; nothing where another program wrote it."""
+def _records(folder: Path) -> tuple[list[Record], dict[str, str]]:
+    """Read the records of a folder, and what is wrong with cases; nothing where another program wrote it."""
     records, problems = read_records(folder)
-    found: dict[str, Record | str] = {**{record["case"]: record for record in records}, **problems}
-    for path in folder.glob(f"[!.]*{MAPS['lesions']}") if found else ():
-        case = path.name.removesuffix(MAPS["lesions"])
-        found.setdefault(case, f"{case}.json is missing: its prediction was not finished")
-    return dict(sorted(found.items()))
+    finished = {record["case"] for record in records}
+    for path in folder.glob(f"[!.]*{MAPS['lesions']}") if records or problems else ():
+        if (case := path.name.removesuffix(MAPS["lesions"])) not in finished:
+            problems.setdefault(case, f"{case}.json is missing: its prediction was not finished")
+    return records, problems
 
 
 def _maps(folder: Path, cases: Sequence[Case], argument: str) -> dict[str, Maps]:
     """Find a method's maps of the cases in a folder, or why there are none."""
-    found = _records(folder)
-    if not found:
+    records, problems = _records(folder)
+    if not (records or problems):
         files, problems = match(folder, cases, argument)
         return {**problems, **{case: _with_record({"lesions": path}) for case, path in files.items()}}
-    if not any(case.case in found for case in cases):
-        there = some_of(", ", list(map(name_of, found)))
+    maps: dict[str, Maps] = {**problems}
+    for record in records:
+        files = {kind: folder / name for kind, name in record["files"].items() if name}
+        maps[record["case"]] = files, record
+    if not any(case.case in maps for case in cases):
+        there = some_of(", ", list(map(name_of, sorted(maps))))
         raise ValueError(f"{argument} must hold maps of the same cases, got {there} in {name_of(folder)}")
-    maps: dict[str, Maps] = {case: text for case, text in found.items() if isinstance(text, str)}
-    for case, record in found.items():
-        if not isinstance(record, str):
-            maps[case] = {kind: folder / file for kind, file in record["files"].items() if file}, record
     return maps
 
 
 def _predicted(folder: Path, ct: Sequence[Path]) -> Found[Case]:
     """Make cases of the records in a folder, their CT where they are now; or one for each CT."""
-    found = _records(folder)
-    if not found:
+    records, problems = _records(folder)
+    if not (records or problems):
         if not ct:
             raise ValueError(f"ct must be given for maps without <case>.json, as in {name_of(folder)}")
         return find_cases(ct)
-    records = {case: record for case, record in found.items() if not isinstance(record, str)}
-    places = locate(list(records.values()), ct)
-    at, cases = dict(zip(records, places, strict=True)), []
-    for case, problem in found.items():
-        if case not in at:
-            cases.append(Case(case=case, ct=folder, problem=str(problem)))
-            continue
-        path, series = at[case].path, at[case].series
-        lost = "" if path.exists() else f"{name_of(path)}: no such file or folder; {at[case].hint}"
-        cases.append(Case(case=case, ct=path, series=series, files=() if series else (path,), problem=lost))
-    return Found(cases, places.passed)
+    places = locate(records, ct)
+    cases = [Case(case=case, ct=folder, problem=problem) for case, problem in problems.items()]
+    for record, place in zip(records, places, strict=True):
+        path, series = place.path, place.series
+        lost = "" if path.exists() else f"{name_of(path)}: no such file or folder; {place.hint}"
+        files = () if series else (path,)
+        cases.append(Case(case=record["case"], ct=path, series=series, files=files, problem=lost))
+    return Found(sorted(cases, key=lambda case: case.case), places.passed)
 
 
 def _find(config: EvaluateConfig) -> tuple[Found[Case], dict[str, dict[str, Maps]]]:
     """Find the cases, and each method's maps of them."""
-    maps: dict[str, dict[str, Maps]] = {config.name: {}}
     if config.cases is not None:
         needed = ("lesions",) if config.predictions else ("lesions", "prediction")
         cases = Found(read_table(config.cases, columns=tuple(COLUMNS), needed=needed))
@@ -606,30 +494,24 @@ def _find(config: EvaluateConfig) -> tuple[Found[Case], dict[str, dict[str, Maps
         assert config.predictions is not None
         cases = _predicted(config.predictions, config.ct)
     for argument, role, folder in (("truth", "lesions", config.truth), ("masks", "lungs", config.masks)):
-        found, problems = ({}, {}) if folder is None else match(folder, cases, argument)
-        for number, case in enumerate(cases if folder else ()):
+        if folder is None:
+            continue
+        found, problems = match(folder, cases, argument)
+        for number, case in enumerate(cases):
             more: dict[str, Any] = {role: found.get(case.case)}
             cases[number] = replace(case, problem=case.problem or problems.get(case.case, ""), **more)
     if config.predictions is not None:
-        maps[config.name] = _maps(config.predictions, cases, "predictions")
+        own = _maps(config.predictions, cases, "predictions")
     else:
-        given = {c.case: {COLUMNS[name]: path for name, path in c.more.items()} for c in cases}
-        maps[config.name] = {case: _with_record(files) for case, files in given.items()}
-    return cases, maps | {name: _maps(Path(folder), cases, "compare") for name, folder in config.compared}
+        own = {c.case: _with_record({COLUMNS[name]: path for name, path in c.more.items()}) for c in cases}
+    compared = {name: _maps(Path(folder), cases, "compare") for name, folder in config.compared}
+    return cases, {config.name: own, **compared}
 
 
 def evaluate(config: EvaluateConfig) -> Evaluation:
     """Find, read, evaluate, and write results.
 
-    Parameters
-    ----------
-    config : EvaluateConfig
-        Files and settings.
-
-    Returns
-    -------
-    Evaluation
-        A case whose files are broken is among its failures and does not stop the others.
+    A case whose files are broken is among the failures and does not stop the others.
 
     Raises
     ------
@@ -650,7 +532,10 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
     names = tuple(case.case for case in cases)
     evaluation = Evaluation(
         names=tuple(maps),
-        **{name: getattr(config, name) for name in SHARED},
+        healthy_threshold=config.healthy_threshold,
+        control_voxels=config.control_voxels,
+        oracle=config.oracle,
+        pictures=config.pictures,
         asked={
             "label": config.label,
             "lung_label": config.lung_label,
@@ -693,6 +578,8 @@ def _score(
     except Exception as error:  # whatever is wrong with one patient, the others are not to wait
         evaluation.failures.append(Failure(case.case, None, reason(None, error)))
         return
+    scan: Any = {"case": case.case, "hu": ct.hu, "spacing": ct.spacing, "notes": notes}
+    scan |= {"truth": truth, "lung_mask": lung_mask}
     for name, found in maps.items():
         try:
             if isinstance(found, str):
@@ -700,19 +587,10 @@ def _score(
             files, record = found
             if same_file(files["lesions"], case.lesions):
                 raise ValueError(f"{name_of(case.lesions)}: must not be both the truth and the prediction")
-            masks = {kind: read_mask(files[kind], ct) for kind in ("healthy", "core") if kind in files}
-            volumes = CaseVolumes(
-                case=case.case,
-                hu=ct.hu,
-                prediction=read_mask(files["lesions"], ct),
-                truth=truth,
-                lung_mask=lung_mask,
-                probability=read_map(files["probability"], ct) if "probability" in files else None,
-                spacing=ct.spacing,
-                origin=origin_of(record),
-                notes=notes,
-                **masks,
-            )
+            masks: Any = {kind: read_mask(files[kind], ct) for kind in ("healthy", "core") if kind in files}
+            probability = read_map(files["probability"], ct) if "probability" in files else None
+            lesions, origin = read_mask(files["lesions"], ct), origin_of(record)
+            volumes = CaseVolumes(**scan, **masks, prediction=lesions, probability=probability, origin=origin)
             evaluation.add(volumes, name)
         except Exception as error:
             evaluation.failures.append(Failure(case.case, name, reason(None, error)))

@@ -18,6 +18,7 @@ from typing import Any, TypedDict
 
 import numpy as np
 import numpy.typing as npt
+import pandas as pd
 
 import lesionsynth as ls
 from normnet.config import PAPER_THRESHOLD_HU
@@ -31,10 +32,12 @@ CONTROL_VOXELS = 100
 ALL_LUNGS, FEW_INSIDE = 0.9, 0.5
 """A truth that covers more of the lungs than the one, or lies in them with less than the other, is doubted:
 lungs that are lesions all through are rare, and lesions lie in lungs."""
-SCORES = ("dsc", "psc", "sen")
-"""Table III."""
-BRIGHT = ("bright_precision", "bright_sensitivity", "bright_specificity", "bright_auc")
-"""Table II."""
+SCORES = {"dsc": "DSC (%)", "psc": "PSC (%)", "sen": "SEN (%)"}
+BRIGHT = {
+    "bright_precision": "Precision", "bright_sensitivity": "Sensitivity",
+    "bright_specificity": "Specificity", "bright_auc": "AUC",
+}  # fmt: skip
+"""Of Tables III and II: scores, and what the paper calls them."""
 
 
 class OverlapScores(TypedDict):
@@ -65,10 +68,7 @@ class CaseScores(OverlapScores):
 
 
 def roc_auc(positive: Array, negative: Array) -> float:
-    """Area under the ROC curve of two classes, given their scores: higher is more like the positive class.
-
-    NaN where a class is empty; a score that is NaN is a ValueError.
-    """
+    """Area under the ROC curve of two classes' scores: NaN where one is empty, ValueError for NaN in one."""
     for name, scores in (("positive", positive), ("negative", negative)):
         if np.isnan(scores).any():
             raise ValueError(f"{name} scores must be numbers, got NaN")
@@ -104,10 +104,17 @@ def overlap_scores(
     _check({"prediction": prediction, "lesion_truth": lesion_truth})
     if len(spacing) != 3 or not min(spacing) > 0:
         raise ValueError(f"spacing must be three lengths > 0 in mm (z, y, x), got {tuple(spacing)}")
-    tp = int(np.count_nonzero(prediction & lesion_truth))
-    fp = int(np.count_nonzero(prediction)) - tp
-    fn = int(np.count_nonzero(lesion_truth)) - tp
-    ml = float(np.prod(spacing)) / 1000
+    tp = _count(prediction & lesion_truth)
+    fp, fn = _count(prediction) - tp, _count(lesion_truth) - tp
+    return _overlap(tp, fp, fn, float(np.prod(spacing)) / 1000)
+
+
+def _count(voxels: Array) -> int:
+    return int(np.count_nonzero(voxels))
+
+
+def _overlap(tp: int, fp: int, fn: int, ml: float) -> OverlapScores:
+    """Score counted voxels of `ml` each."""
     return {
         "tp": tp,
         "fp": fp,
@@ -138,19 +145,16 @@ def evaluate_case(
     Parameters
     ----------
     prediction, lesion_truth, lung_mask : (Z, Y, X) bool arrays
-        Final lesion map; annotated lesions, which count in Table III outside the lungs, too; lungs including
-        lesions.
+        Lesions, which count in Table III outside the lungs, too; lungs including lesions.
     hu : (Z, Y, X) array
-        Hounsfield units; bright are voxels of `lung_mask` from -500 HU on (tau = 1/3), whatever T the network
-        was trained for: methods compare on the same voxels.
+        Bright are voxels of `lung_mask` from -500 HU on (tau = 1/3), whatever T the network was trained for:
+        methods compare on the same voxels.
     healthy_probability : (Z, Y, X) float array, optional
-        The network's healthy probability; 0 where it says nothing. Without it the AUC is NaN.
+        Of the network; 0 where it says nothing. Without it the AUC is NaN.
     healthy : (Z, Y, X) bool array, optional
-        Voxels that the vote called healthy; where omitted, ``healthy_probability > healthy_threshold``.
+        What the vote called healthy; where omitted, ``healthy_probability > healthy_threshold``, in [0, 1].
     spacing : (3,) floats
-        Voxel size (z, y, x) in mm.
-    healthy_threshold : float
-        In [0, 1].
+        (z, y, x) in mm.
     control_voxels : int
         A truth with fewer lesion voxels is a control, which `summarise` keeps out of its means.
 
@@ -165,7 +169,7 @@ def evaluate_case(
     if not lung_mask.any():
         raise ValueError("lung_mask must have at least one voxel, got an empty mask")
     if healthy_probability is not None:
-        low, high = float(healthy_probability.min()), float(healthy_probability.max())  # NaN wins both
+        low, high = healthy_probability.min(), healthy_probability.max()  # NaN wins both
         if not (low >= 0 and high <= 1):
             raise ValueError(f"healthy_probability must lie in [0, 1], got {low:g} to {high:g}")
     if not 0 <= healthy_threshold <= 1:
@@ -176,12 +180,12 @@ def evaluate_case(
         warnings.warn(doubt, stacklevel=2)
     bright = bright_voxels(hu, lung_mask)
     well, lesion = bright & ~lesion_truth, bright & lesion_truth
-    n_well, n_lesion = int(np.count_nonzero(well)), int(np.count_nonzero(lesion))
+    n_well, n_lesion = _count(well), _count(lesion)
     called = healthy
     if called is None and healthy_probability is not None:
         called = healthy_probability > healthy_threshold
     # of the bright voxels called healthy those that are, and those that are lesion
-    tp, fp = (0, 0) if called is None else (int(np.count_nonzero(called & part)) for part in (well, lesion))
+    tp, fp = (0, 0) if called is None else (_count(called & well), _count(called & lesion))
     nan, probability = float("nan"), healthy_probability
     notes = {
         "no lesion in the truth: SEN undefined": not overlap["tp"] + overlap["fn"],
@@ -206,7 +210,7 @@ def evaluate_case(
 
 def _doubt(truth: Array, lung_mask: Array) -> str:
     """Say what a truth looks like that is none of these lungs' lesions."""
-    inside, lesion, lung = map(np.count_nonzero, (truth & lung_mask, truth, lung_mask))
+    inside, lesion, lung = _count(truth & lung_mask), _count(truth), _count(lung_mask)
     if inside > ALL_LUNGS * lung:
         return f"the truth covers {100 * inside / lung:.0f} % of the lungs: a lung mask?"
     if lesion > lung:
@@ -246,13 +250,8 @@ def summarise(cases: Sequence[CaseScores]) -> dict[str, dict[str, float]]:
 
 def mean_and_sd(values: Sequence[float] | Array) -> dict[str, float]:
     """``mean``, ``sd`` (of the sample, n - 1; NaN for fewer than two) and ``n`` of what is not NaN."""
-    known = np.asarray(values, np.float64)
-    known = known[~np.isnan(known)]
-    return {
-        "mean": float(known.mean()) if known.size else float("nan"),
-        "sd": float(known.std(ddof=1)) if known.size > 1 else float("nan"),
-        "n": int(known.size),
-    }
+    known = pd.Series(values, dtype=np.float64)
+    return {"mean": float(known.mean()), "sd": float(known.std()), "n": int(known.count())}
 
 
 def percent(mean: float, sd: float | None = None) -> str:
@@ -286,19 +285,20 @@ def threshold_counts(
     return np.stack([tp, fp, np.count_nonzero(lesion_truth) - tp], axis=1)
 
 
-def oracle_threshold(counts: Sequence[Array]) -> dict[str, float]:
-    """Find the best ``threshold`` and its ``mean_dsc``, given `threshold_counts` of all but the controls."""
+def oracle_threshold(counts: Sequence[Array]) -> dict[str, Any]:
+    """Find the best ``threshold``, its ``mean_dsc`` and `summary_at` it.
+
+    Of `threshold_counts` of all but the controls; NaN, and no summary, where there are none.
+    """
     if not counts:
         return {"threshold": float("nan"), "mean_dsc": float("nan")}
     dsc = np.mean([2 * c[:, 0] / np.maximum(2 * c[:, 0] + c[:, 1] + c[:, 2], 1) for c in counts], axis=0)
     best = int(dsc.argmax())
-    return {"threshold": best / 100, "mean_dsc": float(dsc[best])}
+    return {"threshold": best / 100, "mean_dsc": float(dsc[best]), **summary_at(counts, best / 100)}
 
 
 def summary_at(counts: Sequence[Array], threshold: float) -> dict[str, dict[str, float]]:
     """Table III's `SCORES` at one of the thresholds of `threshold_counts`, each as in `summarise`."""
-    rows = np.array([c[round(100 * threshold)] for c in counts], np.float64).reshape(-1, 3)
-    tp, fp, fn = rows.T
-    with np.errstate(invalid="ignore"):  # 0 / 0: undefined in this volume
-        values = {"dsc": 2 * tp / (2 * tp + fp + fn), "psc": tp / (tp + fp), "sen": tp / (tp + fn)}
-    return {name: mean_and_sd(values[name]) for name in SCORES}
+    counted = [c[round(100 * threshold)].tolist() for c in counts]
+    cases: Any = [_overlap(tp, fp, fn, 1.0) for tp, fp, fn in counted]
+    return {name: mean_and_sd([case[name] for case in cases]) for name in SCORES}

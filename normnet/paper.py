@@ -1,8 +1,14 @@
-"""The numbers that the paper prints: its Tables II to VI, as strings where it prints mean±SD."""
+"""Tables II and III as the paper lays them out, and the numbers it prints: Tables II to VI."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import pandas as pd
+
+from lesionsynth.commands import printable
+from normnet.metrics import BRIGHT, SCORES, CaseScores, percent
 
 SOURCE = (
     "Yao, Xiao, Liu and Zhou, Label-Free Segmentation of COVID-19 Lesions in Lung CT, IEEE Transactions on "
@@ -54,3 +60,126 @@ TABLE_V: Mapping[str, tuple[str, str, str, float]] = {
 """Table V by preset of `lesionsynth.presets`: shapes, probability maps, salt noises, Dice in percent."""
 TABLE_VI: Mapping[str, float] = {"-700": 55.1, "-600": 67.0, "-500": 68.7, "-400": 64.3, "-300": 61.1}
 """Table VI: T in HU, Dice in percent."""
+
+
+class Table(NamedTuple):
+    """A table of strings, and what its reader must know."""
+
+    title: str
+    frame: pd.DataFrame
+    note: str = ""
+
+    @classmethod
+    def of(cls, title: str, header: Sequence[str], rows: Sequence[Sequence[str]], note: str = "") -> Table:
+        """Make it of rows; names of files that are no text are left as they are."""
+        return cls(title, pd.DataFrame(rows, columns=list(header), dtype=object), note)
+
+    def markdown(self) -> str:
+        """Write it in Markdown, its title above and its note below."""
+        note = f"\n{self.note}\n" if self.note else ""
+        return f"**{printable(self.title)}**\n\n{as_text(self.frame, 'pipe')}\n{note}"
+
+
+def as_text(frame: pd.DataFrame, layout: str = "plain") -> str:
+    """Set a table of strings in columns for a terminal, or in Markdown ("pipe"); controls are escaped."""
+    bar, lines = "\\|" if layout == "pipe" else "|", [list(frame), *frame.to_numpy().tolist()]
+    header, *rows = ([printable(cell).replace("|", bar) for cell in line] for line in lines)
+    align = ("left", *["right"] * (len(header) - 1))
+    shown = pd.DataFrame(rows, columns=header)
+    return str(shown.to_markdown(index=False, tablefmt=layout, disable_numparse=True, colalign=align))
+
+
+def printed() -> list[Table]:
+    """Lay out the paper's own Tables III and II."""
+    note = f"As printed in {SOURCE}. Other patients, models and training data: no comparison with the above."
+    scores = ("Methods (paper)", *(f"{data} {name}" for data in DATA_SETS for name in SCORES.values()))
+    bright = ("Dataset (paper)", *BRIGHT.values())
+    return [
+        Table.of(title, header, [(name, *row) for name, row in rows.items()], note)
+        for title, header, rows in (
+            ("The paper's Table III, on its data sets", scores, TABLE_III),
+            ("The paper's Table II, on its data sets (%)", bright, TABLE_II),
+        )
+    ]
+
+
+class Method(NamedTuple):
+    """What is known of a method: labels of all its cases, their scores, and mean and SD of these."""
+
+    threshold: str
+    bright_threshold: str
+    """Where the thresholds behind Tables III and II come from."""
+    judges: str
+    """The voxels that it judges."""
+    summary: dict[str, dict[str, float]]
+    cases: dict[str, CaseScores]
+    oracle_searched_on_this_test_set: dict[str, Any] | None
+    """The best threshold, and Table III's scores at it: an upper bound, no result."""
+
+    @property
+    def patients(self) -> int:
+        """Cases that are no controls."""
+        return sum(not scores["control"] for scores in self.cases.values())
+
+
+def table_three(methods: Mapping[str, Method]) -> Table:
+    """Lay out Table III: lesions."""
+    rows = [[name, *_means(m.summary, SCORES), str(m.patients), m.threshold] for name, m in methods.items()]
+    return Table.of(
+        "Table III: lesions against the truth, mean±SD over patients (%)",
+        ("Methods", *SCORES.values(), "patients", "threshold"),
+        rows,
+        "SD of the sample (n - 1). Controls, which have next to no lesion, take no part. Thresholds as the "
+        "predictions recorded them: fixed, or calibrated without annotated data.",
+    )
+
+
+def table_two(methods: Mapping[str, Method]) -> Table:
+    """Lay out Table II: bright voxels."""
+    rows = [
+        [name, *_means(m.summary, BRIGHT), str(m.patients), m.bright_threshold] for name, m in methods.items()
+    ]
+    return Table.of(
+        "Table II: bright voxels, healthy against lesion, mean±SD over patients (%)",
+        ("Methods", *BRIGHT.values(), "patients", "threshold"),
+        rows,
+        "Lung voxels of at least -500 HU, the paper's T, for every method whatever its own T: methods "
+        "compare on the same voxels, and what a method does not judge it does not call healthy. Before "
+        "post-processing; healthy is the positive class, so specificity is the share of bright lesion voxels "
+        "not called healthy. The AUC, of the mean healthy probability, needs no threshold.",
+    )
+
+
+def oracle_table(methods: Mapping[str, Method]) -> Table:
+    """Lay out what no method may be judged by; without a row where nothing was searched."""
+    rows = []
+    for name, m in methods.items():
+        best = m.oracle_searched_on_this_test_set or {}
+        if "dsc" in best:
+            level = f"{best['threshold']:.2f}"
+            rows.append([name, *_means(best, SCORES), str(m.patients), level, m.judges])
+    return Table.of(
+        "Oracle, NOT a result: thresholds searched on this very test set (%)",
+        ("Methods", *SCORES.values(), "patients", "healthy probability", "searched in"),
+        rows,
+        "One threshold per method, the best mean DSC of 0, 0.01, ... 1, on its mean probability without "
+        "post-processing: the search that the paper grants its baselines (IV-C). The most that the bare map "
+        "could reach on the voxels that the method judges: from its own T on, or the whole lung. Not to be "
+        "set beside Table III.",
+    )
+
+
+def volume_table(method: Method) -> pd.DataFrame:
+    """Lay out the scores of a method: a row per case, then mean±SD."""
+    names = ("DSC", "PSC", "SEN", "bright PSC", "bright SEN", "bright SPC", "AUC", "lesion ml", "FP ml")
+    rows, cases = [], dict[str, Any](method.cases)
+    for case, s in cases.items():
+        cells = ["–" if s["control"] else percent(s[name]) for name in (*SCORES, *BRIGHT)]
+        cells += [f"{s[name]:.1f}" for name in ("lesion_ml", "false_positive_ml")]
+        rows.append([f"{case} (control)" if s["control"] else case, *cells])
+    rows.append(["mean±SD", *_means(method.summary, (*SCORES, *BRIGHT)), "", ""])
+    return pd.DataFrame(rows, columns=["case", *names], dtype=object)
+
+
+def _means(summary: Mapping[str, Mapping[str, float]], names: Iterable[str]) -> list[str]:
+    return [percent(summary[name]["mean"], summary[name]["sd"]) for name in names]

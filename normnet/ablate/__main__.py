@@ -10,7 +10,7 @@ import tyro
 from lesionsynth.commands import plainly, printable, run
 from lesionsynth.strict import name_of
 from normnet.ablate import AblateConfig, ablate
-from normnet.evaluate import as_text
+from normnet.paper import as_text
 
 HELP = """Reproduce Table IV (voting), V (modules) or VI (threshold) of the paper, its numbers beside ours.
 

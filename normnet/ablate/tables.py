@@ -11,9 +11,8 @@ import pandas as pd
 
 from normnet.ablate.config import TableName
 from normnet.ablate.scoring import Cell, Scores
-from normnet.evaluate import Table
 from normnet.metrics import percent, summarise
-from normnet.paper import ITERATIONS, TABLE_IV, TABLE_V, TABLE_VI
+from normnet.paper import ITERATIONS, TABLE_IV, TABLE_V, TABLE_VI, Table
 from normnet.sheets import sheet
 
 TITLES: dict[str, str] = {
