@@ -75,7 +75,7 @@ def find_cases(
     inputs : sequence of Path
         CT as in `lesionsynth.io.find_sources`; or one ``.csv``, see `read_table`, which names everything.
     masks, truth : Path, optional
-        Where the lungs and the annotated lesions of each case are, see `match`.
+        Folders with the lungs and the annotated lesions, see `match`.
     series, names, output
         As in `find_sources`.
     columns : sequence of str
@@ -405,7 +405,6 @@ def run_cases(
     segment : callable
         Given a case and the kinds to write.
     progress_bar : bool
-        Show one on standard error.
 
     Raises
     ------
@@ -423,12 +422,10 @@ def run_cases(
             failures[case.case] = reason(case.ct, error)
     good = [case for case in cases if case.case in requests]
     check_output(args.output, {case.case: case.inputs for case in good}, overwrite=args.overwrite)
-    wanted = {
-        case.case: to_write(
-            args.output, case.case, requests[case.case], kinds(case), overwrite=args.overwrite
-        )
-        for case in good
-    }
+    wanted: dict[str, Sequence[str]] = {}
+    for case in good:
+        name = case.case
+        wanted[name] = to_write(args.output, name, requests[name], kinds(case), overwrite=args.overwrite)
     there = [name for name, files in wanted.items() if not files]
     said = {name: list(read_record(args.output / f"{name}.json")["warnings"]) for name in there}
     written: list[str] = []
@@ -465,11 +462,12 @@ def run_cases(
 
 def _inputs(case: Case, label: Sequence[int], lungs: Record) -> Record:
     """Tell what a case is read from, before it is read: what changes meanwhile is seen the next time."""
-    mask = {"lungs_from": os.path.abspath(case.lungs), "lungs_sha256": None} if case.lungs else lungs
+    if case.lungs:
+        lungs = {"lungs_from": os.path.abspath(case.lungs), "lungs_sha256": None}
     return {
         "ct": os.path.abspath(case.ct),
         "series": case.series,
-        **mask,
+        **lungs,
         "label": list(label) or None,
         "ct_stamp": stamp(case.files),
         "lungs_stamp": stamp([case.lungs]) if case.lungs else None,
@@ -495,16 +493,14 @@ def reason(path: Path | None, error: Exception) -> str:
 def hear() -> Iterator[list[str]]:
     """Collect the warnings of a case, each text once; the list is full when the block ends."""
     texts: list[str] = []
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always", UserWarning)
+    with warnings.catch_warnings(record=True, action="always", category=UserWarning) as caught:
         try:
             yield texts
         finally:
-            texts += dict.fromkeys(
-                str(one.message) for one in caught if issubclass(one.category, UserWarning)
-            )
+            ours = [one for one in caught if issubclass(one.category, UserWarning)]
+            texts += dict.fromkeys(str(one.message) for one in ours)
     for one in caught:
-        if not issubclass(one.category, UserWarning):
+        if one not in ours:
             warnings.warn_explicit(one.message, one.category, one.filename, one.lineno)
 
 
@@ -516,8 +512,10 @@ def tell(said: Mapping[str, Sequence[str]], passed: Sequence[Passed] = ()) -> bo
     bool
         The user named something that was passed over: the exit status is 1.
     """
-    lines = [f"warning: {case}: {text}" for case, texts in said.items() for text in texts]
-    over = [f"passed over: {one}" for one in sorted(passed, key=lambda one: not one.named)]
-    for line in [*map(printable, lines), *([some_of("\n", list(map(printable, over)))] if over else [])]:
-        sys.stderr.write(f"{line}\n")
+    for case, texts in said.items():
+        for text in texts:
+            print(printable(f"warning: {case}: {text}"), file=sys.stderr)
+    if passed:
+        over = [printable(f"passed over: {one}") for one in sorted(passed, key=lambda one: not one.named)]
+        print(some_of("\n", over), file=sys.stderr)
     return any(one.named for one in passed)
