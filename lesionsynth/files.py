@@ -8,6 +8,7 @@ by that name and taken away by the next one that writes there; what a live one i
 from __future__ import annotations
 
 import fnmatch
+import hashlib
 import os
 import re
 import shutil
@@ -348,6 +349,12 @@ def claimed(folder: Path, argument: str = "output") -> Iterator[None]:
     finally:
         _held.discard(key)
         os.close(handle)
+
+
+def sha256(file: Path) -> str:
+    """Return the SHA-256 of a file in hexadecimal."""
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def hold(folder: Path) -> int | None:

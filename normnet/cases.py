@@ -15,9 +15,8 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path, PureWindowsPath
-from typing import Any
+from typing import Any, TypeVar
 
 from tqdm import tqdm
 
@@ -25,54 +24,33 @@ from lesionsynth import __version__
 from lesionsynth.commands import printable
 from lesionsynth.io import SUFFIXES, Found, Passed, Scan, Source, case_name, find_sources
 from lesionsynth.strict import name_of, shown, some_of
-from normnet.output import (
-    Record,
-    Writer,
-    check_output,
-    read_record,
-    stamp,
-    to_write,
-    write_case,
-    write_table,
-)
+from normnet.output import Record, Writer, check_output, read_record, stamp, to_write, write_case, write_table
 from normnet.sheets import read_rows
 
 COLUMNS = ("case", "ct", "lungs", "lesions")
 """Of a table of cases; the first two must be filled."""
+K = TypeVar("K")
 FORESEEN = (ValueError, OSError, MemoryError, ImportError)
 """Errors whose text says what is wrong with a file or a machine; of others the type is told, too."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """The files of one case.
-
-    Attributes
-    ----------
-    case : str
-        Its name: results are called ``<case>_...``.
-    ct : Path
-        A volume file or a DICOM folder: what `lesionsynth.io.read_ct` takes.
-    series : str or None
-        SeriesInstanceUID, for a DICOM folder.
-    files : tuple of Path
-        What is read of the CT: the file, or those of the series.
-    lungs, lesions : Path or None
-        Masks on the CT's grid: lungs with the lesions in them, annotated lesions.
-    more : mapping of str to Path
-        Further columns of a table.
-    problem : str
-        Why the case cannot be worked on; empty where it can.
-    """
+    """The files of one case; what is read of its CT is as in `lesionsynth.io.Source`."""
 
     case: str
+    """Its name: results are called ``<case>_...``."""
     ct: Path
     series: str | None = None
     files: tuple[Path, ...] = field(default=(), compare=False, repr=False)
     lungs: Path | None = None
+    """Mask of the lungs with the lesions in them, on the CT's grid."""
     lesions: Path | None = None
+    """Mask of the annotated lesions, on the CT's grid."""
     more: Mapping[str, Path] = field(default_factory=dict, hash=False)
+    """Further columns of a table."""
     problem: str = ""
+    """Why the case cannot be worked on; empty where it can."""
 
     @property
     def inputs(self) -> list[Path]:
@@ -95,31 +73,23 @@ def find_cases(
     Parameters
     ----------
     inputs : sequence of Path
-        CT: files, DICOM folders and folders of these, see `lesionsynth.io.find_sources`; or one ``.csv``, see
-        `read_table`, which names everything.
+        CT as in `lesionsynth.io.find_sources`; or one ``.csv``, see `read_table`, which names everything.
     masks, truth : Path, optional
-        Folders with the lungs and with the annotated lesions of each case, see `match`; or a file, for a
-        single CT.
-    series : str
-        Of a DICOM folder with several: "largest", "all", or a SeriesInstanceUID.
-    names : sequence of str, optional
-        Names of the cases, one per CT; those of the files where omitted.
-    output : Path, optional
-        Results of earlier calls: not searched for CT.
+        Folders with the lungs and the annotated lesions, see `match`.
+    series, names, output
+        As in `find_sources`.
     columns : sequence of str
         What a table may have beside `COLUMNS`.
 
     Returns
     -------
     Found of Case
-        One without its masks has a `problem`. ``passed`` lists what was not taken for a CT.
+        One without its masks has a `problem`.
 
     Raises
     ------
-    FileNotFoundError
-        A path does not exist.
-    ValueError
-        As `find_sources`; no case has a file in `masks` or `truth`; or these or `names` beside a table.
+    FileNotFoundError, ValueError
+        As `find_sources`, `match` and `read_table`; or `masks`, `truth` or `names` are given beside a table.
     """
     tables = [path for path in inputs if path.suffix.lower() == ".csv"]
     if tables:
@@ -147,19 +117,16 @@ def match(folder: Path, cases: Sequence[Case], argument: str) -> tuple[dict[str,
     Parameters
     ----------
     folder : Path
-        With volume files, not searched deeper; or a file, for a single case. A file whose name begins with
-        those of two cases is of the longer one; a CT of a case is no mask.
+        Not searched deeper; or a file, for a single case. A file whose name begins with those of two cases is
+        of the longer one; a CT of a case is no mask.
     cases : sequence of Case
-        What to look for.
     argument : str
         What named the folder, for messages.
 
     Returns
     -------
-    files : dict of str to Path
-        By case.
-    problems : dict of str to str
-        Why the other cases have none.
+    files, problems : dict of str to Path, and to str
+        The file of each case, or why it has none.
 
     Raises
     ------
@@ -207,25 +174,21 @@ def read_table(
     Parameters
     ----------
     path : Path
-        In UTF-8. Paths in it are relative to its folder; all cells but case and ct may be empty.
-    series : str
+        In UTF-8. Paths in it are relative to its folder.
+    series, columns
         As in `find_cases`.
-    columns : sequence of str
-        What it may have beside `COLUMNS`: `Case.more`.
     needed : sequence of str
         Columns that must be filled, beside case and ct.
 
     Returns
     -------
     list of Case
-        In the table's order. One whose files do not exist has a `problem`.
+        One whose files do not exist has a `problem`.
 
     Raises
     ------
-    OSError
-        It cannot be read.
-    ValueError
-        It is no CSV; a column is unknown, a cell that must be filled is empty, or a case occurs twice.
+    OSError, ValueError
+        It cannot be read or is no CSV; a column is unknown, a needed cell empty, or a case there twice.
     """
     known, name = (*COLUMNS, *columns), name_of(path)
     rows = [(line, cells) for line, cells in read_rows(path) if any(cells)]
@@ -281,7 +244,7 @@ def locate(records: Sequence[Mapping[str, Any]], inputs: Sequence[Path]) -> Foun
     Parameters
     ----------
     records : sequence of mapping
-        With ``case``, ``ct`` and ``series``; see `normnet.output.read_record`.
+        From `normnet.output.read_record`.
     inputs : sequence of Path
         Files and folders with CT that may have moved. A series is known by its UID; a file by its name, where
         several have it by the folders above, else by the name of its case. A file that would fit two cases
@@ -300,34 +263,35 @@ def locate(records: Sequence[Mapping[str, Any]], inputs: Sequence[Path]) -> Foun
     sources = _every_ct(inputs) if inputs else Found[Source]()
     hint = f"nothing in ct fits either{sources.over}" if inputs else "ct must name its new place"
     places = [Place(Path(r["ct"]), r["series"], hint) for r in records]
-    claims: dict[Path, list[tuple[int, int]]] = defaultdict(list)
+    claims: dict[Path, dict[int, int]] = defaultdict(dict)
     for number, record in enumerate(records):
         same = [source for source in sources if source.series and source.series == record["series"]]
         if same:
             places[number] = Place(same[0].path, record["series"])
             continue
-        fits = [(fit, source.path) for source in sources if (fit := _fit(source, record))]
-        best = [path for fit, path in fits if fit == max(fits)[0]]
+        fits = {source.path: _fit(source, record) for source in sources}
+        best = _largest(fits)
         if len(best) == 1:
-            claims[best[0]].append((max(fits)[0], number))
+            claims[best[0]][number] = fits[best[0]]
         elif best:
             hint = f"{name_of(best[0])} and {name_of(best[1])} fit equally well"
             places[number] = replace(places[number], hint=hint)
     for path, claim in claims.items():
-        first = [number for fit, number in claim if fit == max(claim)[0]]
-        if len(first) == 1:
-            places[first[0]] = Place(path, None)
-            continue
+        first = _largest(claim)
         hint = f"{name_of(path)} fits {' and '.join(records[n]['case'] for n in first)} equally well"
         for number in first:
-            places[number] = replace(places[number], hint=hint)
+            places[number] = Place(path, None) if len(first) == 1 else replace(places[number], hint=hint)
     return Found(places, sources.passed)
+
+
+def _largest(fits: Mapping[K, int]) -> list[K]:
+    """Return what fits best, several where they do equally; nothing where nothing fits."""
+    return [key for key, fit in fits.items() if fit and fit == max(fits.values())]
 
 
 def _every_ct(inputs: Sequence[Path]) -> Found[Source]:
     try:
-        # that localizers are left out is no news: series are looked up by UID
-        with hear():
+        with hear():  # that localizers are left out is no news: series are looked up by UID
             return find_sources(list(dict.fromkeys(inputs)), series="all", case_of=os.fspath)
     except FileNotFoundError as error:
         raise FileNotFoundError(f"ct must exist, got {error}") from None
@@ -380,26 +344,12 @@ class Segmented:
 
     ct: Scan
     """What it was given."""
-    files: Mapping[str, Any]
-    """By kind of `normnet.output.FILES`: an array on the CT's grid; bytes; or None for a file not to be."""
+    writers: Mapping[str, Writer]
+    """What writes each file, by kind of `normnet.output.FILES`."""
     volumes: Mapping[str, float | None]
     """See `normnet.output.volumes_of`."""
     inflation: float = 1.0
     """What HU in the lungs were multiplied with, see `normnet.inflation`."""
-
-    def writers(self) -> dict[str, Writer]:
-        """Return what writes the files."""
-        return {
-            kind: partial(_save, content)
-            if isinstance(content, bytes)
-            else partial(self.ct.write_like, content)
-            for kind, content in self.files.items()
-            if content is not None
-        }
-
-
-def _save(content: bytes, path: Path) -> None:
-    path.write_bytes(content)
 
 
 @dataclass(frozen=True)
@@ -444,7 +394,6 @@ def run_cases(
     Parameters
     ----------
     cases : Found of Case
-        From `find_cases`.
     args : CaseArgs
         Where to, and what else a record tells.
     lungs : mapping
@@ -456,37 +405,35 @@ def run_cases(
     segment : callable
         Given a case and the kinds to write.
     progress_bar : bool
-        Show one on standard error.
 
     Raises
     ------
     ValueError
-        As `normnet.output.check_output` and `to_write`: there are results of other settings or files of
-        others. Nothing is written.
+        As `normnet.output.check_output` and `normnet.output.to_write`. Nothing is written.
     """
-    failures = {case.case: reason(case.ct, ValueError(case.problem)) for case in cases if case.problem}
     requests: dict[str, Record] = {}
+    failures: dict[str, str] = {}
     for case in cases:
         try:
-            if not case.problem:
-                requests[case.case] = _inputs(case, args.label, lungs) | request
-        except OSError as error:
+            if case.problem:
+                raise ValueError(case.problem)
+            requests[case.case] = _inputs(case, args.label, lungs) | request
+        except (ValueError, OSError) as error:
             failures[case.case] = reason(case.ct, error)
     good = [case for case in cases if case.case in requests]
     check_output(args.output, {case.case: case.inputs for case in good}, overwrite=args.overwrite)
-    todo = {}
+    wanted: dict[str, Sequence[str]] = {}
     for case in good:
-        wanted = to_write(args.output, case.case, requests[case.case], kinds(case), overwrite=args.overwrite)
-        if wanted:
-            todo[case.case] = (case, wanted)
-    there = [case.case for case in good if case.case not in todo]
+        name = case.case
+        wanted[name] = to_write(args.output, name, requests[name], kinds(case), overwrite=args.overwrite)
+    there = [name for name, files in wanted.items() if not files]
     said = {name: list(read_record(args.output / f"{name}.json")["warnings"]) for name in there}
     written: list[str] = []
 
-    def work(case: Case, wanted: Sequence[str]) -> None:  # what it holds of a case is let go before the next
+    def work(case: Case) -> None:  # what it holds of a case is let go before the next
         start = time.perf_counter()
         with hear() as said[case.case]:
-            found = segment(case, wanted)
+            found = segment(case, wanted[case.case])
         record = {
             "case": case.case,
             **requests[case.case],
@@ -497,15 +444,16 @@ def run_cases(
             "seconds": round(time.perf_counter() - start, 2),
             "warnings": said[case.case],
         }
-        write_case(args.output, case.case, found.writers(), record, overwrite=args.overwrite)
+        write_case(args.output, case.case, found.writers, record, overwrite=args.overwrite)
 
     try:
-        for name, (case, wanted) in tqdm(todo.items(), disable=not progress_bar, unit="case", desc="predict"):
+        todo = [case for case in good if wanted[case.case]]
+        for case in tqdm(todo, disable=not progress_bar, unit="case", desc="predict"):
             try:
-                work(case, wanted)
-                written.append(name)
+                work(case)
+                written.append(case.case)
             except Exception as error:  # one failing case must not stop the batch
-                failures[name] = reason(case.ct, error)
+                failures[case.case] = reason(case.ct, error)
     finally:
         if args.output.is_dir():
             write_table(args.output)
@@ -514,11 +462,12 @@ def run_cases(
 
 def _inputs(case: Case, label: Sequence[int], lungs: Record) -> Record:
     """Tell what a case is read from, before it is read: what changes meanwhile is seen the next time."""
-    mask = {"lungs_from": os.path.abspath(case.lungs), "lungs_sha256": None} if case.lungs else lungs
+    if case.lungs:
+        lungs = {"lungs_from": os.path.abspath(case.lungs), "lungs_sha256": None}
     return {
         "ct": os.path.abspath(case.ct),
         "series": case.series,
-        **mask,
+        **lungs,
         "label": list(label) or None,
         "ct_stamp": stamp(case.files),
         "lungs_stamp": stamp([case.lungs]) if case.lungs else None,
@@ -544,16 +493,14 @@ def reason(path: Path | None, error: Exception) -> str:
 def hear() -> Iterator[list[str]]:
     """Collect the warnings of a case, each text once; the list is full when the block ends."""
     texts: list[str] = []
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always", UserWarning)
+    with warnings.catch_warnings(record=True, action="always", category=UserWarning) as caught:
         try:
             yield texts
         finally:
-            texts += dict.fromkeys(
-                str(one.message) for one in caught if issubclass(one.category, UserWarning)
-            )
+            ours = [one for one in caught if issubclass(one.category, UserWarning)]
+            texts += dict.fromkeys(str(one.message) for one in ours)
     for one in caught:
-        if not issubclass(one.category, UserWarning):
+        if one not in ours:
             warnings.warn_explicit(one.message, one.category, one.filename, one.lineno)
 
 
@@ -565,8 +512,10 @@ def tell(said: Mapping[str, Sequence[str]], passed: Sequence[Passed] = ()) -> bo
     bool
         The user named something that was passed over: the exit status is 1.
     """
-    lines = [f"warning: {case}: {text}" for case, texts in said.items() for text in texts]
-    over = [f"passed over: {one}" for one in sorted(passed, key=lambda one: not one.named)]
-    for line in [*map(printable, lines), *([some_of("\n", list(map(printable, over)))] if over else [])]:
-        sys.stderr.write(f"{line}\n")
+    for case, texts in said.items():
+        for text in texts:
+            print(printable(f"warning: {case}: {text}"), file=sys.stderr)
+    if passed:
+        over = [printable(f"passed over: {one}") for one in sorted(passed, key=lambda one: not one.named)]
+        print(some_of("\n", over), file=sys.stderr)
     return any(one.named for one in passed)

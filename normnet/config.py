@@ -46,6 +46,12 @@ BUNDLED = Path(__file__).parent / "weights"
 BUNDLED_LUNGS = BUNDLED / "lungs.safetensors"
 """Those of the lung network."""
 
+
+def model_name(file: Path) -> str:
+    """Name weights: by their run, or by their file."""
+    return file.resolve().parent.name if file.name == WEIGHTS else file.stem
+
+
 # Bounds are far beyond use: they bound work and memory.
 Size = Annotated[int, Field(ge=1, le=4096)]
 Levels = Annotated[tuple[Size, ...], Field(min_length=1, max_length=10, fail_fast=True)]

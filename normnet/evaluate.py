@@ -32,7 +32,7 @@ from normnet.metrics import CaseScores
 from normnet.output import FILES as MAPS
 from normnet.output import Record, dumps, read_record, read_records
 from normnet.paper import Method, Table, as_text, oracle_table, printed, table_three, table_two, volume_table
-from normnet.prepare.case import LungMethod, method_of, method_record
+from normnet.prepare.case import LungMethod, method_of, method_record, weights_of
 from normnet.prepare.lungs import check_plausible
 from normnet.report import Page, lungs_told
 from normnet.settings import File, settings
@@ -527,8 +527,7 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
     # the lungs that the prediction used, where none are given
     used = {case: m[0].get("lung") for case, m in maps[config.name].items() if not isinstance(m, str)}
     own = any(not (case.problem or case.lungs or used.get(case.case)) for case in cases)
-    if own:
-        method_of(config.lungs)  # before any case fails of it
+    (method_of if own else weights_of)(config.lungs)  # before any case fails of it
     names = tuple(case.case for case in cases)
     evaluation = Evaluation(
         names=tuple(maps),

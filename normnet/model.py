@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import sys
@@ -22,7 +21,7 @@ from monai.networks.nets import UNet
 from safetensors.torch import load, save
 
 from lesionsynth.commands import one_line, run
-from lesionsynth.files import claimed, refuse_foreign, same_file, write_atomically
+from lesionsynth.files import claimed, refuse_foreign, same_file, sha256, write_atomically
 from lesionsynth.strict import build, hints_of, name_of, parse_json, read_bytes, read_json, shown
 from normnet.config import (
     BUNDLED,
@@ -35,6 +34,7 @@ from normnet.config import (
     Probability,
     Task,
     ThresholdHU,
+    model_name,
 )
 from normnet.device import use_bf16
 from normnet.settings import naming, settings
@@ -111,8 +111,7 @@ class Model:
             header = dict(vars(read_header(metadata, HEADER, _Header)))
             with torch.device("meta"):  # no memory before all is known to fit
                 network = build_unet(config := header.pop("model")).eval()
-            name = file.resolve().parent.name if file.name == WEIGHTS else file.stem
-            model = cls(network, config, **header, name=name, sha256=_sha256(file))
+            model = cls(network, config, **header, name=model_name(file), sha256=sha256(file))
             if model.task != task:
                 raise ValueError(f"the model's task must be {task}, got {model.task}")
             network.load_state_dict(fitted(tensors, network.state_dict()), assign=True)
@@ -342,7 +341,7 @@ def export_models(
             model.export(output / name)
         for name in earlier - set(names):  # an earlier, larger ensemble's would vote
             (output / name).unlink(missing_ok=True)
-        _record(output, {name: _sha256(output / name) for name in names})
+        _record(output, {name: sha256(output / name) for name in names})
     return [output / name for name in names]
 
 
@@ -362,13 +361,9 @@ def _earlier(output: Path, inputs: Sequence[Path]) -> set[str]:
         refuse_foreign(output, (name,), ours=name in known, maker="an export")
         if any(same_file(output / name, file) for file in inputs):
             raise ValueError(f"output must not replace an input, got {output} for {output / name}")
-        if known[name] not in (None, _sha256(output / name)):
+        if known[name] not in (None, sha256(output / name)):
             raise ValueError(f"output holds {name}, changed since it was exported: move it away")
     return names
-
-
-def _sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -15,6 +15,7 @@ import json
 import math
 import os
 import re
+import struct
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -28,7 +29,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from lesionsynth.files import left_over, others, remove_folder, temporary, write_atomically
 from lesionsynth.strict import name_of, read_json, rule_of, shown
 from lesionsynth.window import HU_RANGE
-from normnet.config import HEALTHY_HU, WEIGHTS
+from normnet.config import HEALTHY_HU
 from normnet.sheets import has_columns, sheet
 
 Mask = npt.NDArray[np.bool_]
@@ -52,7 +53,10 @@ VOLUMES = tuple(
 )
 """Volumes of a record, in the order of the table's columns."""
 TABLE = "volumes.csv"
+HEADER = ("case", *VOLUMES)
+"""Columns of `TABLE`."""
 _STAMPS = {"ct_stamp": "the CT", "lungs_stamp": "the lung mask"}
+_INSTEAD = "take another folder or pass overwrite"
 _BEFORE = "before"
 """In the hidden folder: the record that is being replaced."""
 
@@ -63,14 +67,13 @@ def stamp(files: Sequence[Path]) -> Record:
     Parameters
     ----------
     files : sequence of Path
-        A volume, or the files of a DICOM series, in any order. Headers (``.mhd``, ``.nhdr``) bring the file
-        of their voxels along.
+        In any order. Headers (``.mhd``, ``.nhdr``) bring the file of their voxels along.
 
     Returns
     -------
     dict
         ``files``, ``bytes``, ``modified_ns`` (the latest; nanoseconds since 1970), and ``listing``, the
-        SHA-256 of every name, size and time; for JSON.
+        SHA-256 of every name, size and time.
 
     Raises
     ------
@@ -98,17 +101,6 @@ def _voxels(file: Path) -> list[Path]:
     return [path for name in named if (path := file.parent / name).is_file()]
 
 
-def sha256(file: Path) -> str:
-    """Return the SHA-256 of a file in hexadecimal."""
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def model_name(file: Path) -> str:
-    """Name weights: by their run, or by their file."""
-    return file.resolve().parent.name if file.name == WEIGHTS else file.stem
-
-
 def volumes_of(
     lesions: Mask, lung: Mask, spacing: Sequence[float], sides: tuple[Mask, Mask] | None = None
 ) -> dict[str, float | None]:
@@ -117,9 +109,8 @@ def volumes_of(
     Parameters
     ----------
     lesions, lung : (z, y, x) bool arrays
-        On one grid.
     spacing : (3,) floats
-        Its voxel size in mm.
+        Voxel size in mm.
     sides : pair of (z, y, x) bool arrays, optional
         The patient's right and left lung.
 
@@ -131,10 +122,11 @@ def volumes_of(
     """
     ml = float(np.prod(spacing)) / 1000.0
     volumes: dict[str, float | None] = dict.fromkeys(VOLUMES)
-    parts = {"": lung} if sides is None else {"": lung, "right_": sides[0], "left_": sides[1]}
-    for side, part in parts.items():
-        whole, ill = int(np.count_nonzero(part)), int(np.count_nonzero(lesions & part))
-        volumes[f"{side}lung_ml"], volumes[f"{side}lesion_ml"] = whole * ml, ill * ml
+    for side, part in zip(("", "right_", "left_"), (lung, *(sides or ())), strict=False):
+        whole = int(np.count_nonzero(part))
+        ill = int(np.count_nonzero(lesions & part))
+        volumes[f"{side}lung_ml"] = whole * ml
+        volumes[f"{side}lesion_ml"] = ill * ml
         volumes[f"{side}percent"] = 100.0 * ill / whole if whole else None
     return volumes
 
@@ -158,8 +150,8 @@ def check_output(
     Raises
     ------
     ValueError
-        A result would replace an input of any case; `folder` is a file; a case's name names no file; a table
-        is there that no call wrote.
+        A result would replace an input; `folder` is a file; a case's name names no file; a table is there
+        that no call wrote.
     """
     if os.path.lexists(folder) and not folder.is_dir():
         raise ValueError(f"output must be a folder, got the file {folder}")
@@ -172,8 +164,8 @@ def check_output(
                 raise ValueError(f"output must not replace an input, got {folder} for {file}")
     if table is None or overwrite or not os.path.lexists(file := folder / table):
         return
-    if file.is_symlink() or not has_columns(file, ["case", *VOLUMES]):
-        raise ValueError(f"output holds {table}, which no call wrote; take another folder or pass overwrite")
+    if file.is_symlink() or not has_columns(file, HEADER):
+        raise ValueError(f"output holds {table}, which no call wrote; {_INSTEAD}")
 
 
 def to_write(
@@ -186,7 +178,6 @@ def to_write(
     folder : Path
         Where they go. What a killed call had written as a whole is put in place first.
     case : str
-        Its name.
     request : mapping
         Entries of the record that make it the result of this call: inputs, settings, models.
     kinds : sequence of str
@@ -207,12 +198,13 @@ def to_write(
     _recover(folder, case)
     if overwrite:
         return tuple(kinds)
-    file, record = folder / f"{case}.json", None
+    file = folder / f"{case}.json"
+    made: dict[str, str] = {}
     if os.path.lexists(file):
         try:
             record = read_record(file)
         except (OSError, ValueError) as error:
-            raise ValueError(f"{error}; take another folder or pass overwrite") from error
+            raise ValueError(f"{error}; {_INSTEAD}") from error
         for entry, now in request.items():
             if entry in record and record[entry] != now:
                 rule = f"{entry} must be that of this call"
@@ -220,11 +212,9 @@ def to_write(
                     rule = f"{_STAMPS[entry]} must be as it was when it was read"
                 told = f"there {_short(record[entry])}, now {_short(now)}"
                 raise ValueError(f"{file}: {rule}, or overwrite passed: {told}")
-    made = [kind for kind in FILES if record is not None and record["files"].get(kind)]
-    if record is not None and all(
-        kind in made and (folder / record["files"][kind]).is_file() for kind in kinds
-    ):
-        return ()
+        made = {kind: name for kind, name in record["files"].items() if name}
+        if all(kind in made and (folder / made[kind]).is_file() for kind in kinds):
+            return ()
     _refuse(folder, [f"{case}{ending}" for kind, ending in FILES.items() if kind not in made])
     return tuple(kind for kind in FILES if kind in kinds or kind in made)
 
@@ -244,7 +234,6 @@ def write_case(
     folder : Path
         Made where it is missing.
     case : str
-        Its name.
     writers : mapping of str to callable
         By kind of `FILES`; each is given the path to write.
     record : mapping
@@ -266,20 +255,18 @@ def write_case(
     """
     folder.mkdir(parents=True, exist_ok=True)
     _recover(folder, case)
-    files = {kind: f"{case}{ending}" if kind in writers else None for kind, ending in FILES.items()}
-    whole = {**record, "files": files}
+    names = {kind: f"{case}{FILES[kind]}" for kind in writers}
+    whole = {**record, "files": dict.fromkeys(FILES) | names}
     stage = temporary(folder / case)
     stage.mkdir()
     try:
         for kind, writer in writers.items():
-            path = stage / f"{case}{FILES[kind]}"
+            path = stage / names[kind]
             writer(path)
             check_written(path)
-        names = sorted(names_in(whole, case))
         if not overwrite:
-            ours = names_in(load(folder / f"{case}.json"), case)
-            _refuse(folder, [name for name in names if name not in ours])
-        for place in (folder / name for name in (*names, f"{case}.json")):
+            _refuse(folder, sorted({*names.values()} - _named(folder / f"{case}.json", case)))
+        for place in (folder / name for name in (*names.values(), f"{case}.json")):
             if place.is_dir() and not place.is_symlink():
                 raise IsADirectoryError(f"{place} must be a file, got a folder")
         write_atomically(stage / f"{case}.json", dumps(whole))
@@ -300,8 +287,8 @@ def _recover(folder: Path, case: str) -> None:
     for stage in left_over(folder, case):
         if stage.is_symlink() or not stage.is_dir() or others(stage, _inside(case)):
             continue
-        before = names_in(load(stage / _BEFORE) or load(folder / f"{case}.json"), case)
-        names = names_in(load(stage / f"{case}.json"), case)
+        before = _named(stage / _BEFORE, case) or _named(folder / f"{case}.json", case)
+        names = _named(stage / f"{case}.json", case)
         coming = [name for name in names - before if (stage / name).exists()]
         # what has come since in a place of its own is somebody else's
         if names and not any(os.path.lexists(folder / name) for name in coming):
@@ -315,11 +302,11 @@ def _put(folder: Path, case: str, stage: Path) -> None:
     final, new, before = folder / f"{case}.json", stage / f"{case}.json", stage / _BEFORE
     if os.path.lexists(final):
         os.replace(final, before)  # from here on the case counts as unfinished
-    names = names_in(load(new), case)
+    names = _named(new, case)
     for name in sorted(names):
         if (stage / name).exists():
             os.replace(stage / name, folder / name)
-    for name in names_in(load(before), case) - names:
+    for name in _named(before, case) - names:
         (folder / name).unlink(missing_ok=True)
     os.replace(new, final)
     _remove(case, stage)
@@ -329,13 +316,13 @@ def _undo(folder: Path, case: str, stage: Path) -> None:
     """Take a result back: the old one stays where all of it is there, else none."""
     final, before = folder / f"{case}.json", stage / _BEFORE
     if not os.path.lexists(final):
-        names = names_in(load(stage / f"{case}.json"), case)
+        names = _named(stage / f"{case}.json", case)
         moved = [name for name in names if not (stage / name).exists() and (folder / name).exists()]
         if before.exists() and not moved:
             os.replace(before, final)
         for name in moved:
             os.replace(folder / name, stage / name)
-        for name in names_in(load(before), case):
+        for name in _named(before, case):
             (folder / name).unlink(missing_ok=True)
     _remove(case, stage)
 
@@ -354,9 +341,7 @@ def _remove(case: str, stage: Path) -> None:
 def _refuse(folder: Path, names: Sequence[str]) -> None:
     for name in names:
         if os.path.lexists(folder / name):
-            raise ValueError(
-                f"output holds {name}, which is of no finished call; take another folder or pass overwrite"
-            )
+            raise ValueError(f"output holds {name}, which is of no finished call; {_INSTEAD}")
 
 
 def write_table(folder: Path) -> None:
@@ -364,15 +349,15 @@ def write_table(folder: Path) -> None:
 
     Lungs to 0.1 ml, the rest to two decimals, empty where unknown.
     """
-    rows = [["case", *VOLUMES]]
-    for record in read_records(folder)[0]:
-        values = [(name, record["volumes"].get(name)) for name in VOLUMES]
-        digits = [1 if name.endswith("lung_ml") else 2 for name in VOLUMES]
-        cells = ["" if v is None else f"{v:.{n}f}" for (_, v), n in zip(values, digits, strict=True)]
-        rows.append([record["case"], *cells])
-    if len(rows) > 1:
-        write_atomically(folder / TABLE, sheet(rows))
-    elif has_columns(folder / TABLE, ["case", *VOLUMES]):
+
+    def cell(name: str, value: float | None) -> str:
+        return "" if value is None else f"{value:.1f}" if name.endswith("lung_ml") else f"{value:.2f}"
+
+    records = read_records(folder)[0]
+    rows = [[r["case"], *(cell(name, r["volumes"].get(name)) for name in VOLUMES)] for r in records]
+    if rows:
+        write_atomically(folder / TABLE, sheet([HEADER, *rows]))
+    elif has_columns(folder / TABLE, HEADER):
         (folder / TABLE).unlink()
 
 
@@ -415,15 +400,7 @@ class _Record(BaseModel):
 
 
 def read_record(path: Path) -> Record:
-    """Read the ``<case>.json`` of a prediction.
-
-    Raises
-    ------
-    FileNotFoundError
-        There is none.
-    ValueError
-        It is something else.
-    """
+    """Read the ``<case>.json`` of a prediction; `OSError` or `ValueError` where there is none."""
     try:
         record = read_json(path)
         _Record.model_validate(record)
@@ -431,15 +408,13 @@ def read_record(path: Path) -> Record:
             raise ValueError("must name its own case, and its lesions and lung")
         if any(record["volumes"].get(name) is None for name in ("lung_ml", "lesion_ml")):
             raise ValueError("volumes must have lung_ml and lesion_ml")
-    except ValidationError as error:
-        first = error.errors()[0]
-        place, got = ".".join(map(str, first["loc"])) or "it", shown(first["input"])
-        told = f"{place}: {first['msg'].removeprefix('Value error, ')}, got {got}"
-        raise ValueError(f"{name_of(path)}: not the record of a prediction: {told}") from None
     except ValueError as error:
-        raise ValueError(
-            f"{name_of(path)}: not the record of a prediction: {rule_of(error, path)}"
-        ) from error
+        told = rule_of(error, path)
+        if isinstance(error, ValidationError):
+            first = error.errors()[0]
+            place = ".".join(map(str, first["loc"])) or "it"
+            told = f"{place}: {first['msg'].removeprefix('Value error, ')}, got {shown(first['input'])}"
+        raise ValueError(f"{name_of(path)}: not the record of a prediction: {told}") from None
     # earlier versions knew of no labels, and of no weights for lungs, and called a method otherwise
     if record["lungs_from"] == "thresholds":
         record["lungs_from"] = "classical"
@@ -447,18 +422,9 @@ def read_record(path: Path) -> Record:
 
 
 def read_records(folder: Path) -> tuple[list[Record], dict[str, str]]:
-    """Read the records of a folder by name, and tell what is wrong with damaged ones.
+    """Read the records of a folder, sorted by name, and tell by case what is wrong with damaged ones.
 
-    Parameters
-    ----------
-    folder : Path
-        Where maps are. JSON of other kinds without a map of its name is passed over.
-
-    Returns
-    -------
-    records : list of dict
-    failures : dict of str to str
-        By case.
+    JSON of other kinds without a map of its name is passed over.
     """
     records, failures = [], {}
     for path in sorted(path for path in folder.glob("*.json") if path.name[0] != "."):
@@ -472,14 +438,14 @@ def read_records(folder: Path) -> tuple[list[Record], dict[str, str]]:
 
 def load(path: Path) -> Any:
     """Read JSON; None where there is none."""
-    try:
+    with suppress(OSError, ValueError):
         return read_json(path)
-    except (OSError, ValueError):
-        return None
+    return None
 
 
-def names_in(record: Any, case: str) -> set[str]:
+def _named(path: Path, case: str) -> set[str]:
     """Return the files that a record names; whatever a JSON says, none but those that a case may have."""
+    record = load(path)
     files = record.get("files") if isinstance(record, dict) else None
     named = files.values() if isinstance(files, dict) else ()
     return {name for ending in FILES.values() if (name := f"{case}{ending}") in named}
@@ -500,37 +466,29 @@ def without_nan(value: Any) -> Any:
 
 
 def check_written(path: Path) -> None:
-    """Read a file back to its end: ITK reports no error where a disk is full, but writes a short file.
-
-    Raises
-    ------
-    OSError
-        A ``.nii.gz`` file is damaged or shorter than its header says; others are not looked at.
-    """
+    """Raise `OSError` where a ``.nii.gz`` is short: ITK reports no error where a disk is full."""
     if not path.name.endswith(".gz"):
         return
     try:
         with gzip.open(path) as stream:
             header = stream.read(348)
-            size = np.frombuffer(header, "<i2", 8, offset=40)
-            bits, offset = np.frombuffer(header, "<i2", 1, 72)[0], np.frombuffer(header, "<f4", 1, 108)[0]
+            rank, *shape, bits, offset = struct.unpack_from("<40x 8h 16x h 34x f", header)
             length = len(header)
             while block := stream.read(1 << 22):
                 length += len(block)
-    except (EOFError, ValueError, zlib.error, gzip.BadGzipFile) as error:
+    except (EOFError, struct.error, zlib.error, gzip.BadGzipFile) as error:
         raise OSError(f"{path.name}: could not be written completely (is the disk full?): {error}") from error
-    needed = int(offset) + int(np.prod(size[1 : 1 + size[0]], dtype=np.int64)) * int(bits) // 8
+    needed = int(offset) + math.prod(shape[:rank]) * bits // 8
     if length < needed:
         raise OSError(f"{path.name}: {length} of {needed} bytes were written (is the disk full?)")
 
 
 def _identity(path: Path) -> tuple[int, int] | None:
     """Return what all names of one file share; None where there is no file."""
-    try:
+    with suppress(OSError):
         status = path.stat()
-    except OSError:
-        return None
-    return status.st_dev, status.st_ino
+        return status.st_dev, status.st_ino
+    return None
 
 
 def _short(value: Any) -> str:

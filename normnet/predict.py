@@ -15,6 +15,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any
@@ -24,21 +25,22 @@ import numpy.typing as npt
 import torch
 import tyro
 from monai.inferers import sliding_window_inference
+from torch.nn.functional import pad
 
 import lesionsynth as ls
 from lesionsynth.commands import plainly, run
 from lesionsynth.io import Scan
 from lesionsynth.strict import name_of, read_json
 from normnet.cases import Case, CaseArgs, PredictSummary, Segmented, find_cases, reason, run_cases
-from normnet.config import PredictConfig, from_json, to_json
+from normnet.config import PredictConfig, to_json
 from normnet.device import choose_device, cpu_settings
 from normnet.dicom_seg import check_segmentation, encode_segmentation
 from normnet.inflation import inflation_factor, windowed_lungs
 from normnet.model import Model, bundled_models, find_models
-from normnet.output import Record, volumes_of
+from normnet.output import Record, Writer, volumes_of
 from normnet.postprocess import Mask, postprocess_slices
 from normnet.prepare.case import LungMethod, check_lungs, load_case, method_record
-from normnet.settings import naming
+from normnet.settings import from_record, naming
 
 Image = npt.NDArray[np.float32]
 
@@ -150,8 +152,9 @@ def inflation_of(models: Sequence[Model]) -> float | None:
 def _shared(models: Sequence[Model], name: str) -> Any:
     found = list(dict.fromkeys(getattr(model, name) for model in models))
     if len(found) > 1:
+        shown = ", ".join("None" if level is None else f"{level:g}" for level in found)
         rest = " unless postprocess.threshold_hu is given" * (name == "threshold_hu")
-        raise ValueError(f"models must have one {name}{rest}, got {', '.join(map(str, found))}")
+        raise ValueError(f"models must have one {name}{rest}, got {shown}")
     return found[0]
 
 
@@ -178,35 +181,35 @@ def slide(
     lung_mask : (z, y, x) bool array
         Windows without lung are skipped: their voxels have no meaning.
     models, config, device
-        What computes, how (slab, overlap, tile, precision), and where.
+        As in `predict_volume`.
 
     Yields
     ------
     first : int
-        First slice of the block.
+        Number of the first slice.
     probabilities : (models, slices, y, x) float32 tensor on `device`
-        Of the slices from `first` on.
+        Of the slices from it on.
 
     Raises
     ------
     ValueError
         Slab or tile do not fit the networks' strides, or a network gives NaN.
     """
-    (depth, height, width), slab = lung_mask.shape, config.slab
+    depth, height, width = lung_mask.shape
+    slab = config.slab
     multiple = math.lcm(*(model.config.multiple for model in models))
     if slab % multiple:
         raise ValueError(
             f"slab must be a multiple of {multiple} (product of the model's strides), got {slab}"
         )
     models = [model.to(device, config.precision) for model in models]
-    (rows, down), (columns, right) = (tiles(n, config.tile, multiple) for n in (height, width))
+    rows, down = tiles(height, config.tile, multiple)
+    columns, right = tiles(width, config.tile, multiple)
     plane = max(height, rows), max(width, columns)
     # MONAI rounds the steps down that it makes of the overlaps
     overlap = (0.0, max(0.0, 1 - (down + 0.5) / rows), max(0.0, 1 - (right + 0.5) / columns))
-    ramp_z, ramp = (
-        triangle(slab, device)[:, None, None],
-        torch.outer(*(triangle(n, device) for n in (rows, columns))),
-    )
+    ramp = torch.outer(triangle(rows, device), triangle(columns, device))[None]
+    ramp_z = triangle(slab, device)[:, None, None]
 
     def ask(window: torch.Tensor) -> torch.Tensor:
         if not window[:, 1].any():
@@ -215,17 +218,17 @@ def slide(
 
     end = max(depth - slab, 0)
     starts = sorted({*range(0, end, max(1, round(slab * (1 - config.overlap)))), end})
-    total, weight = torch.zeros((len(models), slab, *plane), device=device), torch.zeros_like(ramp_z)
+    total = torch.zeros((len(models), slab, *plane), device=device)
+    weight = torch.zeros_like(ramp_z)
     for start, following in pairwise([*starts, depth]):
         inside = lung_mask[start : start + slab]
         if inside.any():
             both = np.zeros((1, 2, slab, *plane), np.float32)
-            here = both[0, :, : len(inside), :height, :width]
-            here[0], here[1] = read(start, start + len(inside)), inside
-            image, size = torch.from_numpy(both).to(device), (slab, rows, columns)
-            total += (
-                ramp_z * sliding_window_inference(image, size, 1, ask, overlap, roi_weight_map=ramp[None])[0]
-            )
+            both[0, 0, : len(inside), :height, :width] = read(start, start + len(inside))
+            both[0, 1, : len(inside), :height, :width] = inside
+            image = torch.from_numpy(both).to(device)
+            size = (slab, rows, columns)
+            total += ramp_z * sliding_window_inference(image, size, 1, ask, overlap, roi_weight_map=ramp)[0]
         weight += ramp_z
         done = following - start
         found = (total[:, :done] / weight[:done])[..., :height, :width]
@@ -233,9 +236,7 @@ def slide(
             number = int(found.flatten(1).sum(dim=1).isfinite().logical_not().nonzero()[0])
             raise ValueError(f"models must give probabilities, got NaN from models[{number}], damaged ones")
         yield start, found
-        total, weight = (
-            torch.nn.functional.pad(t[..., done:, :, :], (0, 0, 0, 0, 0, done)) for t in (total, weight)
-        )
+        total, weight = (pad(t[..., done:, :, :], (0, 0, 0, 0, 0, done)) for t in (total, weight))
 
 
 def tiles(length: int, tile: int | None, multiple: int) -> tuple[int, int]:
@@ -244,11 +245,11 @@ def tiles(length: int, tile: int | None, multiple: int) -> tuple[int, int]:
     Parameters
     ----------
     length : int
-        Voxels to cover.
+        Voxels to cover; what a single tile has beyond them is padding.
     tile : int, optional
         Largest size; one tile takes everything where omitted.
     multiple : int
-        The size is a multiple of it; what a single tile has beyond `length` is padding.
+        The size is a multiple of it.
 
     Returns
     -------
@@ -283,27 +284,24 @@ def triangle(size: int, device: torch.device) -> torch.Tensor:
 # ---- a file: maps on its own grid, and volumes
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, kw_only=True)
 class CasePrediction:
-    """What `predict_case` found, on the CT's own grid (z, y, x)."""
+    """What `predict_case` found, as in `Prediction`, on the CT's own grid (z, y, x)."""
 
     lesions: Mask
-    """Final lesions."""
     core: Mask
-    """Before region growing."""
+    """Lesions before region growing."""
     lung: Mask
     """The lungs that were searched."""
     classical: Mask | None
     """The lungs by thresholds, where these and the lung network disagree; else None."""
-    probability: Image | None
-    """Mean healthy probability, 0 outside the lung. None where it was not asked for."""
-    healthy: Mask | None
-    """Bright lung voxels that the majority of the models calls healthy; the mean cannot tell (Table II). None
-    where the probability was not asked for."""
+    probability: Image | None = None
+    """None where it was not asked for."""
+    healthy: Mask | None = None
+    """None where the probability was not asked for, whose mean cannot tell it (Table II)."""
     volumes: dict[str, float | None]
     """Lungs and lesions in ml and percent, see `normnet.output.volumes_of`."""
     inflation: float
-    """What HU in the lungs were multiplied with, see `normnet.inflation`."""
     ct: Scan
     """The CT; ``ct.write_like(lesions, "lesions.nii.gz")`` writes a map."""
 
@@ -326,10 +324,8 @@ def predict_case(
     ----------
     path, mask_path, series, lungs, label
         The CT, and where its lungs are from: see `normnet.prepare.load_case`.
-    models, config, device
+    models, config, device, keep_probability
         As in `predict_volume`; the paper's settings where `config` is omitted.
-    keep_probability : bool
-        Also return the mean probability and the voxels called healthy.
 
     Raises
     ------
@@ -337,9 +333,14 @@ def predict_case(
         As `normnet.prepare.load_case` and `predict_volume`.
     """
     loaded = load_case(path, mask_path, series=series, lungs=lungs, label=label)
-    settings, lung = config or PredictConfig(), loaded.native_mask
+    lung = loaded.native_mask
     found = predict_volume(
-        loaded.hu, loaded.mask, models, settings, device=device, keep_probability=keep_probability
+        loaded.hu,
+        loaded.mask,
+        models,
+        config or PredictConfig(),
+        device=device,
+        keep_probability=keep_probability,
     )
     maps: dict[str, Any] = {"lesions": found.lesions, "core": found.lesions_without_growing}
     if keep_probability:
@@ -351,12 +352,9 @@ def predict_case(
         maps[name] = loaded.to_native(maps[name])
         maps[name][~lung] = 0
     return CasePrediction(
-        lesions=maps["lesions"],
-        core=maps["core"],
+        **maps,
         lung=lung,
         classical=loaded.native_classical if loaded.apart else None,
-        probability=maps.get("probability"),
-        healthy=maps.get("healthy"),
         volumes=volumes_of(maps["lesions"], lung, loaded.volume.spacing, loaded.native_sides),
         inflation=inflation,
         ct=loaded.volume,
@@ -405,9 +403,7 @@ def predict(args: PredictArgs, *, progress_bar: bool = False) -> PredictSummary:
     Parameters
     ----------
     args : PredictArgs
-        What the command takes.
     progress_bar : bool
-        Show one on standard error.
 
     Raises
     ------
@@ -422,18 +418,24 @@ def predict(args: PredictArgs, *, progress_bar: bool = False) -> PredictSummary:
     choose_device(args.device)
     files = find_models(args.models) if args.models else bundled_models()
     models = [Model.load(file) for file in files]
-    inflation_of(models)
+    inflation_of(models)  # refuses models that do not fit each other, before the first case
+    bright_threshold(models, args.settings)
     request = {
         "settings": json.loads(to_json(args.settings)),
         "models": [_used(file, model, args.settings) for file, model in zip(files, models, strict=True)],
     }
-    bright_threshold(models, args.settings)
-    extra = ["core"] * args.save_core + ["probability", "healthy"] * args.save_probability
-    unfit = {case.case: why for case in cases if args.dicom_seg and (why := _unfit(case))}
-    for name, why in unfit.items():
-        warnings.warn(f"{name}: {why}", stacklevel=2)  # hours before the end
+    unfit: dict[str, str] = {}
+    for case in cases if args.dicom_seg else ():
+        try:
+            if case.series is None:
+                raise ValueError("dicom_seg must be left out, as the CT is no DICOM series")
+            check_segmentation(case.files)
+        except (ValueError, OSError) as error:
+            unfit[case.case] = _unfit(case, error)
+            warnings.warn(f"{case.case}: {unfit[case.case]}", stacklevel=2)  # hours before the end
 
     def kinds(case: Case) -> list[str]:
+        extra = ["core"] * args.save_core + ["probability", "healthy"] * args.save_probability
         return ["lesions", "lung", *extra, *["dicom_seg"] * (args.dicom_seg and case.case not in unfit)]
 
     def segment(case: Case, kinds: Sequence[str]) -> Segmented:
@@ -448,14 +450,17 @@ def predict(args: PredictArgs, *, progress_bar: bool = False) -> PredictSummary:
             device=args.device,
             keep_probability=not {"probability", "healthy"}.isdisjoint(kinds),
         )
-        files = {kind: getattr(found, kind) for kind in {*kinds, "classical"} - {"dicom_seg"}}
+        maps = {kind: getattr(found, kind) for kind in {*kinds, "classical"} - {"dicom_seg"}}
+        writers: dict[str, Writer] = {
+            kind: partial(found.ct.write_like, voxels) for kind, voxels in maps.items() if voxels is not None
+        }
         if "dicom_seg" in kinds:
             try:
-                masks = {"lung": found.lung, "lesion": found.lesions}
-                files["dicom_seg"] = encode_segmentation(masks, found.ct)
+                content = encode_segmentation({"lung": found.lung, "lesion": found.lesions}, found.ct)
+                writers["dicom_seg"] = lambda path: path.write_bytes(content)
             except Exception as error:  # the maps do not depend on it
-                unfit[case.case] = f"{reason(case.ct, error)}; {_OTHERS}"
-        return Segmented(found.ct, files, found.volumes, found.inflation)
+                unfit[case.case] = _unfit(case, error)
+        return Segmented(found.ct, writers, found.volumes, found.inflation)
 
     with cpu_settings(args.threads):
         method = method_record(args.lungs)
@@ -477,33 +482,17 @@ def _used(file: Path, model: Model, config: PredictConfig) -> Record:
     }
 
 
-_OTHERS = "the other files do not need it"
-
-
-def _unfit(case: Case) -> str:
-    """Say why there can be no DICOM Segmentation of a CT; empty where there can."""
-    try:
-        if case.series is None:
-            raise ValueError("dicom_seg must be left out, as the CT is no DICOM series")
-        check_segmentation(case.files)
-    except (ValueError, OSError) as error:
-        return f"{reason(case.ct, error)}; {_OTHERS}"
-    return ""
+def _unfit(case: Case, error: Exception) -> str:
+    """Say why there is no DICOM Segmentation of a CT."""
+    return f"{reason(case.ct, error)}; the other files do not need it"
 
 
 def read_config(path: Path) -> PredictConfig:
-    """Read a PredictConfig: its JSON, or a JSON with the entry "settings", as a call writes.
-
-    Raises
-    ------
-    ValueError
-        The file is not readable or holds something else.
-    """
+    """Read a PredictConfig, or the entry "settings" of a record; `ValueError` where the file has neither."""
     try:
         record = read_json(path)
-        if isinstance(record, dict):
-            record = record.get("settings", record)
-        return from_json(PredictConfig, json.dumps(record))
+        found = record.get("settings", record) if isinstance(record, dict) else record
+        return from_record(PredictConfig, found)
     except (OSError, ValueError) as error:
         raise ValueError(f"config must be a JSON file with settings, got {name_of(path)}: {error}") from error
 

@@ -15,6 +15,7 @@ import torch
 from scipy import integrate, stats
 
 import lesionsynth as ls
+from lesionsynth.files import sha256
 from normnet import evaluate, predict
 from normnet.baselines import (
     METHODS,
@@ -36,7 +37,7 @@ from normnet.baselines.variational import BayesianVAE, KLGradient, cut_square, g
 from normnet.config import ModelConfig
 from normnet.metrics import roc_auc
 from normnet.model import Model, build_unet, write_tensors
-from normnet.output import read_record, sha256
+from normnet.output import read_record
 from normnet.prepare.store import Store
 from normnet.report import main as report
 from normnet.volumes import KeptVolume, phantom_volumes, split, store_volumes

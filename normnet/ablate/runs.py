@@ -6,7 +6,6 @@ number of iterations at which the run paused, as Table IV has six of.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import os
@@ -17,7 +16,7 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-from lesionsynth.files import claimed, refuse_foreign, replacing, write_atomically
+from lesionsynth.files import claimed, refuse_foreign, replacing, sha256, write_atomically
 from lesionsynth.strict import read_json, shown
 from normnet.config import WEIGHTS, Minutes, Seed, Steps, TrainConfig, read_config
 from normnet.model import HEADER, read_tensors
@@ -106,12 +105,6 @@ def _train_to(config: TrainConfig, mark: Mark, progress_bar: bool) -> Trained:
     marks[mark.label] = asdict(trained) | {"weights": weights.name, "minutes": mark.minutes}
     write_atomically(run / MARKS, json.dumps(marks, indent=2) + "\n")
     return trained
-
-
-def sha256(path: Path) -> str:
-    """Digest of a file."""
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _check_settings(run: Path, wanted: TrainConfig) -> None:

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 import tyro
 
+from lesionsynth.files import sha256
 from normnet.baselines.score import find_lesions, score_volume
 from normnet.baselines.train import baseline_file, load_baseline
 from normnet.cases import Case, CaseArgs, PredictSummary, Segmented, find_cases, run_cases
 from normnet.device import cpu_settings
-from normnet.output import sha256, volumes_of
+from normnet.output import volumes_of
 from normnet.prepare import load_case
 from normnet.prepare.case import check_lungs, method_record
 
@@ -49,9 +51,7 @@ def predict(args: BaselinePredictArgs, *, progress_bar: bool = False) -> Predict
     Parameters
     ----------
     args : BaselinePredictArgs
-        What the command takes.
     progress_bar : bool
-        Show one on standard error.
 
     Raises
     ------
@@ -65,11 +65,15 @@ def predict(args: BaselinePredictArgs, *, progress_bar: bool = False) -> Predict
     cases = find_cases(args.inputs, masks=args.masks, series=args.series, output=args.output)
     check_lungs([case.lungs for case in cases], args.lungs, args.label)
     threshold = baseline.calibration.get("threshold") if args.threshold is None else args.threshold
-    method, size = baseline.config.method, None if baseline.config.lungs_only else WHOLE
+    size = None if baseline.config.lungs_only else WHOLE
     request = {
         "settings": {},
         "models": [{"name": file.resolve().parent.name, "sha256": sha256(file)}],
-        "baseline": {"method": method, "threshold": threshold, "calibrated": args.threshold is None},
+        "baseline": {
+            "method": baseline.config.method,
+            "threshold": threshold,
+            "calibrated": args.threshold is None,
+        },
     }
 
     def segment(case: Case, kinds: Sequence[str]) -> Segmented:
@@ -82,16 +86,13 @@ def predict(args: BaselinePredictArgs, *, progress_bar: bool = False) -> Predict
         lesions = find_lesions(baseline, anomaly, threshold) & lung
         probability = np.where(lung, 1 - anomaly, 0).astype(np.float32)
         volumes = volumes_of(lesions, lung, loaded.volume.spacing, loaded.native_sides)
-        files = {"lesions": lesions, "lung": lung, "probability": probability}
-        return Segmented(loaded.volume, files, volumes)
+        maps: dict[str, Any] = {"lesions": lesions, "lung": lung, "probability": probability}
+        writers = {kind: partial(loaded.volume.write_like, voxels) for kind, voxels in maps.items()}
+        return Segmented(loaded.volume, writers, volumes)
+
+    def kinds(case: Case) -> list[str]:
+        return ["lesions", "lung", "probability"]
 
     with cpu_settings(args.threads):
-        return run_cases(
-            cases,
-            args,
-            method_record(args.lungs),
-            request,
-            lambda case: ("lesions", "lung", "probability"),
-            segment,
-            progress_bar=progress_bar,
-        )
+        method = method_record(args.lungs)
+        return run_cases(cases, args, method, request, kinds, segment, progress_bar=progress_bar)

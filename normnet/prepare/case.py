@@ -12,9 +12,9 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
+from lesionsynth.files import sha256
 from lesionsynth.io import Scan, read_ct, read_mask
-from normnet.config import BUNDLED_LUNGS, WEIGHTS
-from normnet.output import model_name, sha256
+from normnet.config import BUNDLED_LUNGS, WEIGHTS, model_name
 from normnet.prepare.grid import IsoGrid
 from normnet.prepare.lungmask import check_installed, split_by_lungmask
 from normnet.prepare.lungs import Lungs, check_agreement, check_plausible, split_lungs, split_mask
