@@ -135,7 +135,8 @@ def test_modules_is_table_v(tiny, capsys):
     assert len(hashes) == 8  # every row and seed is another network
     with (config.output / "table.csv").open(newline="") as stream:
         assert list(csv.reader(stream)) == [table.header, *table.rows]
-    assert "| ✓ | ✓ | × |" in (config.output / "table.md").read_text()
+    cells = [line.split() for line in (config.output / "table.md").read_text().splitlines()]
+    assert ["|", "✓", "|", "✓", "|", "×", "|"] in [line[:7] for line in cells]
     page = (config.output / "report.html").read_text()
     assert page.startswith("<!doctype html>")
     assert "http" not in page

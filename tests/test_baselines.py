@@ -436,8 +436,8 @@ def test_the_command_trains_predicts_and_evaluate_reads_it(tmp_path, patient, ca
     scores = evaluate.evaluate(
         evaluate.EvaluateConfig(
             output=tmp_path / "results",
-            predictions=(maps,),
-            truth=(tmp_path / "lesion",),
+            predictions=maps,
+            truth=tmp_path / "lesion",
             ct=(tmp_path / "hu",),
             oracle=True,
             pictures=0,
@@ -445,8 +445,9 @@ def test_the_command_trains_predicts_and_evaluate_reads_it(tmp_path, patient, ca
     )
     assert scores.scores["p1"]["tp"] == np.count_nonzero(found & ball)
     assert scores.scores["p1"]["bright_auc"] > 0
-    assert scores.oracle is not None
-    assert scores.methods[0].threshold == f"calibrated on healthy volumes: anomaly {threshold:.4g}"
+    method = scores.methods["Proposed"]
+    assert method.oracle_searched_on_this_test_set is not None
+    assert method.threshold == f"calibrated on healthy volumes: anomaly {threshold:.4g}"
     (tmp_path / "hu" / "broken.nii.gz").write_bytes(b"no image")
     assert main([*call, "--output", str(maps)]) == 1
     assert "broken" in capsys.readouterr().err

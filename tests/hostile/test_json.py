@@ -498,7 +498,7 @@ def test_one_damaged_record_leaves_the_others(tmp_path) -> None:
             assert list(failures) == ["p1"]
             assert "p1.json" in failures["p1"]
     write(tmp_path, "p1.json", texts[0])
-    assert "models must be a list" in read_records(tmp_path)[1]["p1"]
+    assert "models: Input should be a valid list, got 5" in read_records(tmp_path)[1]["p1"]
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes here")

@@ -993,6 +993,30 @@ def test_calls_that_cannot_give_each_case_its_lungs(tmp_path, undecided, capsys,
     assert run(tmp_path, undecided, "--lungs", "lungmask", "--masks", str(mask), masks=False) == 0
 
 
+def test_a_table_names_ct_and_lungs(tmp_path, undecided, capsys, monkeypatch):
+    """A method for lungs is asked for by the cases without a mask alone, and not by those that fail."""
+    for name in ("p1", "p2"):
+        write_case(tmp_path, name)
+    monkeypatch.setitem(sys.modules, "lungmask", None)
+    table = tmp_path / "cases.csv"
+    table.write_text("case,ct,lungs\na,p1.nii.gz,p1_lung.nii.gz\nb,p2.nii.gz,gone.nii.gz\nc,gone.nii.gz,\n")
+    call = [str(table), "--models", str(undecided), "--threads", "1", "--settings.slab", "16", "--output"]
+    assert predict.main([*call, str(tmp_path / "out"), "--lungs", "lungmask"]) == 1
+    said = capsys.readouterr()
+    assert "1 of 3 volumes segmented" in said.out
+    assert f"{tmp_path}/p2.nii.gz: {tmp_path}/gone.nii.gz: no such file or folder" in said.err
+    record = read_record(tmp_path / "out/a.json")
+    assert (record["ct"], record["lungs_from"]) == (f"{tmp_path}/p1.nii.gz", f"{tmp_path}/p1_lung.nii.gz")
+    table.write_text("case,ct,lungs\na,p1.nii.gz,p1_lung.nii.gz\nb,p2.nii.gz,\n")
+    assert predict.main([*call, str(tmp_path / "out"), "--lungs", "lungmask"]) == 2
+    assert "pip install lungmask" in capsys.readouterr().err
+    assert predict.main([*call, str(tmp_path / "out"), *classical.FLAGS]) == 0
+    assert "2 of 2 volumes segmented (1 by an earlier call)" in capsys.readouterr().out
+    assert read_record(tmp_path / "out/b.json")["lungs_from"] == "classical"
+    assert predict.main([*call, str(tmp_path / "out"), "--masks", str(tmp_path)]) == 2
+    assert "masks must be omitted beside a table of cases" in capsys.readouterr().err
+
+
 def test_any_error_stays_with_its_case(tmp_path, undecided, monkeypatch, capsys):
     for name in ("p1", "p2"):
         write_case(tmp_path, name)
