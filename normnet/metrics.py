@@ -18,7 +18,6 @@ from typing import Any, TypedDict
 
 import numpy as np
 import numpy.typing as npt
-import pandas as pd
 
 import lesionsynth as ls
 from normnet.config import PAPER_THRESHOLD_HU
@@ -250,6 +249,8 @@ def summarise(cases: Sequence[CaseScores]) -> dict[str, dict[str, float]]:
 
 def mean_and_sd(values: Sequence[float] | Array) -> dict[str, float]:
     """``mean``, ``sd`` (of the sample, n - 1; NaN for fewer than two) and ``n`` of what is not NaN."""
+    import pandas as pd  # here: a page without scores is written without it
+
     known = pd.Series(values, dtype=np.float64)
     return {"mean": float(known.mean()), "sd": float(known.std()), "n": int(known.count())}
 

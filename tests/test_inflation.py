@@ -139,7 +139,7 @@ def test_prediction_scales_what_network_and_post_processing_see(tmp_path):
     # -660 HU of a lung at -800 HU is -726 HU of one at -880 HU: fainter than T
     assert predict.predict_volume(hu, mask, [plain], config, device="cpu").lesions[6, 22, 22]
     assert not found.lesions.any()
-    with pytest.raises(ValueError, match=r"models must have one inflation_hu, got None, -880.0"):
+    with pytest.raises(ValueError, match=r"models must have one inflation_hu, got None, -880"):
         predict.predict_volume(hu, mask, [plain, scaled], config, device="cpu")
 
 

@@ -6,7 +6,6 @@ import math
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -16,7 +15,6 @@ from lesionsynth.io import find_sources
 from normnet.prepare import Store
 from normnet.prepare.__main__ import main
 from normnet.prepare.luna import find_annotations
-from normnet.prepare.store import write_atomically
 from tests import classical
 from tests.classical import prepare
 from tests.test_io import write_series
@@ -40,11 +38,8 @@ def scan(path: Path, seed: int) -> None:
 def plain_pictures() -> Iterator[None]:
     """Drawing takes most of the time of so small a case; tests/test_prepare.py looks at real pictures."""
 
-    def write_picture(path: Path, *_: Any, **__: Any) -> None:
-        write_atomically(path, b"\x89PNG" * 10)
-
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("normnet.prepare.work.write_picture", write_picture)
+        patch.setattr("normnet.prepare.work.prepared_picture", lambda *_, **__: b"\x89PNG" * 10)
         yield
 
 

@@ -247,7 +247,7 @@ def test_lungs_that_nobody_has_are_no_lungs_to_score_in(study, tmp_path):
     assert any("is one collapsed" in note for note in evaluation.scores[WELL]["notes"])
 
 
-def test_no_method_is_told_before_any_case_and_only_where_one_is_needed(study, tmp_path, capsys):
+def test_no_method_is_told_before_any_case(study, tmp_path, capsys):
     paths = places(study, tmp_path)
     call = ["--predictions", str(paths["predictions"]), "--truth", str(paths["truth"])]
     call += ["--ct", str(study / "scans"), "--output", str(tmp_path / "out")]
@@ -259,6 +259,9 @@ def test_no_method_is_told_before_any_case_and_only_where_one_is_needed(study, t
     for case in (ILL, WELL):
         for name in (f"{case}_lung.nii.gz", f"{case}.json"):
             shutil.copy(study / "maps" / name, tmp_path / "pred")
+    assert evaluate_main(call) == 2  # who means masks must not be scored by other lungs unawares
+    assert "lungs must be network, classical, lungmask" in capsys.readouterr().err
+    call[call.index("by hand")] = "classical"
     assert evaluate_main(call) == 0
     document = json.loads((tmp_path / "out/results.json").read_text())
     assert document["settings"]["lungs"] is None

@@ -46,11 +46,8 @@ def head() -> np.ndarray:
 def plain_pictures() -> Iterator[None]:
     """Drawing takes most of the time of so small a case; tests/test_prepare.py looks at real pictures."""
 
-    def write_picture(path: Path, *_: Any, **__: Any) -> None:
-        write_atomically(path, b"\x89PNG" * 10)
-
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("normnet.prepare.work.write_picture", write_picture)
+        patch.setattr("normnet.prepare.work.prepared_picture", lambda *_, **__: b"\x89PNG" * 10)
         yield
 
 

@@ -810,7 +810,7 @@ def test_in_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_batch_goes_on(tmp_path: Path, good: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
     """One good CT, of a name that is no text, among files that would end the process, or never end."""
-    monkeypatch.setattr("normnet.prepare.work.write_picture", lambda path, *_, **__: path.write_bytes(b"PNG"))
+    monkeypatch.setattr("normnet.prepare.work.prepared_picture", lambda *_, **__: b"PNG")
     folder = tmp_path / os.fsdecode(b"in\xff")
     folder.mkdir()
     os.link(good, folder / os.fsdecode(b"good\xfe\n.nii.gz"))
