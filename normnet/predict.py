@@ -414,7 +414,7 @@ def predict(args: PredictArgs, *, progress_bar: bool = False) -> PredictSummary:
     cases = find_cases(
         args.inputs, masks=args.masks, series=args.series, names=args.name or None, output=args.output
     )
-    check_lungs([case.lungs for case in cases], args.lungs, args.label)
+    check_lungs(cases, args.lungs, args.label)
     choose_device(args.device)
     files = find_models(args.models) if args.models else bundled_models()
     models = [Model.load(file) for file in files]

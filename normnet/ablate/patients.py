@@ -113,7 +113,7 @@ def _listed(config: AblateConfig) -> list[Patient]:
         if Path(case.case).name != case.case:  # their scores go into files
             raise ValueError(f"{name_of(config.patients[0])}: case must be a file name, got {case.case!r}")
     # before anything is trained
-    check_lungs([case.lungs for case in cases], config.lungs, config.lung_label)
+    check_lungs(cases, config.lungs, config.lung_label)
     return [_scanned(case, config) for case in sorted(cases, key=lambda case: case.case)]
 
 

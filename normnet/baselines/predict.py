@@ -63,7 +63,7 @@ def predict(args: BaselinePredictArgs, *, progress_bar: bool = False) -> Predict
         raise ValueError(f"threshold must be in [0, 1], got {args.threshold}")
     baseline, file = load_baseline(args.run, device=args.device), baseline_file(args.run)
     cases = find_cases(args.inputs, masks=args.masks, series=args.series, output=args.output)
-    check_lungs([case.lungs for case in cases], args.lungs, args.label)
+    check_lungs(cases, args.lungs, args.label)
     threshold = baseline.calibration.get("threshold") if args.threshold is None else args.threshold
     size = None if baseline.config.lungs_only else WHOLE
     request = {

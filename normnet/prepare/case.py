@@ -14,6 +14,7 @@ import numpy.typing as npt
 
 from lesionsynth.files import sha256
 from lesionsynth.io import Scan, read_ct, read_mask
+from normnet.cases import Case
 from normnet.config import BUNDLED_LUNGS, WEIGHTS, model_name
 from normnet.prepare.grid import IsoGrid
 from normnet.prepare.lungmask import check_installed, split_by_lungmask
@@ -203,13 +204,13 @@ def weights_of(lungs: LungMethod) -> Path | None:
     return file
 
 
-def check_lungs(masks: Sequence[Path | None], lungs: LungMethod, label: Sequence[int] = ()) -> None:
+def check_lungs(cases: Sequence[Case], lungs: LungMethod, label: Sequence[int] = ()) -> None:
     """Check, before the first of several cases, that the lungs of all can be had.
 
     Parameters
     ----------
-    masks : sequence of Path or None
-        The mask of each case.
+    cases : sequence of Case
+        Those with a mask need no method; those with a problem nothing.
     lungs, label
         As in `load_case`.
 
@@ -220,9 +221,9 @@ def check_lungs(masks: Sequence[Path | None], lungs: LungMethod, label: Sequence
     ImportError
         They are, by lungmask, which is not installed.
     """
-    if label and not any(masks):
+    if label and not any(case.lungs for case in cases):
         raise ValueError(f"label must be left out where no masks are given, got {list(label)}")
-    if not all(masks):
+    if not all(case.lungs or case.problem for case in cases):
         method_of(lungs)
 
 

@@ -124,7 +124,7 @@ def prepare(
     sides = dict(keep_lung or {})
     left_out = read_exclusions(Path(exclude)) if exclude is not None else {}
     _check_names(list(cases), exclude=left_out, keep_lung=sides)
-    check_lungs([case.lungs for case in found], lungs, label)
+    check_lungs(found, lungs, label)
     files = [Path(annotations)] if annotations is not None else find_annotations(inputs)
     nodules = {} if for_lungs else match_annotations(files, list(cases.values()))
     kept = {"task": task} if for_lungs else {"spacing": [float(s) for s in spacing], "size": int(size)}
