@@ -101,14 +101,20 @@ def find_cases(
     cases = [
         Case(case=source.case, ct=source.path, series=source.series, files=source.files) for source in sources
     ]
+    return Found(with_masks(cases, masks, truth), sources.passed)
+
+
+def with_masks(cases: Sequence[Case], masks: Path | None, truth: Path | None) -> list[Case]:
+    """Add to cases their lungs and annotated lesions out of folders, as `find_cases` does; or a problem."""
+    found = list(cases)
     for argument, role, folder in (("masks", "lungs", masks), ("truth", "lesions", truth)):
         if folder is None:
             continue
         files, problems = match(folder, cases, argument)
-        for number, case in enumerate(cases):
-            found: dict[str, Any] = {role: files.get(case.case)}
-            cases[number] = replace(case, problem=case.problem or problems.get(case.case, ""), **found)
-    return Found(cases, sources.passed)
+        for number, case in enumerate(found):
+            own: dict[str, Any] = {role: files.get(case.case)}
+            found[number] = replace(case, problem=case.problem or problems.get(case.case, ""), **own)
+    return found
 
 
 def match(folder: Path, cases: Sequence[Case], argument: str) -> tuple[dict[str, Path], dict[str, str]]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import sys
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple, get_type_hints
 
@@ -25,7 +25,7 @@ from lesionsynth.io import Found, Passed, case_name, read_ct, read_map, read_mas
 from lesionsynth.strict import name_of, read_json, shown, some_of
 from lesionsynth.window import HU_RANGE
 from normnet import metrics
-from normnet.cases import Case, find_cases, hear, locate, match, read_table, reason, tell
+from normnet.cases import Case, find_cases, hear, locate, match, read_table, reason, tell, with_masks
 from normnet.config import PAPER_THRESHOLD_HU, Share
 from normnet.draw import VoxelCounts, case_pictures
 from normnet.metrics import CaseScores
@@ -493,13 +493,7 @@ def _find(config: EvaluateConfig) -> tuple[Found[Case], dict[str, dict[str, Maps
     else:
         assert config.predictions is not None
         cases = _predicted(config.predictions, config.ct)
-    for argument, role, folder in (("truth", "lesions", config.truth), ("masks", "lungs", config.masks)):
-        if folder is None:
-            continue
-        found, problems = match(folder, cases, argument)
-        for number, case in enumerate(cases):
-            more: dict[str, Any] = {role: found.get(case.case)}
-            cases[number] = replace(case, problem=case.problem or problems.get(case.case, ""), **more)
+    cases = Found(with_masks(cases, config.masks, config.truth), cases.passed)
     if config.predictions is not None:
         own = _maps(config.predictions, cases, "predictions")
     else:
