@@ -215,6 +215,7 @@ JOBS: dict[str, type[Job]] = {
     "demo": call_of("demo", "run/model.safetensors", "cases.csv"),
     "ablate": call_of("ablate", "table.csv"),
     "baselines": call_of("baselines --overwrite", "baseline.safetensors", "config.json"),
+    "baselines predict": call_of("baselines predict", "p1_lesions.nii.gz", "volumes.csv"),
 }
 
 

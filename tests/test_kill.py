@@ -24,7 +24,7 @@ pytestmark = [
 
 
 JOBS = ("train", "prepare", "predict", "synth", "replay", "preview", "evaluate", "report", "export", "demo")
-JOBS += ("ablate", "baselines")
+JOBS += ("ablate", "baselines", "baselines predict")
 
 
 @pytest.mark.parametrize("job", JOBS)
