@@ -342,20 +342,25 @@ def predict_case(
         device=device,
         keep_probability=keep_probability,
     )
-    maps: dict[str, Any] = {"lesions": found.lesions, "core": found.lesions_without_growing}
+    masks = {"lesions": found.lesions, "core": found.lesions_without_growing}
     if keep_probability:
-        maps |= {"healthy": found.healthy, "probability": found.probability}
-    inflation = found.inflation
+        masks["healthy"] = found.healthy
+    probability, inflation = found.probability, found.inflation
     # each map of the working grid is let go once it lies on the CT's: both together would be the peak
     del found
-    for name in maps:
-        maps[name] = loaded.to_native(maps[name])
-        maps[name][~lung] = 0
+    for name in masks:
+        masks[name] = loaded.to_native(masks[name])
+        masks[name] &= lung
+    volumes = volumes_of(masks["lesions"], lung, loaded.volume.spacing, loaded.native_sides)
+    if probability is not None:
+        probability = loaded.to_native(probability)
+        probability[~lung] = 0
     return CasePrediction(
-        **maps,
+        **masks,
+        probability=probability,
         lung=lung,
         classical=loaded.native_classical if loaded.apart else None,
-        volumes=volumes_of(maps["lesions"], lung, loaded.volume.spacing, loaded.native_sides),
+        volumes=volumes,
         inflation=inflation,
         ct=loaded.volume,
     )
