@@ -30,7 +30,7 @@ from normnet.inflation import inflation_factor, windowed_lungs
 from normnet.metrics import overlap_scores
 from normnet.model import Model, bundled_models, find_models
 from normnet.postprocess import postprocess
-from normnet.predict import bright_threshold, inflation_of, slab_probabilities
+from normnet.predict import bright_threshold, inflation_of, slide
 from normnet.volumes import inflated, split, store_volumes
 
 SWEEPS: dict[str, tuple[Any, ...]] = {
@@ -135,7 +135,9 @@ def main() -> None:
 
 def _chances(image: Any, models: list[Model]) -> list[Any]:
     device = torch.device("cpu")
-    return [slab_probabilities(image, model, PredictConfig(), device) for model in models]
+    everywhere = np.ones(image.shape, bool)
+    blocks = slide(lambda a, b: image[a:b], everywhere, models, PredictConfig(), device)
+    return list(np.concatenate([chances.cpu().numpy() for _, chances in blocks], axis=1))
 
 
 if __name__ == "__main__":
