@@ -568,7 +568,7 @@ def _score(
             lung_mask = sides.right | sides.left
             check_plausible(ct.hu, lung_mask, ct.spacing, sides.left)
             notes = (f"lungs {lungs_told(method_record(config.lungs))}: none were given",)
-    except Exception as error:  # whatever is wrong with one patient, the others are not to wait
+    except Exception as error:  # one failing case must not stop the batch
         evaluation.failures.append(Failure(case.case, None, reason(None, error)))
         return
     scan: Any = {"case": case.case, "hu": ct.hu, "spacing": ct.spacing, "notes": notes}
