@@ -91,7 +91,7 @@ class Train(Job):
         return train.main(["--config", str(self.settings), "--output", str(folder), *begun])
 
     def check(self, folder: Path) -> None:
-        for file in folder.glob("*.safetensors"):
+        for file in folder.glob("[!.]*.safetensors"):
             read_tensors(file)
         if (folder / "config.json").exists():
             json.loads((folder / "config.json").read_text())

@@ -80,7 +80,6 @@ def test_a_folder_of_dicom_becomes_masks_and_a_report_with_two_commands(shared_d
         f"{case}_lung.nii.gz",
         f"{case}_lesions.dcm",
         f"{case}.json",
-        "settings.json",
         "volumes.csv",
         "report.html",
     }
