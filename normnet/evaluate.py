@@ -29,8 +29,7 @@ from normnet.cases import Case, find_cases, hear, locate, match, read_table, rea
 from normnet.config import PAPER_THRESHOLD_HU, Share
 from normnet.draw import VoxelCounts, case_pictures
 from normnet.metrics import CaseScores
-from normnet.output import FILES as MAPS
-from normnet.output import Record, dumps, read_record, read_records
+from normnet.output import Record, dumps, read_record, read_records, unfinished
 from normnet.paper import Method, Table, as_text, oracle_table, printed, table_three, table_two, volume_table
 from normnet.prepare.case import LungMethod, method_of, method_record, weights_of
 from normnet.prepare.lungs import check_plausible
@@ -415,15 +414,16 @@ def evaluate_volumes(volumes: Iterable[CaseVolumes], *, name: str = PROPOSED, **
     ValueError
         No case, a repeated name, or an unfit volume; the message names the case.
     """
-    evaluation = Evaluation(names=(name,), **how)
+    evaluation, seen = Evaluation(names=(name,), **how), set[str]()
     for v in volumes:
-        if v.case in evaluation.scores:
+        if v.case in seen:
             raise ValueError(f"cases must have different names, got {v.case!r} twice")
+        seen.add(v.case)
         try:
             evaluation.add(v)
         except (TypeError, ValueError) as error:
             raise type(error)(f"case {v.case!r}: {error}") from error
-    if not evaluation.scores:
+    if not seen:
         raise ValueError("there must be at least one case, got none")
     return evaluation
 
@@ -445,10 +445,9 @@ def _with_record(files: Mapping[str, Path]) -> Maps:
 def _records(folder: Path) -> tuple[list[Record], dict[str, str]]:
     """Read the records of a folder, and what is wrong with cases; nothing where another program wrote it."""
     records, problems = read_records(folder)
-    finished = {record["case"] for record in records}
-    for path in folder.glob(f"[!.]*{MAPS['lesions']}") if records or problems else ():
-        if (case := path.name.removesuffix(MAPS["lesions"])) not in finished:
-            problems.setdefault(case, f"{case}.json is missing: its prediction was not finished")
+    if records or problems:
+        for case in unfinished(folder, {*problems, *(record["case"] for record in records)}):
+            problems[case] = f"{case}.json is missing: its prediction was not finished"
     return records, problems
 
 

@@ -17,7 +17,7 @@ import os
 import re
 import struct
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any
@@ -131,9 +131,7 @@ def volumes_of(
     return volumes
 
 
-def check_output(
-    folder: Path, cases: Mapping[str, Sequence[Path]], table: str | None = TABLE, *, overwrite: bool = False
-) -> None:
+def check_output(folder: Path, cases: Mapping[str, Sequence[Path]], *, overwrite: bool = False) -> None:
     """Check, before anything is computed, that results can go into a folder.
 
     Parameters
@@ -142,10 +140,8 @@ def check_output(
         Need not be there yet.
     cases : mapping of str to sequence of Path
         The files that each case is read from.
-    table : str, optional
-        Name of the table that is written, too.
     overwrite : bool
-        Replace a table that is none of ours.
+        Replace a `TABLE` that is none of ours.
 
     Raises
     ------
@@ -162,10 +158,10 @@ def check_output(
         for file in (folder / f"{case}{ending}" for ending in (*FILES.values(), ".json")):
             if _identity(file) in read:
                 raise ValueError(f"output must not replace an input, got {folder} for {file}")
-    if table is None or overwrite or not os.path.lexists(file := folder / table):
+    if overwrite or not os.path.lexists(file := folder / TABLE):
         return
     if file.is_symlink() or not has_columns(file, HEADER):
-        raise ValueError(f"output holds {table}, which no call wrote; {_INSTEAD}")
+        raise ValueError(f"output holds {TABLE}, which no call wrote; {_INSTEAD}")
 
 
 def to_write(
@@ -434,6 +430,13 @@ def read_records(folder: Path) -> tuple[list[Record], dict[str, str]]:
             if path.with_name(f"{path.stem}{FILES['lesions']}").exists():
                 failures[path.stem] = str(error)
     return records, failures
+
+
+def unfinished(folder: Path, known: Collection[str]) -> list[str]:
+    """Return the cases with a lesion map that are none of those known by a record: a call was interrupted."""
+    ending = FILES["lesions"]
+    mapped = {path.name.removesuffix(ending) for path in folder.glob(f"[!.]*{ending}")}
+    return sorted(mapped.difference(known))
 
 
 def load(path: Path) -> Any:

@@ -26,7 +26,7 @@ from lesionsynth.io import read_ct, read_mask
 from lesionsynth.strict import name_of
 from normnet.cases import FORESEEN, Place, hear, locate, reason
 from normnet.draw import LESION, LUNG_WINDOW, curve, finding_pictures, histogram, most_apart
-from normnet.output import FILES, Record, read_records
+from normnet.output import Record, read_records, unfinished
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -379,9 +379,7 @@ def _add_overview(page: Page, maps: Path, cases: Sequence[Case], failures: Mappi
         page.warning(f"{without} of {len(cases)} cases could not be shown; their sections say why.")
     for name, why in failures.items():
         page.warning(f"{name} is left out: {why}")
-    ending, known = FILES["lesions"], {*failures, *(case.record["case"] for case in cases)}
-    mapped = {path.name.removesuffix(ending) for path in maps.glob(f"*{ending}") if path.name[0] != "."}
-    if names := ", ".join(sorted(mapped - known)):
+    if names := ", ".join(unfinished(maps, {*failures, *(case.record["case"] for case in cases)})):
         page.warning(f"Left out, as their prediction was not finished: {names}. Give that command again.")
     if cases:
         header = ["case", "lungs ml", "lesions ml", "% of both lungs", "% of right", "% of left", "look at"]
