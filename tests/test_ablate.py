@@ -35,7 +35,7 @@ from normnet.model import Model, build_unet
 from normnet.paper import ITERATIONS, TABLE_IV, TABLE_V, TABLE_VI
 from normnet.postprocess import postprocess
 from normnet.predict import predict_volume
-from normnet.trainer import Trainer
+from normnet.train import Trainer
 from tests import classical
 
 # two steps of training are never sure to 0.95

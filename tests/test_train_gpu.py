@@ -14,7 +14,7 @@ import torch
 
 import lesionsynth as ls
 from normnet import data, train, volumes
-from tests.test_train import TINY, Segments
+from tests.normnet.test_train import TINY, Segments
 
 pytestmark = pytest.mark.gpu
 CUDA = torch.device("cuda")

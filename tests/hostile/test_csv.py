@@ -20,9 +20,8 @@ pytest.importorskip("monai")
 
 from normnet.cases import read_table
 from normnet.prepare.exclude import read_annotations, read_exclusions
-from normnet.runlog import RunLog
+from normnet.train import Progress, RunLog
 from normnet.sheets import has_columns, heading, plain, safe, sheet
-from normnet.trainer import Progress
 
 DANGEROUS = "=+-@\t\r\n＝＋－＠"
 BEFORE = "' \"`\u00a0\u3000\ufeff\u200b\x0b"  # what a spreadsheet may pass over

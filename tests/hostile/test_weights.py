@@ -32,7 +32,7 @@ from normnet.predict import main as predict
 from normnet.predict import predict_volume
 from normnet.prepare.__main__ import main as prepare
 from normnet.prepare.network import split_by_network
-from normnet.trainer import Trainer
+from normnet.train import Trainer
 from tests.hostile.tally import trial
 
 KIND = "weights"

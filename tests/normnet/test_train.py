@@ -18,7 +18,7 @@ pytest.importorskip("monai")
 import torch
 
 import lesionsynth as ls
-from normnet import data, device, train, trainer, validate, volumes
+from normnet import data, device, train, volumes
 from normnet.config import (
     PRESETS,
     ModelConfig,
@@ -106,11 +106,11 @@ def test_a_finished_run_resumed_stays_as_it_is(tmp_path):
 
 def test_cosine_falls_from_the_learning_rate_to_nothing(tmp_path, monkeypatch):
     config = replace(TINY, output=tmp_path / "whole", schedule="cosine")
-    rates = [trainer.learning_rate(config, k) for k in (0, 3, 6, 9)]
-    assert rates == pytest.approx([3e-4, 1.5e-4, 0, 0], abs=1e-19)
-    assert trainer.learning_rate(TINY, 5) == 3e-4
+    trainer = train.Trainer(config, torch.device("cpu"))
+    rates = [trainer.schedule.lr_lambdas[0](k) for k in (0, 3, 6, 9)]
+    assert rates == pytest.approx([1, 0.5, 0, 0], abs=1e-15)
     train.train(config)
-    step = trainer.Trainer.step
+    step = train.Trainer.step
 
     def stopped(self, batch):
         if self.progress.iteration == 4:
@@ -118,7 +118,7 @@ def test_cosine_falls_from_the_learning_rate_to_nothing(tmp_path, monkeypatch):
         return step(self, batch)
 
     with monkeypatch.context() as patch:
-        patch.setattr(trainer.Trainer, "step", stopped)
+        patch.setattr(train.Trainer, "step", stopped)
         with pytest.raises(KeyboardInterrupt):
             train.train(replace(config, output=tmp_path / "parts"))
     train.train(replace(config, output=tmp_path / "parts", resume=True))
@@ -148,7 +148,7 @@ def test_parts_of_a_batch_add_up(tmp_path):
     """With instance norm and one crop a part, gradients of parts are those of the parts' mean loss."""
     model = replace(TINY.model, norm="instance")
     whole, parts = (
-        trainer.Trainer(replace(TINY, model=model, accumulate=n), torch.device("cpu")) for n in (1, 2)
+        train.Trainer(replace(TINY, model=model, accumulate=n), torch.device("cpu")) for n in (1, 2)
     )
     batch = stream().batch(0)
     total = parts.step(batch)
@@ -162,7 +162,6 @@ def test_a_loss_that_is_not_finite_ends_the_run(tmp_path, capsys, monkeypatch):
     broken = stream().batch(0)
     broken.image[0] = float("nan")
     monkeypatch.setattr(data.PairStream, "batch", lambda self, step: broken)
-    monkeypatch.setattr(train, "PairStream", data.PairStream)
     config = replace(TINY, output=tmp_path / "run", held_out=0)
     with pytest.raises(FloatingPointError, match="the loss became nan at iteration 1: lower learning_rate"):
         train.train(config)
@@ -176,7 +175,7 @@ def test_a_loss_that_is_not_finite_ends_the_run(tmp_path, capsys, monkeypatch):
 def test_the_threshold_that_pairs_calibrate(tmp_path):
     rng = np.random.default_rng(0)
     well, ill = rng.beta(5, 2, 4000).astype(np.float32), rng.beta(2, 5, 1000).astype(np.float32)
-    found = validate.calibrate(well, ill)
+    found = train.calibrate(well, ill)
     dice = []
     for k in range(1, 100):
         called_well, called_ill = (p <= np.float32(k / 100) for p in (well, ill))
@@ -186,7 +185,7 @@ def test_the_threshold_that_pairs_calibrate(tmp_path):
         "probability": pytest.approx((np.argmax(dice) + 1) / 100),
         "dice": pytest.approx(max(dice)),
     }
-    assert validate.calibrate(well, ill[:0]) is None
+    assert train.calibrate(well, ill[:0]) is None
     train.train(replace(TINY, output=tmp_path / "run"))
     rows = list(csv.DictReader((tmp_path / "run/metrics.csv").read_text().splitlines()))
     calibrated = Model.load(tmp_path / "run").calibration["probability"]

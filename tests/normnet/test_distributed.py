@@ -1,4 +1,4 @@
-"""Several processes train as one would; the loss is MONAI's; ensembles are their members."""
+"""Several processes train as the parts of one would; the loss is the paper's; ensembles are their members."""
 
 from __future__ import annotations
 
@@ -15,16 +15,14 @@ pytest.importorskip("torch")
 pytest.importorskip("monai")
 
 import torch
-from monai.losses import DiceCELoss
+import torch.nn.functional as F
 
 import lesionsynth as ls
 from normnet import data, train
 from normnet.config import to_json
-from normnet.distributed import ALONE, GlobalBatchNorm, World, global_norms
-from normnet.ensemble import train_ensemble
-from normnet.model import build_unet, read_tensors
-from normnet.trainer import dice_ce
-from tests.test_train import TINY, Segments, losses, weights
+from normnet.model import read_tensors
+from normnet.train import dice_ce, train_ensemble
+from tests.normnet.test_train import TINY, Segments, losses, weights
 
 FOUR = replace(TINY, batch_size=4, iterations=5, learning_rate=3e-3, validate_every=0, checkpoint_every=5)
 
@@ -39,9 +37,10 @@ def launch(config, folder, *extra: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
 
 
-def test_two_processes_train_as_one(tmp_path):
-    train.train(replace(FOUR, output=tmp_path / "one"))
-    done = launch(replace(FOUR, output=tmp_path / "two"), tmp_path)
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_two_processes_train_as_two_parts(tmp_path, accumulate):
+    train.train(replace(FOUR, accumulate=2 * accumulate, output=tmp_path / "one"))
+    done = launch(replace(FOUR, accumulate=accumulate, output=tmp_path / "two"), tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("weights:") == 1  # one of them talks
     one, two = (np.array([float(v) for _, v in losses(tmp_path / n)]) for n in ("one", "two"))
@@ -50,9 +49,11 @@ def test_two_processes_train_as_one(tmp_path):
     # the sums run in another order, and metrics.csv keeps five digits
     assert np.allclose(one, two, rtol=1e-4)
     one, two = (read_tensors(tmp_path / n / "model.safetensors")[0] for n in ("one", "two"))
-    # a bias before batch normalisation has no gradient but rounding, which Adam makes a step of; the running
-    # mean goes with it
-    compared = [name for name in one if not name.endswith(("conv.bias", "running_mean"))]
+    # a bias before batch normalisation has no gradient but rounding, which Adam makes a step of; running
+    # statistics are those of the first process's part
+    compared = [
+        name for name in one if not name.endswith(("conv.bias", "running_mean", "running_var", "tracked"))
+    ]
     assert len(compared) > 10
     for name in compared:
         # Adam divides by the root of tiny squares: a rounded gradient moves a weight by less than a step
@@ -77,45 +78,22 @@ def test_processes_share_a_batch():
     assert torch.equal(torch.cat([h.target for h in halves]), whole.target)
 
 
+@pytest.mark.parametrize("channels", [1, 2])
 @pytest.mark.parametrize("empty", [False, True])
-def test_the_loss_is_monai_s(empty):
+@pytest.mark.parametrize("weighted", [False, True])
+def test_the_loss_is_one_dice_and_a_mean_entropy(channels, empty, weighted):
     generator = torch.Generator().manual_seed(0)
-    logits = torch.randn(3, 1, 4, 6, 6, generator=generator, requires_grad=True)
-    target = torch.rand(3, 1, 4, 6, 6, generator=generator) > (1.0 if empty else 0.8)
-    own = dice_ce(logits, target)
-    monai = DiceCELoss(sigmoid=True, batch=True)(logits, target.float())
-    assert own.item() == pytest.approx(monai.item(), rel=1e-6)  # float32
-    ours, theirs = (torch.autograd.grad(v, logits)[0] for v in (own, monai))
+    logits = torch.randn(3, channels, 4, 6, 6, generator=generator, dtype=torch.float64, requires_grad=True)
+    target = torch.rand(3, channels, 4, 6, 6, generator=generator) > (1.0 if empty else 0.8)
+    weight = torch.rand(3, 1, 4, 6, 6, generator=generator) if weighted else None
+    own = dice_ce(logits, target, weight)
+    chance, wanted = torch.sigmoid(logits), target.double()
+    entropy = F.binary_cross_entropy(chance, wanted, reduction="none") * (1.0 if weight is None else weight)
+    dice = (2 * (chance * wanted).sum() + 1e-5) / (chance.sum() + wanted.sum() + 1e-5)
+    plain = 1 - dice + entropy.mean()
+    assert own.item() == pytest.approx(plain.item(), rel=1e-6)  # own is float32
+    ours, theirs = (torch.autograd.grad(v, logits)[0] for v in (own, plain))
     assert torch.allclose(ours, theirs, atol=1e-8, rtol=1e-4)
-
-
-def test_norms_over_processes_keep_names_and_values():
-    torch.manual_seed(0)
-    plain = build_unet(TINY.model)
-    shared = global_norms(build_unet(TINY.model), World(0, 2))
-    assert list(shared.state_dict()) == list(plain.state_dict())
-    norms = [m for m in shared.modules() if isinstance(m, GlobalBatchNorm)]
-    assert len(norms) == sum(isinstance(m, torch.nn.BatchNorm3d) for m in plain.modules()) > 0
-    assert global_norms(plain, ALONE) is plain
-    assert not any(isinstance(m, GlobalBatchNorm) for m in plain.modules())
-
-
-class TwoEqual(World):
-    """A world of two processes with the same part: every sum is twice this one's."""
-
-    def sum(self, tensor: torch.Tensor) -> torch.Tensor:
-        return 2 * tensor
-
-
-def test_norms_over_processes_are_those_of_all_their_parts():
-    torch.manual_seed(0)
-    x = torch.randn(2, 3, 4, 5, 6)
-    norm, plain = GlobalBatchNorm(3), torch.nn.BatchNorm3d(3)
-    norm.world = TwoEqual(0, 2)
-    assert torch.allclose(norm(x), plain(torch.cat([x, x]))[:2], atol=1e-5)
-    assert torch.allclose(norm.running_var, plain.running_var, rtol=1e-5)
-    assert torch.allclose(norm.running_mean, plain.running_mean, atol=1e-6)
-    assert int(norm.num_batches_tracked) == 1
 
 
 def test_an_ensemble_is_its_members(tmp_path):
