@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+from PIL import Image
+
+DOCS = Path(__file__).parents[1] / "docs"
 
 HEAVY = {"torch", "monai", "cupy", "normnet", "matplotlib", "SimpleITK", "tyro", "tqdm", "tensorboard"}
 
@@ -53,3 +58,17 @@ def test_public_names_exist() -> None:
             assert getattr(ls, name) is not None
     with pytest.raises(AttributeError, match="no_such_name"):
         _ = ls.no_such_name
+
+
+def test_the_picture_of_the_package_is_true() -> None:
+    """The arrows of docs/images/architecture.png are the imports, and there is no circle."""
+    spec = importlib.util.spec_from_file_location("architecture", DOCS / "architecture.py")
+    architecture = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(architecture)
+
+    graph = architecture.imports()
+    assert len(architecture.levels(graph)) > 5  # a circle is an error
+    assert {"train", "data", "prepare", "predict"} <= set(graph)
+    with Image.open(architecture.PICTURE) as picture:
+        drawn = [tuple(arrow) for arrow in json.loads(picture.info["Description"])]
+    assert drawn == architecture.arrows(graph), "draw it anew: python docs/architecture.py"
