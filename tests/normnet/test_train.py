@@ -144,6 +144,24 @@ def test_training_lowers_the_loss_and_reports_its_shares(tmp_path):
     assert any(f.name.startswith("events.") for f in (tmp_path / "run").iterdir())
 
 
+@pytest.mark.parametrize("average", [0.0, 0.2])
+def test_the_average_follows_closely_at_first(average):
+    """Its decay is (1 + n) / (20 + n) until that is `average`; 0 keeps the last weights."""
+    trainer = train.Trainer(replace(TINY, average=average, learning_rate=1e-2), torch.device("cpu"))
+    wanted = [w.detach().clone() for w in trainer.model.parameters()]
+    for n in range(6):
+        trainer.step(stream().batch(n))
+        decay = min(average, (1 + n) / (20 + n))
+        wanted = [
+            decay * a + (1 - decay) * b.detach()
+            for a, b in zip(wanted, trainer.model.parameters(), strict=True)
+        ]
+    for a, b in zip(wanted, trainer.average.module.parameters(), strict=True):
+        assert torch.allclose(a, b, rtol=1e-5, atol=1e-7)  # float32
+    counted = [b for name, b in trainer.average.module.named_buffers() if name.endswith("batches_tracked")]
+    assert {int(b) for b in counted} == {6}
+
+
 def test_parts_of_a_batch_add_up(tmp_path):
     """With instance norm and one crop a part, gradients of parts are those of the parts' mean loss."""
     model = replace(TINY.model, norm="instance")
