@@ -28,7 +28,7 @@ from normnet.model import Model, build_unet
 from normnet.painting import LEFT, RIGHT
 from normnet.prepare import Store, prepare
 from normnet.prepare.__main__ import main as prepare_main
-from normnet.prepare.chest import chest_grid, shrink
+from normnet.prepare.network import chest_grid, shrink
 from normnet.validate import validate_lungs
 from normnet.volumes import store_volumes
 
