@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -144,19 +144,21 @@ def split_lungs(hu: HU, spacing: Spacing) -> Lungs:
     factors, mm = coarse_grid(spacing)
     whole = block_mean(hu, factors)
     fillers = _fillers(hu)
-    slabs = (hu[z : z + 16 * factors[0]] for z in range(0, len(hu), 16 * factors[0]))
-    filled = np.concatenate([block_mean(np.isin(slab, fillers), factors) for slab in slabs])
-    empty = ndimage.binary_dilation(filled == 1) & (filled > 0)  # with blocks that are half in it
+    share = block_mean(hu, factors, lambda slab: np.isin(slab, fillers))
+    empty = ndimage.binary_dilation(share == 1) & (share > 0)  # with blocks that are half in it
     body = body_mask(whole, mm, empty)
     if (box := around(body)) is None:
         raise ValueError("no lung found: no body in the volume (no tissue thicker than 8 mm)")
     coarse, inside = whole[box], body[box]
-    tree, main = _airways(coarse, inside, mm, _middle(inside))
-    found = _air_spaces(coarse, inside & ~tree & ~main, inside, mm)
+
+    def search(middle: float) -> tuple[Mask, tuple[Mask, Mask]]:
+        tree, main = _airways(coarse, inside, mm, middle)
+        return main, _air_spaces(coarse, inside & ~tree & ~main, inside, mm)
+
+    main, found = search(_middle(inside))
     cut = None if all(lung.any() for lung in found) else _cut_end(found[0] | found[1], coarse, inside)
     if cut is not None:  # the trachea lies there, and not in the middle of this half
-        tree, main = _airways(coarse, inside, mm, cut)
-        found = _air_spaces(coarse, inside & ~tree & ~main, inside, mm)
+        main, found = search(cut)
     check_chest(coarse, inside, found)
     right, left, airway = (np.zeros(whole.shape, bool) for _ in range(3))
     right[box], left[box] = _closed_lungs(coarse, found, inside & ~main, mm)
@@ -170,15 +172,17 @@ def coarse_grid(spacing: Spacing) -> tuple[Factors, Spacing]:
     return (fz, fy, fx), (spacing[0] * fz, spacing[1] * fy, spacing[2] * fx)
 
 
-def block_mean(volume: npt.NDArray[Any], factors: Factors) -> Field:
-    """Mean over blocks of `factors` voxels (z, y, x); the edge is repeated where the shape is no multiple."""
-    slabs = []
+def block_mean(volume: npt.NDArray[Any], factors: Factors, seen: Callable[..., Any] = np.asarray) -> Field:
+    """Mean over blocks of `factors` voxels (z, y, x) of what is `seen` in a slab of the volume.
+
+    The edge is repeated where the shape is no multiple.
+    """
+    means = []
     for z in range(0, len(volume), CHUNK * factors[0]):
-        slab = volume[z : z + CHUNK * factors[0]]
-        pads = [(0, -n % f) for n, f in zip(slab.shape, factors, strict=True)]
-        slab = np.pad(slab, pads, mode="edge")
-        slabs.append(block_reduce(slab, factors, np.mean, func_kwargs={"dtype": np.float32}))
-    return np.concatenate(slabs)
+        slab = seen(volume[z : z + CHUNK * factors[0]])
+        slab = np.pad(slab, [(0, -n % f) for n, f in zip(slab.shape, factors, strict=True)], mode="edge")
+        means.append(block_reduce(slab, factors, np.mean, func_kwargs={"dtype": np.float32}))
+    return np.concatenate(means)
 
 
 def _fillers(hu: HU) -> HU:
@@ -231,7 +235,7 @@ def body_mask(coarse: Field, mm: Spacing, empty: Mask | None = None) -> Mask:
         and walled[at].mean() > 0.5
     ]
     lung = np.isin(labels, lungs)
-    body: Mask = ndimage.binary_fill_holes(core, PLANE) | lung
+    body: Mask = filled(core, PLANE) | lung
     if not padded:
         return body
     body &= lung | ~np.isin(labels, large)
@@ -380,13 +384,7 @@ def _middle(mask: Mask) -> float:
 
 
 def check_chest(coarse: Field, body: Mask, lungs: tuple[Mask, Mask]) -> None:
-    """Refuse a head, whose sinuses would pass for lungs.
-
-    Raises
-    ------
-    ValueError
-        Little air and much bone; names both shares.
-    """
+    """Refuse a head, whose sinuses would pass for lungs: ValueError where bone is much and air little."""
     tissue = int(body.sum())
     air = int(lungs[0].sum() + lungs[1].sum()) / tissue
     bone = int(((coarse >= HEAD_BONE_HU) & body).sum()) / tissue
@@ -419,7 +417,7 @@ def _costal_bites(lung: Mask, other: Mask, mm: Spacing) -> Mask:
     if not lung.any() or not other.any():
         return bites
     dents = plane_opened(_closed(lung, COSTAL_MM, (4 * COSTAL_MM, mm[1], mm[2])) & ~lung, BITE_MM, mm)
-    dents &= ~ndimage.binary_fill_holes(lung, PLANE)  # holes are domes
+    dents &= ~filled(lung, PLANE)  # holes are domes
     below = max(1, round(DOME_MM / mm[0]))
 
     def centre(plane: Mask) -> npt.NDArray[np.float64]:
@@ -443,9 +441,9 @@ def _closed(mask: Mask, radius_mm: float, spacing: Spacing) -> Mask:
         return mask
     pads = [int(np.ceil(radius_mm / s)) + 1 for s in spacing]
     padded = np.pad(mask[box], [(p, p) for p in pads])
-    filled = isotropic_closing(padded, radius_mm, spacing=spacing)
+    closed = isotropic_closing(padded, radius_mm, spacing=spacing)
     out = mask.copy()
-    out[box] |= filled[tuple(slice(p, -p) for p in pads)]
+    out[box] |= closed[tuple(slice(p, -p) for p in pads)]
     return out
 
 
@@ -495,30 +493,14 @@ def _signed(mask: Mask, mm: Spacing) -> Field:
 def settle(air: Mask, allowed: Mask, spacing: Spacing, field: Field) -> Mask:
     """Set the outline of a lung by intensities where they decide, and else by its field.
 
-    Parameters
-    ----------
-    air : (z, y, x) bool array
-        Voxels as dark as lung.
-    allowed : (z, y, x) bool array
-        Voxels that may be this lung.
-    spacing : (3,) floats
-        Voxel size in mm, axis order z, y, x.
-    field : (z, y, x) float32 array
-        Distance in mm to the lung's outline as it is known so far, positive inside.
-
-    Returns
-    -------
-    (z, y, x) bool array
-        Air up to `REACH_MM` outside the outline. Tissue only from `DEPTH_MM` inside it, or where it is thick:
-        a rim of chest wall (partial volume) is left out, a consolidation at the pleura stays.
+    `air` is as dark as lung, `allowed` may be this lung, and `field` is the distance in mm to its outline as
+    it is known so far, positive inside. Air is lung up to `REACH_MM` outside; tissue only from `DEPTH_MM`
+    inside, or where it is thick: a rim of chest wall (partial volume) is left out, a consolidation at the
+    pleura stays.
     """
     tissue = plane_opened((field > 0) & ~air, RIM_MM, spacing)
     mask = ((air & (field > -REACH_MM)) | (field > DEPTH_MM) | tissue) & allowed
-    mask = ndimage.binary_fill_holes(mask)
-    holes, count = ndimage.label(ndimage.binary_fill_holes(mask, PLANE) & ~mask, PLANE)
-    small = voxels(holes, count) <= round(HOLE_MM2 / (spacing[1] * spacing[2]))
-    small[0] = False
-    return np.asarray((mask | small[holes]) & allowed)
+    return filled(filled(mask), PLANE, round(HOLE_MM2 / (spacing[1] * spacing[2]))) & allowed
 
 
 def split_mask(mask: Mask, spacing: Spacing) -> Lungs:
@@ -542,13 +524,13 @@ def split_mask(mask: Mask, spacing: Spacing) -> Lungs:
         The mask does not show two lungs side by side.
     """
     factors, mm = coarse_grid(spacing)
-    filled = block_mean(mask.view(np.uint8), factors)
-    box = around(filled > 0, 2)
-    parts = None if box is None else _two_halves(filled[box] >= 0.5, mm)
+    share = block_mean(mask.view(np.uint8), factors)
+    box = around(share > 0, 2)
+    parts = None if box is None else _two_halves(share[box] >= 0.5, mm)
     if box is None or parts is None:
         raise ValueError("the lung mask must show two lungs side by side, to tell right from left")
     right, left = sorted(parts, key=_middle)
-    nearer = np.zeros(filled.shape, np.float32)  # distances also cover the voxels that the coarse mask lost
+    nearer = np.zeros(share.shape, np.float32)  # distances also cover the voxels that the coarse mask lost
     nearer[box] = _signed(right, mm) - _signed(left, mm)
     at = [_fine(f, n) for f, n in zip(factors, mask.shape, strict=True)]
     chunks = (at[0][z : z + CHUNK] for z in range(0, len(mask), CHUNK))
@@ -591,13 +573,7 @@ def split_by_lungmask(hu: HU, spacing: Spacing) -> Lungs:
 
 
 def check_installed() -> Any:
-    """Give the class of networks of ``lungmask``.
-
-    Raises
-    ------
-    ImportError
-        It is not installed; says how to install it.
-    """
+    """Give the class of networks of ``lungmask``; an ImportError says how to install it."""
     advice = "lungs='lungmask' needs the package lungmask: pip install lungmask; or use lungs='network'"
     return optional("lungmask", advice).LMInferer
 
@@ -725,6 +701,19 @@ def largest(mask: Mask) -> Mask:
     return np.asarray(labels == voxels(labels, count).argmax()) if count else mask
 
 
+def filled(mask: Mask, neighbours: Mask | None = None, most: float = np.inf) -> Mask:
+    """Fill the holes that the mask encloses (with `PLANE`, its slices) of up to so many voxels.
+
+    SciPy's ``binary_fill_holes`` gives the same for all holes, and takes three times as long.
+    """
+    labels, count = ndimage.label(~mask, neighbours)
+    holes = voxels(labels, count) <= most
+    for axis in range(3) if neighbours is None else (1, 2):
+        holes[labels.take([0, -1], axis)] = False
+    holes[0] = True  # the mask itself
+    return np.asarray(holes[labels])
+
+
 def interpolated(field: Field, at: list[npt.NDArray[np.float64]]) -> Field:
     """Interpolate linearly at positions along each axis; what lies beyond an end has its value.
 
@@ -745,21 +734,20 @@ def interpolated(field: Field, at: list[npt.NDArray[np.float64]]) -> Field:
 
 
 def plane_dilated(mask: Mask, radius_mm: float, spacing: Spacing) -> Mask:
-    """Dilate every axial slice with a disc."""
-    return np.asarray(ndimage.binary_dilation(mask, _disc(radius_mm, spacing)))
+    """Dilate every axial slice with a disc; SciPy's ``binary_dilation`` takes four times as long."""
+    ny, nx = (int(radius_mm / s) for s in spacing[1:])
+    out, padded = mask.copy(), np.pad(mask, [(0, 0), (ny, ny), (nx, nx)])
+    for y, x in np.ndindex(2 * ny + 1, 2 * nx + 1):
+        if ((y - ny) * spacing[1]) ** 2 + ((x - nx) * spacing[2]) ** 2 <= radius_mm**2:
+            out |= padded[:, y : y + mask.shape[1], x : x + mask.shape[2]]
+    return out
 
 
 def plane_eroded(mask: Mask, radius_mm: float, spacing: Spacing) -> Mask:
     """Erode every axial slice with a disc; beyond the slice is not outside."""
-    return np.asarray(ndimage.binary_erosion(mask, _disc(radius_mm, spacing), border_value=1))
+    return ~plane_dilated(~mask, radius_mm, spacing)
 
 
 def plane_opened(mask: Mask, radius_mm: float, spacing: Spacing) -> Mask:
     """Open every axial slice with a disc."""
     return plane_dilated(plane_eroded(mask, radius_mm, spacing), radius_mm, spacing)
-
-
-def _disc(radius_mm: float, spacing: Spacing) -> Mask:
-    ny, nx = (int(radius_mm / s) for s in spacing[1:])
-    y, x = np.ogrid[-ny : ny + 1, -nx : nx + 1]
-    return np.asarray((y * spacing[1]) ** 2 + (x * spacing[2]) ** 2 <= radius_mm**2)[None]

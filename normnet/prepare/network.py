@@ -104,8 +104,8 @@ def split_by_network(hu: HU, spacing: Spacing, network: Model) -> Lungs:
     """
     grid = chest_grid(hu, spacing)
     small = shrink(hu, grid)
-    chance = without_vessels(chances(window(small), network), small)
-    return outline(hu, small, grid, favoured(chance, small))
+    chance = _without_vessels(chances(window(small), network), small)
+    return _outline(hu, small, grid, _favoured(chance, small))
 
 
 def chest_grid(hu: HU, spacing: Spacing) -> IsoGrid:
@@ -141,19 +141,9 @@ def _body_mm(hu: HU, spacing: Spacing) -> float:
 
 
 def shrink(volume: npt.NDArray[np.generic], grid: IsoGrid) -> Field:
-    """Average a volume on the scan's grid to the coarse one.
+    """Average a volume (HU or a mask) on the scan's grid to the coarse one.
 
-    Parameters
-    ----------
-    volume : (Z, Y, X) array
-        HU or a mask.
-    grid : IsoGrid
-        From `chest_grid`.
-
-    Returns
-    -------
-    float32 array of shape ``grid.shape``
-        Weighted by a triangle as wide as two coarse voxels, or interpolated where those are the smaller ones.
+    It is weighted by a triangle as wide as two coarse voxels, or interpolated where those are smaller.
     """
     along_z, along_y, along_x = (
         _triangles(grid.source_positions(axis), n, grid.spacing[axis] / grid.source_spacing[axis])
@@ -179,20 +169,7 @@ def window(hu: Field) -> Field:
 
 
 def chances(image: Field, network: Model) -> Field:
-    """Ask the network, once as it is and once mirrored.
-
-    Parameters
-    ----------
-    image : (z, y, x) float32 array
-        From `window`.
-    network : Model
-        Of the task lungs.
-
-    Returns
-    -------
-    (2, z, y, x) float32 array
-        Chance of right and of left lung.
-    """
+    """Ask for the chance of right and of left lung, (2, z, y, x): of the image as it is, and mirrored."""
     pads = [-n % network.config.multiple for n in image.shape]
     padded = torch.from_numpy(np.pad(image, [(p // 2, p - p // 2) for p in pads]))[None, None]
     box = tuple(slice(p // 2, p // 2 + n) for p, n in zip(pads, image.shape, strict=True))
@@ -201,11 +178,8 @@ def chances(image: Field, network: Model) -> Field:
     return np.asarray(((seen + mirrored) / 2)[(slice(None), *box)].numpy())
 
 
-def without_vessels(chance: Field, small: Field) -> Field:
-    """Leave the large vessels at the mediastinum out, as training did; what is larger is disease.
-
-    Parameters and return value are those of `favoured`, where such vessels have no chance.
-    """
+def _without_vessels(chance: Field, small: Field) -> Field:
+    """Leave the large vessels at the mediastinum out, as training did; what is larger is disease."""
     right, left = _sides(chance)
     if not (right.any() and left.any()):
         return chance
@@ -246,21 +220,8 @@ def without_hilum(
     return right & ~hilum, left & ~hilum
 
 
-def favoured(chance: Field, small: Field) -> Field:
-    """Raise the chances around dense disease; a healthy chest has none.
-
-    Parameters
-    ----------
-    chance : (2, z, y, x) float32 array
-        From `chances`.
-    small : (z, y, x) float32 array
-        HU on the coarse grid.
-
-    Returns
-    -------
-    (2, z, y, x) float32 array
-        The odds times `ODDS` near tissue that is thick and lung, and as they were elsewhere.
-    """
+def _favoured(chance: Field, small: Field) -> Field:
+    """Raise the chances around dense disease; a healthy chest has none."""
     core = ndimage.binary_erosion((small >= AIR_HU) & (chance.max(axis=0) > 0.5), iterations=THICK)
     if not core.any():
         return chance
@@ -268,27 +229,11 @@ def favoured(chance: Field, small: Field) -> Field:
     return np.where(near, chance * ODDS / (chance * ODDS + 1 - chance), chance).astype(np.float32)
 
 
-def outline(hu: HU, small: Field, grid: IsoGrid, chance: Field) -> Lungs:
+def _outline(hu: HU, small: Field, grid: IsoGrid, chance: Field) -> Lungs:
     """Bring the network's answer to the scan's grid.
 
     Tissue is lung as `settle` has it, where the network sees some of it beyond the outermost coarse voxel
     nearby: a rim of liver or chest wall, by which coarse outlines are uncertain, is left out.
-
-    Parameters
-    ----------
-    hu : (Z, Y, X) int16 array
-        The scan.
-    small : (z, y, x) float32 array
-        The same on the coarse grid, from `shrink`.
-    grid : IsoGrid
-        The coarse grid.
-    chance : (2, z, y, x) float32 array
-        From `chances`.
-
-    Raises
-    ------
-    ValueError
-        No lung is found.
     """
     coarse = [_pieces(side) for side in _sides(chance)]
     ml = max(int(lung.sum()) for lung in coarse) * ADULT_MM**3 / 1000

@@ -134,7 +134,7 @@ def knows(image: Any) -> Any:
 
 
 def outline(hu: np.ndarray, grid: IsoGrid, chance: np.ndarray) -> Lungs:
-    return network.outline(hu, shrink(hu, grid), grid, chance)
+    return network._outline(hu, shrink(hu, grid), grid, chance)
 
 
 def dice(a: np.ndarray, b: np.ndarray) -> float:
@@ -206,7 +206,7 @@ def test_chances_rise_around_dense_disease(thick: int, distance: int, hu: int, s
     chance[0, :, :, 10 : 10 + thick] = sure
     at = (1, 6, 6, 10 + thick - 1 + distance)
     chance[at] = 0.2
-    found = network.favoured(chance, small)
+    found = network._favoured(chance, small)
     # three layers are off on either side, at the ends of the image too; five voxels around the rest count
     dense = hu == DENSE and thick >= 7 and sure > 0.5
     expected = 9 * 0.25 / (9 * 0.25 + 1) if dense and distance <= 2 else 0.2
@@ -219,7 +219,7 @@ def test_chances_rise_around_dense_disease(thick: int, distance: int, hu: int, s
 def test_chances_without_dense_disease_stay() -> None:
     """At the corners, too: the distance to nothing is no distance."""
     chance = np.full((2, 8, 9, 10), 0.2, np.float32)
-    assert_array_equal(network.favoured(chance, np.full((8, 9, 10), DENSE, np.float32)), chance)
+    assert_array_equal(network._favoured(chance, np.full((8, 9, 10), DENSE, np.float32)), chance)
 
 
 @pytest.mark.parametrize(("length", "kept"), [(8, False), (20, True)])
@@ -237,13 +237,13 @@ def test_large_vessels_are_left_out(length: int, kept: bool) -> None:
     outer = np.zeros(small.shape, bool)
     outer[10:18, 10:16, :9] = True
     small[bar | outer] = TISSUE
-    found = network.without_vessels(chance, small)
+    found = network._without_vessels(chance, small)
     # a ball of 4.5 mm does not come into all of its corners
     assert (found[0][bar] > 0).mean() == pytest.approx(float(kept), abs=0.15)
     assert_array_equal(found[:, ~bar], chance[:, ~bar])
     none = chance.copy()
     none[1] = 0
-    assert_array_equal(network.without_vessels(none, small), none)  # of one lung no side is medial
+    assert_array_equal(network._without_vessels(none, small), none)  # of one lung no side is medial
 
 
 # ---- outline
