@@ -475,20 +475,31 @@ def test_chunks_of_blocks() -> None:
     assert_array_equal(np.concatenate(parts), whole)
 
 
-@given(masks, masks, st.sampled_from([6.0, 10.0, 15.0]))
-def test_holes_of_a_lung_are_filled(air: np.ndarray, allowed: np.ndarray, pixel: float) -> None:
+@given(seed=st.integers(0, 2**16), pixel=st.sampled_from([6.0, 8.0, 12.0]), thin=st.floats(0.05, 0.4))
+def test_holes_of_a_lung_are_filled(seed: int, pixel: float, thin: float) -> None:
     """What it encloses, and what it encloses within a slice up to 150 mm2, where it may be lung."""
-    shape = tuple(min(a, b) for a, b in zip(air.shape, allowed.shape, strict=True))
-    cut = tuple(slice(n) for n in shape)
-    air, allowed = air[cut], allowed[cut]
+    rng, shape = np.random.default_rng(seed), (4, 9, 10)
+    air, allowed = rng.random(shape) > thin, rng.random(shape) > 0.05
     found = settle(air, allowed, (1.0, pixel, pixel), np.zeros(shape, np.float32))
     expected = ndimage.binary_fill_holes(air & allowed)
     for plane in expected:
         labels, count = ndimage.label(ndimage.binary_fill_holes(plane) & ~plane)
         for hole in (labels == n for n in range(1, count + 1)):
-            if hole.sum() * pixel**2 <= 150:
+            if hole.sum() <= round(150 / pixel**2):
                 plane |= hole
     assert_array_equal(found, expected & allowed)
+
+
+@pytest.mark.parametrize("lean", [-0.7, 0.0, 0.9])
+def test_a_slanted_trachea_is_followed(lean: float) -> None:
+    """Slice by slice to its lower end; what is as round beside it is no trachea, nor is a short one."""
+    z, y, x = np.indices((20, 30, 60))
+    tube = np.hypot(y - 15, x - 30 - lean * (z - 10)) < 4.5
+    tube[:5] = False
+    coarse = np.where(tube | (np.hypot(y - 15, x - 55) < 4.5), -1000, 40).astype(np.float32)
+    body = np.ones(coarse.shape, bool)
+    assert_array_equal(lungs_module._trachea(coarse, body, (2.0, 2.0, 2.0), 30.0), tube)
+    assert not lungs_module._trachea(coarse, body, (1.3, 2.0, 2.0), 30.0).any()  # 15 slices: 19.5 mm
 
 
 # ---- real chests
