@@ -55,7 +55,7 @@ PLAIN_AIR_HU, SPACE_DEPTH_MM = -980, 6.0
 CUT_SHARE = 0.7
 """Share of a body's height and depth that is tissue where an image ends at its middle; less at an arm."""
 HEAD_BONE_HU, HEAD_BONE, CHEST_AIR = 300, 0.1, 0.08
-"""A head has more bone (a sixth) and less air (a fiftieth); a chest full of contrast or fluid has only one."""
+"""A head has more bone (a sixth) and less air (a fiftieth); a chest of contrast or fluid has only one."""
 
 # ---- what is airway
 AREA_MM2, MIN_LENGTH_MM, MIDDLE_MM = (40.0, 700.0), 20.0, 45.0
@@ -195,9 +195,9 @@ def _fillers(hu: HU) -> HU:
 def body_mask(coarse: Field, mm: Spacing, empty: Mask | None = None) -> Mask:
     """Fill the patient: tissue left by an opening (tables are thin shells), largest piece, holes filled.
 
-    `empty` is where the file holds one value only, beyond what was scanned. A lung that the image cuts is part
-    of the body, although its air reaches the image's border. Where most of the border is as dense as tissue,
-    the image may be padded (with noise, a gradient, anything): air spaces that are plain air are then the
+    `empty` is where the file holds one value only, beyond what was scanned. A lung that the image cuts is
+    body, although its air reaches the image's border. Where most of the border is as dense as tissue, the
+    image may be padded (with noise, a gradient, anything): air spaces that are plain air are then the
     outside, whatever surrounds them.
     """
     tissue = coarse >= AIR_HU
