@@ -26,8 +26,8 @@ import numpy.typing as npt
 from lesionsynth.io import AIR_HU, read_ct
 from normnet.painting import LEFT, RIGHT, Density, render
 from normnet.prepare.case import method_of
+from normnet.prepare.grid import Mask, Spacing
 from normnet.prepare.lungs import Lungs, around, split_lungs
-from normnet.prepare.morphology import Mask, Spacing
 
 Volume = npt.NDArray[np.int16]
 Method = Callable[[Volume, Spacing], Lungs]

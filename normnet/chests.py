@@ -25,8 +25,8 @@ from normnet.config import AugmentConfig, ChestConfig, TrainConfig
 from normnet.data import VALIDATION_INDEX, Batch, ThickSlices
 from normnet.distributed import World
 from normnet.painting import LEFT, RIGHT, Painter
-from normnet.prepare.chest import ADULT_MM, window
 from normnet.prepare.lungs import split_mask
+from normnet.prepare.network import ADULT_MM, window
 from normnet.prepare.store import Store
 from normnet.thick import slice_profile
 from normnet.volumes import PHANTOM_SEED
@@ -54,7 +54,7 @@ FILLS = (-1024.0, -1000.0, -2000.0, -3024.0, -800.0, 0.0, 40.0, 1000.0)
 
 @dataclass(frozen=True, eq=False)
 class Chest:
-    """A healthy scan on the coarse grid of `normnet.prepare.chest`.
+    """A healthy scan on the coarse grid of `normnet.prepare.network`.
 
     Attributes
     ----------
@@ -147,7 +147,7 @@ class ChestStream:
         Returns
         -------
         image : (slab, crop, crop) float32 array
-            What the network sees, in [0, 1]; see `normnet.prepare.chest.window`.
+            What the network sees, in [0, 1]; see `normnet.prepare.network.window`.
         lungs : (slab, crop, crop) uint8 array
             1 right, 2 left; 0 outside the field of view.
         disease : (slab, crop, crop) bool array
@@ -326,7 +326,7 @@ def phantom_chests(
     shape : (3,) ints
         Of each, (z, y, x).
     spacing : (3,) floats
-        Voxel size in mm, axis order z, y, x; a sample takes it for `normnet.prepare.chest.ADULT_MM`.
+        Voxel size in mm, axis order z, y, x; a sample takes it for `normnet.prepare.network.ADULT_MM`.
 
     Raises
     ------

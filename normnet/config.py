@@ -347,7 +347,7 @@ def few() -> TrainConfig:
 def lungs() -> TrainConfig:
     """Return what the shipped lung network was trained with: two hours on two CPU cores.
 
-    Samples are whole chests on a coarse grid (`normnet.prepare.chest`), so voxels are 3 mm of an adult.
+    Samples are whole chests on a coarse grid (`normnet.prepare.network`), so voxels are 3 mm of an adult.
     """
     return TrainConfig(
         task="lungs", output=Path("runs/lungs"),

@@ -28,8 +28,8 @@ from normnet.model import Model, build_unet
 from normnet.painting import LEFT, RIGHT
 from normnet.prepare import Store, prepare
 from normnet.prepare.__main__ import main as prepare_main
-from normnet.prepare.chest import chest_grid, shrink
 from normnet.train import validate_lungs
+from normnet.prepare.network import chest_grid, shrink
 from normnet.volumes import store_volumes
 
 SPACING = (10.0, 7.5, 6.0)

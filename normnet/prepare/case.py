@@ -16,10 +16,16 @@ from lesionsynth.files import sha256
 from lesionsynth.io import Scan, read_ct, read_mask
 from normnet.cases import Case
 from normnet.config import BUNDLED_LUNGS, WEIGHTS, model_name
-from normnet.prepare.grid import IsoGrid
-from normnet.prepare.lungmask import check_installed, split_by_lungmask
-from normnet.prepare.lungs import Lungs, check_agreement, check_plausible, split_lungs, split_mask
-from normnet.prepare.morphology import Mask, Spacing
+from normnet.prepare.grid import IsoGrid, Mask, Spacing
+from normnet.prepare.lungs import (
+    Lungs,
+    check_agreement,
+    check_installed,
+    check_plausible,
+    split_by_lungmask,
+    split_lungs,
+    split_mask,
+)
 
 ISO_SPACING: Spacing = (1.0, 0.8, 0.8)
 """Working voxel in mm, axis order z, y, x (PAPER.md IV-B)."""

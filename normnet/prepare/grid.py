@@ -11,10 +11,12 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from scipy import ndimage
 
 from lesionsynth.io import AIR_HU
-from normnet.prepare.morphology import Mask, Spacing, bounding_box
 
+Mask = npt.NDArray[np.bool_]
+Spacing = tuple[float, float, float]
 Index = tuple[int, int, int]
 Taps = tuple[npt.NDArray[np.intp], npt.NDArray[np.intp], npt.NDArray[np.float32]]
 CHUNK = 32
@@ -148,6 +150,12 @@ class IsoGrid:
         """
         _check_shape("array", array, self.shape)
         return _resample(array, [self.window_positions(axis) for axis in range(3)], fill)
+
+
+def bounding_box(mask: Mask) -> tuple[slice, slice, slice] | None:
+    """Smallest box around the mask, or None where it is empty."""
+    boxes = ndimage.find_objects(mask.view(np.uint8))
+    return (boxes[0][0], boxes[0][1], boxes[0][2]) if boxes else None
 
 
 def _check_shape(name: str, array: npt.NDArray[Any], shape: Index) -> None:

@@ -15,8 +15,8 @@ from normnet.cases import Case, find_cases
 from normnet.config import OUTPUTS, Task
 from normnet.prepare.case import ISO_SPACING, LungMethod, Side, check_grid, check_lungs
 from normnet.prepare.exclude import read_exclusions
+from normnet.prepare.grid import Spacing
 from normnet.prepare.luna import find_annotations, match_annotations
-from normnet.prepare.morphology import Spacing
 from normnet.prepare.store import Store, case_name_for_store
 from normnet.prepare.summary import CaseSummary, Summary, is_summary, write_csv
 from normnet.prepare.work import Work, attempt, failed

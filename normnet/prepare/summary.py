@@ -9,7 +9,7 @@ from typing import Any
 
 from lesionsynth.files import write_atomically
 from lesionsynth.io import Passed
-from normnet.prepare.morphology import Spacing
+from normnet.prepare.grid import Spacing
 from normnet.prepare.store import Store
 from normnet.sheets import has_columns, sheet
 

@@ -20,10 +20,9 @@ from normnet.cases import FORESEEN, Case, hear, reason
 from normnet.config import Task
 from normnet.draw import prepared_picture
 from normnet.prepare.case import LoadedCase, LungMethod, Side, load_case, method_record
-from normnet.prepare.chest import chest_grid, shrink, without_hilum
 from normnet.prepare.exclude import Nodule, Range, kept_slices, nodule_slices, runs
-from normnet.prepare.grid import IsoGrid
-from normnet.prepare.morphology import Mask, Spacing, bounding_box, plane_eroded
+from normnet.prepare.grid import IsoGrid, Mask, Spacing, bounding_box
+from normnet.prepare.lungs import plane_eroded
 from normnet.prepare.store import Store
 from normnet.prepare.summary import CaseSummary
 
@@ -158,6 +157,8 @@ def prepare_one(work: Work) -> dict[str, Any]:
 
 def _chest(case: LoadedCase) -> tuple[npt.NDArray[np.int16], IsoGrid, npt.NDArray[np.uint8]]:
     """Bring the whole scan to the coarse grid: HU, grid, and 1 where the right lung is, 2 where the left."""
+    from normnet.prepare.network import chest_grid, shrink, without_hilum  # torch is long to load
+
     sides = case.native_sides
     if sides is None or not all(lung.any() for lung in sides):
         raise ValueError(f"{case.volume.path}: the scan must show both lungs, and they must be told apart")
@@ -174,8 +175,11 @@ def _classical(case: LoadedCase, grid: IsoGrid, task: Task) -> Mask | None:
     mask = case.native_classical
     if mask is None:
         return None
-    brought: Mask = shrink(mask, grid) > 0.5 if task == "lungs" else grid.to_iso(mask)
-    return brought
+    if task == "lesions":
+        return np.asarray(grid.to_iso(mask))
+    from normnet.prepare.network import shrink
+
+    return np.asarray(shrink(mask, grid) > 0.5)
 
 
 def _stored(

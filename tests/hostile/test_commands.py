@@ -301,7 +301,7 @@ def test_only_a_missing_package_is_to_be_installed(monkeypatch, tmp_path, error,
     """Whatever imports an optional package: nibabel, matplotlib, lungmask."""
     from lesionsynth import preview
     from lesionsynth.io import nifti
-    from normnet.prepare import lungmask
+    from normnet.prepare import lungs
 
     def fail(name: str, package: str | None = None) -> None:
         told = type(error)(*error.args, **({"name": name} if error.args[:1] == FAILURES[0][0].args else {}))
@@ -312,7 +312,7 @@ def test_only_a_missing_package_is_to_be_installed(monkeypatch, tmp_path, error,
     monkeypatch.setattr(importlib, "import_module", fail)
     for call in (
         nifti._nibabel,
-        lungmask.check_installed,
+        lungs.check_installed,
         lambda: preview._figure(*[None] * 4, [], (1, 1, 1), 0, None),
     ):
         with trial("commands"), pytest.raises(kind, match=said):

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 
+import hypothesis.extra.numpy as hnp
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -14,26 +15,25 @@ from numpy.testing import assert_array_equal
 from scipy import ndimage
 
 from lesionsynth import io
+from normnet.prepare import lungs as lungs_module
+from normnet.prepare.grid import Spacing
 from normnet.prepare.lungs import (
     MOST_CUT,
     Lungs,
+    around,
+    block_mean,
     body_mask,
     check_plausible,
-    segment_lungs,
-    split_lungs,
-    split_mask,
-)
-from normnet.prepare.morphology import (
-    block_mean,
-    closed,
-    fill_enclosed,
-    fill_slices,
-    inside,
+    interpolated,
     largest,
     plane_dilated,
     plane_eroded,
-    spread,
-    within,
+    plane_opened,
+    segment_lungs,
+    settle,
+    split_lungs,
+    split_mask,
+    voxels,
 )
 
 SPACING = (3.0, 2.0, 2.0)
@@ -363,69 +363,143 @@ def test_unlikely_lungs_are_told() -> None:
     check_plausible(hu, both, child, lungs.left)  # 1/27 of the volume is a newborn's: no warning
 
 
-# ---- morphology against plain definitions
+# ---- tools against plain definitions
+
+masks = hnp.arrays(bool, hnp.array_shapes(min_dims=3, max_dims=3, min_side=1, max_side=9))
+spacings = st.tuples(*[st.sampled_from([0.7, 1.0, 1.3, 2.0])] * 3)
+radii = st.sampled_from([0.6, 1.1, 2.3, 4.2])  # no distance between voxels: rounding decides nothing
 
 
-@pytest.fixture
-def blobs() -> np.ndarray:
-    noise = ndimage.gaussian_filter(np.random.default_rng(5).normal(size=(9, 24, 26)), 1.2)
-    return np.asarray(noise > 0.03)
+def distances(mask: np.ndarray, spacing: tuple[float, ...]) -> np.ndarray:
+    """Distance of every voxel to the mask; infinite where it is empty."""
+    found = np.argwhere(mask) * spacing
+    places = np.moveaxis(np.indices(mask.shape), 0, -1) * spacing
+    every = np.linalg.norm(places[..., None, :] - found, axis=-1)
+    return np.asarray(every.min(axis=-1, initial=np.inf))
 
 
-def ball(radius: float, spacing: tuple[float, float, float]) -> np.ndarray:
-    n = [int(radius / s) for s in spacing]
-    grid = np.meshgrid(*(np.arange(-k, k + 1) * s for k, s in zip(n, spacing, strict=True)), indexing="ij")
-    return np.asarray(sum(g**2 for g in grid) <= radius**2)
+@given(masks, spacings, radii)
+def test_discs_reach_so_far_in_their_slice(mask: np.ndarray, spacing: Spacing, radius: float) -> None:
+    near = np.stack([distances(plane, spacing[1:]) <= radius for plane in mask])
+    deep = np.stack([distances(~plane, spacing[1:]) > radius for plane in mask])
+    assert_array_equal(plane_dilated(mask, radius, spacing), near)
+    assert_array_equal(plane_eroded(mask, radius, spacing), deep)
+    opened = np.stack([distances(plane, spacing[1:]) <= radius for plane in deep])
+    assert_array_equal(plane_opened(mask, radius, spacing), opened)
 
 
-def test_balls_match_structuring_elements(blobs: np.ndarray) -> None:
-    spacing, radius = (2.0, 1.0, 0.7), 2.3
-    element = ball(radius, spacing)
-    assert_array_equal(within(blobs, radius, spacing), ndimage.binary_dilation(blobs, element))
-    assert_array_equal(inside(blobs, radius, spacing), ndimage.binary_erosion(blobs, element, border_value=1))
-    padded = np.pad(blobs, 6)
-    expected = ndimage.binary_closing(padded, element)[6:-6, 6:-6, 6:-6]
-    assert_array_equal(closed(blobs, radius, spacing), expected)
+@given(masks, spacings, radii)
+def test_closing_fills_what_no_ball_outside_reaches(
+    mask: np.ndarray, spacing: Spacing, radius: float
+) -> None:
+    """And nothing at the border of the volume, beyond which there is more space."""
+    padded = np.pad(mask, [(int(radius / s) + 2,) * 2 for s in spacing])
+    closed = distances(distances(padded, spacing) > radius, spacing) > radius
+    inner = tuple(slice(int(radius / s) + 2, -int(radius / s) - 2) for s in spacing)
+    assert_array_equal(lungs_module._closed(mask, radius, spacing), closed[inner])
 
 
-def test_discs_match_structuring_elements(blobs: np.ndarray) -> None:
-    spacing, radius = (2.0, 1.0, 0.7), 2.3
-    disc = ball(radius, (100.0, 1.0, 0.7))
-    assert_array_equal(plane_dilated(blobs, radius, spacing), ndimage.binary_dilation(blobs, disc))
-    assert_array_equal(
-        plane_eroded(blobs, radius, spacing), ndimage.binary_erosion(blobs, disc, border_value=1)
+@given(masks, st.integers(0, 4))
+def test_boxes(mask: np.ndarray, margin: int) -> None:
+    box = around(mask, margin)
+    if not mask.any():
+        assert box is None
+        return
+    inside = np.zeros(mask.shape, bool)
+    inside[box] = True
+    cube = np.ones((2 * margin + 1,) * 3, bool)
+    rows = [mask.any(axis=axes) for axes in ((1, 2), (0, 2), (0, 1))]
+    spans = [np.arange(np.flatnonzero(row)[0], np.flatnonzero(row)[-1] + 1) for row in rows]
+    expected = np.zeros(mask.shape, bool)
+    expected[np.ix_(*spans)] = True
+    assert_array_equal(inside, ndimage.binary_dilation(expected, cube))
+
+
+@given(masks)
+def test_components_are_counted(mask: np.ndarray) -> None:
+    labels, count = ndimage.label(mask)
+    sizes = [int((labels == n).sum()) for n in range(1, count + 1)]
+    assert voxels(labels, count).tolist() == [0, *sizes]
+    kept = largest(mask)
+    assert_array_equal(kept, labels == 1 + int(np.argmax(sizes)) if count else mask)
+
+
+factors = st.tuples(*[st.integers(1, 4)] * 3)
+
+
+@given(
+    hnp.arrays(
+        np.int16, hnp.array_shapes(min_dims=3, max_dims=3, max_side=9), elements=st.integers(-1024, 3000)
+    ),
+    factors,
+)
+def test_blocks_are_means(volume: np.ndarray, factor: tuple[int, int, int]) -> None:
+    found = block_mean(volume, factor)
+    assert found.dtype == np.float32
+    for at in np.ndindex(found.shape):
+        ends = zip(at, factor, volume.shape, strict=True)
+        places = (np.arange(k * f, (k + 1) * f).clip(0, n - 1) for k, f, n in ends)
+        assert found[at] == pytest.approx(volume[np.ix_(*places)].mean(dtype=float), abs=1e-3)
+    assert -(-volume.shape[2] // factor[2]) == found.shape[2]
+
+
+@given(
+    hnp.arrays(
+        np.float32,
+        hnp.array_shapes(min_dims=3, max_dims=3, max_side=6),
+        elements=st.floats(-100, 100, width=32),
+    ),
+    st.tuples(*[st.floats(-2, 6)] * 3),
+    st.tuples(*[st.floats(0.2, 3)] * 3),
+)
+def test_interpolation_is_scipys(
+    field: np.ndarray, first: tuple[float, ...], step: tuple[float, ...]
+) -> None:
+    at = [f + s * np.arange(5) for f, s in zip(first, step, strict=True)]
+    expected = ndimage.map_coordinates(
+        field.astype(float), np.meshgrid(*at, indexing="ij"), order=1, mode="nearest"
     )
+    found = interpolated(field, at)
+    assert found.dtype == np.float32
+    np.testing.assert_allclose(found, expected, atol=1e-3)  # float32 of up to 100
 
 
-def test_filling_matches_scipy(blobs: np.ndarray) -> None:
-    assert_array_equal(fill_enclosed(blobs), ndimage.binary_fill_holes(blobs))
-    assert_array_equal(fill_slices(blobs), np.stack([ndimage.binary_fill_holes(s) for s in blobs]))
-    some = fill_slices(blobs, 3)
-    for plane, filled in zip(blobs, some, strict=True):
+def test_chunks_of_blocks() -> None:
+    """A ramp's block means, interpolated, are the ramp but within half a block of the border."""
+    ramp = (np.indices((150, 10, 13)) * np.array([3, -2, 1])[:, None, None, None]).sum(0).astype(np.float32)
+    coarse = block_mean(ramp, (2, 2, 3))
+    at = [(np.arange(n) + 0.5) / f - 0.5 for n, f in zip(ramp.shape, (2, 2, 3), strict=True)]
+    whole = interpolated(coarse, at)
+    np.testing.assert_allclose(whole[1:-1, 1:-1, 1:11], ramp[1:-1, 1:-1, 1:11], atol=1e-3)
+    parts = [interpolated(coarse, [at[0][z : z + 32], *at[1:]]) for z in range(0, 150, 32)]
+    assert_array_equal(np.concatenate(parts), whole)
+
+
+@given(seed=st.integers(0, 2**16), pixel=st.sampled_from([6.0, 8.0, 12.0]), thin=st.floats(0.05, 0.4))
+def test_holes_of_a_lung_are_filled(seed: int, pixel: float, thin: float) -> None:
+    """What it encloses, and what it encloses within a slice up to 150 mm2, where it may be lung."""
+    rng, shape = np.random.default_rng(seed), (4, 9, 10)
+    air, allowed = rng.random(shape) > thin, rng.random(shape) > 0.05
+    found = settle(air, allowed, (1.0, pixel, pixel), np.zeros(shape, np.float32))
+    expected = ndimage.binary_fill_holes(air & allowed)
+    for plane in expected:
         labels, count = ndimage.label(ndimage.binary_fill_holes(plane) & ~plane)
-        small = [n for n in range(1, count + 1) if (labels == n).sum() <= 3]
-        assert_array_equal(filled, plane | np.isin(labels, small))
+        for hole in (labels == n for n in range(1, count + 1)):
+            if hole.sum() <= round(150 / pixel**2):
+                plane |= hole
+    assert_array_equal(found, expected & allowed)
 
 
-def test_largest_component() -> None:
-    mask = np.zeros((3, 6, 6), bool)
-    mask[0, 0, :2] = mask[2, 3:5, 3:5] = True
-    expected = np.zeros_like(mask)
-    expected[2, 3:5, 3:5] = True
-    assert_array_equal(largest(mask), expected)
-    assert not largest(np.zeros((2, 2, 2), bool)).any()
-
-
-def test_coarse_grid_and_back() -> None:
-    """A ramp's block means, spread again, are the ramp except within half a block of the border."""
-    z, y, x = np.meshgrid(np.arange(6.0), np.arange(10.0), np.arange(13.0), indexing="ij")
-    ramp = (3 * z - 2 * y + x).astype(np.float32)
-    coarse = block_mean(ramp, (1, 2, 3))
-    assert coarse.shape == (6, 5, 5)
-    assert coarse[2, 1, 2] == pytest.approx(ramp[2, 2:4, 6:9].mean())
-    fine = spread(coarse, (1, 2, 3), ramp.shape)
-    # float32 sums of numbers below 50
-    np.testing.assert_allclose(fine[:, 1:-1, 1:11], ramp[:, 1:-1, 1:11], atol=1e-4)
+@pytest.mark.parametrize("lean", [-0.7, 0.0, 0.9])
+def test_a_slanted_trachea_is_followed(lean: float) -> None:
+    """Slice by slice to its lower end; what is as round beside it is no trachea, nor is a short one."""
+    z, y, x = np.indices((20, 30, 60))
+    tube = np.hypot(y - 15, x - 30 - lean * (z - 10)) < 4.5
+    tube[:5] = False
+    coarse = np.where(tube | (np.hypot(y - 15, x - 55) < 4.5), -1000, 40).astype(np.float32)
+    body = np.ones(coarse.shape, bool)
+    assert_array_equal(lungs_module._trachea(coarse, body, (2.0, 2.0, 2.0), 30.0), tube)
+    assert not lungs_module._trachea(coarse, body, (1.3, 2.0, 2.0), 30.0).any()  # 15 slices: 19.5 mm
 
 
 # ---- real chests

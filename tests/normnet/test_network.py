@@ -1,18 +1,15 @@
 """Lungs by a network: what is made of its answer, by networks that answer from known shapes.
 
-How good the weights are is another matter: the tests at the end ask those of the package.
+How good the weights are is another matter: `tests/normnet/test_lungs_check.py`.
 """
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from functools import cache
-from itertools import islice
 from pathlib import Path
-from types import ModuleType
 from typing import Any, NamedTuple
 
+import hypothesis.extra.numpy as hnp
 import numpy as np
 import pytest
 import SimpleITK as sitk
@@ -26,16 +23,24 @@ pytest.importorskip("monai")
 
 import torch
 
-from lesionsynth.io import read_ct
-from normnet.config import BUNDLED_LUNGS, ModelConfig
+import lesionsynth as ls
+from normnet.config import ModelConfig
 from normnet.model import Model, build_unet
 from normnet.prepare import load_case, network
 from normnet.prepare.case import method_of
-from normnet.prepare.chest import ADULT_MM, shrink
 from normnet.prepare.grid import IsoGrid
 from normnet.prepare.lungs import MIN_LUNG_ML, REACH_MM, Lungs, check_agreement, split_lungs
-from normnet.prepare.network import chances, lung_network, split_by_network
-from tests.conftest import REPOSITORY, played
+from normnet.prepare.network import (
+    ADULT_MM,
+    chances,
+    chest_grid,
+    lung_network,
+    shrink,
+    split_by_network,
+    window,
+    without_hilum,
+)
+from tests.conftest import played
 
 EXTENT = (240.0, 210.0, 300.0)
 """Of the drawn scan in mm, axis order z, y, x."""
@@ -129,7 +134,7 @@ def knows(image: Any) -> Any:
 
 
 def outline(hu: np.ndarray, grid: IsoGrid, chance: np.ndarray) -> Lungs:
-    return network.outline(hu, shrink(hu, grid), grid, chance)
+    return network._outline(hu, shrink(hu, grid), grid, chance)
 
 
 def dice(a: np.ndarray, b: np.ndarray) -> float:
@@ -201,7 +206,7 @@ def test_chances_rise_around_dense_disease(thick: int, distance: int, hu: int, s
     chance[0, :, :, 10 : 10 + thick] = sure
     at = (1, 6, 6, 10 + thick - 1 + distance)
     chance[at] = 0.2
-    found = network.favoured(chance, small)
+    found = network._favoured(chance, small)
     # three layers are off on either side, at the ends of the image too; five voxels around the rest count
     dense = hu == DENSE and thick >= 7 and sure > 0.5
     expected = 9 * 0.25 / (9 * 0.25 + 1) if dense and distance <= 2 else 0.2
@@ -209,6 +214,12 @@ def test_chances_rise_around_dense_disease(thick: int, distance: int, hu: int, s
     assert (found >= chance - 1e-6).all()
     if not dense:
         assert_array_equal(found, chance)
+
+
+def test_chances_without_dense_disease_stay() -> None:
+    """At the corners, too: the distance to nothing is no distance."""
+    chance = np.full((2, 8, 9, 10), 0.2, np.float32)
+    assert_array_equal(network._favoured(chance, np.full((8, 9, 10), DENSE, np.float32)), chance)
 
 
 @pytest.mark.parametrize(("length", "kept"), [(8, False), (20, True)])
@@ -226,13 +237,13 @@ def test_large_vessels_are_left_out(length: int, kept: bool) -> None:
     outer = np.zeros(small.shape, bool)
     outer[10:18, 10:16, :9] = True
     small[bar | outer] = TISSUE
-    found = network.without_vessels(chance, small)
+    found = network._without_vessels(chance, small)
     # a ball of 4.5 mm does not come into all of its corners
     assert (found[0][bar] > 0).mean() == pytest.approx(float(kept), abs=0.15)
     assert_array_equal(found[:, ~bar], chance[:, ~bar])
     none = chance.copy()
     none[1] = 0
-    assert_array_equal(network.without_vessels(none, small), none)  # of one lung no side is medial
+    assert_array_equal(network._without_vessels(none, small), none)  # of one lung no side is medial
 
 
 # ---- outline
@@ -405,6 +416,164 @@ def test_a_childs_chest_has_the_same_voxels(dense: float) -> None:
     for mask, same in ((found.right, adult.right), (found.left, adult.left)):
         # exact arithmetic would give the same bits; 0.3 has none, and a tie may fall to either side
         assert (mask != same).sum() < 1e-4 * same.sum()
+
+
+# ---- the coarse grid
+
+ratios = st.sampled_from([0.4, 0.75, 1.0, 1.5, 2.0, 3.0, 3.7])
+
+
+def grid_of(shape: tuple[int, int, int], ratio: tuple[float, float, float]) -> IsoGrid:
+    return IsoGrid.whole(shape, (2.0, 1.5, 1.0), (2.0 * ratio[0], 1.5 * ratio[1], ratio[2]))
+
+
+def triangle(grid: IsoGrid, axis: int, k: int) -> np.ndarray:
+    """Weights of a coarse voxel along an axis, one by one."""
+    n, ratio = grid.source_shape[axis], grid.spacing[axis] / grid.source_spacing[axis]
+    at = min(max((k + 0.5) * ratio - 0.5, 0.0), n - 1.0)
+    weights = [max(0.0, 1 - abs(i - at) / max(ratio, 1.0)) for i in range(n)]
+    return np.array(weights) / sum(weights)
+
+
+@given(
+    hnp.arrays(
+        np.int16, hnp.array_shapes(min_dims=3, max_dims=3, max_side=7), elements=st.integers(-1024, 3000)
+    ),
+    st.tuples(ratios, ratios, ratios),
+)
+def test_shrinking_weighs_by_triangles(volume, ratio):
+    grid = grid_of(volume.shape, ratio)
+    found = shrink(volume, grid)
+    assert found.shape == grid.shape
+    assert found.dtype == np.float32
+    for k in np.ndindex(grid.shape):
+        weights = [triangle(grid, axis, k[axis]) for axis in range(3)]
+        expected = np.einsum("zyx,z,y,x", volume.astype(float), *weights)
+        assert found[k] == pytest.approx(expected, abs=0.01)  # float32 sums of up to 3000
+    same = shrink(np.full(volume.shape, -700, np.int16), grid)
+    assert_allclose(same, -700, rtol=1e-6)
+    shares = shrink(volume > 0, grid)
+    assert ((shares >= 0) & (shares <= 1 + 1e-6)).all()
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2])
+@pytest.mark.parametrize("ratio", [0.5, 1.0, 2.0, 3.0])
+def test_shrinking_keeps_ramps_and_volumes(axis, ratio):
+    """Long enough along z for several chunks of slices."""
+    shape = (75, 24, 27)
+    grid = grid_of(shape, (ratio, ratio, ratio))
+    volume = 10 * np.indices(shape)[axis].astype(np.int16)
+    found = shrink(volume, grid)
+    at = grid.source_positions(axis)
+    inner = (at >= ratio) & (at <= shape[axis] - 1 - ratio)  # where no triangle is cut off
+    line = np.moveaxis(found, axis, -1)[..., inner]
+    # a whole number of voxels, or interpolation: triangles keep a line
+    assert_allclose(line, np.broadcast_to(10 * at[inner], line.shape), rtol=1e-5)
+    blob = np.zeros(shape, bool)
+    blob[20:50, 6:18, 7:20] = True
+    voxel = np.prod(grid.spacing) / np.prod(grid.source_spacing)
+    assert shrink(blob, grid).sum() * voxel == pytest.approx(blob.sum(), rel=0.01)
+
+
+@given(hnp.arrays(np.float32, (4, 5), elements=st.floats(-4000, 4000, width=32)))
+def test_the_window(hu):
+    parts = ((0.4, -1000, -150), (0.5, -150, 150), (0.1, 150, 800))
+    expected = sum(share * ((hu.astype(float) - low) / (high - low)).clip(0, 1) for share, low, high in parts)
+    assert_allclose(window(hu), expected, atol=1e-6)
+    assert window(hu).dtype == np.float32
+
+
+def scan(radii_mm: tuple[float, float], spacing: tuple[float, float, float]) -> np.ndarray:
+    """An elliptic body with two lungs, in air; its walls are thick even in a child."""
+    height = 2 * radii_mm[0]
+    sizes = [
+        max(8, round(length / s))
+        for length, s in zip((height, 2.4 * radii_mm[0], 2.4 * radii_mm[1]), spacing, strict=True)
+    ]
+    z, y, x = np.meshgrid(
+        *((np.arange(n) - (n - 1) / 2) * s for n, s in zip(sizes, spacing, strict=True)), indexing="ij"
+    )
+    hu = np.where((y / radii_mm[0]) ** 2 + (x / radii_mm[1]) ** 2 <= 1, 40, -1000)
+    for side in (-1, 1):
+        lung = (y / (0.5 * radii_mm[0])) ** 2 + ((x - 0.4 * side * radii_mm[1]) / (0.25 * radii_mm[1])) ** 2
+        hu[(lung <= 1) & (abs(z) < 0.8 * height / 2)] = -850
+    return hu.astype(np.int16)
+
+
+@pytest.mark.parametrize("spacing", [(5.0, 2.0, 2.0), (8.0, 3.0, 3.0)])
+@pytest.mark.parametrize("radii", [(110.0, 165.0), (90.0, 120.0)])
+def test_the_grid_follows_the_patient_s_size(radii, spacing):
+    """As many voxels across a body whatever its size and the scan's: 90 along a square of its area."""
+    hu = scan(radii, spacing)
+    grid = chest_grid(hu, spacing)
+    expected = np.sqrt(np.pi * radii[0] * radii[1]) / 90
+    assert grid.spacing == (grid.spacing[0],) * 3
+    # the body's outline is known to half a coarse voxel
+    assert grid.spacing[0] == pytest.approx(expected, rel=0.03)
+    assert grid.start == (0, 0, 0)
+    assert grid.source_shape == hu.shape
+    for n, s, m, t in zip(hu.shape, spacing, grid.shape, grid.spacing, strict=True):
+        assert abs(n * s - m * t) <= 0.5001 * t
+    small = tuple(0.3 * s for s in spacing)
+    assert chest_grid(scan(tuple(0.3 * r for r in radii), small), small).spacing[0] == pytest.approx(
+        0.3 * expected, rel=0.03
+    )
+
+
+def test_the_grid_of_a_phantom_scales_with_it():
+    hu = ls.phantom.chest_ct(shape=(32, 48, 64), spacing=(10.0, 7.5, 6.0), seed=1000).hu
+    adult, child = chest_grid(hu, (10.0, 7.5, 6.0)), chest_grid(hu, (3.0, 2.25, 1.8))
+    assert 2.2 < adult.spacing[0] < 3.5
+    assert child.spacing[0] == pytest.approx(0.3 * adult.spacing[0], rel=0.03)
+
+
+def test_limits_of_the_grid():
+    air = np.full((8, 60, 60), -1000, np.int16)
+    assert chest_grid(air, (3.0, 3.0, 3.0)).spacing == (180 / 90,) * 3  # of the image, where there is no body
+    assert chest_grid(air, (9.0, 9.0, 9.0)).spacing == (network.LARGEST_MM,) * 3
+    assert chest_grid(air, (0.2, 0.2, 0.2)).spacing == (network.SMALLEST_MM,) * 3
+    large = scan((230.0, 330.0), (10.0, 6.0, 6.0))
+    assert chest_grid(large, (10.0, 6.0, 6.0)).spacing == (network.LARGEST_MM,) * 3
+    assert chest_grid(large, (0.3, 0.2, 0.2)).spacing == (network.SMALLEST_MM,) * 3
+
+
+def test_the_hilum_goes_and_other_tissue_stays():
+    """On voxels of 3 mm: lungs whose masks hold their vessels, as closing leaves them."""
+    shape = (36, 40, 90)
+    right, left = np.zeros(shape, bool), np.zeros(shape, bool)
+    right[3:-3, 5:-5, 6:40], left[3:-3, 5:-5, 50:84] = True, True
+    z, y, x = np.indices(shape)
+    parts = {
+        "vessel": (np.hypot(z - 12, y - 20) <= 3)
+        & (x >= 15)
+        & (x < 50),  # to beyond the lung's middle at 22.5
+        "thin": (np.hypot(z - 26, y - 12) <= 1) & (x >= 20) & (x <= 45),
+        "nodule": (z - 24) ** 2 + (y - 26) ** 2 + (x - 30) ** 2 <= 16,
+        "mass": (z - 20) ** 2 + (y - 20) ** 2 + (x - 6) ** 2 <= 25,  # at the chest wall
+        "far": (np.hypot(z - 12, y - 20) <= 3) & (x >= 50) & (x < 60),
+    }
+    hu = np.where(right | left, -850, 40)
+    for part in parts.values():
+        hu[part] = 40
+    hu = hu.astype(np.int16)
+    before = hu.copy(), right.copy(), left.copy()
+    one, other = without_hilum(hu, right, left)
+    for array, copy in zip((hu, right, left), before, strict=True):
+        assert_array_equal(array, copy)
+    assert not (one & ~right).any()
+    assert not (other & ~left).any()
+    lungs = one | other
+    # rounded off at its end by the ball, if at all
+    core = (np.hypot(z - 12, y - 20) <= 2) & (((x > 23) & (x < 40)) | ((x >= 50) & (x < 58)))
+    assert not lungs[core].any()
+    assert lungs[parts["vessel"] & (x < 22) & right].all()  # lateral of the middle
+    assert lungs[parts["nodule"]].all()
+    assert lungs[parts["mass"] & right].all()
+    assert lungs[parts["thin"] & right & (x < 38)].all()  # its root is as wide as what it hangs on
+    aerated = (right | left) & (hu == -850)
+    assert lungs[aerated].all()
+    removed = (right | left) & ~lungs
+    assert (removed & ~(parts["vessel"] | parts["far"] | parts["thin"])).sum() == 0
 
 
 # ---- from scan to lungs
@@ -642,216 +811,3 @@ def test_case_names_the_scan_without_lungs(
 
 def _sides(lungs: Lungs) -> tuple[np.ndarray, np.ndarray]:
     return lungs.right, lungs.left
-
-
-# ---- docs/lungs_check.py
-
-
-@pytest.fixture(scope="module")
-def lungs_check() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("lungs_check", REPOSITORY / "docs" / "lungs_check.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-FIELD = 205
-"""Pixels of 820 mm: 4 mm."""
-
-
-@pytest.fixture(scope="module")
-def tried(lungs_check: ModuleType) -> tuple[Drawn, dict[str, Any]]:
-    scan = drawn()
-    lungs = Lungs(scan.right, scan.left)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(lungs_check, "FIELD_VOXELS", FIELD)
-        return scan, {trial.name: trial for trial in lungs_check.trials(scan.hu, lungs, SPACING)}
-
-
-def test_trials_fit_together(tried: tuple[Drawn, dict[str, Any]]) -> None:
-    """The drawn arrays are read-only: a trial that wrote to its scan would fail."""
-    scan, found = tried
-    assert len(found) == 15
-    for name, trial in found.items():
-        assert trial.hu.dtype == np.int16
-        assert trial.hu.shape == trial.lungs.right.shape == trial.lungs.left.shape
-        assert not (trial.lungs.right & trial.lungs.left).any()
-        ml = np.prod(trial.spacing) / (0.027 if "0.3" in name else 1) / 1000
-        # of two slices of 4 mm that make one of 8 mm, one may be lung: it counts
-        bound = 0.04 if name == "8 mm slices" else 0.01
-        assert trial.lungs.right.sum() * ml == pytest.approx(scan.right.sum() * 0.025, rel=bound)
-        aerated = trial.hu[trial.lungs.left] < -320
-        assert aerated.mean() > 0.98 or trial.part is not None
-    assert_array_equal(found["healthy"].hu, scan.hu)
-
-
-def test_painted_parts(lungs_check: ModuleType, tried: tuple[Drawn, dict[str, Any]]) -> None:
-    scan, found = tried
-    z, y, _ = np.indices(scan.hu.shape)
-    for name, (where, share, density) in lungs_check.PAINTED.items():
-        trial = found[name]
-        if where == "left":
-            assert_array_equal(trial.part, scan.left)
-        for lung in (scan.right, scan.left) if where != "left" else ():
-            part, rest = trial.part & lung, lung & ~trial.part
-            ahead = -z if where == "lower" else y
-            assert ahead[part].min() > ahead[rest].max()
-            last = part & (ahead == ahead[part].min())  # with one plane less it would be too small
-            assert part.sum() - last.sum() < share * lung.sum() <= part.sum()
-        assert not (trial.part & ~(scan.right | scan.left)).any()
-        inside = trial.hu[trial.part]
-        # its soft edge is part air; bronchi are -850
-        level = (1 - density.bronchi) * density.hu - 850 * density.bronchi
-        assert inside.mean() == pytest.approx(level, abs=25)
-        assert np.mean(inside < -320) == pytest.approx(density.bronchi, abs=0.01)
-        changed = trial.hu != scan.hu
-        assert not (changed & ~ndimage.binary_dilation(trial.part, iterations=3)).any()
-
-
-def test_other_voxels(lungs_check: ModuleType, tried: tuple[Drawn, dict[str, Any]]) -> None:
-    """Averages keep what is averaged: HU over air, times volume."""
-    scan, found = tried
-    thick, wide = found["8 mm slices"], found["820 mm field"]
-    assert thick.spacing == (8.0, *SPACING[1:])
-    assert len(thick.hu) == 30  # 240 mm
-    assert_allclose(thick.hu, (scan.hu[::2].astype(float) + scan.hu[1::2]) / 2, atol=0.51)  # of 4 mm
-    assert wide.hu.shape == (len(scan.hu), FIELD, FIELD)
-    assert wide.spacing == (SPACING[0], 4.0, 4.0)
-    mass = (wide.hu + 1024.0).sum() * 4.0**2
-    assert mass == pytest.approx((scan.hu + 1024.0).sum() * 2.5**2, rel=1e-3)  # rounded to HU
-    assert (wide.hu[:, :60] == -1024).all()
-    # by the definition, where slices of 4 mm make some of 5: the third is 10 to 15 mm
-    uneven = lungs_check.averaged(
-        "uneven", scan.hu, Lungs(scan.right, scan.left), SPACING, (48, 84, 120), (5.0, *SPACING[1:])
-    )
-    expected = (2 * scan.hu[2].astype(float) + 3 * scan.hu[3]) / 5
-    assert_allclose(uneven.hu[2], expected, atol=0.51)
-    covered = (2 * scan.left[2].astype(int) + 3 * scan.left[3]) / 5
-    assert_array_equal(uneven.lungs.left[2], covered > 0.5)  # no fifths are a half
-    named = Lungs(scan.right, scan.left)
-    same = lungs_check.averaged("same", scan.hu, named, SPACING, scan.hu.shape, SPACING)
-    assert_array_equal(same.hu, scan.hu)
-    assert_array_equal(same.lungs.left, scan.left)
-
-
-def test_other_fields(tried: tuple[Drawn, dict[str, Any]]) -> None:
-    scan, found = tried
-    both = scan.right | scan.left
-    contrast = found["contrast"].hu.astype(int) - scan.hu
-    assert set(np.unique(contrast)) == {0, 150}
-    assert contrast[30, 42, 60] == 150  # the heart's place
-    assert contrast[30, 42, 8] == 0  # the chest wall
-    assert not (contrast[both] != 0).any()
-    small = found["cropped to the lungs"]
-    assert small.lungs.left.sum() == scan.left.sum()
-    inside = small.lungs.right | small.lungs.left
-    for others in ((1, 2), (0, 2), (0, 1)):
-        planes = np.flatnonzero(inside.any(axis=others))
-        assert (planes[0], len(inside.any(axis=others)) - 1 - planes[-1]) == (2, 2)
-    for fill in (0, -1024, -2048):
-        framed = found[f"frame of {fill} HU"].hu
-        assert_array_equal(framed[:, 24:-24, 24:-24], scan.hu)
-        assert (framed[:, :24] == fill).all()
-        assert (framed[:, :, -24:] == fill).all()
-
-
-def test_measures(lungs_check: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of methods that know all, nothing, or the wrong side, and of one that refuses."""
-    scan = drawn()
-    truth = Lungs(scan.right, scan.left)
-    part = scan.left & (np.arange(scan.hu.shape[1])[:, None] > 42)
-    trials = [
-        lungs_check.Trial("healthy", scan.hu, SPACING, truth, sides=True),
-        lungs_check.Trial("part", scan.hu, SPACING, truth, part, True),
-    ]
-    monkeypatch.setattr(lungs_check, "trials", lambda *_: iter(trials))
-    monkeypatch.setattr(lungs_check, "split_lungs", lambda *_: truth)
-
-    def refuse(*_: Any) -> Lungs:
-        raise ValueError("no lung found: for a reason")
-
-    none = scan.left & ~scan.left
-    methods = {
-        "all": lambda *_: truth,
-        "swapped": lambda *_: Lungs(scan.left, scan.right),
-        "rest": lambda *_: Lungs(scan.right, scan.left & ~part),
-        "right": lambda *_: Lungs(scan.right, none),
-        "refuses": refuse,
-    }
-    found = lungs_check.measure(scan.hu, SPACING, methods)
-    rows = {name: report.rows for name, report in found.items()}
-    one = (1.0, pytest.approx(float("nan"), nan_ok=True))
-    assert all(rows["all"][name] == one for name in ("healthy", "healthy, right", "healthy, left"))
-    assert rows["all"]["part"] == rows["all"]["part, left"] == (1.0, 1.0)
-    assert rows["swapped"]["part"] == (1.0, 1.0)
-    assert rows["swapped"]["part, left"] == (0.0, 0.0)
-    assert rows["rest"]["part"].held == rows["rest"]["part, left"].held == 0.0
-    share = part.sum() / scan.left.sum()
-    assert rows["rest"]["part, left"].dice == pytest.approx(2 * (1 - share) / (2 - share))
-    assert rows["right"]["healthy"].dice == pytest.approx(2 / 3)
-    assert rows["refuses"]["part"] == (0.0, 0.0)
-    assert found["refuses"].refused == [f"{n}: no lung found: for a reason" for n in ("healthy", "part")]
-    assert not found["all"].refused
-    assert [len(report.seconds) for report in found.values()] == [2] * 5
-    least = lungs_check.lowest([{"m": found["all"]}, {"m": found["rest"]}, {"m": found["all"]}])["m"]
-    assert least.keys() == rows["rest"].keys()
-    for name, row in least.items():
-        assert row == pytest.approx(rows["rest"][name], nan_ok=True)
-    text = lungs_check.table({name: rows[name] for name in ("all", "rest")}).splitlines()
-    assert text[0] == "| | Dice: all | Dice: rest | held: all | held: rest |"
-    assert text[5].startswith("| part | 1.000 | 0.")
-    assert text[5].endswith(" | 1.000 | 0.000 |")
-    assert text[2].endswith(" |  |  |")
-
-
-def test_lungs_check_command(
-    lungs_check: ModuleType,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    ct = write(tmp_path / "drawn.nii.gz", drawn().hu)
-    every = lungs_check.trials
-    monkeypatch.setattr(lungs_check, "PAINTED", {"whole left lung": lungs_check.PAINTED["whole left lung"]})
-    monkeypatch.setattr(lungs_check, "trials", lambda *args: islice(every(*args), 2))
-    monkeypatch.setattr(sys, "argv", ["lungs_check.py", str(ct), str(ct), "--lungs", "classical"])
-    lungs_check.main()
-    lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == "drawn.nii.gz: 60 x 84 x 120 voxels of 4.00 x 2.50 x 2.50 mm"
-    assert lines[2] == "| | Dice: classical | held: classical |"
-    assert "| healthy, left | 1.000 |  |" in lines
-    assert "| whole left lung, left | 0.000 | 0.000 |" in lines
-    assert sum(line.startswith("seconds of a segmentation: classical ") for line in lines) == 2
-    assert "lowest of 2 scans" in lines
-
-
-# ---- the weights of the package, on scans that training did not see
-
-HELD, HEALTHY = 0.9, 0.985
-"""Least share held of painted disease, and Dice of the healthy scan."""
-HELD_OUT = ("healthy_qin_lsc_0014", "healthy2/qin_lsc_0088", "healthy2/lungx_ct004")
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(not BUNDLED_LUNGS.is_file(), reason="this build of normnet ships no lung network")
-@pytest.mark.parametrize("scan", HELD_OUT)
-def test_lungs_hold_their_disease(lungs_check: ModuleType, shared_data: Path, scan: str) -> None:
-    """Without a label, as the reference is the mask by thresholds of the healthy scan."""
-    path = shared_data / f"{scan}.nii.gz"
-    if not path.is_file():
-        pytest.skip(f"the scan is not installed: {path} does not exist")
-    ct = read_ct(path)
-    report = lungs_check.measure(ct.hu, ct.spacing, {"network": method_of("network")})["network"]
-    assert not report.refused
-    painted = (*lungs_check.PAINTED, "whole left lung, left")
-    failed = [
-        f"{name}: {row}"
-        for name, row in report.rows.items()
-        if (name in painted and row.held < HELD)
-        or (name == "healthy" and row.dice < HEALTHY)
-        or (not name.startswith(painted) and row.dice < 0.95)
-    ]
-    assert not failed, "\n".join(failed)
