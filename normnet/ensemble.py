@@ -9,8 +9,8 @@ from functools import partial
 
 from normnet.config import TrainConfig
 from normnet.device import available_cores, choose_device
-from normnet.prepare.workers import SLOT, Died, run_parallel
 from normnet.train import CONFIG, TrainResult, train
+from normnet.workers import SLOT, Died, run_parallel
 
 
 def train_ensemble(

@@ -16,10 +16,9 @@ from lesionsynth.files import sha256
 from lesionsynth.io import Scan, read_ct, read_mask
 from normnet.cases import Case
 from normnet.config import BUNDLED_LUNGS, WEIGHTS, model_name
-from normnet.prepare.grid import IsoGrid
+from normnet.prepare.grid import IsoGrid, Mask, Spacing
 from normnet.prepare.lungmask import check_installed, split_by_lungmask
 from normnet.prepare.lungs import Lungs, check_agreement, check_plausible, split_lungs, split_mask
-from normnet.prepare.morphology import Mask, Spacing
 
 ISO_SPACING: Spacing = (1.0, 0.8, 0.8)
 """Working voxel in mm, axis order z, y, x (PAPER.md IV-B)."""
@@ -88,20 +87,6 @@ class LoadedCase:
         return self.grid.to_native(array, fill)
 
 
-def check_grid(spacing: Spacing, size: int | None) -> None:
-    """Refuse a working grid that cannot be.
-
-    Raises
-    ------
-    ValueError
-        `spacing` is not three positive lengths, or `size` is below 1.
-    """
-    if len(spacing) != 3 or not all(np.isfinite(s) and s > 0 for s in spacing):
-        raise ValueError(f"spacing must be three positive lengths in mm, got {spacing}")
-    if size is not None and size < 1:
-        raise ValueError(f"size must be at least 1 voxel, got {size}")
-
-
 def load_case(
     path: str | os.PathLike[str],
     mask_path: str | os.PathLike[str] | None = None,
@@ -150,16 +135,54 @@ def load_case(
     check_grid(spacing, size)
     if keep_lung not in ("both", "right", "left"):
         raise ValueError(f"keep_lung must be both, right or left, got {keep_lung!r}")
-    split = None if mask_path is not None else method_of(lungs)
+    segment = method_of(lungs) if mask_path is None else None
     volume = read_ct(path, series)
-    native, left = _lungs(volume, mask_path, keep_lung, split, label)
-    classical, apart = None, False
-    if split is not None and weights_of(lungs) is not None:
-        classical, apart = _classical(volume, native, keep_lung)
-    grid = IsoGrid.around(native, volume.spacing, spacing, margin=margin, size=size)
-    return LoadedCase(
-        grid.to_iso(volume.hu), grid.to_iso(native), volume, native, grid, left, classical, apart
-    )
+    left, classical, apart = None, None, False
+    try:
+        if segment is not None:
+            mask, left = _kept(segment(volume.hu, volume.spacing), keep_lung)
+        elif mask_path is not None:
+            mask = read_mask(mask_path, volume, label)
+            if not mask.any():
+                raise ValueError(f"the lung mask {os.fspath(mask_path)} must not be empty")
+            if keep_lung != "both":
+                mask, left = _kept(split_mask(mask, volume.spacing), keep_lung)
+        check_plausible(volume.hu, mask, volume.spacing, left if keep_lung == "both" else None)
+    except ValueError as error:
+        name = str(volume.path)
+        raise error if name in str(error) else ValueError(f"{name}: {error}") from error
+    if segment is not None and weights_of(lungs) is not None:
+        try:  # to compare: nobody else looks at the outline before its numbers are used
+            classical, _ = _kept(split_lungs(volume.hu, volume.spacing), keep_lung)
+        except ValueError:
+            classical = np.zeros_like(mask)
+        apart = not check_agreement(mask, classical, volume.spacing)
+    grid = IsoGrid.around(mask, volume.spacing, spacing, margin=margin, size=size)
+    return LoadedCase(grid.to_iso(volume.hu), grid.to_iso(mask), volume, mask, grid, left, classical, apart)
+
+
+def check_grid(spacing: Spacing, size: int | None) -> None:
+    """Refuse a working grid that cannot be.
+
+    Raises
+    ------
+    ValueError
+        `spacing` is not three positive lengths, or `size` is below 1.
+    """
+    if len(spacing) != 3 or not all(np.isfinite(s) and s > 0 for s in spacing):
+        raise ValueError(f"spacing must be three positive lengths in mm, got {spacing}")
+    if size is not None and size < 1:
+        raise ValueError(f"size must be at least 1 voxel, got {size}")
+
+
+def _kept(lungs: Lungs, side: Side) -> tuple[Mask, Mask]:
+    """Leave a lung out, if one is not wanted; returns what is kept, and the left part of it."""
+    none = np.zeros(lungs.left.shape, bool)
+    right, left = (none if side == "left" else lungs.right), (none if side == "right" else lungs.left)
+    mask = right | left
+    if not mask.any():
+        raise ValueError(f"no {side} lung found")
+    return mask, left
 
 
 def method_of(lungs: LungMethod) -> Callable[[npt.NDArray[np.int16], Spacing], Lungs]:
@@ -232,45 +255,3 @@ def method_record(lungs: LungMethod) -> dict[str, str | None]:
     weights = weights_of(lungs)
     name = lungs if lungs in METHODS or weights is None else model_name(weights)
     return {"lungs_from": name, "lungs_sha256": None if weights is None else sha256(weights)}
-
-
-def _classical(volume: Scan, lungs: Mask, keep_lung: Side) -> tuple[Mask, bool]:
-    """Segment by thresholds, to compare: nobody else looks at the outline before its numbers are used."""
-    try:
-        mask, _ = _side(split_lungs(volume.hu, volume.spacing), keep_lung)
-    except ValueError:
-        mask = np.zeros_like(lungs)
-    return mask, not check_agreement(lungs, mask, volume.spacing)
-
-
-def _lungs(
-    volume: Scan,
-    mask_path: str | os.PathLike[str] | None,
-    keep_lung: Side,
-    split: Callable[[npt.NDArray[np.int16], Spacing], Lungs] | None,
-    label: Sequence[int],
-) -> tuple[Mask, Mask | None]:
-    """Lungs on the CT's grid, and the left one among them where that is known."""
-    left = None
-    try:
-        if split is not None:
-            mask, left = _side(split(volume.hu, volume.spacing), keep_lung)
-        elif mask_path is not None:
-            mask = read_mask(mask_path, volume, label)
-            if not mask.any():
-                raise ValueError(f"the lung mask {os.fspath(mask_path)} must not be empty")
-            if keep_lung != "both":
-                mask, left = _side(split_mask(mask, volume.spacing), keep_lung)
-        check_plausible(volume.hu, mask, volume.spacing, left if keep_lung == "both" else None)
-    except ValueError as error:
-        name = str(volume.path)
-        raise error if name in str(error) else ValueError(f"{name}: {error}") from error
-    return mask, left
-
-
-def _side(lungs: Lungs, keep_lung: Side) -> tuple[Mask, Mask]:
-    right, left = lungs.right, lungs.left
-    mask = right | left if keep_lung == "both" else right if keep_lung == "right" else left
-    if not mask.any():
-        raise ValueError(f"no {keep_lung} lung found")
-    return mask, left if keep_lung != "right" else np.zeros_like(left)

@@ -28,7 +28,7 @@ from normnet.prepare import store as store_module
 from normnet.prepare.__main__ import main
 from normnet.prepare.exclude import kept_slices, nodule_slices, read_annotations, read_exclusions, runs
 from normnet.prepare.grid import IsoGrid
-from normnet.prepare.workers import Died, _share_cores, run_parallel
+from normnet.workers import Died, _share_cores, run_parallel
 from tests import classical
 from tests.classical import load_case, prepare
 
