@@ -30,37 +30,24 @@ METHODS = ("network", "classical", "lungmask")
 
 @dataclass(frozen=True, eq=False)
 class LoadedCase:
-    """A CT around its lungs on the working grid.
-
-    Attributes
-    ----------
-    hu : (Z, Y, X) int16 array
-        Raw HU, resampled linearly; -1024 outside the file.
-    mask : (Z, Y, X) bool array
-        Lung mask, nearest voxel.
-    volume : Scan
-        The CT as read; ``volume.write_like`` writes a result.
-    native_mask : bool array
-        The lung mask on the CT's own grid.
-    grid : IsoGrid
-        How the two grids lie.
-    native_left : bool array or None
-        The part of `native_mask` that is the left lung, where it was told apart on reading; see
-        `native_sides`.
-    native_classical : bool array or None
-        The lungs by thresholds, where a network segmented them: empty where thresholds find none.
-    apart : bool
-        Whether the two disagree more than `normnet.prepare.lungs.check_agreement` lets pass.
-    """
+    """A CT around its lungs on the working grid."""
 
     hu: npt.NDArray[np.int16]
+    """(Z, Y, X), resampled linearly; -1024 outside the file."""
     mask: Mask
+    """Lungs, by the nearest voxel."""
     volume: Scan
+    """The CT as read; ``volume.write_like`` writes a result."""
     native_mask: Mask
+    """The lungs on the CT's own grid."""
     grid: IsoGrid
+    """How the two grids lie."""
     native_left: Mask | None = None
+    """The left lung of `native_mask`, where it was told apart on reading; see `native_sides`."""
     native_classical: Mask | None = None
+    """The lungs by thresholds, where a network segmented them: empty where thresholds find none."""
     apart: bool = False
+    """Whether the two disagree more than `normnet.prepare.lungs.check_agreement` lets pass."""
 
     @property
     def spacing(self) -> Spacing:
@@ -228,14 +215,9 @@ def weights_of(lungs: LungMethod) -> Path | None:
 
 
 def check_lungs(cases: Sequence[Case], lungs: LungMethod, label: Sequence[int] = ()) -> None:
-    """Check, before the first of several cases, that the lungs of all can be had.
+    """Check, before the first of several cases, that the lungs of all can be had, as `load_case` takes them.
 
-    Parameters
-    ----------
-    cases : sequence of Case
-        Those with a mask need no method; those with a problem nothing.
-    lungs, label
-        As in `load_case`.
+    Those with a mask need no method; those with a problem nothing.
 
     Raises
     ------

@@ -70,39 +70,28 @@ def read_annotations(path: Path) -> Mapping[str, list[Nodule]]:
 def _read(path: Path, columns: str, rule: str, parse: Callable[..., Row | None]) -> Mapping[str, list[Row]]:
     """Read the rows of a CSV that say something, by their first cell; the others are parsed."""
     try:
-        rows = [(number, [cell.strip() for cell in row]) for number, row in read_rows(path)]
+        rows = read_rows(path)
     except (OSError, ValueError) as error:
         raise ValueError(f"{name_of(path)}: unreadable CSV ({rule_of(error, path)})") from error
     found: dict[str, list[Row]] = defaultdict(list)
     for number, row in rows:
-        title = number == 1 and row[:1] and row[0].lower() == columns.partition(",")[0]
-        if title or not any(row) or row[0].startswith("#"):
+        key, *cells = [cell.strip() for cell in row] or [""]
+        heading = number == 1 and key.lower() == columns.partition(",")[0]
+        if heading or key.startswith("#") or not (key or any(cells)):
             continue
         try:
-            parsed = parse(*row[1:])
+            parsed = parse(*cells)
         except (TypeError, ValueError):  # too few or too many cells, or no numbers
             parsed = None
         if parsed is None:
-            raise ValueError(
-                f"{name_of(path)}, line {number}: must be {columns}{rule}, got {shown(','.join(row))}"
-            )
-        found[row[0]].append(parsed)
+            got = shown(",".join([key, *cells]))
+            raise ValueError(f"{name_of(path)}, line {number}: must be {columns}{rule}, got {got}")
+        found[key].append(parsed)
     return found
 
 
 def find_annotations(inputs: Sequence[str | os.PathLike[str]]) -> list[Path]:
-    """Find the ``annotations.csv`` beside the ``subset*`` folders of LUNA16.
-
-    Parameters
-    ----------
-    inputs : sequence of paths
-        The folder that holds ``subset0`` ..., or such folders themselves.
-
-    Returns
-    -------
-    list of Path
-        Each file once; empty where no input is of that layout.
-    """
+    """Find the ``annotations.csv`` beside the ``subset*`` folders of LUNA16, or in the folder of these."""
 
     def is_subset(path: Path) -> bool:
         return re.fullmatch(r"subset\d+", path.name) is not None and path.is_dir() and any(path.glob("*.mhd"))
@@ -117,19 +106,7 @@ def find_annotations(inputs: Sequence[str | os.PathLike[str]]) -> list[Path]:
 
 
 def match_annotations(files: Sequence[Path], cases: Sequence[Case]) -> Mapping[Case, list[Nodule]]:
-    """Give each case its nodules.
-
-    Parameters
-    ----------
-    files : sequence of Path
-        See `read_annotations`.
-    cases : sequence of Case
-        An annotation belongs to the case whose SeriesInstanceUID, file name or name is its ``seriesuid``.
-
-    Returns
-    -------
-    mapping of Case to list of Nodule
-        Of those that have any.
+    """Give each case the nodules whose ``seriesuid`` is its SeriesInstanceUID, file name or name.
 
     Raises
     ------

@@ -65,44 +65,30 @@ _LOG = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class CaseSummary:
-    """What became of one input.
-
-    Attributes
-    ----------
-    case_id : str
-    status : {"prepared", "there", "failed"}
-        "there": finished by an earlier run.
-    remarks : tuple of str
-        Why it failed, or what was warned of.
-    slices : int
-        Slices in use on the working grid.
-    source_spacing : 3-tuple
-        mm (z, y, x) of the file.
-    lung_ml, bright_fraction : float
-        Volume of the stored mask; share of it at or above the HU threshold (-500).
-    edge_voxels : int
-        Voxels of erroneous edges taken out of the mask.
-    seconds : float
-    source : str
-        Name of the file or folder.
-    series : str
-        SeriesInstanceUID; empty for volume files.
-    lungs_from : str
-        "network", "classical", "lungmask", the name of a network's run, or that of the mask's file.
-    """
+    """What became of one input."""
 
     case_id: str
     status: str
+    """prepared, failed, or there: finished by an earlier run."""
     remarks: tuple[str, ...] = ()
+    """Why it failed, or what was warned of."""
     slices: int = 0
+    """In use on the working grid."""
     source_spacing: Spacing = (0.0, 0.0, 0.0)
+    """mm (z, y, x) of the file."""
     lung_ml: float = 0.0
+    """Volume of the stored mask."""
     bright_fraction: float = 0.0
+    """Share of it at or above -500 HU."""
     edge_voxels: int = 0
+    """Voxels of erroneous edges taken out of it."""
     seconds: float = 0.0
     source: str = ""
+    """Name of the file or folder."""
     series: str = ""
+    """SeriesInstanceUID; empty for volume files."""
     lungs_from: str = ""
+    """network, classical, lungmask, the name of a network's run, or that of the mask's file."""
 
     @property
     def message(self) -> str:
@@ -128,9 +114,7 @@ class CaseSummary:
             float(meta.get("bright_fraction", 0)),
             int(meta.get("edge_voxels", 0)),
             seconds,
-            str(meta.get("source", "")),
-            str(meta.get("series") or ""),
-            str(meta.get("lungs_from", "")),
+            *(str(meta.get(name) or "") for name in ("source", "series", "lungs_from")),
         )
 
     def row(self) -> tuple[Any, ...]:
@@ -145,20 +129,13 @@ class CaseSummary:
 
 @dataclass(frozen=True)
 class Summary:
-    """Outcome of `prepare`.
-
-    Attributes
-    ----------
-    cases : tuple of CaseSummary
-        In the order of the inputs.
-    store : Store
-    passed : tuple of Passed
-        What lay in the inputs and was not taken for a CT.
-    """
+    """Outcome of `prepare`."""
 
     cases: tuple[CaseSummary, ...]
+    """In the order of the inputs."""
     store: Store
     passed: tuple[Passed, ...] = ()
+    """What lay in the inputs and was not taken for a CT."""
 
     @property
     def failed(self) -> tuple[CaseSummary, ...]:
@@ -208,36 +185,12 @@ def prepare(
         `normnet.cases.find_cases`. A case is named after its file or folder.
     output : path
         Store to make or to go on with; finished cases are kept, what a killed run left is taken away.
-    masks : path, optional
-        Lung mask for a single input, or a folder where each case has one: ``<case>.nii.gz`` (or nrrd, mha,
-        mhd, ``.seg.nrrd``), else the only ``<case>_*``. Omitted: the lungs are segmented.
-    label : sequence of int
-        Labels of the `masks` that are lung; all above zero where omitted.
-    exclude : path, optional
-        CSV ``case,first_slice,last_slice``: slices of the file, from 0 at the feet, ends included, left out.
-    annotations : path, optional
-        LUNA16-style CSV ``seriesuid,coordX,coordY,coordZ,diameter_mm``: slices with nodules are left out.
-        ``seriesuid`` is a SeriesInstanceUID or the name of a file. Omitted: the ``annotations.csv`` beside
-        the ``subset*`` folders of LUNA16, if an input is one.
+    masks, label, exclude, annotations, series, lungs, task, spacing, size, overwrite
+        As the options of the command, `normnet.prepare.__main__.PrepareArgs`, which says more.
     keep_lung : mapping, optional
         Case name to "right" or "left": only that lung is kept.
     names : sequence of str, optional
         Case names, one per CT found.
-    series : str
-        Of a DICOM folder with several series: "largest", "all", or a SeriesInstanceUID.
-    lungs : str, optional
-        How lungs are segmented where there are no `masks`; see `load_case`. Omitted: "network", or
-        "classical" for the task lungs, whose network shall not be taught by itself.
-    task : {"lesions", "lungs"}
-        What shall be trained. For lungs the whole scan is kept on a coarse grid that follows the patient's
-        size, with the right and the left lung told apart; `spacing` and `size` do not count, nodules stay,
-        and `keep_lung` must be omitted.
-    spacing : (3,) floats
-        Working voxel size in mm, axis order z, y, x.
-    size : int
-        In-plane size in voxels; the lungs are centred, padded or cropped.
-    overwrite : bool
-        Prepare finished cases again.
     workers : int
         Processes that prepare a case each; the store is the same for any number. A script that asks for more
         than one must guard its main part by ``if __name__ == "__main__"``.
@@ -256,8 +209,8 @@ def prepare(
     ValueError
         The call as a whole makes no sense: no inputs, a folder without CT, repeated or impossible case names,
         `masks` without a file for any case, names in `exclude` or `keep_lung` that are no case, annotations
-        none of which belongs to an input,
-        unreadable CSV, a store with other settings. What is wrong with one input is in the summary.
+        none of which belongs to an input, unreadable CSV, a store with other settings. What is wrong with one
+        input is in the summary.
     ImportError
         `lungs` is "lungmask", which is not installed.
     """

@@ -296,7 +296,26 @@ class Store:
         ValueError
             Bad name, shapes, dtypes or segments; the case exists, or what has its name is no case of a store.
         """
-        whole = _whole_meta(case_id, hu, mask, meta or {}, self.meta)
+        if not _NAME.fullmatch(case_id):
+            raise ValueError(
+                f"case_id must be letters, digits and _.@+- and not start with a dot, got {case_id!r}"
+            )
+        if hu.ndim != 3 or hu.shape != mask.shape:
+            raise ValueError(f"hu and mask must be 3-D of one shape, got {hu.shape} and {mask.shape}")
+        if hu.dtype != np.int16 or mask.dtype not in (np.bool_, np.uint8):
+            raise ValueError(f"hu must be int16 and mask bool or uint8, got {hu.dtype} and {mask.dtype}")
+        if mask.dtype == np.uint8 and mask.size and mask.max() > 2:
+            raise ValueError(f"mask must have 0, 1 for right and 2 for left, got {mask.max()}")
+        record = {"spacing": self.meta.get("spacing"), "segments": [(0, hu.shape[0])], **(meta or {})}
+        if record["spacing"] is None:
+            raise ValueError("meta must give spacing, as the store does not")
+        record |= {
+            "shape": list(hu.shape),
+            "spacing": [float(s) for s in record["spacing"]],
+            "segments": [[int(a), int(b)] for a, b in record["segments"]],
+            "mask_counts": np.count_nonzero(mask, axis=(1, 2)).tolist(),
+        }
+        _checked(CaseMeta, record)
         target = self.path / "cases" / case_id
         if target.exists() and not overwrite:
             raise ValueError(f"{self.path}: case {case_id!r} exists; pass overwrite=True to replace it")
@@ -305,7 +324,7 @@ class Store:
         with files.replacing_folder(target, CASE_FILES, lambda: self._check_ours(target)) as work:
             _write_array(work / "hu.b2nd", hu)
             _write_array(work / "mask.b2nd", mask.view(np.uint8))
-            write_atomically(work / "meta.json", json.dumps(whole, indent=1))
+            write_atomically(work / "meta.json", json.dumps(record, indent=1))
         return Case(target)
 
     def _check_ours(self, target: Path) -> None:
@@ -333,37 +352,6 @@ def case_name_for_store(name: str) -> str:
 def _foreign(path: Path) -> bool:
     """Tell what no killed `Store.create` left."""
     return not (path.name[0] == "." or (path.name in ("cases", "qc") and not any(path.glob("[!.]*"))))
-
-
-def _whole_meta(
-    case_id: str,
-    hu: npt.NDArray[Any],
-    mask: npt.NDArray[Any],
-    meta: Mapping[str, Any],
-    store: Mapping[str, Any],
-) -> dict[str, Any]:
-    if not _NAME.fullmatch(case_id):
-        raise ValueError(
-            f"case_id must be letters, digits and _.@+- and not start with a dot, got {case_id!r}"
-        )
-    if hu.ndim != 3 or hu.shape != mask.shape:
-        raise ValueError(f"hu and mask must be 3-D of one shape, got {hu.shape} and {mask.shape}")
-    if hu.dtype != np.int16 or mask.dtype not in (np.bool_, np.uint8):
-        raise ValueError(f"hu must be int16 and mask bool or uint8, got {hu.dtype} and {mask.dtype}")
-    if mask.dtype == np.uint8 and mask.size and mask.max() > 2:
-        raise ValueError(f"mask must have 0, 1 for right and 2 for left, got {mask.max()}")
-    spacing = meta.get("spacing", store.get("spacing"))
-    if spacing is None:
-        raise ValueError("meta must give spacing, as the store does not")
-    whole = {
-        **meta,
-        "shape": list(hu.shape),
-        "spacing": [float(s) for s in spacing],
-        "segments": [[int(a), int(b)] for a, b in meta.get("segments", [(0, hu.shape[0])])],
-        "mask_counts": np.count_nonzero(mask, axis=(1, 2)).tolist(),
-    }
-    _checked(CaseMeta, whole)
-    return whole
 
 
 def _write_array(path: Path, array: npt.NDArray[Any]) -> None:
