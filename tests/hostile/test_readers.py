@@ -34,9 +34,9 @@ from lesionsynth.strict import name_of
 from normnet.prepare.__main__ import main
 from tests import classical
 from tests.hostile.tally import trial
+from tests.normnet.test_wrong_input import good  # noqa: F401  (a fixture)
 from tests.test_dicom_series import recode
 from tests.test_io import volume, write_nifti, write_series
-from tests.normnet.test_wrong_input import good  # noqa: F401  (a fixture)
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*taking (voxels to be 1 mm|axes to run)")
 

@@ -17,8 +17,8 @@ from normnet.prepare.__main__ import main
 from normnet.prepare.exclude import find_annotations
 from tests import classical
 from tests.classical import prepare
-from tests.test_io import write_series
 from tests.normnet.test_prepare import SPACING, chest
+from tests.test_io import write_series
 
 SETTINGS = {"spacing": (5.0, 3.0, 3.0), "size": 96}
 FLAGS = ["--spacing", "5", "3", "3", "--size", "96", *classical.FLAGS]
@@ -36,8 +36,7 @@ def scan(path: Path, seed: int) -> None:
 
 @pytest.fixture(autouse=True, scope="module")
 def plain_pictures() -> Iterator[None]:
-    """Drawing takes most of the time of so small a case; tests/normnet/test_prepare.py looks at real pictures."""
-
+    """Drawing takes most of the time of so small a case; test_prepare.py looks at real pictures."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("normnet.prepare.run.prepared_picture", lambda *_, **__: b"\x89PNG" * 10)
         yield

@@ -21,8 +21,8 @@ from normnet.prepare.lungs import check_chest
 from normnet.prepare.store import write_atomically
 from tests import classical
 from tests.classical import load_case, prepare
-from tests.test_io import volume, write_series
 from tests.normnet.test_prepare import write
+from tests.test_io import volume, write_series
 
 FLAGS = ["--spacing", "8", "3.2", "3.2", "--size", "120", *classical.FLAGS]
 SETTINGS: dict[str, Any] = {"spacing": (8.0, 3.2, 3.2), "size": 120}
@@ -44,8 +44,7 @@ def head() -> np.ndarray:
 
 @pytest.fixture(autouse=True, scope="module")
 def plain_pictures() -> Iterator[None]:
-    """Drawing takes most of the time of so small a case; tests/normnet/test_prepare.py looks at real pictures."""
-
+    """Drawing takes most of the time of so small a case; test_prepare.py looks at real pictures."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("normnet.prepare.run.prepared_picture", lambda *_, **__: b"\x89PNG" * 10)
         yield
