@@ -177,11 +177,11 @@ def test_a_voxel_reaches_half_its_width() -> None:
     expected = [-1, -1, 10, 10, 11.25, 13.75, 16.25, 18.75, 20, 20, -1, -1]
     assert_allclose(grid.to_iso(volume, -1)[:, 0, 0], expected)
     assert_array_equal(grid.to_iso(volume > 10)[:, 0, 0], [False] * 6 + [True] * 4 + [False] * 2)
-    # a window that begins in the middle of a voxel of the file, at -0.5 and at n - 0.5 of its own
-    window = IsoGrid((4, 1, 1), (2.0, 1.0, 1.0), (4.0, 1.0, 1.0), (0, 0, 0), (2, 1, 1))
-    shifted = IsoGrid((4, 1, 1), (1.0, 1.0, 1.0), (2.0, 1.0, 1.0), (0, 0, 0), (1, 1, 1))
-    assert_allclose(window.to_native(volume, -1)[:, 0, 0], [10, 12.5, 17.5, 20])
-    assert_allclose(shifted.to_native(volume[:1], -1)[:, 0, 0], [10, 10, -1, -1])
+    # back: voxels of the file at -0.5 and 1.5 of the window; the first face belongs to it, the last does not
+    for size, expected in ((3, [10, 25]), (2, [10, -1])):
+        window = IsoGrid((2, 1, 1), (2.0, 1.0, 1.0), (1.0, 1.0, 1.0), (1, 0, 0), (size, 1, 1))
+        values = np.array([10, 20, 30], np.float32)[:size].reshape(-1, 1, 1)
+        assert_allclose(window.to_native(values, -1)[:, 0, 0], expected)
 
 
 @pytest.mark.parametrize("n", [3, 8])
