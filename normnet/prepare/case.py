@@ -149,13 +149,7 @@ def load_case(
 
 
 def check_grid(spacing: Spacing, size: int | None) -> None:
-    """Refuse a working grid that cannot be.
-
-    Raises
-    ------
-    ValueError
-        `spacing` is not three positive lengths, or `size` is below 1.
-    """
+    """Refuse a working grid that cannot be, by a ValueError."""
     if len(spacing) != 3 or not all(np.isfinite(s) and s > 0 for s in spacing):
         raise ValueError(f"spacing must be three positive lengths in mm, got {spacing}")
     if size is not None and size < 1:
@@ -178,7 +172,7 @@ def method_of(lungs: LungMethod) -> Callable[[npt.NDArray[np.int16], Spacing], L
     Raises
     ------
     ValueError
-        There is no such method, and no such weights.
+        There is no such method, and no such weights file or run folder.
     ImportError
         "lungmask" is not installed.
     """
@@ -194,13 +188,7 @@ def method_of(lungs: LungMethod) -> Callable[[npt.NDArray[np.int16], Spacing], L
 
 
 def weights_of(lungs: LungMethod) -> Path | None:
-    """Return the weights file that a method stands for; None where it has none.
-
-    Raises
-    ------
-    ValueError
-        There is no such method, and no such file or run folder.
-    """
+    """Return the weights file that a method stands for; None where it has none. Errors as in `method_of`."""
     if lungs in ("classical", "lungmask"):
         return None
     if lungs == "network":

@@ -106,31 +106,19 @@ def _checked(cls: type[Model], record: Any) -> Model:
 
 
 class Case:
-    """One prepared volume; opened lazily, read slab by slab.
-
-    Attributes
-    ----------
-    case_id : str
-    meta : dict
-        As given to `Store.add`, with what `CaseMeta` says.
-    shape : 3-tuple of int
-        (Z, Y, X).
-    spacing : 3-tuple
-        Voxel size in mm, axis order z, y, x.
-    segments : list of (z0, z1)
-        Runs of usable slices, ``z1`` excluded; a slab must lie within one of them. Slices left out (nodules)
-        are still stored, with an empty mask.
-    mask_counts : int64 array
-        Mask voxels of every slice.
-    """
+    """One prepared volume; opened lazily, read slab by slab."""
 
     def __init__(self, folder: Path) -> None:
         self.case_id = folder.name
         self._folder = folder
         self.meta, said = _meta_of(folder / "meta.json", CaseMeta)
+        """As given to `Store.add`, with what `CaseMeta` says."""
         self.shape = said.shape
+        """(Z, Y, X)."""
         self.spacing = said.spacing
+        """Voxel size in mm, axis order z, y, x."""
         self.segments = list(said.segments)
+        """A slab must lie within one of them; slices left out (nodules) are stored with an empty mask."""
         self.mask_counts = np.asarray(said.mask_counts, np.int64)
 
     def slab(self, z0: int, z1: int) -> tuple[npt.NDArray[np.int16], npt.NDArray[np.bool_]]:
