@@ -18,8 +18,8 @@ from lesionsynth.io import Source, dicom_folders, find_sources
 from normnet.prepare.__main__ import main
 from tests import classical
 from tests.classical import load_case, prepare
+from tests.normnet.test_prepare import SPACING, chest, write
 from tests.test_io import volume, write_series
-from tests.test_prepare import SPACING, chest, write
 
 SCOUT = ["ORIGINAL", "PRIMARY", "LOCALIZER"]
 

@@ -37,8 +37,8 @@ class PrepareArgs:
     list_series: bool = False
     """Print the DICOM series in the inputs, and do nothing else."""
     masks: Path | None = None
-    """Folder with lung masks, <case>.nii.gz or the only <case>_*.nii.gz; or the mask of a single CT. The
-    lungs are segmented where omitted."""
+    """Folder with lung masks, <case>.nii.gz (or nrrd, mha, mhd, .seg.nrrd), else the only <case>_*; or the
+    mask of a single CT. The lungs are segmented where omitted."""
     label: tuple[int, ...] = ()
     """Labels of the masks that are lung; all above zero where omitted."""
     lungs: LungMethod | None = None
@@ -46,13 +46,15 @@ class PrepareArgs:
     the network of that package, if installed; or weights of your own. network where omitted, classical with
     --task lungs."""
     task: Task = "lesions"
-    """What shall be trained: lesions; or lungs, which keeps whole chests on a coarse grid, right and left
-    told apart (spacing and size do not count then)."""
+    """What shall be trained: lesions; or lungs, which keeps whole chests on a coarse grid that follows the
+    patient's size, right and left told apart (spacing and size do not count then, and nodules stay)."""
     exclude: Path | None = None
-    """CSV of case,first_slice,last_slice to leave out; slices of the file, from 0 at the feet."""
+    """CSV of case,first_slice,last_slice to leave out: slices of the file, from 0 at the feet, ends
+    included."""
     annotations: Path | None = None
-    """LUNA16-style CSV seriesuid,coordX,coordY,coordZ,diameter_mm; slices with nodules are left out. Of
-    LUNA16 folders the annotations.csv is found by itself."""
+    """LUNA16-style CSV seriesuid,coordX,coordY,coordZ,diameter_mm; slices with nodules are left out.
+    seriesuid is a SeriesInstanceUID or the name of a file. Of LUNA16 folders the annotations.csv is found by
+    itself."""
     lung: tuple[str, ...] = ()
     """CASE=right or CASE=left: keep that lung only."""
     name: tuple[str, ...] = ()
@@ -80,8 +82,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _list(inputs: Sequence[Path]) -> int:
     found = dicom_folders(inputs)
-    sys.stdout.write(series_table(found))
-    sys.stdout.flush()
+    print(series_table(found), end="", flush=True)
     return int(tell({}, found.passed))
 
 
@@ -106,10 +107,9 @@ def _prepare(args: PrepareArgs) -> int:
         workers=args.workers,
         report=_progress,
     )
-    sys.stdout.write(f"\n{summary.table()}\n")
     store = summary.store.path
-    sys.stdout.write(f"\nlook at the pictures in {store / 'qc'}; the table is {store / 'summary.csv'}\n")
-    sys.stdout.flush()
+    print(f"\n{summary.table()}\n\nlook at the pictures in {store / 'qc'}; ", end="")
+    print(f"the table is {store / 'summary.csv'}", flush=True)
     named = tell({}, summary.passed)
     return 1 if summary.failed or named else 0
 

@@ -37,37 +37,24 @@ METHODS = ("network", "classical", "lungmask")
 
 @dataclass(frozen=True, eq=False)
 class LoadedCase:
-    """A CT around its lungs on the working grid.
-
-    Attributes
-    ----------
-    hu : (Z, Y, X) int16 array
-        Raw HU, resampled linearly; -1024 outside the file.
-    mask : (Z, Y, X) bool array
-        Lung mask, nearest voxel.
-    volume : Scan
-        The CT as read; ``volume.write_like`` writes a result.
-    native_mask : bool array
-        The lung mask on the CT's own grid.
-    grid : IsoGrid
-        How the two grids lie.
-    native_left : bool array or None
-        The part of `native_mask` that is the left lung, where it was told apart on reading; see
-        `native_sides`.
-    native_classical : bool array or None
-        The lungs by thresholds, where a network segmented them: empty where thresholds find none.
-    apart : bool
-        Whether the two disagree more than `normnet.prepare.lungs.check_agreement` lets pass.
-    """
+    """A CT around its lungs on the working grid."""
 
     hu: npt.NDArray[np.int16]
+    """(Z, Y, X), resampled linearly; -1024 outside the file."""
     mask: Mask
+    """Lungs, by the nearest voxel."""
     volume: Scan
+    """The CT as read; ``volume.write_like`` writes a result."""
     native_mask: Mask
+    """The lungs on the CT's own grid."""
     grid: IsoGrid
+    """How the two grids lie."""
     native_left: Mask | None = None
+    """The left lung of `native_mask`, where it was told apart on reading; see `native_sides`."""
     native_classical: Mask | None = None
+    """The lungs by thresholds, where a network segmented them: empty where thresholds find none."""
     apart: bool = False
+    """Whether the two disagree more than `normnet.prepare.lungs.check_agreement` lets pass."""
 
     @property
     def spacing(self) -> Spacing:
@@ -92,20 +79,6 @@ class LoadedCase:
     def to_native(self, array: npt.NDArray[Any], fill: float = 0) -> npt.NDArray[Any]:
         """Bring a mask (nearest voxel) or floats (linear) from the working grid to the CT's own."""
         return self.grid.to_native(array, fill)
-
-
-def check_grid(spacing: Spacing, size: int | None) -> None:
-    """Refuse a working grid that cannot be.
-
-    Raises
-    ------
-    ValueError
-        `spacing` is not three positive lengths, or `size` is below 1.
-    """
-    if len(spacing) != 3 or not all(np.isfinite(s) and s > 0 for s in spacing):
-        raise ValueError(f"spacing must be three positive lengths in mm, got {spacing}")
-    if size is not None and size < 1:
-        raise ValueError(f"size must be at least 1 voxel, got {size}")
 
 
 def load_case(
@@ -156,16 +129,48 @@ def load_case(
     check_grid(spacing, size)
     if keep_lung not in ("both", "right", "left"):
         raise ValueError(f"keep_lung must be both, right or left, got {keep_lung!r}")
-    split = None if mask_path is not None else method_of(lungs)
+    segment = method_of(lungs) if mask_path is None else None
     volume = read_ct(path, series)
-    native, left = _lungs(volume, mask_path, keep_lung, split, label)
-    classical, apart = None, False
-    if split is not None and weights_of(lungs) is not None:
-        classical, apart = _classical(volume, native, keep_lung)
-    grid = IsoGrid.around(native, volume.spacing, spacing, margin=margin, size=size)
-    return LoadedCase(
-        grid.to_iso(volume.hu), grid.to_iso(native), volume, native, grid, left, classical, apart
-    )
+    left, classical, apart = None, None, False
+    try:
+        if segment is not None:
+            mask, left = _kept(segment(volume.hu, volume.spacing), keep_lung)
+        elif mask_path is not None:
+            mask = read_mask(mask_path, volume, label)
+            if not mask.any():
+                raise ValueError(f"the lung mask {os.fspath(mask_path)} must not be empty")
+            if keep_lung != "both":
+                mask, left = _kept(split_mask(mask, volume.spacing), keep_lung)
+        check_plausible(volume.hu, mask, volume.spacing, left if keep_lung == "both" else None)
+    except ValueError as error:
+        name = str(volume.path)
+        raise error if name in str(error) else ValueError(f"{name}: {error}") from error
+    if segment is not None and weights_of(lungs) is not None:
+        try:  # to compare: nobody else looks at the outline before its numbers are used
+            classical, _ = _kept(split_lungs(volume.hu, volume.spacing), keep_lung)
+        except ValueError:
+            classical = np.zeros_like(mask)
+        apart = not check_agreement(mask, classical, volume.spacing)
+    grid = IsoGrid.around(mask, volume.spacing, spacing, margin=margin, size=size)
+    return LoadedCase(grid.to_iso(volume.hu), grid.to_iso(mask), volume, mask, grid, left, classical, apart)
+
+
+def check_grid(spacing: Spacing, size: int | None) -> None:
+    """Refuse a working grid that cannot be, by a ValueError."""
+    if len(spacing) != 3 or not all(np.isfinite(s) and s > 0 for s in spacing):
+        raise ValueError(f"spacing must be three positive lengths in mm, got {spacing}")
+    if size is not None and size < 1:
+        raise ValueError(f"size must be at least 1 voxel, got {size}")
+
+
+def _kept(lungs: Lungs, side: Side) -> tuple[Mask, Mask]:
+    """Leave a lung out, if one is not wanted; returns what is kept, and the left part of it."""
+    none = np.zeros(lungs.left.shape, bool)
+    right, left = (none if side == "left" else lungs.right), (none if side == "right" else lungs.left)
+    mask = right | left
+    if not mask.any():
+        raise ValueError(f"no {side} lung found")
+    return mask, left
 
 
 def method_of(lungs: LungMethod) -> Callable[[npt.NDArray[np.int16], Spacing], Lungs]:
@@ -174,7 +179,7 @@ def method_of(lungs: LungMethod) -> Callable[[npt.NDArray[np.int16], Spacing], L
     Raises
     ------
     ValueError
-        There is no such method, and no such weights.
+        There is no such method, and no such weights file or run folder.
     ImportError
         "lungmask" is not installed.
     """
@@ -190,13 +195,7 @@ def method_of(lungs: LungMethod) -> Callable[[npt.NDArray[np.int16], Spacing], L
 
 
 def weights_of(lungs: LungMethod) -> Path | None:
-    """Return the weights file that a method stands for; None where it has none.
-
-    Raises
-    ------
-    ValueError
-        There is no such method, and no such file or run folder.
-    """
+    """Return the weights file that a method stands for; None where it has none. Errors as in `method_of`."""
     if lungs in ("classical", "lungmask"):
         return None
     if lungs == "network":
@@ -211,14 +210,9 @@ def weights_of(lungs: LungMethod) -> Path | None:
 
 
 def check_lungs(cases: Sequence[Case], lungs: LungMethod, label: Sequence[int] = ()) -> None:
-    """Check, before the first of several cases, that the lungs of all can be had.
+    """Check, before the first of several cases, that the lungs of all can be had, as `load_case` takes them.
 
-    Parameters
-    ----------
-    cases : sequence of Case
-        Those with a mask need no method; those with a problem nothing.
-    lungs, label
-        As in `load_case`.
+    Those with a mask need no method; those with a problem nothing.
 
     Raises
     ------
@@ -238,45 +232,3 @@ def method_record(lungs: LungMethod) -> dict[str, str | None]:
     weights = weights_of(lungs)
     name = lungs if lungs in METHODS or weights is None else model_name(weights)
     return {"lungs_from": name, "lungs_sha256": None if weights is None else sha256(weights)}
-
-
-def _classical(volume: Scan, lungs: Mask, keep_lung: Side) -> tuple[Mask, bool]:
-    """Segment by thresholds, to compare: nobody else looks at the outline before its numbers are used."""
-    try:
-        mask, _ = _side(split_lungs(volume.hu, volume.spacing), keep_lung)
-    except ValueError:
-        mask = np.zeros_like(lungs)
-    return mask, not check_agreement(lungs, mask, volume.spacing)
-
-
-def _lungs(
-    volume: Scan,
-    mask_path: str | os.PathLike[str] | None,
-    keep_lung: Side,
-    split: Callable[[npt.NDArray[np.int16], Spacing], Lungs] | None,
-    label: Sequence[int],
-) -> tuple[Mask, Mask | None]:
-    """Lungs on the CT's grid, and the left one among them where that is known."""
-    left = None
-    try:
-        if split is not None:
-            mask, left = _side(split(volume.hu, volume.spacing), keep_lung)
-        elif mask_path is not None:
-            mask = read_mask(mask_path, volume, label)
-            if not mask.any():
-                raise ValueError(f"the lung mask {os.fspath(mask_path)} must not be empty")
-            if keep_lung != "both":
-                mask, left = _side(split_mask(mask, volume.spacing), keep_lung)
-        check_plausible(volume.hu, mask, volume.spacing, left if keep_lung == "both" else None)
-    except ValueError as error:
-        name = str(volume.path)
-        raise error if name in str(error) else ValueError(f"{name}: {error}") from error
-    return mask, left
-
-
-def _side(lungs: Lungs, keep_lung: Side) -> tuple[Mask, Mask]:
-    right, left = lungs.right, lungs.left
-    mask = right | left if keep_lung == "both" else right if keep_lung == "right" else left
-    if not mask.any():
-        raise ValueError(f"no {keep_lung} lung found")
-    return mask, left if keep_lung != "right" else np.zeros_like(left)

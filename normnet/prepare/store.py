@@ -21,65 +21,63 @@ import math
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
+from pydantic import Field
 
 from lesionsynth import files
 from lesionsynth.commands import one_line
-from lesionsynth.config import check_spacing
+from lesionsynth.config import LEAST_SPACING, MOST_SPACING
 from lesionsynth.files import write_atomically
-from lesionsynth.strict import build, hints_of, name_of, read_json, shown
-from normnet.config import OUTPUTS, Task
+from lesionsynth.strict import hints_of, name_of, read_json, shown
+from normnet.config import Task
+from normnet.settings import from_record, naming, settings
 
 FORMAT = 1
 CHUNK_SLICES = 4
 """Slices per chunk: a slab of 32 reads at most 9 chunks; at 512 x 512 a chunk is 2 MB."""
-_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.@+-]*")
 CASE_FILES = ("hu.b2nd", "mask.b2nd", "meta.json")
 """What a case consists of; its meta data prove that it is one."""
-
 DTYPES = {"hu": np.dtype(np.int16), "mask": np.dtype(np.uint8)}
 """Arrays of a case, and their types."""
+_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.@+-]*")
+Model = TypeVar("Model")
+Mm = Annotated[float, Field(ge=LEAST_SPACING, le=MOST_SPACING)]
+Count = Annotated[int, Field(ge=0)]
+Size = Annotated[int, Field(ge=1)]
 
-Segment = tuple[int, int]
 
-
-@dataclass(frozen=True, kw_only=True)
-class _StoreMeta:
+@settings
+class StoreMeta:
     """What a ``store.json`` must say; it may say more."""
 
     format: Any = None
-    spacing: tuple[float, float, float] | None = None
-    size: int | None = None
+    spacing: tuple[Mm, Mm, Mm] | None = None
+    size: Annotated[int, Field(ge=1, le=65_536)] | None = None
     task: Task = "lesions"
 
-    def __post_init__(self) -> None:
-        if self.spacing is not None:
-            check_spacing(self.spacing)
-        if self.size is not None and not 1 <= self.size <= 65_536:
-            raise ValueError(f"size must be in [1, 65536], got {self.size}")
-        if self.task not in OUTPUTS:
-            raise ValueError(f"task must be one of {', '.join(OUTPUTS)}, got {shown(self.task)}")
 
-
-@dataclass(frozen=True, kw_only=True)
-class _CaseMeta:
+@settings
+class CaseMeta:
     """What a ``meta.json`` must say; it may say more."""
 
-    shape: tuple[int, int, int]
-    spacing: tuple[float, float, float]
-    segments: list[tuple[int, int]]
-    mask_counts: list[int]
+    shape: tuple[Size, Size, Size]
+    spacing: tuple[Mm, Mm, Mm]
+    segments: Annotated[tuple[tuple[int, int], ...], Field(fail_fast=True)]
+    """Runs of usable slices ``(z0, z1)``, ``z1`` excluded."""
+    mask_counts: Annotated[tuple[Count, ...], Field(fail_fast=True)]
+    """Mask voxels of every slice."""
+    density_hu: float | None = None
+    """Density of healthy lung, `normnet.inflation.healthy_density`; none where there is none to tell."""
 
     def __post_init__(self) -> None:
+        """Check what holds between the fields."""
         depth, height, width = self.shape
-        if min(self.shape) < 1 or math.prod(self.shape) >= 2**31:
-            raise ValueError(f"shape must be three sizes >= 1 of fewer than 2**31 voxels, got {self.shape}")
-        check_spacing(self.spacing)
+        if math.prod(self.shape) >= 2**31:
+            raise ValueError(f"shape must be of fewer than 2**31 voxels, got {self.shape}")
         end = 0
         for place, (first, last) in enumerate(self.segments):
             if not end <= first < last <= depth:
@@ -87,64 +85,41 @@ class _CaseMeta:
                     f"segments[{place}] must be an ascending run of slices in 0..{depth}, got {first}, {last}"
                 )
             end = last
-        if len(self.mask_counts) != depth:
-            raise ValueError(f"mask_counts must have {depth} values, got {len(self.mask_counts)}")
-        for z, count in enumerate(self.mask_counts):
-            if not 0 <= count <= height * width:
-                raise ValueError(f"mask_counts[{z}] must be in [0, {height * width}], got {count}")
+        if len(self.mask_counts) != depth or max(self.mask_counts) > height * width:
+            raise ValueError(
+                f"mask_counts must be {depth} values in [0, {height * width}], got "
+                f"{len(self.mask_counts)} up to {max(self.mask_counts, default=0)}"
+            )
 
 
-def _read(path: Path, cls: type[Any]) -> dict[str, Any]:
-    """Read meta data; an error names the file and the field."""
+def _meta_of(path: Path, cls: type[Model]) -> tuple[dict[str, Any], Model]:
+    """Read meta data, as they are and as they must be; an error names the file and the field."""
     record = read_json(path)
-    if not isinstance(record, dict):
-        raise ValueError(f"{name_of(path)}: must be a JSON object, got {type(record).__name__}")
-    try:
-        build(cls, {name: record[name] for name in hints_of(cls) if name in record})
-    except ValueError as error:
-        raise ValueError(f"{name_of(path)}: {error}") from error
-    return record
+    with naming(path):
+        return record, _checked(cls, record)
+
+
+def _checked(cls: type[Model], record: Any) -> Model:
+    if isinstance(record, dict):
+        record = {name: value for name, value in record.items() if name in hints_of(cls)}
+    return from_record(cls, record)
 
 
 class Case:
-    """One prepared volume; opened lazily, read slab by slab.
-
-    Attributes
-    ----------
-    case_id : str
-    meta : dict
-        As given to `Store.add`, with ``shape``, ``mask_counts`` and ``segments``.
-    """
+    """One prepared volume; opened lazily, read slab by slab."""
 
     def __init__(self, folder: Path) -> None:
         self.case_id = folder.name
         self._folder = folder
-        self.meta: dict[str, Any] = _read(folder / "meta.json", _CaseMeta)
-
-    @property
-    def shape(self) -> tuple[int, int, int]:
+        self.meta, said = _meta_of(folder / "meta.json", CaseMeta)
+        """As given to `Store.add`, with what `CaseMeta` says."""
+        self.shape = said.shape
         """(Z, Y, X)."""
-        z, y, x = self.meta["shape"]
-        return int(z), int(y), int(x)
-
-    @property
-    def spacing(self) -> tuple[float, float, float]:
+        self.spacing = said.spacing
         """Voxel size in mm, axis order z, y, x."""
-        z, y, x = self.meta["spacing"]
-        return float(z), float(y), float(x)
-
-    @property
-    def mask_counts(self) -> npt.NDArray[np.int64]:
-        """Mask voxels of every slice."""
-        return np.asarray(self.meta["mask_counts"], np.int64)
-
-    @property
-    def segments(self) -> list[Segment]:
-        """Runs of usable slices ``(z0, z1)``, ``z1`` excluded; a slab must lie within one of them.
-
-        Slices left out (nodules) are still stored, with an empty mask.
-        """
-        return [(int(a), int(b)) for a, b in self.meta["segments"]]
+        self.segments = list(said.segments)
+        """A slab must lie within one of them; slices left out (nodules) are stored with an empty mask."""
+        self.mask_counts = np.asarray(said.mask_counts, np.int64)
 
     def slab(self, z0: int, z1: int) -> tuple[npt.NDArray[np.int16], npt.NDArray[np.bool_]]:
         """Read slices ``z0 <= z < z1``.
@@ -252,7 +227,7 @@ class Store:
         """
         folder = Path(path)
         try:
-            meta = _read(folder / "store.json", _StoreMeta)
+            meta, _ = _meta_of(folder / "store.json", StoreMeta)
         except (OSError, ValueError) as error:
             raise ValueError(f"{name_of(folder)}: not a store (no readable store.json: {error})") from error
         if meta.pop("format", None) != FORMAT:
@@ -309,7 +284,26 @@ class Store:
         ValueError
             Bad name, shapes, dtypes or segments; the case exists, or what has its name is no case of a store.
         """
-        whole = _checked(case_id, hu, mask, meta or {}, self.meta)
+        if not _NAME.fullmatch(case_id):
+            raise ValueError(
+                f"case_id must be letters, digits and _.@+- and not start with a dot, got {case_id!r}"
+            )
+        if hu.ndim != 3 or hu.shape != mask.shape:
+            raise ValueError(f"hu and mask must be 3-D of one shape, got {hu.shape} and {mask.shape}")
+        if hu.dtype != np.int16 or mask.dtype not in (np.bool_, np.uint8):
+            raise ValueError(f"hu must be int16 and mask bool or uint8, got {hu.dtype} and {mask.dtype}")
+        if mask.dtype == np.uint8 and mask.size and mask.max() > 2:
+            raise ValueError(f"mask must have 0, 1 for right and 2 for left, got {mask.max()}")
+        record = {"spacing": self.meta.get("spacing"), "segments": [(0, hu.shape[0])], **(meta or {})}
+        if record["spacing"] is None:
+            raise ValueError("meta must give spacing, as the store does not")
+        record |= {
+            "shape": list(hu.shape),
+            "spacing": [float(s) for s in record["spacing"]],
+            "segments": [[int(a), int(b)] for a, b in record["segments"]],
+            "mask_counts": np.count_nonzero(mask, axis=(1, 2)).tolist(),
+        }
+        _checked(CaseMeta, record)
         target = self.path / "cases" / case_id
         if target.exists() and not overwrite:
             raise ValueError(f"{self.path}: case {case_id!r} exists; pass overwrite=True to replace it")
@@ -318,7 +312,7 @@ class Store:
         with files.replacing_folder(target, CASE_FILES, lambda: self._check_ours(target)) as work:
             _write_array(work / "hu.b2nd", hu)
             _write_array(work / "mask.b2nd", mask.view(np.uint8))
-            write_bytes(work / "meta.json", json.dumps(whole, indent=1).encode())
+            write_atomically(work / "meta.json", json.dumps(record, indent=1))
         return Case(target)
 
     def _check_ours(self, target: Path) -> None:
@@ -331,31 +325,10 @@ class Store:
         if target.name not in os.listdir(target.parent):  # a file system that does not tell a from A
             raise ValueError(f"{rule}: another case has this name in other letters; give a name")
 
-    def scratch(self, path: Path) -> Path:
-        """Name, beside a file of the store, under which it can be written before it takes its own."""
-        return files.temporary(path)
-
     def clean(self) -> None:
         """Take away what killed runs left half-written; what a live process is writing stays."""
         for folder in (self.path, self.path / "cases", self.path / "qc"):
             files.sweep(folder, inside=CASE_FILES)
-
-    def max_slab_count(self, depth: int) -> int:
-        """Largest number of mask voxels in any slab of `depth` slices: the denominator of lambda (III-C).
-
-        A segment shorter than `depth` counts as a whole.
-        """
-        if depth < 1:
-            raise ValueError(f"depth must be >= 1, got {depth}")
-        best = 0
-        for case_id in self.case_ids:
-            case = self[case_id]
-            counts = case.mask_counts
-            for z0, z1 in case.segments:
-                total = np.concatenate([[0], np.cumsum(counts[z0:z1])])
-                step = min(depth, z1 - z0)
-                best = max(best, int((total[step:] - total[:-step]).max()))
-        return best
 
 
 def case_name_for_store(name: str) -> str:
@@ -364,53 +337,9 @@ def case_name_for_store(name: str) -> str:
     return plain if _NAME.match(plain) else f"_{plain}"
 
 
-def write_bytes(path: Path, data: bytes) -> None:
-    """Write a file; an error names it, which the operating system does not where the disk is full."""
-    try:
-        path.write_bytes(data)
-    except OSError as error:
-        raise OSError(error.errno, error.strerror, str(path)) from error
-
-
 def _foreign(path: Path) -> bool:
     """Tell what no killed `Store.create` left."""
     return not (path.name[0] == "." or (path.name in ("cases", "qc") and not any(path.glob("[!.]*"))))
-
-
-def _checked(
-    case_id: str,
-    hu: npt.NDArray[Any],
-    mask: npt.NDArray[Any],
-    meta: Mapping[str, Any],
-    store: Mapping[str, Any],
-) -> dict[str, Any]:
-    if not _NAME.fullmatch(case_id):
-        raise ValueError(
-            f"case_id must be letters, digits and _.@+- and not start with a dot, got {case_id!r}"
-        )
-    if hu.ndim != 3 or hu.shape != mask.shape:
-        raise ValueError(f"hu and mask must be 3-D of one shape, got {hu.shape} and {mask.shape}")
-    if hu.dtype != np.int16 or mask.dtype not in (np.bool_, np.uint8):
-        raise ValueError(f"hu must be int16 and mask bool or uint8, got {hu.dtype} and {mask.dtype}")
-    if mask.dtype == np.uint8 and mask.size and mask.max() > 2:
-        raise ValueError(f"mask must have 0, 1 for right and 2 for left, got {mask.max()}")
-    spacing = meta.get("spacing", store.get("spacing"))
-    if spacing is None:
-        raise ValueError("meta must give spacing, as the store does not")
-    segments = meta.get("segments", [(0, hu.shape[0])])
-    end = 0
-    for z0, z1 in segments:
-        if not end <= z0 < z1 <= hu.shape[0]:
-            raise ValueError(f"segments must be ascending runs of slices in 0..{hu.shape[0]}, got {segments}")
-        end = z1
-    counts = [int(n) for n in np.count_nonzero(mask, axis=(1, 2))]
-    return {
-        **meta,
-        "shape": list(hu.shape),
-        "spacing": [float(s) for s in spacing],
-        "segments": [[int(a), int(b)] for a, b in segments],
-        "mask_counts": counts,
-    }
 
 
 def _write_array(path: Path, array: npt.NDArray[Any]) -> None:
@@ -422,4 +351,4 @@ def _write_array(path: Path, array: npt.NDArray[Any]) -> None:
     )
     # compressed in memory first: blosc2 does not say when the disk is full
     packed = blosc2.asarray(np.ascontiguousarray(array), chunks=chunks, cparams=cparams)
-    write_bytes(path, packed.to_cframe())
+    write_atomically(path, packed.to_cframe())

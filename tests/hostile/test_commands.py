@@ -26,7 +26,7 @@ import pandas as pd
 
 from lesionsynth import cli, commands, files
 from normnet import evaluate
-from normnet.prepare.workers import Died, run_parallel
+from normnet.workers import Died, run_parallel
 from tests import classical
 from tests.hostile.commands import Study, hidden
 from tests.hostile.tally import trial

@@ -79,7 +79,7 @@ def test_a_sheet_is_read_back(rows: list[list[str]]) -> None:
 def test_every_table_neutralises_names(name: str) -> None:
     """Of predictions, evaluations, ablations and stores: the case is a file's name, the method a flag's."""
     from normnet.ablate.tables import AblationTable
-    from normnet.prepare.summary import COLUMNS, CaseSummary
+    from normnet.prepare.run import COLUMNS, CaseSummary
 
     summary = CaseSummary("p1", "failed", (name,), source=name, series=name)
     table = AblationTable("modules", "title", ["row", name], [[name, "-3.5"]])

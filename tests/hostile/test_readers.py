@@ -34,9 +34,9 @@ from lesionsynth.strict import name_of
 from normnet.prepare.__main__ import main
 from tests import classical
 from tests.hostile.tally import trial
+from tests.normnet.test_wrong_input import good  # noqa: F401  (a fixture)
 from tests.test_dicom_series import recode
 from tests.test_io import volume, write_nifti, write_series
-from tests.test_wrong_input import good  # noqa: F401  (a fixture)
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*taking (voxels to be 1 mm|axes to run)")
 
@@ -810,7 +810,7 @@ def test_in_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_batch_goes_on(tmp_path: Path, good: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
     """One good CT, of a name that is no text, among files that would end the process, or never end."""
-    monkeypatch.setattr("normnet.prepare.work.prepared_picture", lambda *_, **__: b"PNG")
+    monkeypatch.setattr("normnet.prepare.run.prepared_picture", lambda *_, **__: b"PNG")
     folder = tmp_path / os.fsdecode(b"in\xff")
     folder.mkdir()
     os.link(good, folder / os.fsdecode(b"good\xfe\n.nii.gz"))

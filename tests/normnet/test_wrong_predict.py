@@ -17,7 +17,7 @@ from normnet.config import ModelConfig
 from normnet.model import Model, build_unet
 from normnet.predict import main
 from tests import classical
-from tests.test_wrong_input import MESSAGES, bad, good  # noqa: F401  (fixtures)
+from tests.normnet.test_wrong_input import MESSAGES, bad, good  # noqa: F401  (fixtures)
 
 
 @pytest.fixture(scope="module")

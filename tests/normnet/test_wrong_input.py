@@ -15,14 +15,14 @@ import SimpleITK as sitk
 
 from lesionsynth import phantom
 from normnet.prepare import CaseSummary, Store
-from normnet.prepare import work as work_module
+from normnet.prepare import run as run_module
 from normnet.prepare.__main__ import main
 from normnet.prepare.lungs import check_chest
 from normnet.prepare.store import write_atomically
 from tests import classical
 from tests.classical import load_case, prepare
+from tests.normnet.test_prepare import write
 from tests.test_io import volume, write_series
-from tests.test_prepare import write
 
 FLAGS = ["--spacing", "8", "3.2", "3.2", "--size", "120", *classical.FLAGS]
 SETTINGS: dict[str, Any] = {"spacing": (8.0, 3.2, 3.2), "size": 120}
@@ -44,10 +44,9 @@ def head() -> np.ndarray:
 
 @pytest.fixture(autouse=True, scope="module")
 def plain_pictures() -> Iterator[None]:
-    """Drawing takes most of the time of so small a case; tests/test_prepare.py looks at real pictures."""
-
+    """Drawing takes most of the time of so small a case; test_prepare.py looks at real pictures."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("normnet.prepare.work.prepared_picture", lambda *_, **__: b"\x89PNG" * 10)
+        patch.setattr("normnet.prepare.run.prepared_picture", lambda *_, **__: b"\x89PNG" * 10)
         yield
 
 
@@ -239,7 +238,7 @@ def test_a_full_disk_while_replacing_keeps_the_old_case(
 
 
 def test_no_room_for_the_table(good: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("normnet.prepare.run.write_csv", no_space)
+    monkeypatch.setattr("normnet.prepare.run.write_atomically", no_space)
     with pytest.warns(UserWarning, match=r"summary\.csv could not be written.*No space left"):
         summary = prepare([good], tmp_path / "s", **SETTINGS)
     assert summary.store.case_ids == ["good"]
@@ -276,7 +275,7 @@ def test_arrays_that_do_not_fit_are_noticed(tmp_path: Path) -> None:
 def test_any_error_costs_one_case(
     good: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
-    loaded: Callable[..., Any] = work_module.load_case
+    loaded: Callable[..., Any] = run_module.load_case
 
     def load(path: Path, *args: Any, **options: Any) -> Any:
         if path.name == "odd.nii.gz":
@@ -285,7 +284,7 @@ def test_any_error_costs_one_case(
 
     odd = tmp_path / "odd.nii.gz"
     odd.touch()
-    monkeypatch.setattr(work_module, "load_case", load)
+    monkeypatch.setattr(run_module, "load_case", load)
     summary = prepare([odd, good], tmp_path / "s", **SETTINGS)
     (case,) = summary.failed
     assert case.message == f"{odd}: {type(error).__name__}: {error}"

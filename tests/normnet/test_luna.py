@@ -14,11 +14,11 @@ import SimpleITK as sitk
 from lesionsynth.io import find_sources
 from normnet.prepare import Store
 from normnet.prepare.__main__ import main
-from normnet.prepare.luna import find_annotations
+from normnet.prepare.exclude import find_annotations
 from tests import classical
 from tests.classical import prepare
+from tests.normnet.test_prepare import SPACING, chest
 from tests.test_io import write_series
-from tests.test_prepare import SPACING, chest
 
 SETTINGS = {"spacing": (5.0, 3.0, 3.0), "size": 96}
 FLAGS = ["--spacing", "5", "3", "3", "--size", "96", *classical.FLAGS]
@@ -36,10 +36,9 @@ def scan(path: Path, seed: int) -> None:
 
 @pytest.fixture(autouse=True, scope="module")
 def plain_pictures() -> Iterator[None]:
-    """Drawing takes most of the time of so small a case; tests/test_prepare.py looks at real pictures."""
-
+    """Drawing takes most of the time of so small a case; test_prepare.py looks at real pictures."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("normnet.prepare.work.prepared_picture", lambda *_, **__: b"\x89PNG" * 10)
+        patch.setattr("normnet.prepare.run.prepared_picture", lambda *_, **__: b"\x89PNG" * 10)
         yield
 
 

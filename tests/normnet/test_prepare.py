@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import multiprocessing
 import os
 import shutil
@@ -13,6 +14,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -22,17 +24,21 @@ from hypothesis import strategies as st
 from numpy.testing import assert_allclose, assert_array_equal
 from scipy import ndimage
 
+import lesionsynth as ls
 from lesionsynth import io
-from normnet.prepare import Store
+from normnet.inflation import healthy_density
+from normnet.prepare import LoadedCase, Store
 from normnet.prepare import store as store_module
 from normnet.prepare.__main__ import main
 from normnet.prepare.exclude import kept_slices, nodule_slices, read_annotations, read_exclusions, runs
 from normnet.prepare.grid import IsoGrid
-from normnet.prepare.workers import Died, _share_cores, run_parallel
+from normnet.prepare.run import EDGE_MM, _without_edges
 from tests import classical
 from tests.classical import load_case, prepare
 
 SPACING = (5.0, 3.0, 3.0)
+FINE: dict[str, Any] = {"spacing": (2.0, 2.0, 2.0), "size": 160}
+COARSE: dict[str, Any] = {"spacing": SPACING, "size": 96}
 
 
 def chest(seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -76,8 +82,7 @@ def prepared(folder: Path) -> Store:
     summary = prepare(
         [folder / "anna.nii.gz", folder / "bert.nii.gz"],
         folder / "store",
-        spacing=(2.0, 2.0, 2.0),
-        size=160,
+        **FINE,
         exclude=folder / "leave.csv",
     )
     assert not summary.failed
@@ -104,43 +109,73 @@ def test_positions_are_centres_in_mm(n: int, source: float, target: float, start
     )
 
 
-def test_a_ramp_stays_a_ramp() -> None:
-    """Linear interpolation is exact on a linear function of the position in mm."""
-    shape, spacing = (12, 15, 18), (3.0, 0.7, 1.1)
-    grid = IsoGrid.whole(shape, spacing, (1.0, 0.8, 0.8))
-
-    def ramp(n: tuple[int, ...], step: tuple[float, ...]) -> np.ndarray:
-        z, y, x = np.meshgrid(
-            *((np.arange(k) + 0.5) * s for k, s in zip(n, step, strict=True)), indexing="ij"
-        )
-        return (2 * z - 3 * y + x + 50).astype(np.float32)
-
-    iso = grid.to_iso(ramp(shape, spacing))
-    inner = tuple(slice(2, -2) for _ in range(3))  # at the border the last voxel is repeated
-    # float32 of values near 100
-    assert_allclose(iso[inner], ramp(grid.shape, grid.spacing)[inner], atol=2e-4)
-    assert_allclose(grid.to_native(iso)[inner], ramp(shape, spacing)[inner], atol=4e-4)
+@st.composite
+def grids(draw: st.DrawFn) -> IsoGrid:
+    """Windows that lie in the volume, reach beyond it, or miss it."""
+    shape, size = ([draw(st.integers(1, most)) for _ in range(3)] for most in (9, 14))
+    lengths = st.floats(0.4, 3.0).map(lambda s: round(s, 3))
+    source, target = ([draw(lengths) for _ in range(3)] for _ in range(2))
+    start = [draw(st.integers(-4, 6)) for _ in range(3)]
+    return IsoGrid(*map(tuple, (shape, source, target, start, size)))
 
 
-def test_resampling_matches_scipy() -> None:
-    rng = np.random.default_rng(0)
-    hu = rng.integers(-1000, 400, (9, 14, 11)).astype(np.int16)
-    grid = IsoGrid((9, 14, 11), (2.6, 0.71, 0.93), (1.0, 0.8, 0.8), (3, -2, 1), (15, 17, 8))  # no ties
-    at = np.meshgrid(*(grid.source_positions(axis) for axis in range(3)), indexing="ij")
-    linear = ndimage.map_coordinates(hu.astype(float), at, order=1, mode="nearest")
-    beyond = np.zeros(grid.shape, bool)
-    for a, n in zip(at, hu.shape, strict=True):
-        beyond |= (a < -0.5) | (a >= n - 0.5)
-    expected = np.where(beyond, -1024, np.rint(linear))
-    iso = grid.to_iso(hu)
-    assert iso.dtype == np.int16
-    assert beyond.any()
-    # float32 weights can turn a half over to the next integer
-    assert_allclose(iso, expected, atol=1)
-    assert (iso == expected).mean() > 0.99
-    mask = hu > -300
-    nearest = ndimage.map_coordinates(mask.astype(np.uint8), at, order=0, mode="nearest") > 0
-    assert_array_equal(grid.to_iso(mask), nearest & ~beyond)
+@given(grid=grids(), back=st.booleans(), seed=st.integers(0, 99))
+def test_resampling_matches_itk(grid: IsoGrid, back: bool, seed: int) -> None:
+    """Linear values, the half voxel at the border and the nearest voxel, as another library has them."""
+    rng = np.random.default_rng(seed)
+    shape, other = (grid.shape, grid.source_shape) if back else (grid.source_shape, grid.shape)
+    spacing, wanted = (grid.spacing, grid.source_spacing)[:: 1 if back else -1]
+    volume = rng.normal(0, 300, shape).astype(np.float32)
+    # first faces of input and output in mm
+    here, there = (start * np.array(grid.spacing) for start in (np.array(grid.start), np.zeros(3)))
+    here, there = (here, there) if back else (there, here)
+    found, image = [], sitk.GetImageFromArray(volume)
+    image.SetSpacing(spacing[::-1])
+    image.SetOrigin((here + np.array(spacing) / 2)[::-1])
+    for kind in (sitk.sitkLinear, sitk.sitkNearestNeighbor):
+        resample = sitk.ResampleImageFilter()
+        resample.SetInterpolator(kind)
+        resample.SetSize(other[::-1])
+        resample.SetOutputSpacing(wanted[::-1])
+        resample.SetOutputOrigin((there + np.array(wanted) / 2)[::-1])
+        resample.SetDefaultPixelValue(7.0)
+        found.append(sitk.GetArrayFromImage(resample.Execute(image)))
+    positions = [(grid.window_positions if back else grid.source_positions)(axis) for axis in range(3)]
+    # on the border, and half way between two voxels, the rounding of ITK's positions decides
+    clear = np.ix_(*(np.abs(at % 1 - 0.5) > 1e-6 for at in positions))
+    bring = grid.to_native if back else grid.to_iso
+    assert_allclose(bring(volume, 7.0)[clear], found[0][clear], atol=2e-3)  # float32 of values near 1000
+    beyond = found[1] == 7
+    assert_array_equal(bring(volume > 0, 0)[clear], (np.where(beyond, 0, found[1]) > 0)[clear])
+    rounded = bring(np.rint(volume).astype(np.int16), 7)
+    assert rounded.dtype == np.int16
+    exact = bring(np.rint(volume), 7.0)
+    # a half may turn over to the next integer, and nothing else
+    assert np.abs(rounded - exact).max(initial=0) <= 0.5 + 1e-3
+
+
+def test_a_voxel_reaches_half_its_width() -> None:
+    """As far as it reaches it is continued; beyond there is nothing. On the first face it is there."""
+    volume = np.array([10, 20], np.float32).reshape(2, 1, 1)
+    grid = IsoGrid((2, 1, 1), (4.0, 1.0, 1.0), (1.0, 1.0, 1.0), (-2, 0, 0), (12, 1, 1))
+    expected = [-1, -1, 10, 10, 11.25, 13.75, 16.25, 18.75, 20, 20, -1, -1]
+    assert_allclose(grid.to_iso(volume, -1)[:, 0, 0], expected)
+    assert_array_equal(grid.to_iso(volume > 10)[:, 0, 0], [False] * 6 + [True] * 4 + [False] * 2)
+    # back: voxels of the file at -0.5 and 1.5 of the window; the first face belongs to it, the last does not
+    for size, expected in ((3, [10, 25]), (2, [10, -1])):
+        window = IsoGrid((2, 1, 1), (2.0, 1.0, 1.0), (1.0, 1.0, 1.0), (1, 0, 0), (size, 1, 1))
+        values = np.array([10, 20, 30], np.float32)[:size].reshape(-1, 1, 1)
+        assert_allclose(window.to_native(values, -1)[:, 0, 0], expected)
+
+
+@pytest.mark.parametrize("n", [3, 8])
+def test_ties_of_the_nearest_voxel_go_down(n: int) -> None:
+    """Between two voxels the lower one is taken, however 0.1 mm are rounded."""
+    mask = np.arange(2 * n).reshape(-1, 1, 1) % 2 == 0
+    for size in (0.1, 0.3, 0.7, 1.0):
+        grid = IsoGrid.whole((2 * n, 1, 1), (size, 1.0, 1.0), (2 * size, 1.0, 1.0))
+        assert grid.to_iso(mask).all()
+        assert not grid.to_iso(~mask).any()
 
 
 def test_window_is_centred_padded_or_cropped() -> None:
@@ -263,15 +298,6 @@ def test_interrupted_add_leaves_no_case(tmp_path: Path, monkeypatch: pytest.Monk
     assert_array_equal(store["a"].slab(0, 11)[0], hu)
 
 
-def test_largest_slab_respects_segments(tmp_path: Path) -> None:
-    store = Store.create(tmp_path / "s", {"spacing": [1.0, 0.8, 0.8]})
-    hu, mask = random_case()
-    store.add("a", hu, mask, {"segments": [[0, 4], [6, 11]]})
-    counts = mask.sum(axis=(1, 2))
-    assert store.max_slab_count(3) == max(counts[z : z + 3].sum() for z in (0, 1, 6, 7, 8))
-    assert store.max_slab_count(32) == max(counts[:4].sum(), counts[6:].sum())
-
-
 def test_store_refuses(tmp_path: Path) -> None:
     store = Store.create(tmp_path / "s", {"spacing": [1.0, 0.8, 0.8]})
     hu, mask = random_case()
@@ -281,7 +307,10 @@ def test_store_refuses(tmp_path: Path) -> None:
         (("../a", hu, mask), "case_id must be letters"),
         (("b", hu.astype(float), mask), "hu must be int16"),
         (("b", hu, mask[:3]), "3-D of one shape"),
-        (("b", hu, mask, {"segments": [[0, 5], [4, 9]]}), "segments must be ascending"),
+        (
+            ("b", hu, mask, {"segments": [[0, 5], [4, 9]]}),
+            r"segments\[1\] must be an ascending run of slices in 0..11",
+        ),
     ):
         with pytest.raises(ValueError, match=message):
             store.add(*arguments)
@@ -372,12 +401,11 @@ def test_left_out_slices_split_the_case(prepared: Store) -> None:
 
 def test_a_second_run_keeps_what_is_there(folder: Path, tmp_path: Path) -> None:
     shutil.copytree(folder / "store", tmp_path / "store")
-    settings = {"spacing": (2.0, 2.0, 2.0), "size": 160}
-    summary = prepare([folder / "bert.nii.gz"], tmp_path / "store", **settings)
+    summary = prepare([folder / "bert.nii.gz"], tmp_path / "store", **FINE)
     assert [c.status for c in summary.cases] == ["there"]
     before = (tmp_path / "store" / "cases" / "bert" / "meta.json").stat().st_mtime_ns
     summary = prepare(
-        [folder / "bert.nii.gz"], tmp_path / "store", overwrite=True, keep_lung={"bert": "right"}, **settings
+        [folder / "bert.nii.gz"], tmp_path / "store", overwrite=True, keep_lung={"bert": "right"}, **FINE
     )
     assert [c.status for c in summary.cases] == ["prepared"]
     assert (tmp_path / "store" / "cases" / "bert" / "meta.json").stat().st_mtime_ns > before
@@ -390,9 +418,7 @@ def test_a_second_run_keeps_what_is_there(folder: Path, tmp_path: Path) -> None:
 
 
 def test_given_masks_are_used(folder: Path, tmp_path: Path) -> None:
-    summary = prepare(
-        [folder / "anna.nii.gz"], tmp_path / "s", masks=folder / "masks", spacing=(5.0, 3.0, 3.0), size=96
-    )
+    summary = prepare([folder / "anna.nii.gz"], tmp_path / "s", masks=folder / "masks", **COARSE)
     case = summary.store["anna"]
     hu, truth = chest(1)
     assert case.meta["lungs_from"] == "anna_lung.nii.gz"
@@ -431,6 +457,59 @@ def test_labels_and_warnings_are_kept(
     (tmp_path / "gone.nii").symlink_to(tmp_path / "nothing")
     assert main([*call[:1], str(tmp_path / "gone.nii"), *call[1:]]) == 1
     assert f"passed over: {tmp_path}/gone.nii: a link that leads nowhere" in capsys.readouterr().err
+
+
+@given(
+    cut=st.integers(0, 2**16 - 1), spacing=st.tuples(st.floats(0.5, 2), st.floats(0.7, 4), st.floats(0.7, 4))
+)
+def test_only_the_rim_of_an_edge_goes(cut: int, spacing: tuple[float, float, float]) -> None:
+    """Against the definition, voxel by voxel: what is bright on a rim goes, unless 3.2 mm deep."""
+    rng = np.random.default_rng(cut)
+    mask = np.zeros((3, 17, 19), bool)
+    mask[:, 2:-2, 1:-1] = True
+    mask[rng.random(mask.shape) < 0.01] = False
+    hu = np.where(rng.random(mask.shape) < 0.6, -100, -800).astype(np.int16)
+    grid = IsoGrid.whole(mask.shape, spacing, spacing)
+    kept, removed = _without_edges(LoadedCase(hu, mask, io.Scan, mask, grid))
+    box = (slice(None), slice(2, -2), slice(1, -1))
+    _, cleaned = ls.remove_erroneous_edges(ls.window_hu(hu[box]) * mask[box], mask[box])
+    outside = np.argwhere(~mask[box])
+    deep = mask[box].copy()
+    for z, y, x in np.argwhere(deep):
+        near = outside[outside[:, 0] == z, 1:] - (y, x)
+        deep[z, y, x] = not ((near * spacing[1:]) ** 2).sum(axis=1).min(initial=np.inf) <= EDGE_MM**2
+    assert_array_equal(kept[box], cleaned | deep)
+    assert_array_equal(removed, mask & ~kept)
+
+
+def test_the_density_of_healthy_lung_is_kept(prepared: Store) -> None:
+    """Training takes it from there; a store of before tells none, and is read."""
+    for name in prepared.case_ids:
+        case = prepared[name]
+        assert case.meta["density_hu"] == healthy_density(*case.slab(0, case.shape[0]))
+        assert case.meta["density_hu"] == pytest.approx(-850, abs=3)
+
+
+def test_a_case_without_healthy_lung_and_one_of_before(prepared: Store, folder: Path, tmp_path: Path) -> None:
+    hu, _ = chest(1)
+    write(tmp_path / "full.nii.gz", np.where(hu < -500, hu + 500, hu).astype(np.int16))
+    store = prepare(
+        [tmp_path / "full.nii.gz"],
+        tmp_path / "s",
+        masks=folder / "masks" / "anna_lung.nii.gz",
+        **COARSE,
+    ).store
+    assert store["full"].meta["density_hu"] is None
+    file = tmp_path / "s/cases/full/meta.json"
+    record = json.loads(file.read_text())
+    del record["density_hu"]
+    file.write_text(json.dumps(record))
+    assert "density_hu" not in store["full"].meta
+    assert store["full"].slab(0, 2)[0].dtype == np.int16
+    for wrong in ("-850", True, []):
+        file.write_text(json.dumps(record | {"density_hu": wrong}))
+        with pytest.raises(ValueError, match=r"meta\.json: density_hu must be"):
+            _ = store["full"]
 
 
 # ---- left over by killed runs
@@ -482,7 +561,7 @@ def test_a_store_killed_at_birth_can_be_made(tmp_path: Path) -> None:
 def test_a_case_cut_short_is_prepared_again(prepared: Store, folder: Path, tmp_path: Path) -> None:
     """As a copy of a store leaves it that was broken off."""
     shutil.copytree(prepared.path, tmp_path / "s")
-    inputs, settings = [folder / "bert.nii.gz"], {"spacing": (2.0, 2.0, 2.0), "size": 160}
+    inputs = [folder / "bert.nii.gz"]
     for name, kept in (("hu.b2nd", 0.5), ("mask.b2nd", 0.0), ("mask.b2nd", None)):
         file = tmp_path / "s" / "cases" / "bert" / name
         whole = file.read_bytes()
@@ -490,9 +569,9 @@ def test_a_case_cut_short_is_prepared_again(prepared: Store, folder: Path, tmp_p
             file.unlink()
         else:
             file.write_bytes(whole[: int(kept * len(whole))])
-        assert [c.status for c in prepare(inputs, tmp_path / "s", **settings).cases] == ["prepared"]
+        assert [c.status for c in prepare(inputs, tmp_path / "s", **FINE).cases] == ["prepared"]
         assert file.read_bytes() == whole
-    assert [c.status for c in prepare(inputs, tmp_path / "s", **settings).cases] == ["there"]
+    assert [c.status for c in prepare(inputs, tmp_path / "s", **FINE).cases] == ["there"]
 
 
 # ---- the table in the store
@@ -501,12 +580,7 @@ def test_a_case_cut_short_is_prepared_again(prepared: Store, folder: Path, tmp_p
 def test_summary_table(prepared: Store, folder: Path, tmp_path: Path) -> None:
     """One line per case of the store, of this call or not, and one per failure."""
     shutil.copytree(folder / "store", tmp_path / "s")
-    prepare(
-        [folder / "broken.nii.gz", folder / "bert.nii.gz"],
-        tmp_path / "s",
-        spacing=(2.0, 2.0, 2.0),
-        size=160,
-    )
+    prepare([folder / "broken.nii.gz", folder / "bert.nii.gz"], tmp_path / "s", **FINE)
     with (tmp_path / "s" / "summary.csv").open(newline="") as stream:
         rows = list(csv.DictReader(stream))
     assert [(r["case"], r["status"]) for r in rows] == [
@@ -529,47 +603,6 @@ def test_summary_table(prepared: Store, folder: Path, tmp_path: Path) -> None:
 # ---- several processes
 
 
-def double_or_die(task: int) -> int:
-    """What the workers of the test below do: the task -1 kills them, -2 exits."""
-    if task == -1:
-        os.kill(os.getpid(), signal.SIGKILL)
-    if task == -2:
-        os._exit(3)
-    return 2 * task
-
-
-@pytest.mark.parametrize("workers", [1, 2])
-def test_a_dead_worker_costs_one_task(workers: int) -> None:
-    found = dict(run_parallel(double_or_die, [-1, 1, 2, -2, 3], workers))
-    assert {n: found[n] for n in (1, 2, 4)} == {1: 2, 2: 4, 4: 6}
-    assert isinstance(found[0], Died)
-    assert "ended by SIGKILL (out of memory? try fewer workers)" in str(found[0])
-    assert "ended with status 3" in str(found[3])
-    assert multiprocessing.active_children() == []
-
-
-def torch_threads(task: int) -> int:
-    """Threads that torch takes in a worker, where nothing has loaded it before."""
-    import torch
-
-    return torch.get_num_threads()
-
-
-@pytest.mark.parametrize("given", [False, True])
-def test_workers_share_the_cores(monkeypatch: pytest.MonkeyPatch, given: bool) -> None:
-    """A lung network in each must not take all of them, unless it is told to."""
-    torch = pytest.importorskip("torch")
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    monkeypatch.setenv("OMP_NUM_THREADS", str(cores) if given else "")
-    share = cores if given else max(1, cores // 2)
-    assert dict(run_parallel(torch_threads, [0, 1], 2)) == {0: share, 1: share}
-    # where the main part of a script has loaded it
-    asked: list[int] = []
-    monkeypatch.setattr(torch, "set_num_threads", asked.append)
-    _share_cores(2)
-    assert asked == ([] if given else [share])
-
-
 @pytest.mark.slow
 def test_workers_change_nothing(folder: Path, tmp_path: Path) -> None:
     """Bit for bit the same store, the broken case reported, whatever the number of processes."""
@@ -580,8 +613,7 @@ def test_workers_change_nothing(folder: Path, tmp_path: Path) -> None:
         summary = prepare(
             inputs,
             tmp_path / f"s{workers}",
-            spacing=(5.0, 3.0, 3.0),
-            size=96,
+            **COARSE,
             workers=workers,
             report=lambda case, seen=reported: seen.append(case.case_id),
         )
@@ -599,7 +631,7 @@ def test_workers_change_nothing(folder: Path, tmp_path: Path) -> None:
 def test_a_killed_worker_costs_one_case(folder: Path, tmp_path: Path) -> None:
     """A process is killed as soon as it is there; its case fails, the others do not, and it can be redone."""
     inputs, names = [folder / "anna.nii.gz"] * 3, ["a", "b", "c"]
-    settings = {"names": names, "spacing": (5.0, 3.0, 3.0), "size": 96}
+    settings = {"names": names, **COARSE}
     killed: list[int] = []
 
     def kill_first() -> None:
@@ -630,49 +662,15 @@ def test_a_killed_worker_costs_one_case(folder: Path, tmp_path: Path) -> None:
 def test_command_reports_a_broken_file_and_goes_on(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    code = main(
-        [
-            str(folder / "broken.nii.gz"),
-            str(folder / "anna.nii.gz"),
-            "--output",
-            str(tmp_path / "s"),
-            "--spacing",
-            "3",
-            "3",
-            "3",
-            "--size",
-            "112",
-            *classical.FLAGS,
-            "--name",
-            "one",
-            "two",
-        ]
-    )
-    assert code == 1
+    flags = ["--output", str(tmp_path / "s"), "--spacing", "3", "3", "3", "--size", "112", *classical.FLAGS]
+    inputs = [str(folder / "broken.nii.gz"), str(folder / "anna.nii.gz")]
+    assert main([*inputs, *flags, "--name", "one", "two"]) == 1
     out = capsys.readouterr().out
     assert "damaged or truncated gzip" in out
     assert "failed" in out
     assert Store.open(tmp_path / "s").case_ids == ["two"]
     assert Store.open(tmp_path / "s")["two"].spacing == (3.0, 3.0, 3.0)
-    assert (
-        main(
-            [
-                str(folder / "anna.nii.gz"),
-                "--output",
-                str(tmp_path / "s"),
-                "--spacing",
-                "3",
-                "3",
-                "3",
-                "--size",
-                "112",
-                *classical.FLAGS,
-                "--name",
-                "two",
-            ]
-        )
-        == 0
-    )
+    assert main([inputs[1], *flags, "--name", "two"]) == 0
     assert "there" in capsys.readouterr().out
 
 
