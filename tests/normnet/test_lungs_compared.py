@@ -141,7 +141,7 @@ def test_prepare_draws_both_and_tells(study, tmp_path, monkeypatch, task):
         seen.update(more, mask=mask)
         return prepared_picture(hu, mask, removed, **more)
 
-    monkeypatch.setattr("normnet.prepare.work.prepared_picture", picture)
+    monkeypatch.setattr("normnet.prepare.run.prepared_picture", picture)
     (tmp_path / "exclude.csv").write_text(f"case,first_slice,last_slice\n{ILL},0,5\n")
     with stubbed():
         summary = prepare(
