@@ -231,8 +231,7 @@ def test_baselines_tell_the_same(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("torch")
-    from normnet.baselines import predict
-    from normnet.baselines.__main__ import main
+    from normnet.baselines import __main__ as baselines
     from normnet.cases import PredictSummary
 
     def fail(*_: object, **__: object) -> None:
@@ -242,20 +241,20 @@ def test_baselines_tell_the_same(
     baseline = SimpleNamespace(
         config=SimpleNamespace(method="ae", lungs_only=True), calibration={"threshold": 0.5}
     )
-    monkeypatch.setattr(predict, "load_baseline", lambda *_, **__: baseline)
-    monkeypatch.setattr(predict, "baseline_file", lambda _: touched(tmp_path / "weights"))
-    monkeypatch.setattr(predict, "load_case", fail)
+    monkeypatch.setattr(baselines, "load_baseline", lambda *_, **__: baseline)
+    monkeypatch.setattr(baselines, "baseline_file", lambda _: touched(tmp_path / "weights"))
+    monkeypatch.setattr(baselines, "load_case", fail)
     names = [os.fspath(touched(tmp_path / name)) for name in ("a.nii", "c_lung.nii", "d.img")]
-    assert main(["predict", "run", str(tmp_path), "--output", str(tmp_path / "out")]) == 1
+    assert baselines.main(["predict", "run", str(tmp_path), "--output", str(tmp_path / "out")]) == 1
     said = [line for line in capsys.readouterr().err.splitlines() if line[:8] not in ("", "predict:")]
     assert said[0] == "warning: a: odd"
     assert [line.split(": ")[1] for line in said[1:3]] == names[1:]
     assert said[3] == f"normnet.baselines: {names[0]}: bad"
     monkeypatch.setattr(
-        predict, "run_cases", lambda cases, *_, **__: PredictSummary([], [], {}, passed=cases.passed)
+        baselines, "run_cases", lambda cases, *_, **__: PredictSummary([], [], {}, passed=cases.passed)
     )
     for inputs, code in (([str(tmp_path)], 0), (names, 1), (names[:2], 0), (names[2:], 2)):
-        assert main(["predict", "run", *inputs, "--output", str(tmp_path / "out")]) == code
+        assert baselines.main(["predict", "run", *inputs, "--output", str(tmp_path / "out")]) == code
 
 
 @pytest.mark.parametrize("deep", ["lungs", "data/masks", "GT/x"])

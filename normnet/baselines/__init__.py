@@ -4,10 +4,15 @@
 ``python -m normnet.baselines`` on the command line.
 """
 
-from normnet.baselines.base import Baseline
-from normnet.baselines.config import METHODS, PRESETS, BaselineConfig, Method
-from normnet.baselines.score import find_lesions, score_volume
-from normnet.baselines.train import BaselineResult, load_baseline, save_baseline, train_baseline
+from normnet.baselines.methods import METHODS, PRESETS, Baseline, BaselineConfig, Method
+from normnet.baselines.train import (
+    BaselineResult,
+    find_lesions,
+    load_baseline,
+    save_baseline,
+    score_volume,
+    train_baseline,
+)
 
 __all__ = [
     "METHODS",

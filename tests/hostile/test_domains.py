@@ -22,7 +22,7 @@ from lesionsynth.config import MOST_BLOBS
 from lesionsynth.plan import Component
 from lesionsynth.strict import hints_of
 from normnet import config as configs
-from normnet.baselines.config import BaselineConfig
+from normnet.baselines.methods import BaselineConfig
 from normnet.config import (
     AugmentConfig,
     ChestConfig,

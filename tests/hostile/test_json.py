@@ -21,8 +21,8 @@ from lesionsynth import cli, strict
 from lesionsynth._samples import read_plan
 from lesionsynth._samples import read_record as read_sample
 from normnet import config as configs
-from normnet.baselines.config import BaselineConfig
-from normnet.baselines.config import paper as paper_baseline
+from normnet.baselines.methods import BaselineConfig
+from normnet.baselines.methods import paper as paper_baseline
 from normnet.config import PredictConfig, TrainConfig
 from normnet.output import read_record, read_records
 from normnet.predict import read_config as read_settings

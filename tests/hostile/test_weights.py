@@ -20,8 +20,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load, save
 
 from normnet.baselines.__main__ import main as baselines
-from normnet.baselines.config import small
-from normnet.baselines.methods import build_baseline
+from normnet.baselines.methods import build_baseline, small
 from normnet.baselines.train import HEADER as BASELINE
 from normnet.baselines.train import load_baseline, save_baseline
 from normnet.config import ModelConfig, PredictConfig, TrainConfig

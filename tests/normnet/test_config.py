@@ -28,8 +28,8 @@ from lesionsynth.strict import hints_of
 from normnet.ablate.config import SMALL, AblateConfig, Scale
 from normnet.ablate.runs import _Finished
 from normnet.baselines.__main__ import TrainArgs as BaselineArgs
-from normnet.baselines.config import METHODS, BaselineConfig
-from normnet.baselines.config import PRESETS as BASELINE_PRESETS
+from normnet.baselines.methods import METHODS, BaselineConfig
+from normnet.baselines.methods import PRESETS as BASELINE_PRESETS
 from normnet.config import (
     PRESETS,
     AugmentConfig,

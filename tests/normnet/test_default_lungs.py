@@ -22,8 +22,7 @@ sitk = pytest.importorskip("SimpleITK")
 import lesionsynth as ls  # noqa: E402
 from normnet import predict  # noqa: E402
 from normnet.baselines.__main__ import main as baselines  # noqa: E402
-from normnet.baselines.config import small  # noqa: E402
-from normnet.baselines.methods import build_baseline  # noqa: E402
+from normnet.baselines.methods import build_baseline, small  # noqa: E402
 from normnet.baselines.train import save_baseline  # noqa: E402
 from normnet.config import BUNDLED_LUNGS, ModelConfig  # noqa: E402
 from normnet.model import Model, build_unet  # noqa: E402
