@@ -20,15 +20,19 @@ pytest.importorskip("matplotlib")
 import torch
 
 import lesionsynth as ls
-import normnet.ablate.runs
-import normnet.ablate.scoring
+import normnet.ablate
 from lesionsynth.presets import BY_NAME
-from normnet.ablate import PAPER, SMALL, AblateConfig, ablate
-from normnet.ablate.__main__ import main
-from normnet.ablate.config import training
-from normnet.ablate.output import caveats
-from normnet.ablate.patients import find_patients
-from normnet.ablate.scoring import majority
+from normnet.ablate import (
+    PAPER,
+    SMALL,
+    AblateConfig,
+    ablate,
+    caveats,
+    find_patients,
+    main,
+    majority,
+    training,
+)
 from normnet.config import ModelConfig, PostprocessConfig, PredictConfig
 from normnet.metrics import evaluate_case
 from normnet.model import Model, build_unet
@@ -145,13 +149,13 @@ def test_modules_is_table_v(tiny, capsys):
 
 def test_threshold_is_table_vi_and_trains_and_predicts_with_t(tiny, monkeypatch):
     seen = []
-    predict = normnet.ablate.scoring.predict_volume
+    predict = normnet.ablate.predict_volume
 
     def spy(*arguments, **options):
         seen.append(arguments[3].postprocess.threshold_hu)
         return predict(*arguments, **options)
 
-    monkeypatch.setattr(normnet.ablate.scoring, "predict_volume", spy)
+    monkeypatch.setattr(normnet.ablate, "predict_volume", spy)
     config = tiny("threshold", seeds=1)
     table = ablate(config)
     assert table.header == ["HU threshold T", "-700", "-600", "-500", "-400", "-300"]
@@ -268,10 +272,10 @@ def test_finished_work_is_not_done_again(tiny, steps, monkeypatch):
     first = ablate(config)
     before = steps["count"]
     predicted, trained = [], []
-    train, predict = normnet.ablate.runs.train, normnet.ablate.scoring.predict_volume
-    monkeypatch.setattr(normnet.ablate.runs, "train", lambda c, **k: trained.append(c) or train(c, **k))
+    train, predict = normnet.ablate.train, normnet.ablate.predict_volume
+    monkeypatch.setattr(normnet.ablate, "train", lambda c, **k: trained.append(c) or train(c, **k))
     monkeypatch.setattr(
-        normnet.ablate.scoring, "predict_volume", lambda *a, **k: predicted.append(a) or predict(*a, **k)
+        normnet.ablate, "predict_volume", lambda *a, **k: predicted.append(a) or predict(*a, **k)
     )
     assert ablate(config).csv() == first.csv()
     assert (steps["count"], len(predicted)) == (before, 0)
@@ -324,14 +328,14 @@ def test_damaged_score_is_computed_again(tiny):
 
 
 def test_failed_row_is_reported_and_the_others_go_on(tiny, monkeypatch, capsys):
-    train = normnet.ablate.runs.train
+    train = normnet.ablate.train
 
     def broken(config, **options):
         if config.lesions == "no_shapes" and config.seed == 1:
             raise FloatingPointError("loss is nan")
         return train(config, **options)
 
-    monkeypatch.setattr(normnet.ablate.runs, "train", broken)
+    monkeypatch.setattr(normnet.ablate, "train", broken)
     config = tiny("modules", rows=("no_shapes", "no_salt_noise"))
     table = ablate(config)
     assert [row[3] == "failed" for row in table.rows] == [True, False]
@@ -342,7 +346,7 @@ def test_failed_row_is_reported_and_the_others_go_on(tiny, monkeypatch, capsys):
     arguments += ["--predict.probability", "0.5", "--rows", "no_shapes", "no_salt_noise"]
     assert main(arguments) == 1
     assert "seed 1: FloatingPointError" in capsys.readouterr().err
-    monkeypatch.setattr(normnet.ablate.runs, "train", train)
+    monkeypatch.setattr(normnet.ablate, "train", train)
     assert main(arguments) == 0
     assert "Table V" in capsys.readouterr().out
     with (config.output / "table.csv").open(newline="") as stream:
