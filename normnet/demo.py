@@ -105,7 +105,7 @@ def run_demo(config: DemoConfig, *, say: Callable[[str], None] | None = None) ->
         folder.mkdir()
         write_atomically(folder / MARKER, dumps({"format": FORMAT, "files": FILES}))
         tell(f"1/3 training on healthy phantoms with synthetic lesions, {config.minutes:g} min")
-        own = {"data": None, "minutes": config.minutes, "seed": config.seed, "resume": False}
+        own: dict[str, Any] = {"data": None, "minutes": config.minutes, "seed": config.seed, "resume": False}
         result = train(replace(config.train, output=folder, **own), progress_bar=say is not None)
         tell(f"    {result.iterations} iterations, {result.waiting_share:.0%} of the time waiting for pairs")
         tell(f"2/3 predicting {config.patients} phantoms with pneumonia and a healthy one")
