@@ -22,7 +22,7 @@ import numpy as np
 import torch
 
 import lesionsynth as ls
-from normnet.ablate.scoring import majority
+from normnet.ablate import majority
 from normnet.config import PostprocessConfig, PredictConfig, few
 from normnet.data import VALIDATION_INDEX, PairStream, ThickSlices
 from normnet.demo import DemoConfig, patients

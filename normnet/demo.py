@@ -7,7 +7,6 @@ where there is nothing.
 
 from __future__ import annotations
 
-import csv
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -17,9 +16,11 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import pandas as pd
+import tyro
 
 import lesionsynth as ls
-from lesionsynth import commands
+from lesionsynth.commands import run
 from lesionsynth.files import claimed, others, remove_folder, sweep, write_atomically
 from lesionsynth.strict import name_of
 from normnet.config import WEIGHTS, PredictConfig, TrainConfig, phantom
@@ -93,58 +94,40 @@ def run_demo(config: DemoConfig, *, say: Callable[[str], None] | None = None) ->
     ValueError
         See `normnet.train.train`; or the folder holds what no demo wrote.
     """
-    start = time.perf_counter()
-    tell = say or (lambda line: None)
+    start, tell, folder = time.perf_counter(), say or (lambda line: None), config.output / RUN
     _check_output(config.output)  # before anything is computed
     config.output.mkdir(parents=True, exist_ok=True)
     with claimed(config.output):
-        return _run_demo(config, tell, start, progress_bar=say is not None)
-
-
-def _run_demo(
-    config: DemoConfig, tell: Callable[[str], None], start: float, *, progress_bar: bool
-) -> Evaluation:
-    run = config.output / RUN
-    _check_output(config.output)
-    sweep(config.output)
-    if run.exists():
-        remove_folder(run, FILES)  # an earlier demo's
-    run.mkdir()
-    write_atomically(run / MARKER, dumps({"format": FORMAT, "files": FILES}))
-    tell(f"1/3 training on healthy phantoms with synthetic lesions, {config.minutes:g} min")
-    settings = replace(
-        config.train, data=None, output=run, minutes=config.minutes, seed=config.seed, resume=False
-    )
-    result = train(settings, progress_bar=progress_bar)
-    tell(f"    {result.iterations} iterations, {result.waiting_share:.0%} of the time waiting for pairs")
-    tell(f"2/3 predicting {config.patients} phantoms with pneumonia and a healthy one")
-    evaluation = evaluate_volumes(_predicted(config, run), pictures=2)
-    tell("3/3 writing the report")
-    evaluation.write(config.output)
-    _write_report(config, result, evaluation, time.perf_counter() - start)
+        _check_output(config.output)  # again: another process may have been faster
+        sweep(config.output)
+        if folder.exists():
+            remove_folder(folder, FILES)  # an earlier demo's
+        folder.mkdir()
+        write_atomically(folder / MARKER, dumps({"format": FORMAT, "files": FILES}))
+        tell(f"1/3 training on healthy phantoms with synthetic lesions, {config.minutes:g} min")
+        own: dict[str, Any] = {"data": None, "minutes": config.minutes, "seed": config.seed, "resume": False}
+        result = train(replace(config.train, output=folder, **own), progress_bar=say is not None)
+        tell(f"    {result.iterations} iterations, {result.waiting_share:.0%} of the time waiting for pairs")
+        tell(f"2/3 predicting {config.patients} phantoms with pneumonia and a healthy one")
+        evaluation = evaluate_volumes(_predicted(config, folder), pictures=2)
+        tell("3/3 writing the report")
+        evaluation.write(config.output)
+        _write_report(config, result, evaluation, time.perf_counter() - start)
     return evaluation
 
 
 def _check_output(output: Path) -> None:
-    """Refuse a folder with files or a run that no demo wrote.
-
-    Raises
-    ------
-    ValueError
-        Names the first.
-    """
+    """Refuse a folder with files or a run that no demo wrote: a ValueError names the first."""
     check_output(output)
-    run = output / RUN
-    if not os.path.lexists(run):
+    folder = output / RUN
+    if not os.path.lexists(folder):
         return
-    rule = f"output holds {RUN}, which no demo wrote: name another folder, or move it away, got {run}"
-    if run.is_symlink() or not run.is_dir():
-        raise ValueError(rule)
-    marker = load(run / MARKER)
+    rule = f"output holds {RUN}, which no demo wrote: name another folder, or move it away, got {folder}"
+    marker = load(folder / MARKER)
     marked = isinstance(marker, dict) and marker.get("format") == FORMAT
-    if any(run.iterdir()) and not marked:
+    if folder.is_symlink() or not folder.is_dir() or (any(folder.iterdir()) and not marked):
         raise ValueError(rule)
-    if other := others(run, FILES):
+    if other := others(folder, FILES):
         raise ValueError(f"{rule}: {other[0]} in it is none of its files")
 
 
@@ -170,14 +153,11 @@ def training_example(settings: TrainConfig, seed: int, shape: tuple[int, int, in
     return png(side_by_side([grey(s, (0.0, 1.0)) for s in slices]))
 
 
-def _predicted(config: DemoConfig, run: Path) -> Iterator[CaseVolumes]:
-    model = Model.load(run)
-    level = config.train.threshold_hu
-    origin = Origin(f"fixed at {HEALTHY_THRESHOLD:g}{tissue(level)}", level)
+def _predicted(config: DemoConfig, folder: Path) -> Iterator[CaseVolumes]:
+    model, level = Model.load(folder), config.train.threshold_hu
+    settings = PredictConfig(probability=HEALTHY_THRESHOLD)
     for name, chest, truth in patients(config):
-        found = predict_volume(
-            chest.hu, chest.lung_mask, [model], PredictConfig(probability=HEALTHY_THRESHOLD)
-        )
+        found = predict_volume(chest.hu, chest.lung_mask, [model], settings)
         yield CaseVolumes(
             case=name,
             hu=chest.hu,
@@ -187,7 +167,7 @@ def _predicted(config: DemoConfig, run: Path) -> Iterator[CaseVolumes]:
             probability=found.probability,
             healthy=found.healthy,
             core=found.lesions_without_growing,
-            origin=origin,
+            origin=Origin(f"fixed at {HEALTHY_THRESHOLD:g}{tissue(level)}", level),
             spacing=chest.spacing,
         )
 
@@ -209,39 +189,24 @@ def _write_report(config: DemoConfig, result: TrainResult, evaluation: Evaluatio
     )
     evaluation.add_to(report, paper=False)  # a phantom says nothing beside patients
     report.heading("Training")
-    for picture, caption in _training_curves(result.output / METRICS):
-        report.picture(picture, caption)
+    metrics = pd.read_csv(result.output / METRICS, index_col="iteration")
+    loss, found = metrics["loss"].dropna(), metrics["val_auc"].dropna()
+    width = max(1, min(25, len(loss)))
+    lines = {"each step": loss, f"mean of {width}": loss.rolling(width).mean().dropna()}
+    report.picture(_curve(lines, "loss"), "training loss (Dice + cross-entropy)")
+    if len(found) > 1:
+        report.picture(_curve({"AUC": found}, "AUC"), "AUC on synthetic lesions in a held-out phantom")
     report.paragraph("Phantom data; no statement about patients. Not a medical device.", note=True)
     report.write(config.output / "report.html")
 
 
-def _training_curves(metrics: Path) -> list[tuple[bytes, str]]:
-    """Pictures of the loss and of the validation AUC, from the columns of metrics.csv."""
-    with metrics.open(newline="") as stream:
-        rows = list(csv.DictReader(stream))
-
-    def column(name: str) -> tuple[Array, Array]:
-        filled = [row for row in rows if row[name]]
-        return np.array([int(row["iteration"]) for row in filled]), np.array(
-            [float(row[name]) for row in filled]
-        )
-
-    iterations, loss = column("loss")
-    width = max(1, min(25, len(loss)))
-    smooth = np.convolve(loss, np.full(width, 1 / width), "valid")
-    lines = {"each step": (iterations, loss), f"mean of {width}": (iterations[width - 1 :], smooth)}
-    pictures = [(curve(lines, xlabel="iteration", ylabel="loss"), "training loss (Dice + cross-entropy)")]
-    x, y = column("val_auc")
-    if len(x) > 1:
-        validation = curve({"AUC": (x, y)}, xlabel="iteration", ylabel="AUC")
-        pictures.append((validation, "AUC on synthetic lesions in a held-out phantom"))
-    return pictures
+def _curve(lines: dict[str, pd.Series[float]], label: str) -> bytes:
+    series = {name: (line.index.to_numpy(), line.to_numpy()) for name, line in lines.items()}
+    return curve(series, xlabel="iteration", ylabel=label)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run ``python -m normnet.demo``; 2 where a setting does not fit."""
-    import tyro
-
     start = time.perf_counter()
 
     def body() -> int:
@@ -253,7 +218,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"report: {name_of(config.output / 'report.html')}")
         return 0
 
-    return commands.run("error", body)
+    return run("error", body)
 
 
 if __name__ == "__main__":

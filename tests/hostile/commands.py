@@ -88,8 +88,7 @@ class Study:
     def calls(self) -> dict[str, Call]:
         """By name: each is given the folder to write into and returns the exit code."""
         from lesionsynth import cli
-        from normnet import demo, evaluate, model, predict, report, train
-        from normnet.ablate import __main__ as ablate
+        from normnet import ablate, demo, evaluate, model, predict, report, train
         from normnet.baselines import __main__ as baselines
         from normnet.prepare import __main__ as prepare
 

@@ -426,7 +426,7 @@ def test_two_trainings_never_share_a_folder(tmp_path: Path) -> None:
 @pytest.mark.parametrize("entry", ENTRIES)
 def test_every_entry_has_the_same_wrapper(monkeypatch: pytest.MonkeyPatch, entry: str) -> None:
     modules = {"lesionsynth": "lesionsynth.cli"}
-    packages = ("prepare", "ablate", "baselines")
+    packages = ("prepare", "baselines")
     name = modules.get(entry, f"{entry}.__main__" if entry.partition(".")[2] in packages else entry)
     module = importlib.import_module(name)
     holder = module.commands if hasattr(module, "commands") else module

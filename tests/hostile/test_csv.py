@@ -78,7 +78,7 @@ def test_a_sheet_is_read_back(rows: list[list[str]]) -> None:
 @given(names.filter(bool))
 def test_every_table_neutralises_names(name: str) -> None:
     """Of predictions, evaluations, ablations and stores: the case is a file's name, the method a flag's."""
-    from normnet.ablate.tables import AblationTable
+    from normnet.ablate import AblationTable
     from normnet.prepare.run import COLUMNS, CaseSummary
 
     summary = CaseSummary("p1", "failed", (name,), source=name, series=name)

@@ -17,7 +17,7 @@ pytest.importorskip("SimpleITK")
 
 from lesionsynth import cli, files
 from normnet import demo, evaluate, model
-from normnet.ablate.scoring import Cell
+from normnet.ablate import Cell
 from normnet.output import FILES
 from normnet.prepare.store import Store
 from tests.hostile.commands import Study, hidden, snapshot
@@ -402,7 +402,7 @@ def test_an_ablation_keeps_what_only_looks_like_its_own(
             (tmp_path / file).write_text(text)
         return Cell()
 
-    monkeypatch.setattr("normnet.ablate.run._compute", put)
+    monkeypatch.setattr("normnet.ablate._compute", put)
     if when == "before":
         put()
     before = snapshot(tmp_path)

@@ -25,8 +25,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lesionsynth.strict import hints_of
-from normnet.ablate.config import SMALL, AblateConfig, Scale
-from normnet.ablate.runs import _Finished
+from normnet.ablate import SMALL, AblateConfig, Scale, Trained
 from normnet.baselines.__main__ import TrainArgs as BaselineArgs
 from normnet.baselines.methods import METHODS, BaselineConfig
 from normnet.baselines.methods import PRESETS as BASELINE_PRESETS
@@ -59,7 +58,7 @@ GOOD: dict[type[Any], Any] = {
     BaselineArgs: BaselineArgs(method="ae"),
     Scale: SMALL,
     AblateConfig: AblateConfig(table="voting", output=Path("out"), patients=(Path("ct"),)),
-    _Finished: _Finished(**MARK),
+    Trained: Trained(**MARK),
 }
 """One of every class of settings."""
 CLASSES = pytest.mark.parametrize("cls", GOOD, ids=lambda cls: f"{cls.__module__}.{cls.__name__}")
@@ -275,7 +274,7 @@ def test_settings_come_back_from_json(cls, data) -> None:
         assert kind is not float or type(getattr(made, name)) is float
 
 
-@pytest.mark.parametrize("cls", [c for c in GOOD if c not in (Scale, AblateConfig, _Finished)])
+@pytest.mark.parametrize("cls", [c for c in GOOD if c not in (Scale, AblateConfig, Trained)])
 def test_a_schema_has_every_default(cls) -> None:
     """It is JSON, refuses other keys, and its defaults are those of the class."""
     schema = json_schema(cls)

@@ -179,8 +179,7 @@ def test_one_folder_may_hold_the_ct_and_the_truth(tmp_path):
 
 def test_ablation_reads_the_series_of_a_dicom_folder(tmp_path):
     pytest.importorskip("torch")
-    from normnet.ablate import AblateConfig
-    from normnet.ablate.patients import find_patients
+    from normnet.ablate import AblateConfig, find_patients
 
     scans = tmp_path / "scans"
     uids = [write(scans / "p1", seed) for seed in (0, 1)]

@@ -9,9 +9,12 @@ import math
 import shutil
 import warnings
 from dataclasses import replace
+from typing import get_type_hints
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 pytest.importorskip("torch")
 pytest.importorskip("monai")
@@ -20,17 +23,24 @@ pytest.importorskip("matplotlib")
 import torch
 
 import lesionsynth as ls
-import normnet.ablate.runs
-import normnet.ablate.scoring
+import normnet.ablate
 from lesionsynth.presets import BY_NAME
-from normnet.ablate import PAPER, SMALL, AblateConfig, ablate
-from normnet.ablate.__main__ import main
-from normnet.ablate.config import training
-from normnet.ablate.output import caveats
-from normnet.ablate.patients import find_patients
-from normnet.ablate.scoring import majority
+from normnet.ablate import (
+    PAPER,
+    SMALL,
+    AblateConfig,
+    Cell,
+    _cached,
+    _text,
+    ablate,
+    caveats,
+    find_patients,
+    main,
+    majority,
+    training,
+)
 from normnet.config import ModelConfig, PostprocessConfig, PredictConfig
-from normnet.metrics import evaluate_case
+from normnet.metrics import CaseScores, evaluate_case
 from normnet.model import Model, build_unet
 from normnet.paper import ITERATIONS, TABLE_IV, TABLE_V, TABLE_VI
 from normnet.postprocess import postprocess
@@ -145,13 +155,13 @@ def test_modules_is_table_v(tiny, capsys):
 
 def test_threshold_is_table_vi_and_trains_and_predicts_with_t(tiny, monkeypatch):
     seen = []
-    predict = normnet.ablate.scoring.predict_volume
+    predict = normnet.ablate.predict_volume
 
     def spy(*arguments, **options):
         seen.append(arguments[3].postprocess.threshold_hu)
         return predict(*arguments, **options)
 
-    monkeypatch.setattr(normnet.ablate.scoring, "predict_volume", spy)
+    monkeypatch.setattr(normnet.ablate, "predict_volume", spy)
     config = tiny("threshold", seeds=1)
     table = ablate(config)
     assert table.header == ["HU threshold T", "-700", "-600", "-500", "-400", "-300"]
@@ -188,10 +198,7 @@ def test_voting_is_table_iv_and_votes_as_a_plain_loop_does(tiny, steps):
     # independent: each model's answer by the public call, votes counted voxel by voxel
     patient = find_patients(config)[0].load()
     predict = replace(PREDICT, slab=16)
-    weights = [
-        config.output / "runs" / "covid_lung" / f"seed{k}" / "9.safetensors" for k in range(3)
-    ]  # fmt: skip
-    models = [Model.load(file) for file in weights]
+    models = [Model.load(config.output / f"runs/covid_lung/seed{k}/9.safetensors") for k in range(3)]
     alone = [predict_volume(patient.hu, patient.lung_mask, [m], predict, device="cpu") for m in models]
     image = ls.window_hu(patient.hu) * patient.lung_mask
     dice = []
@@ -268,10 +275,10 @@ def test_finished_work_is_not_done_again(tiny, steps, monkeypatch):
     first = ablate(config)
     before = steps["count"]
     predicted, trained = [], []
-    train, predict = normnet.ablate.runs.train, normnet.ablate.scoring.predict_volume
-    monkeypatch.setattr(normnet.ablate.runs, "train", lambda c, **k: trained.append(c) or train(c, **k))
+    train, predict = normnet.ablate.train, normnet.ablate.predict_volume
+    monkeypatch.setattr(normnet.ablate, "train", lambda c, **k: trained.append(c) or train(c, **k))
     monkeypatch.setattr(
-        normnet.ablate.scoring, "predict_volume", lambda *a, **k: predicted.append(a) or predict(*a, **k)
+        normnet.ablate, "predict_volume", lambda *a, **k: predicted.append(a) or predict(*a, **k)
     )
     assert ablate(config).csv() == first.csv()
     assert (steps["count"], len(predicted)) == (before, 0)
@@ -323,15 +330,77 @@ def test_damaged_score_is_computed_again(tiny):
         assert file.read_text() == text
 
 
+@pytest.mark.parametrize("name", get_type_hints(CaseScores))
+def test_every_score_of_a_file_is_checked(tmp_path, name):
+    row = dict.fromkeys(get_type_hints(CaseScores), 1) | {"control": False, "notes": ["why"]}
+    record = {"key": {"weights": ["a"]}, "single": [row], "votes": [row], "without": row}
+    file = tmp_path / "p1.json"
+
+    def read(**changes):
+        file.write_text(json.dumps(record | {"without": row | changes}))
+        return _cached(file, record["key"])
+
+    assert read() == record
+    assert (read(**{name: None}) is not None) == (get_type_hints(CaseScores)[name] is float)
+    assert [read(**{name: wrong}) for wrong in (-1, "1", [0])] == [None] * 3
+    assert (read(**{name: 2.5}) is not None) == name.endswith("_ml")
+    assert read(another=1) is None
+    assert _cached(file, {"weights": ["b"]}) is None
+
+
+@given(st.data())
+def test_dice_of_votes_and_models_against_a_loop(data):
+    """What failed is left out, and controls have no part; pandas' SD is that of the sample."""
+    share, seeds = st.floats(0, 1), data.draw(st.integers(1, 4))
+    failed = data.draw(st.sets(st.integers(0, seeds - 1)))
+    controls = data.draw(st.lists(st.booleans(), min_size=1, max_size=4))
+
+    def scores():
+        return {f"p{n}": {"dsc": data.draw(share), "control": c} for n, c in enumerate(controls)}
+
+    trained = [seed for seed in range(seeds) if seed not in failed]
+    cell = Cell(
+        single={seed: scores() for seed in trained},
+        votes={n: scores() for n in range(1, len(trained) + 1)},
+        without=scores(),
+        failures=dict.fromkeys(failed, "why"),
+    )
+
+    def plain(scores):
+        return [one["dsc"] for one in scores.values() if one["control"] is False]
+
+    expected = {"nothing": plain(cell.without)}
+    for seed in trained:
+        expected[f"model_{seed + 1}"] = plain(cell.single[seed])
+    for n in cell.votes:
+        if failed.isdisjoint(range(n)):
+            expected[f"vote_{n}"] = plain(cell.votes[n])
+    found = cell.dice()
+    means = found.pop("models", None)
+    assert found == expected
+    assert (means is None) == bool(failed)
+    if means:
+        single = [expected[f"model_{seed + 1}"] for seed in trained]
+        np.testing.assert_allclose(means, [np.mean(dice) if dice else math.nan for dice in single])
+    for dice in filter(None, expected.values()):
+        mean, *sd = map(float, _text(dice).split("±"))
+        assert mean == pytest.approx(100 * np.mean(dice), abs=0.051)
+        assert sd == ([pytest.approx(100 * np.std(dice, ddof=1), abs=0.051)] if len(dice) > 1 else [])
+    assert _text([]) == "–"
+    cell.error = "why"
+    assert cell.dice() == {"nothing": plain(cell.without)}
+    assert _text(None) == "failed"
+
+
 def test_failed_row_is_reported_and_the_others_go_on(tiny, monkeypatch, capsys):
-    train = normnet.ablate.runs.train
+    train = normnet.ablate.train
 
     def broken(config, **options):
         if config.lesions == "no_shapes" and config.seed == 1:
             raise FloatingPointError("loss is nan")
         return train(config, **options)
 
-    monkeypatch.setattr(normnet.ablate.runs, "train", broken)
+    monkeypatch.setattr(normnet.ablate, "train", broken)
     config = tiny("modules", rows=("no_shapes", "no_salt_noise"))
     table = ablate(config)
     assert [row[3] == "failed" for row in table.rows] == [True, False]
@@ -342,7 +411,7 @@ def test_failed_row_is_reported_and_the_others_go_on(tiny, monkeypatch, capsys):
     arguments += ["--predict.probability", "0.5", "--rows", "no_shapes", "no_salt_noise"]
     assert main(arguments) == 1
     assert "seed 1: FloatingPointError" in capsys.readouterr().err
-    monkeypatch.setattr(normnet.ablate.runs, "train", train)
+    monkeypatch.setattr(normnet.ablate, "train", train)
     assert main(arguments) == 0
     assert "Table V" in capsys.readouterr().out
     with (config.output / "table.csv").open(newline="") as stream:
@@ -446,6 +515,10 @@ def test_labels_of_patients_are_chosen_or_told(tiny, tmp_path):
     score = ablate(chosen).cells["covid_lung"].votes[1]["p5"]
     assert score["tp"] + score["fn"] == np.count_nonzero(ill.lesion_mask)
     assert not [note for note in score["notes"] if "label" in note]
+    (file,) = chosen.output.glob("scores/*/*/p5.json")
+    written = file.stat().st_mtime_ns
+    ablate(chosen)
+    assert file.stat().st_mtime_ns == written  # taken from the cache
     (one,) = find_patients(replace(chosen, lung_label=(2,)))
     assert one.identity != find_patients(chosen)[0].identity  # cached scores of the one are not the other's
     assert np.count_nonzero(one.load().native_lung) == np.count_nonzero(halves == 2)
