@@ -44,7 +44,7 @@ gpu-wheels:  ## for python -m benchmarks.session --wheels, on a machine with CUD
 	$(PYTHON) -m pip download --quiet --no-deps --only-binary=:all: --python-version $(GPU_PYTHON) \
 	  --implementation cp --platform manylinux_2_28_x86_64 --platform manylinux2014_x86_64 \
 	  -c constraints.txt -d $(GPU_WHEELS) monai tyro docstring_parser typeguard \
-	  annotated-types pydantic pydantic_core typing-inspection pandas python-dateutil joblib narwhals scikit-learn threadpoolctl
+	  annotated-types pydantic pydantic_core typing-inspection pandas python-dateutil joblib narwhals scikit-learn threadpoolctl scikit-image imageio lazy-loader tifffile
 
 check: lint types imports docs test test-slow
 
