@@ -272,6 +272,7 @@ class VAE(Baseline):
     """
 
     spatial = False
+    """Whether the code is a map."""
 
     def __init__(self, config: BaselineConfig, *, dropout: float = 0.0) -> None:
         super().__init__(config)
@@ -301,7 +302,7 @@ class VAE(Baseline):
 
 
 class SpatialVAE(VAE):
-    """VAE whose code is a map, 8 x 8 x 128 in the paper (Baur et al., 2019)."""
+    """VAE with a map as code, 8 x 8 x 128 in the paper (Baur et al., 2019)."""
 
     spatial = True
 
@@ -492,7 +493,7 @@ class FAnoGAN(Baseline):
         """Return the GAN's training and the encoder's."""
         critic = self.descent(self.critic_loss, self.critic.parameters(), self.BETAS)
         generator = self.descent(self.generator_loss, self.generator.parameters(), self.BETAS)
-        encoder = self.descent(self.loss, self.encoder.parameters())
+        inverse = self.descent(self.loss, self.encoder.parameters())
         count = itertools.count(1)
 
         def gan_step(batch: torch.Tensor) -> float:
@@ -503,7 +504,7 @@ class FAnoGAN(Baseline):
 
         def encoder_step(batch: torch.Tensor) -> float:
             self.generator.eval()  # keeps its normalisation, too
-            return encoder(batch)
+            return inverse(batch)
 
         return {"gan": gan_step, "encoder": encoder_step}
 
@@ -513,24 +514,18 @@ class FAnoGAN(Baseline):
         return image
 
 
-BY_NAME: dict[Method, type[Baseline]] = dict(
-    zip(
-        METHODS,
-        (
-            AE,
-            VAE,
-            SpatialVAE,
-            ContextVAE,
-            ConstrainedVAE,
-            GMVAE,
-            BayesianVAE,
-            KLGradient,
-            VAERestoration,
-            FAnoGAN,
-        ),
-        strict=True,
-    )
-)
+BY_NAME: dict[Method, type[Baseline]] = {
+    "ae": AE,
+    "vae": VAE,
+    "spatial_vae": SpatialVAE,
+    "context_vae": ContextVAE,
+    "constrained_vae": ConstrainedVAE,
+    "gmvae": GMVAE,
+    "bayesian_vae": BayesianVAE,
+    "kl_gradient": KLGradient,
+    "vae_restoration": VAERestoration,
+    "f_anogan": FAnoGAN,
+}
 
 
 # ---- networks; their sizes are ours: the paper prints the code's alone
@@ -554,7 +549,7 @@ def encoder(
 def decoder(
     config: BaselineConfig, length: int, *, dropout: float = 0.0, spatial: bool = False
 ) -> nn.Sequential:
-    """Build a network from such codes to images in [0, 1]."""
+    """Build a network from codes, as of `encoder`, to images in [0, 1]."""
     shape = (config.channels[-1], config.bottom, config.bottom)
     if spatial:
         first = nn.Sequential(nn.Conv2d(length, shape[0], 1))
