@@ -23,13 +23,12 @@ from normnet import chests, train
 from normnet.chests import ChestStream, lung_streams, phantom_chests, store_chests
 from normnet.config import PRESETS, WEIGHTS, AugmentConfig, ChestConfig, ModelConfig, TrainConfig, to_json
 from normnet.data import Batch
-from normnet.train import ALONE
 from normnet.model import Model, build_unet
 from normnet.painting import LEFT, RIGHT
 from normnet.prepare import Store, prepare
 from normnet.prepare.__main__ import main as prepare_main
-from normnet.train import validate_lungs
 from normnet.prepare.network import chest_grid, shrink
+from normnet.train import ALONE, validate_lungs
 from normnet.volumes import store_volumes
 
 SPACING = (10.0, 7.5, 6.0)

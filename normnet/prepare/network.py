@@ -21,7 +21,7 @@ from skimage.morphology import isotropic_dilation
 
 from normnet.config import BUNDLED_LUNGS
 from normnet.model import Model, weights_file
-from normnet.prepare.grid import IsoGrid, Mask, Spacing
+from normnet.prepare.grid import IsoGrid, Mask, Spacing, linear
 from normnet.prepare.lungs import (
     AIR_HU,
     CHUNK,
@@ -34,7 +34,6 @@ from normnet.prepare.lungs import (
     block_mean,
     body_mask,
     coarse_grid,
-    interpolated,
     settle,
     voxels,
 )
@@ -252,9 +251,9 @@ def _outline(hu: HU, small: Field, grid: IsoGrid, chance: Field) -> Lungs:
             )
             at = [grid.window_positions(axis)[fine[axis]] - box[axis].start for axis in range(3)]
             air, signed = hu[fine] < AIR_HU, _signed(lung[box], seen[box])
-            field = interpolated(ADULT_MM * signed, at)
+            field = linear(ADULT_MM * signed, at)
             near = _reach((small[box] >= AIR_HU) & (signed > RIM))
-            allowed = air | (field > DEPTH_MM) | (interpolated(near, at) > 0)
+            allowed = air | (field > DEPTH_MM) | (linear(near, at) > 0)
             for other in found:
                 allowed &= ~other[fine]
             whole[fine] = _pieces(settle(air, allowed, (z, y, x), field))

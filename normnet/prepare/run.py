@@ -47,6 +47,7 @@ from normnet.prepare.exclude import (
     runs,
 )
 from normnet.prepare.grid import IsoGrid, Mask, Spacing
+from normnet.prepare.lungs import plane_eroded
 from normnet.prepare.store import Store, case_name_for_store
 from normnet.sheets import has_columns, sheet
 from normnet.workers import Died, run_parallel
@@ -477,11 +478,9 @@ def _without_edges(case: LoadedCase) -> tuple[Mask, Mask]:
     inner = np.ascontiguousarray(case.mask[boxes[0]])
     image = ls.window_hu(np.ascontiguousarray(case.hu[boxes[0]])) * inner
     _, cleaned = ls.remove_erroneous_edges(image, inner)
-    y, x = (np.arange(-int(EDGE_MM / s), int(EDGE_MM / s) + 1) * s for s in case.spacing[1:])
-    disc = (y**2)[:, None] + x**2 <= EDGE_MM**2
+    edges = inner & ~cleaned
     mask = np.zeros(case.mask.shape, bool)
-    # eroded where there are edges, slice by slice; beyond the box is not outside
-    mask[boxes[0]] = ndimage.binary_erosion(inner, disc[None], mask=inner & ~cleaned, border_value=1)
+    mask[boxes[0]] = np.where(edges, plane_eroded(inner, EDGE_MM, case.spacing), inner)
     return mask, case.mask & ~mask
 
 

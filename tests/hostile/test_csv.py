@@ -20,8 +20,8 @@ pytest.importorskip("monai")
 
 from normnet.cases import read_table
 from normnet.prepare.exclude import read_annotations, read_exclusions
-from normnet.train import Progress, RunLog
 from normnet.sheets import has_columns, heading, plain, safe, sheet
+from normnet.train import Progress, RunLog
 
 DANGEROUS = "=+-@\t\r\n＝＋－＠"
 BEFORE = "' \"`\u00a0\u3000\ufeff\u200b\x0b"  # what a spreadsheet may pass over

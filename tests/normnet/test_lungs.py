@@ -16,7 +16,7 @@ from scipy import ndimage
 
 from lesionsynth import io
 from normnet.prepare import lungs as lungs_module
-from normnet.prepare.grid import Spacing
+from normnet.prepare.grid import Spacing, linear
 from normnet.prepare.lungs import (
     MOST_CUT,
     Lungs,
@@ -24,7 +24,6 @@ from normnet.prepare.lungs import (
     block_mean,
     body_mask,
     check_plausible,
-    interpolated,
     largest,
     plane_dilated,
     plane_eroded,
@@ -459,7 +458,7 @@ def test_interpolation_is_scipys(
     expected = ndimage.map_coordinates(
         field.astype(float), np.meshgrid(*at, indexing="ij"), order=1, mode="nearest"
     )
-    found = interpolated(field, at)
+    found = linear(field, at)
     assert found.dtype == np.float32
     np.testing.assert_allclose(found, expected, atol=1e-3)  # float32 of up to 100
 
@@ -469,9 +468,9 @@ def test_chunks_of_blocks() -> None:
     ramp = (np.indices((150, 10, 13)) * np.array([3, -2, 1])[:, None, None, None]).sum(0).astype(np.float32)
     coarse = block_mean(ramp, (2, 2, 3))
     at = [(np.arange(n) + 0.5) / f - 0.5 for n, f in zip(ramp.shape, (2, 2, 3), strict=True)]
-    whole = interpolated(coarse, at)
+    whole = linear(coarse, at)
     np.testing.assert_allclose(whole[1:-1, 1:-1, 1:11], ramp[1:-1, 1:-1, 1:11], atol=1e-3)
-    parts = [interpolated(coarse, [at[0][z : z + 32], *at[1:]]) for z in range(0, 150, 32)]
+    parts = [linear(coarse, [at[0][z : z + 32], *at[1:]]) for z in range(0, 150, 32)]
     assert_array_equal(np.concatenate(parts), whole)
 
 
