@@ -17,7 +17,6 @@ import contextlib
 import os
 import sys
 import time
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -33,7 +32,7 @@ from lesionsynth.commands import run
 from lesionsynth.files import claimed, refuse_foreign, sweep, write_atomically
 from normnet.chests import lung_streams
 from normnet.config import PRESETS, WEIGHTS, TrainConfig, read_config, to_json
-from normnet.data import VALIDATION_INDEX, Batch, Batches, PairStream, Stream, ThickSlices, pair_device
+from normnet.data import Batch, Batches, Stream, pair_streams
 from normnet.device import choose_device, cpu_settings
 from normnet.distributed import World, join, launched_first
 from normnet.model import Model
@@ -42,7 +41,6 @@ from normnet.settings import File, settings
 from normnet.trainer import Trainer
 from normnet.validate import BEST as BEST_SCORE
 from normnet.validate import validate, validate_lungs
-from normnet.volumes import Volume, choose_place, inflated, keep, phantom_volumes, split, store_volumes
 
 __all__ = ["BEST", "CONFIG", "METRICS", "STATE", "TrainResult", "main", "parse", "train"]
 
@@ -119,8 +117,8 @@ def train(config: TrainConfig, *, progress_bar: bool = False) -> TrainResult:
 
 
 def _train(config: TrainConfig, device: torch.device, world: World, progress_bar: bool) -> TrainResult:
-    make = lung_streams if config.task == "lungs" else _streams
-    stream, checks = make(config, device, world)
+    make = lung_streams if config.task == "lungs" else pair_streams
+    stream, checks = make(config, device, rank=world.rank, processes=world.size, local=world.local_size)
     with contextlib.ExitStack() as held:
         refused = world.agree(_claim(config, held) if world.leads else None)
         if refused:
@@ -288,56 +286,6 @@ def _refusal(config: TrainConfig) -> str | None:
     if replace(stored, **free) != config:
         return f"resume: the settings differ from those in {file}; give the same ones, or a new output"
     return None
-
-
-def _volumes(config: TrainConfig, device: torch.device, world: World) -> tuple[list[Volume], list[Volume]]:
-    if config.data is None:
-        count = config.phantoms + config.held_out
-        volumes = phantom_volumes(count, config.seed, config.phantom_shape, config.phantom_spacing)
-    else:
-        volumes = store_volumes(config.data)
-    if config.inflation_hu is not None:
-        volumes = [inflated(volume, config.inflation_hu) for volume in volumes]
-    training, validation = split(volumes, config.held_out, config.slab)
-    pairs = pair_device(device)
-    if pairs.type != device.type and device.type == "cuda":
-        warnings.warn(
-            "pairs are synthesised on the CPU: CuPy is not installed (pip install 'lesionsynth[cuda13]')",
-            stacklevel=1,
-        )
-    place = choose_place(volumes, config.cache, pairs, processes=world.local_size)
-    return keep(training, place, pairs), validation
-
-
-def _streams(config: TrainConfig, device: torch.device, world: World) -> tuple[PairStream, list[Batch]]:
-    """Return the training stream and the fixed validation batches."""
-    training, validation = _volumes(config, device, world)
-    lesions = replace(ls.presets.get(config.lesions), hu_threshold=config.threshold_hu)
-    # One thread: on a CPU synthesis runs beside the network, which has the others.
-    synthesizer = ls.LesionSynthesizer(lesions, seed=config.seed, threads=1)
-    common: dict[str, Any] = {
-        "slab": config.slab,
-        "crop": config.crop,
-        "multiple": config.model.multiple,
-        "thick": ThickSlices(config.thick_slices, config.thick_mm),
-        "augment": config.augment,
-        "device": pair_device(device),
-    }
-    stream = PairStream(
-        training,
-        synthesizer,
-        batch_size=config.batch_size,
-        mirror=config.mirror,
-        rank=world.rank,
-        processes=world.size,
-        **common,
-    )
-    if not validation or not world.leads:
-        return stream, []
-    held = PairStream(
-        validation, synthesizer, batch_size=1, largest=stream.largest, first_index=VALIDATION_INDEX, **common
-    )
-    return stream, [held.batch(k) for k in range(config.validation_pairs)]
 
 
 @settings

@@ -35,12 +35,12 @@ from normnet.baselines.score import raw_anomaly, squash
 from normnet.baselines.slices import Frame, training_slices, usable_slices
 from normnet.baselines.variational import BayesianVAE, KLGradient, cut_square, gaussian_kl
 from normnet.config import ModelConfig
+from normnet.data import Volume, phantom_volumes, split, store_volumes
 from normnet.metrics import roc_auc
 from normnet.model import Model, build_unet, write_tensors
 from normnet.output import read_record
 from normnet.prepare.store import Store
 from normnet.report import main as report
-from normnet.volumes import KeptVolume, phantom_volumes, split, store_volumes
 
 SHAPE, SPACING = (12, 88, 110), (12.0, 3.4, 3.4)
 
@@ -364,9 +364,8 @@ def test_a_frame_grows_for_wide_lungs():
 
 
 def test_slices_left_out_are_not_trained_on():
-    volume = KeptVolume(
-        "v", None, None, SPACING, [(0, 4), (7, 9)], np.array([0, 200, 170, 300, 400, 9, 9, 500, 90])
-    )
+    counts = np.array([0, 200, 170, 300, 400, 9, 9, 500, 90])
+    volume = Volume("v", (9, 40, 40), SPACING, [(0, 4), (7, 9)], counts, lambda z0, z1: ([], []))
     areas = volume.mask_counts * 3.4 * 3.4 / 100
     wanted = [z for z in (0, 1, 2, 3, 7, 8) if areas[z] >= 20]
     assert usable_slices(volume, 20) == wanted

@@ -17,14 +17,13 @@ pytest.importorskip("monai")
 import torch
 from monai.losses import DiceCELoss
 
-import lesionsynth as ls
-from normnet import data, train
+from normnet import train
 from normnet.config import to_json
 from normnet.distributed import ALONE, GlobalBatchNorm, World, global_norms
 from normnet.ensemble import train_ensemble
 from normnet.model import build_unet, read_tensors
 from normnet.trainer import dice_ce
-from tests.test_train import TINY, Segments, losses, weights
+from tests.test_train import TINY, losses, weights
 
 FOUR = replace(TINY, batch_size=4, iterations=5, learning_rate=3e-3, validate_every=0, checkpoint_every=5)
 
@@ -64,17 +63,6 @@ def test_processes_refuse_together(tmp_path):
     assert done.returncode != 0
     assert "batch_size must be a multiple of processes x accumulate, 2 x 1, got 3" in done.stderr
     assert not (tmp_path / "run").exists()
-
-
-def test_processes_share_a_batch():
-    synthesizer = ls.LesionSynthesizer(ls.presets.covid_lung(), seed=0, threads=1)
-    common = {"batch_size": 4, "slab": 8, "crop": 24, "multiple": 8}
-    whole = data.PairStream([Segments()], synthesizer, **common).batch(3)
-    halves = [
-        data.PairStream([Segments()], synthesizer, rank=r, processes=2, **common).batch(3) for r in (0, 1)
-    ]
-    assert torch.equal(torch.cat([h.image for h in halves]), whole.image)
-    assert torch.equal(torch.cat([h.target for h in halves]), whole.target)
 
 
 @pytest.mark.parametrize("empty", [False, True])

@@ -15,9 +15,9 @@ from lesionsynth.io import read_mask
 from lesionsynth.strict import name_of
 from normnet.ablate.config import SCALES, AblateConfig
 from normnet.cases import Case, find_cases
+from normnet.data import PHANTOM_SEED
 from normnet.prepare import load_case
 from normnet.prepare.case import check_lungs, method_record
-from normnet.volumes import PHANTOM_SEED
 
 Array = npt.NDArray[Any]
 

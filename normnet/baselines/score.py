@@ -15,10 +15,10 @@ import torch
 
 from normnet.baselines.base import Baseline
 from normnet.baselines.slices import Frame, Mask, usable_slices, windowed
+from normnet.data import Volume
 from normnet.device import choose_device
 from normnet.predict import checked_volume
 from normnet.prepare.case import ISO_SPACING
-from normnet.volumes import Volume
 
 CHUNK = 32
 """Slices that a network sees at once."""

@@ -13,7 +13,7 @@ from torch.nn.functional import interpolate
 
 import lesionsynth as ls
 from normnet.baselines.config import BaselineConfig
-from normnet.volumes import Volume
+from normnet.data import Volume
 
 Mask = npt.NDArray[np.bool_]
 

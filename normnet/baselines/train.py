@@ -24,11 +24,11 @@ from normnet.baselines.methods import build_baseline
 from normnet.baselines.score import calibrate
 from normnet.baselines.slices import training_slices
 from normnet.config import read_config, to_json
+from normnet.data import Volume, phantom_volumes, split, store_volumes
 from normnet.device import choose_device, cpu_settings
 from normnet.model import fitted, read_header, read_tensors, write_tensors
 from normnet.settings import naming
 from normnet.sheets import Sheet, sheet
-from normnet.volumes import Volume, phantom_volumes, split, store_volumes
 
 WEIGHTS = "baseline.safetensors"
 CONFIG = "config.json"

@@ -6,11 +6,8 @@ import functools
 from dataclasses import replace
 from typing import Any
 
-import hypothesis.extra.numpy as hnp
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from numpy.testing import assert_allclose, assert_array_equal
 from scipy import ndimage
 
@@ -20,19 +17,18 @@ pytest.importorskip("monai")
 import torch
 
 from normnet import chests
+from normnet import thick as thick_slices
 from normnet.chests import FILLS, Chest, ChestStream, phantom_chests
-from normnet.config import AugmentConfig, ChestConfig
-from normnet.data import ThickSlices
+from normnet.config import AugmentConfig, ChestConfig, ModelConfig, TrainConfig
 from normnet.painting import LEFT, RIGHT, Painted
-from normnet.prepare import chest as coarse
-from normnet.prepare.chest import ADULT_MM, WINDOW, chest_grid, shrink, window, without_hilum
-from normnet.prepare.grid import IsoGrid
+from normnet.prepare.chest import ADULT_MM, WINDOW, window
 
 STILL = ChestConfig(diseased=0, tilt=0, stretch=0, bend=0, contrast=0, gas=0, arms=0, cropped=0)
 """Nothing varies but where the sample is cut."""
 EVERYTHING: dict[str, Any] = {
     "mirror": True,
-    "thick": ThickSlices(0.35, (4.0, 10.0)),
+    "thick_slices": 0.35,
+    "thick_mm": (4.0, 10.0),
     "augment": AugmentConfig(rotate=15, zoom=0.35, blur=1.2, noise=80, offset=40, gain=0.05),
     "chest": ChestConfig(cropped=0.7, arms=0.5, contrast=0.5),
 }
@@ -76,8 +72,12 @@ def body(shape: tuple[int, int, int] = (32, 64, 80)) -> Chest:
     return Chest("body", hu.astype(np.int16), lungs, [(0, shape[0])])
 
 
-def stream(*chosen: Chest, seed: int = 0, **settings: Any) -> ChestStream:
-    return ChestStream(chosen, seed, **{"batch_size": 2, "chest": STILL, **SMALL, **settings})
+def stream(*chosen: Chest, **settings: Any) -> ChestStream:
+    """Samples of chests; of settings, those of a stream are taken out of the configuration's."""
+    how = {k: settings.pop(k) for k in ("rank", "processes", "first_index") if k in settings}
+    model = ModelConfig(channels=(1, 1), strides=(1,), outputs=2)
+    config = {"task": "lungs", "model": model, "batch_size": 2, "chest": STILL, **SMALL, **settings}
+    return ChestStream(chosen, TrainConfig(**config), **how)
 
 
 def hu_of(image: np.ndarray) -> np.ndarray:
@@ -373,18 +373,18 @@ def test_bending_moves_by_so_many_voxels_at_most():
 
 def test_thick_slices_average_what_they_cover(monkeypatch):
     used = []
-    real = chests.slice_profile
+    real = thick_slices.slice_profile
 
     def spied(slices, spacing, thickness, phase):
         used.append((slices, spacing, thickness, real(slices, spacing, thickness, phase)))
         return used[-1][-1]
 
-    monkeypatch.setattr(chests, "slice_profile", spied)
+    monkeypatch.setattr(thick_slices, "slice_profile", spied)
     lungs = boxes()
     for z in range(40):  # every slice another
         lungs[z, : 14 + z // 2] = 0
     chest = Chest("steps", noisy().hu, lungs, [(0, 40)])
-    thick = stream(chest, slab=32, thick=ThickSlices(1.0, (12.0, 24.0)))
+    thick = stream(chest, slab=32, thick_slices=1.0, thick_mm=(12.0, 24.0))
     thin = stream(chest, slab=32)
     for index in range(6):
         image, found, _ = thick.sample(index)
@@ -398,7 +398,7 @@ def test_thick_slices_average_what_they_cover(monkeypatch):
         assert bright.sum() > 10
         assert_allclose(hu_of(image)[bright], np.tensordot(profile, hu_of(plain), 1)[bright], atol=0.01)
         assert_array_equal(found, names[nearest])
-    half, none = stream(chest, thick=ThickSlices(0.5)), stream(chest)
+    half, none = stream(chest, thick_slices=0.5), stream(chest)
     changed = [not np.array_equal(half.sample(k)[0], none.sample(k)[0]) for k in range(40)]
     assert 8 <= sum(changed) <= 32  # binomial of 40 at 0.5, four standard deviations
 
@@ -561,160 +561,3 @@ def test_phantoms_have_two_lungs(phantom):
     ]
     assert middles[0] < 32 < middles[1]
     assert np.median(phantom.hu[phantom.lungs > 0]) < -700
-
-
-# ---- the coarse grid
-
-ratios = st.sampled_from([0.4, 0.75, 1.0, 1.5, 2.0, 3.0, 3.7])
-
-
-def grid_of(shape: tuple[int, int, int], ratio: tuple[float, float, float]) -> IsoGrid:
-    return IsoGrid.whole(shape, (2.0, 1.5, 1.0), (2.0 * ratio[0], 1.5 * ratio[1], ratio[2]))
-
-
-def triangle(grid: IsoGrid, axis: int, k: int) -> np.ndarray:
-    """Weights of a coarse voxel along an axis, one by one."""
-    n, ratio = grid.source_shape[axis], grid.spacing[axis] / grid.source_spacing[axis]
-    at = min(max((k + 0.5) * ratio - 0.5, 0.0), n - 1.0)
-    weights = [max(0.0, 1 - abs(i - at) / max(ratio, 1.0)) for i in range(n)]
-    return np.array(weights) / sum(weights)
-
-
-@given(
-    hnp.arrays(
-        np.int16, hnp.array_shapes(min_dims=3, max_dims=3, max_side=7), elements=st.integers(-1024, 3000)
-    ),
-    st.tuples(ratios, ratios, ratios),
-)
-def test_shrinking_weighs_by_triangles(volume, ratio):
-    grid = grid_of(volume.shape, ratio)
-    found = shrink(volume, grid)
-    assert found.shape == grid.shape
-    assert found.dtype == np.float32
-    for k in np.ndindex(grid.shape):
-        weights = [triangle(grid, axis, k[axis]) for axis in range(3)]
-        expected = np.einsum("zyx,z,y,x", volume.astype(float), *weights)
-        assert found[k] == pytest.approx(expected, abs=0.01)  # float32 sums of up to 3000
-    same = shrink(np.full(volume.shape, -700, np.int16), grid)
-    assert_allclose(same, -700, rtol=1e-6)
-    shares = shrink(volume > 0, grid)
-    assert ((shares >= 0) & (shares <= 1 + 1e-6)).all()
-
-
-@pytest.mark.parametrize("axis", [0, 1, 2])
-@pytest.mark.parametrize("ratio", [0.5, 1.0, 2.0, 3.0])
-def test_shrinking_keeps_ramps_and_volumes(axis, ratio):
-    """Long enough along z for several chunks of slices."""
-    shape = (75, 24, 27)
-    grid = grid_of(shape, (ratio, ratio, ratio))
-    volume = 10 * np.indices(shape)[axis].astype(np.int16)
-    found = shrink(volume, grid)
-    at = grid.source_positions(axis)
-    inner = (at >= ratio) & (at <= shape[axis] - 1 - ratio)  # where no triangle is cut off
-    line = np.moveaxis(found, axis, -1)[..., inner]
-    # a whole number of voxels, or interpolation: triangles keep a line
-    assert_allclose(line, np.broadcast_to(10 * at[inner], line.shape), rtol=1e-5)
-    blob = np.zeros(shape, bool)
-    blob[20:50, 6:18, 7:20] = True
-    voxel = np.prod(grid.spacing) / np.prod(grid.source_spacing)
-    assert shrink(blob, grid).sum() * voxel == pytest.approx(blob.sum(), rel=0.01)
-
-
-@given(hnp.arrays(np.float32, (4, 5), elements=st.floats(-4000, 4000, width=32)))
-def test_the_window(hu):
-    expected = np.interp(hu.astype(float), *WINDOW)
-    assert_allclose(window(hu), expected, atol=1e-6)
-    assert window(hu).dtype == np.float32
-
-
-def scan(radii_mm: tuple[float, float], spacing: tuple[float, float, float]) -> np.ndarray:
-    """An elliptic body with two lungs, in air; its walls are thick even in a child."""
-    height = 2 * radii_mm[0]
-    sizes = [
-        max(8, round(length / s))
-        for length, s in zip((height, 2.4 * radii_mm[0], 2.4 * radii_mm[1]), spacing, strict=True)
-    ]
-    z, y, x = np.meshgrid(
-        *((np.arange(n) - (n - 1) / 2) * s for n, s in zip(sizes, spacing, strict=True)), indexing="ij"
-    )
-    hu = np.where((y / radii_mm[0]) ** 2 + (x / radii_mm[1]) ** 2 <= 1, 40, -1000)
-    for side in (-1, 1):
-        lung = (y / (0.5 * radii_mm[0])) ** 2 + ((x - 0.4 * side * radii_mm[1]) / (0.25 * radii_mm[1])) ** 2
-        hu[(lung <= 1) & (abs(z) < 0.8 * height / 2)] = -850
-    return hu.astype(np.int16)
-
-
-@pytest.mark.parametrize("spacing", [(5.0, 2.0, 2.0), (8.0, 3.0, 3.0)])
-@pytest.mark.parametrize("radii", [(110.0, 165.0), (90.0, 120.0)])
-def test_the_grid_follows_the_patient_s_size(radii, spacing):
-    """As many voxels across a body whatever its size and the scan's: 90 along a square of its area."""
-    hu = scan(radii, spacing)
-    grid = chest_grid(hu, spacing)
-    expected = np.sqrt(np.pi * radii[0] * radii[1]) / 90
-    assert grid.spacing == (grid.spacing[0],) * 3
-    # the body's outline is known to half a coarse voxel
-    assert grid.spacing[0] == pytest.approx(expected, rel=0.03)
-    assert grid.start == (0, 0, 0)
-    assert grid.source_shape == hu.shape
-    for n, s, m, t in zip(hu.shape, spacing, grid.shape, grid.spacing, strict=True):
-        assert abs(n * s - m * t) <= 0.5001 * t
-    small = tuple(0.3 * s for s in spacing)
-    assert chest_grid(scan(tuple(0.3 * r for r in radii), small), small).spacing[0] == pytest.approx(
-        0.3 * expected, rel=0.03
-    )
-
-
-def test_the_grid_of_a_phantom_scales_with_it(phantom):
-    adult = chest_grid(phantom.hu, (10.0, 7.5, 6.0))
-    child = chest_grid(phantom.hu, (3.0, 2.25, 1.8))
-    assert 2.2 < adult.spacing[0] < 3.5
-    assert child.spacing[0] == pytest.approx(0.3 * adult.spacing[0], rel=0.03)
-
-
-def test_limits_of_the_grid():
-    air = np.full((8, 60, 60), -1000, np.int16)
-    assert chest_grid(air, (3.0, 3.0, 3.0)).spacing == (180 / 90,) * 3  # of the image, where there is no body
-    assert chest_grid(air, (9.0, 9.0, 9.0)).spacing == (coarse.LARGEST_MM,) * 3
-    assert chest_grid(air, (0.2, 0.2, 0.2)).spacing == (coarse.SMALLEST_MM,) * 3
-    large = scan((230.0, 330.0), (10.0, 6.0, 6.0))
-    assert chest_grid(large, (10.0, 6.0, 6.0)).spacing == (coarse.LARGEST_MM,) * 3
-    assert chest_grid(large, (0.3, 0.2, 0.2)).spacing == (coarse.SMALLEST_MM,) * 3
-
-
-def test_the_hilum_goes_and_other_tissue_stays():
-    """On voxels of 3 mm: lungs whose masks hold their vessels, as closing leaves them."""
-    shape = (36, 40, 90)
-    right, left = np.zeros(shape, bool), np.zeros(shape, bool)
-    right[3:-3, 5:-5, 6:40], left[3:-3, 5:-5, 50:84] = True, True
-    z, y, x = np.indices(shape)
-    parts = {
-        "vessel": (np.hypot(z - 12, y - 20) <= 3)
-        & (x >= 15)
-        & (x < 50),  # to beyond the lung's middle at 22.5
-        "thin": (np.hypot(z - 26, y - 12) <= 1) & (x >= 20) & (x <= 45),
-        "nodule": (z - 24) ** 2 + (y - 26) ** 2 + (x - 30) ** 2 <= 16,
-        "mass": (z - 20) ** 2 + (y - 20) ** 2 + (x - 6) ** 2 <= 25,  # at the chest wall
-        "far": (np.hypot(z - 12, y - 20) <= 3) & (x >= 50) & (x < 60),
-    }
-    hu = np.where(right | left, -850, 40)
-    for part in parts.values():
-        hu[part] = 40
-    hu = hu.astype(np.int16)
-    before = hu.copy(), right.copy(), left.copy()
-    one, other = without_hilum(hu, right, left)
-    for array, copy in zip((hu, right, left), before, strict=True):
-        assert_array_equal(array, copy)
-    assert not (one & ~right).any()
-    assert not (other & ~left).any()
-    lungs = one | other
-    # rounded off at its end by the ball, if at all
-    core = (np.hypot(z - 12, y - 20) <= 2) & (((x > 23) & (x < 40)) | ((x >= 50) & (x < 58)))
-    assert not lungs[core].any()
-    assert lungs[parts["vessel"] & (x < 22) & right].all()  # lateral of the middle
-    assert lungs[parts["nodule"]].all()
-    assert lungs[parts["mass"] & right].all()
-    assert lungs[parts["thin"] & right & (x < 38)].all()  # its root is as wide as what it hangs on
-    aerated = (right | left) & (hu == -850)
-    assert lungs[aerated].all()
-    removed = (right | left) & ~lungs
-    assert (removed & ~(parts["vessel"] | parts["far"] | parts["thin"])).sum() == 0
