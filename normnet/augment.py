@@ -8,7 +8,6 @@ are lesions, so that none of it tells the two apart.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -27,43 +26,22 @@ GRAIN = 0.7
 Window = tuple[slice, slice]
 
 
-@dataclass(frozen=True, kw_only=True)
 class Variation:
-    """What happens to one sample; nothing by default. See `AugmentConfig` for units."""
+    """What happens to one sample: amounts up to those of `config`, a function of (seed, index)."""
 
-    angle: float = 0.0
-    """In radians."""
-    zoom: float = 1.0
-    deflation: float = 0.0
-    dependent: float = 0.0
-    blur: float = 0.0
-    noise: float = 0.0
-    offset: float = 0.0
-    gain: float = 0.0
-    border: int = 0
-    seed: int = 0
-    """Of the run; with `index`, the sample's, it draws the noise."""
-    index: int = 0
-
-    @classmethod
-    def drawn(cls, config: AugmentConfig, seed: int, index: int) -> Variation:
-        """Draw amounts up to those of `config`: a function of (seed, index)."""
-        u = ls.ops.philox_uniform((1, 1, 9), seed, stream=AUGMENT_STREAM, sample=index)
-        u = u.ravel().astype(float).tolist()
-        signed = [2 * value - 1 for value in u]
-        return cls(
-            angle=math.radians(config.rotate) * signed[0],
-            zoom=(1 + config.zoom) ** signed[1],
-            deflation=config.deflation * u[2],
-            dependent=config.dependent * u[3],
-            blur=config.blur * u[4],
-            noise=config.noise * u[5],
-            offset=config.offset * signed[6],
-            gain=config.gain * signed[7],
-            border=int((2 * config.border + 1) * u[8]) - config.border,
-            seed=seed,
-            index=index,
-        )
+    def __init__(self, config: AugmentConfig, seed: int, index: int) -> None:
+        self._seed, self._index = seed, index
+        u = ls.ops.philox_uniform((1, 1, 9), seed, stream=AUGMENT_STREAM, sample=index).ravel().astype(float)
+        signed = 2 * u - 1
+        self.angle = math.radians(config.rotate) * float(signed[0])
+        self.zoom = (1 + config.zoom) ** float(signed[1])
+        self.deflation = config.deflation * float(u[2])
+        self.dependent = config.dependent * float(u[3])
+        self.blur = config.blur * float(u[4])
+        self.noise = config.noise * float(u[5])
+        self.offset = config.offset * float(signed[6])
+        self.gain = config.gain * float(signed[7])
+        self.border = int((2 * config.border + 1) * u[8]) - config.border
 
     def apply(
         self, hu: torch.Tensor, mask: torch.Tensor, window: Window
@@ -151,7 +129,7 @@ class Variation:
         """Noise of variance 1, correlated in plane; drawn into a tensor: on the stream torch works on."""
         white = torch.empty_like(like)
         ls.ops.philox_uniform(
-            tuple(like.shape), self.seed, stream=NOISE_STREAM, sample=self.index, threads=1, out=white
+            tuple(like.shape), self._seed, stream=NOISE_STREAM, sample=self._index, threads=1, out=white
         )
         taps = np.exp(-0.5 * (np.arange(-3, 4) / GRAIN) ** 2)
         power = float((taps**2).sum() / taps.sum() ** 2)  # what a filter along one axis leaves of a variance

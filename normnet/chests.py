@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -20,8 +21,8 @@ from scipy import ndimage
 from scipy.spatial.transform import Rotation
 
 import lesionsynth as ls
-from normnet.config import TrainConfig
-from normnet.data import PHANTOM_SEED, VALIDATION_INDEX, Batch
+from normnet.config import Shape, Spacing, TrainConfig
+from normnet.data import PHANTOM_SEED, VALIDATION_INDEX, Batch, Stream
 from normnet.painting import LEFT, RIGHT, Image, Labels, Mask, Painter, field, smooth, uniform
 from normnet.prepare.chest import ADULT_MM, window
 from normnet.prepare.lungs import split_mask
@@ -112,9 +113,7 @@ def store_chests(path: Path) -> list[Chest]:
     return [Chest(c.case_id, c.slab(0, c.shape[0])[0], c.lungs(), c.segments) for c in cases]
 
 
-def phantom_chests(
-    count: int, seed: int, shape: tuple[int, int, int], spacing: tuple[float, float, float]
-) -> list[Chest]:
+def phantom_chests(count: int, seed: int, shape: Shape, spacing: Spacing) -> list[Chest]:
     """Draw healthy phantoms for the training run `seed`; a sample takes their voxels for `ADULT_MM`.
 
     Raises
@@ -131,8 +130,8 @@ def phantom_chests(
     return chests
 
 
-class ChestStream:
-    """Batches for the lung network, each a function of its step.
+class ChestStream(Stream):
+    """Batches for the lung network, made on the CPU.
 
     Parameters
     ----------
@@ -141,39 +140,22 @@ class ChestStream:
     config : TrainConfig
         Seed, sizes of batch and sample, mirroring, thick slices, and how anatomy and scanner vary: `chest`,
         and of `augment` rotate, zoom, blur, noise, offset and gain.
-    first_index : int
-        Sample index of the first sample of step 0.
-    rank, processes : int
-        This process makes the part `rank` of `processes` equal parts of each batch.
+    **part
+        As of `normnet.data.Stream`.
     """
 
-    device = torch.device("cpu")
-
-    def __init__(
-        self,
-        chests: Sequence[Chest],
-        config: TrainConfig,
-        *,
-        first_index: int = 0,
-        rank: int = 0,
-        processes: int = 1,
-    ) -> None:
+    def __init__(self, chests: Sequence[Chest], config: TrainConfig, **part: Any) -> None:
+        super().__init__(config, **part)
         self._sources = [_Source(c.hu[a:b], c.lungs[a:b]) for c in chests for a, b in c.segments]
         self._slices = np.cumsum([source.shape[0] for source in self._sources])
-        self._config, self._seed, self._first = config, config.seed, first_index
-        self._shape = (config.slab, config.crop or 0, config.crop or 0)
-        size = config.batch_size
-        self._share = range(rank * size // processes, (rank + 1) * size // processes)
+        self._seed, self._shape = config.seed, (config.slab, config.crop or 0, config.crop or 0)
         self._paint = Painter(ADULT_MM, config.seed)
         self._bowel = ls.LesionSynthesizer(GAS, seed=config.seed, threads=1, allow_empty=True)
 
     def batch(self, step: int) -> Batch:
         """Make the samples of a step: target and lesions as of `sample`, right lung first."""
         start = time.perf_counter()
-        first = self._first + step * self._config.batch_size
-        image, lungs, disease = map(
-            np.stack, zip(*(self.sample(first + k) for k in self._share), strict=True)
-        )
+        image, lungs, disease = map(np.stack, zip(*map(self.sample, self.indices(step)), strict=True))
         target = torch.from_numpy(np.stack([lungs == RIGHT, lungs == LEFT], axis=1))
         ill = torch.from_numpy(disease)[:, None]
         seconds = time.perf_counter() - start
@@ -201,11 +183,11 @@ class ChestStream:
         source = self._sources[int(at)]
         places, zoom = self._places(source, draw, index)
         hu, lungs, depth = source.at(places)
-        if self._config.mirror and next(draw) < 0.5:
+        if self.config.mirror and next(draw) < 0.5:
             hu, depth = (np.ascontiguousarray(a[:, :, ::-1]) for a in (hu, depth))
             lungs = np.asarray([0, LEFT, RIGHT], np.uint8)[np.ascontiguousarray(lungs[:, :, ::-1])]
         disease = np.zeros(lungs.shape, bool)
-        if next(draw) < self._config.chest.diseased:
+        if next(draw) < self.config.chest.diseased:
             hu, disease = self._paint(hu, lungs, depth * zoom, index)
         hu = self._gas(hu, lungs, draw, index)
         hu = self._arms(hu, lungs, draw)
@@ -217,7 +199,7 @@ class ChestStream:
 
     def _places(self, source: _Source, draw: Iterator[float], index: int) -> tuple[torch.Tensor, float]:
         """Where the sample's voxels lie in the scan: (z, y, x, 3), in voxels z, y, x; and the zoom."""
-        augment, chest = self._config.augment, self._config.chest
+        augment, chest = self.config.augment, self.config.chest
         turn = augment.rotate * (2 * next(draw) - 1)
         tilt, roll = (chest.tilt * (2 * next(draw) - 1) for _ in range(2))
         zoom = (1 + augment.zoom) ** (2 * next(draw) - 1)
@@ -249,7 +231,7 @@ class ChestStream:
     def _gas(self, hu: Image, lungs: Labels, draw: Iterator[float], index: int) -> Image:
         """Put gas into tissue below the middle of the lungs, as bowel and stomach hold it."""
         chance, level = next(draw), next(draw)
-        if chance >= self._config.chest.gas:
+        if chance >= self.config.chest.gas:
             return hu
         heights = np.flatnonzero(lungs.any(axis=(1, 2)))
         top = len(hu) if not len(heights) else (heights[0] + heights[-1]) // 2
@@ -258,12 +240,12 @@ class ChestStream:
         empty = np.zeros(hu.shape, np.float32)
         labels = self._bowel(empty, tissue, index=index, spacing=(ADULT_MM,) * 3).labels
         gas = smooth((labels > 0).astype(np.float32), 0.5) * (lungs == 0)
-        return hu + gas * np.minimum(-1000 + 100 * np.float32(level) - hu, 0)
+        return np.asarray(hu + gas * np.minimum(-1000 + 100 * np.float32(level) - hu, 0), np.float32)
 
     def _arms(self, hu: Image, lungs: Labels, draw: Iterator[float]) -> Image:
         """Lay an arm beside the body, where there is air."""
         chance, side, place, radius, along = (next(draw) for _ in range(5))
-        if chance >= self._config.chest.arms or not lungs.any():
+        if chance >= self.config.chest.arms or not lungs.any():
             return hu
         columns = np.flatnonzero((hu > -300).mean(axis=(0, 1)) > 0.05)
         if not len(columns):
@@ -281,20 +263,21 @@ class ChestStream:
     def _contrast(self, hu: Image, lungs: Labels, draw: Iterator[float], index: int) -> Image:
         """Add contrast to soft tissue, more here and less there."""
         chance, amount = next(draw), next(draw)
-        if chance >= self._config.chest.contrast:
+        if chance >= self.config.chest.contrast:
             return hu
         where = np.clip(field(self._shape, 5.0, self._seed, VESSEL_STREAM, index), 0, 1.5)
-        return hu + np.float32(300 * amount) * where * ((hu > 0) & (hu < 150) & (lungs == 0))
+        soft = (hu > 0) & (hu < 150) & (lungs == 0)
+        return np.asarray(hu + 300 * amount * where * soft, np.float32)
 
     def _scanner(self, hu: Image, draw: Iterator[float], index: int) -> tuple[Image, npt.NDArray[np.int64]]:
         """Blur or sharpen, thick slices, noise, calibration; also the slice that each shows most of."""
-        augment, nearest = self._config.augment, np.arange(len(hu))
+        augment, nearest = self.config.augment, np.arange(len(hu))
         sharp, blur, noise, grain, offset, gain, *thick = (next(draw) for _ in range(9))
         if augment.blur and sharp < 0.7:
             sigma = augment.blur * blur
             soft = smooth(hu, (0.0, sigma, sigma))
             hu = soft if sharp < 0.4 else 2 * hu - soft
-        if (profile := draw_profile(self._config, len(hu), ADULT_MM, *thick)) is not None:
+        if (profile := draw_profile(self.config, len(hu), ADULT_MM, *thick)) is not None:
             hu, nearest = np.tensordot(profile.weights, hu, 1), profile.nearest
         if augment.noise:
             level = np.float32(augment.noise * noise**2)
@@ -307,12 +290,12 @@ class ChestStream:
         chance, round_, fill = next(draw), next(draw), next(draw)
         cuts, edges = ([next(draw) for _ in range(6)] for _ in range(2))
         inside = np.ones(hu.shape, bool)
-        if chance < self._config.chest.cropped:
+        if chance < self.config.chest.cropped:
             for side, (cut, edge) in enumerate(zip(cuts, edges, strict=True)):
                 line = np.moveaxis(inside, side // 2, 0)  # a view; even sides are the lower ones
                 width = int(len(line) * 0.35 * edge) if cut < 0.4 else 0
                 (line if side % 2 == 0 else line[::-1])[:width] = False
-        if round_ < 0.5 * self._config.chest.cropped:
+        if round_ < 0.5 * self.config.chest.cropped:
             y, x = (np.arange(n) - (n - 1) / 2 for n in hu.shape[1:])
             inside &= np.hypot(y[:, None], x) < hu.shape[1] * (0.45 + 0.25 * edges[0])
         filling = np.float32(FILLS[int(fill * len(FILLS))])

@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib.util
 import time
 import warnings
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -17,7 +18,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Protocol, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -25,7 +26,7 @@ import torch
 
 import lesionsynth as ls
 from normnet.augment import Variation
-from normnet.config import TrainConfig
+from normnet.config import Shape, Spacing, TrainConfig
 from normnet.device import free_memory
 from normnet.inflation import healthy_density, inflate
 from normnet.prepare.store import Store
@@ -44,6 +45,7 @@ ROOM = 2
 AHEAD = 3
 """Steps that a background thread is ahead: two are ready, one is in the making."""
 
+CPU = torch.device("cpu")
 Place = Literal["device", "memory", "disk"]
 Item = TypeVar("Item")
 
@@ -127,8 +129,8 @@ class Volume:
     """
 
     name: str
-    shape: tuple[int, int, int]
-    spacing: tuple[float, float, float]
+    shape: Shape
+    spacing: Spacing
     segments: list[tuple[int, int]]
     mask_counts: npt.NDArray[np.int64]
     read: Callable[[int, int], tuple[Any, Any]] = field(repr=False)
@@ -141,7 +143,7 @@ class Volume:
         name: str,
         hu: npt.NDArray[np.int16],
         mask: npt.NDArray[np.bool_],
-        spacing: tuple[float, float, float],
+        spacing: Spacing,
         segments: Sequence[tuple[int, int]] = (),
     ) -> Volume:
         """Make a volume of arrays; all slices are usable where `segments` are omitted."""
@@ -178,15 +180,13 @@ class Volume:
         return replace(self, read=lambda z0, z1: (hu[z0:z1], mask[z0:z1]), factor=1.0)
 
 
-def phantom_volumes(
-    count: int, seed: int, shape: tuple[int, int, int], spacing: tuple[float, float, float]
-) -> list[Volume]:
+def phantom_volumes(count: int, seed: int, shape: Shape, spacing: Spacing) -> list[Volume]:
     """Draw healthy phantoms for the training run `seed`."""
-    first = PHANTOM_SEED + 100 * seed
-    chests = {
-        k: ls.phantom.chest_ct(shape=shape, spacing=spacing, seed=k) for k in range(first, first + count)
-    }
-    return [Volume.of(f"phantom{k}", c.hu, c.lung_mask, spacing) for k, c in chests.items()]
+    volumes = []
+    for k in range(PHANTOM_SEED + 100 * seed, PHANTOM_SEED + 100 * seed + count):
+        chest = ls.phantom.chest_ct(shape=shape, spacing=spacing, seed=k)
+        volumes.append(Volume.of(f"phantom{k}", chest.hu, chest.lung_mask, spacing))
+    return volumes
 
 
 def store_volumes(path: Path) -> list[Volume]:
@@ -246,12 +246,10 @@ def choose_place(volumes: Sequence[Volume], cache: str, device: torch.device, *,
     processes : int
         Training processes that share this machine's main memory.
     """
-    if cache == "disk" or (cache == "memory" and device.type == "cuda"):
-        return "disk" if cache == "disk" else "memory"
     needed = ROOM * VOXEL_BYTES * sum(int(np.prod(v.shape)) for v in volumes)
-    if device.type == "cuda" and (cache == "device" or needed < free_memory(device)):
+    if device.type == "cuda" and (cache == "device" or (cache == "auto" and needed < free_memory(device))):
         return "device"
-    if cache != "auto" or needed < free_memory(torch.device("cpu")) // processes:
+    if cache in ("device", "memory") or (cache == "auto" and needed < free_memory(CPU) // processes):
         return "memory"
     return "disk"
 
@@ -259,7 +257,7 @@ def choose_place(volumes: Sequence[Volume], cache: str, device: torch.device, *,
 def pair_device(device: torch.device) -> torch.device:
     """Return where pairs for a network on `device` are made: there, if `lesionsynth` has kernels for it."""
     kernels = device.type == "cuda" and importlib.util.find_spec("cupy") is not None
-    return device if kernels else torch.device("cpu")
+    return device if kernels else CPU
 
 
 # ---- pairs
@@ -292,36 +290,56 @@ class Batch:
         return slice(number * size, (number + 1) * size)
 
 
-class Slabs(NamedTuple):
-    """Healthy slabs of one step, before there are lesions; (b, z, y, x)."""
+class Stream(ABC):
+    """Batches of a run, each a function of its step.
 
-    hu: torch.Tensor
-    """int16."""
-    mask: torch.Tensor
-    """bool."""
-    indices: list[int]
-    """Sample indices."""
-    fractions: list[float]
-    """λ of each."""
-    profiles: list[Profile | None]
-    """Of those that become thick."""
-    seconds: float
-    """What reading took."""
+    Parameters
+    ----------
+    config : TrainConfig
+        Sizes of batch and sample, and how samples vary.
+    first_index : int
+        Sample index of the first sample of step 0.
+    rank, processes : int
+        This process makes the part `rank` of `processes` equal parts of each batch.
+    device : torch.device
+        Where samples are made.
+    """
 
+    def __init__(
+        self,
+        config: TrainConfig,
+        *,
+        first_index: int = 0,
+        rank: int = 0,
+        processes: int = 1,
+        device: torch.device = CPU,
+    ) -> None:
+        self.config, self.device, self._first = config, device, first_index
+        self._share = [part * config.batch_size // processes for part in (rank, rank + 1)]
 
-class Stream(Protocol):
-    """Batches of a run, each a function of its step."""
+    def indices(self, step: int) -> range:
+        """Return the sample indices of this process's part of a batch."""
+        first = self._first + step * self.config.batch_size
+        return range(first + self._share[0], first + self._share[1])
 
-    @property
-    def device(self) -> torch.device:
-        """Where they are made."""
-
+    @abstractmethod
     def batch(self, step: int) -> Batch:
         """Make the batch of a step."""
 
 
-class PairStream:
-    """Batches of synthetic pairs, each a function of its step.
+class Slabs(NamedTuple):
+    """Healthy slabs of one step, before there are lesions."""
+
+    hu: torch.Tensor  # (b, z, y, x) int16
+    mask: torch.Tensor  # bool
+    indices: list[int]
+    fractions: list[float]  # λ of each
+    profiles: list[Profile | None]  # of those that become thick
+    seconds: float  # what reading took
+
+
+class PairStream(Stream):
+    """Batches of synthetic pairs.
 
     Parameters
     ----------
@@ -333,12 +351,8 @@ class PairStream:
         Sizes of batch and sample, mirroring, thick slices, variation.
     largest : int, optional
         Lung voxels of the largest slab of the data set, for λ (PAPER.md III-C.1); of `volumes` where omitted.
-    first_index : int
-        Sample index of the first pair of step 0.
-    rank, processes : int
-        This process makes the part `rank` of `processes` equal parts of each batch.
-    device : torch.device, optional
-        Where pairs are made; the CPU where omitted.
+    **part
+        As of `Stream`.
     """
 
     def __init__(
@@ -348,17 +362,12 @@ class PairStream:
         config: TrainConfig,
         *,
         largest: int | None = None,
-        first_index: int = 0,
-        rank: int = 0,
-        processes: int = 1,
-        device: torch.device | None = None,
+        **part: Any,
     ) -> None:
-        self.device = device or torch.device("cpu")
-        self._synthesizer, self._config, self._first = synthesizer, config, first_index
+        super().__init__(config, **part)
+        self._synthesizer = synthesizer
         self._choices = [(v, z, voxels) for v in volumes for z, voxels in v.slabs(config.slab)]
         self.largest = max((n for *_, n in self._choices), default=0) if largest is None else largest
-        size = config.batch_size
-        self._share = range(rank * size // processes, (rank + 1) * size // processes)
 
     @property
     def resident(self) -> bool:
@@ -373,7 +382,7 @@ class PairStream:
     def slabs(self, step: int) -> Slabs:
         """Read the healthy slabs of a step."""
         start = time.perf_counter()
-        indices = [self._first + step * self._config.batch_size + k for k in self._share]
+        indices = list(self.indices(step))
         hus, masks, fractions, profiles = zip(*map(self._healthy, indices), strict=True)
         hu, mask = torch.stack(hus), torch.stack(masks)
         if self.device.type == "cuda" and not hu.is_cuda:
@@ -424,7 +433,7 @@ class PairStream:
 
     def _healthy(self, index: int) -> tuple[torch.Tensor, torch.Tensor, float, Profile | None]:
         """HU and mask of a slab or crop, its λ, and how thick slices show it."""
-        config, seed = self._config, self._synthesizer.seed
+        config, seed = self.config, self._synthesizer.seed
         u = ls.ops.philox_uniform((1, 1, 8), seed, stream=SLAB_STREAM, sample=index).ravel()
         volume, z, voxels = self._choices[min(int(u[0] * len(self._choices)), len(self._choices) - 1)]
         hu, mask = volume.slab(z, z + config.slab)
@@ -433,7 +442,7 @@ class PairStream:
         if sizes != list(mask.shape[1:]) or config.augment.active:
             window = _window(mask, sizes, float(u[1]))
             if config.augment.active:
-                hu, mask = Variation.drawn(config.augment, seed, index).apply(hu, mask, window)
+                hu, mask = Variation(config.augment, seed, index).apply(hu, mask, window)
             else:
                 hu, mask = hu[:, *window], mask[:, *window]
             voxels = int(mask.sum())

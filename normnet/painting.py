@@ -103,21 +103,20 @@ class Painter:
         if u[0] < 0.6:
             disease |= self._lesions(lungs, depth, index, at_pleura=u[1] < 0.5)
         how = {"spacing": self._spacing, "roughness": 12.0 * u[18]}
-        for (pattern, (chance, least, most)), *drawn in zip(
-            SHARES.items(), u[2:], u[7:], u[12:], strict=False
-        ):
-            if drawn[0] < chance:
-                side = int(3 * drawn[2]) or (1 + int(2 * u[17]) if pattern == "lung" else 0)  # 0: both
+        for k, (pattern, (chance, least, most)) in enumerate(SHARES.items()):
+            if u[2 + k] < chance:
+                side = int(3 * u[12 + k]) or (1 + int(2 * u[17]) if pattern == "lung" else 0)  # 0: both
                 chosen = np.where((lungs == side) | (side == 0), lungs, np.uint8(0))
-                share = least + drawn[1] * (most - least)
+                share = least + u[7 + k] * (most - least)
                 disease |= region(pattern, chosen, depth, share, **how, seed=self._seed, index=index)
         return render(hu, lungs, disease, _density(*u[19:]), seed=self._seed, index=index)
 
     def _lesions(self, lungs: Labels, depth: Image, index: int, *, at_pleura: bool) -> Mask:
         empty, spacing = np.zeros(lungs.shape, np.float32), (self._spacing,) * 3
-        found = self._synthesizer(empty, lungs > 0, index=index, spacing=spacing).labels
-        there = found > 0
-        return np.isin(found, found[there & (depth <= PLEURA_MM)]) & there if at_pleura else there
+        found = np.asarray(self._synthesizer(empty, lungs > 0, index=index, spacing=spacing).labels)
+        if at_pleura:
+            found = np.where(np.isin(found, found[depth <= PLEURA_MM]), found, 0)
+        return found > 0
 
 
 def region(
@@ -173,9 +172,8 @@ def region(
         "basal": (-1.0, 0.35 * tilt, 0.35 * lean),
         "lobe": (-1.0, 0.9 + 0.4 * tilt, 0.2 * lean),  # the oblique fissure falls from back to front
     }
-    if pattern == "subpleural":
-        first = -depth
-    else:
+    first: npt.NDArray[np.floating] = -depth
+    if pattern != "subpleural":
         a, b, c = ways[pattern]
         first = (a * z[:, None, None] + b * y[:, None] + c * x).astype(np.float32)
     if roughness:
@@ -278,7 +276,7 @@ def field(shape: tuple[int, ...], sigma: float, seed: int, stream: int, index: i
     """Draw a Gaussian random field of mean 0 and standard deviation 1, correlated over `sigma` voxels."""
     white = ls.ops.philox_uniform(shape, seed, stream=stream, sample=index, threads=1)
     waves = smooth(white - np.float32(0.5), sigma)
-    return waves / max(waves.std(), np.float32(1e-6))
+    return np.asarray(waves / max(float(waves.std()), 1e-6), np.float32)
 
 
 def smooth(volume: Image, sigma: float | Sequence[float]) -> Image:

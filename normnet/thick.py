@@ -122,7 +122,7 @@ def thicken(
     mask = lung_mask[nearest]
 
     def averaged(volume: torch.Tensor) -> torch.Tensor:
-        return torch.tensordot(weights, volume.float(), 1)
+        return torch.tensordot(weights, volume.float(), 1)  # type: ignore[no-any-return]
 
     found = (averaged(lesions) >= 0.5) & mask
     ill = torch.where(lesions, low + image * (high - low), hu.float())
