@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from numpy.testing import assert_allclose, assert_array_equal
 from scipy import ndimage
 
@@ -331,6 +333,26 @@ def test_a_pose_turns_and_scales_and_nothing_else():
         zooms.append(zoom)
     assert (np.max(turned, axis=0) > [0.15, 0.08, 0.08]).all()
     assert max(zooms) > 1.1 > 0.9 > min(zooms)
+
+
+@given(st.lists(st.floats(0, 1), min_size=10, max_size=10))
+def test_a_pose_is_three_turns_one_after_the_other(drawn):
+    """About z, then x, then y, in voxels z, y, x: by sines and cosines."""
+    augment, chest = AugmentConfig(rotate=90, zoom=0.3), replace(STILL, tilt=60, stretch=0.2)
+    samples = stream(noisy(), augment=augment, chest=chest)
+    places, zoom = samples._places(samples._sources[0], iter(drawn), 0)
+    signed = 2 * np.array(drawn) - 1
+    matrix = np.eye(3)
+    for (first, second), angle in zip(((1, 2), (0, 1), (0, 2)), signed[:3] * [90, 60, 60], strict=True):
+        turn = np.eye(3)
+        turn[first, first] = turn[second, second] = np.cos(np.radians(angle))
+        turn[second, first] = np.sin(np.radians(angle))
+        turn[first, second] = -turn[second, first]
+        matrix = matrix @ turn
+    assert zoom == pytest.approx(1.3 ** signed[3])
+    steps = [places.diff(dim=axis)[0, 0, 0].numpy() for axis in range(3)]
+    expected = matrix / (zoom * 1.2 ** signed[4:7])
+    assert_allclose(np.stack(steps, axis=1), expected, atol=1e-4)  # float32 of up to 60 voxels
 
 
 def test_stretching_scales_each_axis_by_itself():
