@@ -395,10 +395,16 @@ class PairStream(Stream):
         """Put lesions into healthy slabs, on the device that makes pairs."""
         start = self._now()
         hu, mask = (array.to(self.device, non_blocking=True) for array in (slabs.hu, slabs.mask))
-        healthy = ls.window_hu(hu)
-        healthy *= mask
+        # views of NumPy on a CPU: several times as fast here as torch
+        seen, inside = (hu, mask) if self.device.type == "cuda" else (hu.numpy(), mask.numpy())
+        healthy = ls.window_hu(seen)
+        healthy *= inside
         pair = self._synthesizer(
-            healthy, mask, index=slabs.indices, lung_fraction=slabs.fractions, allow_empty=True
+            torch.as_tensor(healthy),
+            mask,
+            index=slabs.indices,
+            lung_fraction=slabs.fractions,
+            allow_empty=True,
         )
         tau = ls.threshold(self._synthesizer.config.hu_threshold)
         thick: dict[int, torch.Tensor] = {}
