@@ -24,14 +24,13 @@ import torch
 import lesionsynth as ls
 from normnet.ablate import majority
 from normnet.config import PostprocessConfig, PredictConfig, few
-from normnet.data import VALIDATION_INDEX, PairStream, ThickSlices
+from normnet.data import VALIDATION_INDEX, PairStream, split, store_volumes
 from normnet.demo import DemoConfig, patients
 from normnet.inflation import inflation_factor, windowed_lungs
 from normnet.metrics import overlap_scores
 from normnet.model import Model, bundled_models, find_models
 from normnet.postprocess import postprocess
 from normnet.predict import bright_threshold, inflation_of, slide
-from normnet.volumes import inflated, split, store_volumes
 
 SWEEPS: dict[str, tuple[Any, ...]] = {
     "probability": (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95),
@@ -65,29 +64,19 @@ def phantoms(models: list[Model]) -> Iterator[Case]:
 
 def pairs(store: Path, models: list[Model]) -> Iterator[Case]:
     """Synthetic lesions in what training held out."""
-    config = few()
+    config = replace(few(), batch_size=1, crop=None, mirror=False)
     volumes = store_volumes(store)
     if (level := inflation_of(models)) is not None:
-        volumes = [inflated(volume, level) for volume in volumes]
+        volumes = [volume.inflated(level) for volume in volumes]
     held = split(volumes, config.held_out, config.slab)[1]
     lesions = replace(ls.presets.get(config.lesions), hu_threshold=bright_threshold(models, PredictConfig()))
-    stream = PairStream(
-        held,
-        ls.LesionSynthesizer(lesions, seed=1),
-        batch_size=1,
-        slab=config.slab,
-        crop=None,
-        multiple=config.model.multiple,
-        thick=ThickSlices(config.thick_slices, config.thick_mm),
-        augment=config.augment,
-        first_index=VALIDATION_INDEX,
-    )
+    stream = PairStream(held, ls.LesionSynthesizer(lesions, seed=1), config, first_index=VALIDATION_INDEX)
     for step in range(PAIRS):
         slabs = stream.slabs(step)
         batch = stream.pairs(slabs)
         profile = slabs.profiles[0]
         lungs = np.asarray(slabs.mask)[0]
-        lungs = lungs if profile is None else lungs[profile[1]]
+        lungs = lungs if profile is None else lungs[profile.nearest]
         image = batch.image[0, 0].numpy()
         yield Case(
             image, lungs, batch.lesions[0, 0].numpy() & lungs, _chances(image, models), held[0].spacing

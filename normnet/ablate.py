@@ -53,6 +53,7 @@ from normnet.config import (
     read_config,
     to_json,
 )
+from normnet.data import PHANTOM_SEED
 from normnet.device import choose_device, cpu_settings
 from normnet.draw import curve
 from normnet.inflation import windowed_lungs
@@ -69,7 +70,6 @@ from normnet.report import Page
 from normnet.settings import File, check, from_record, settings
 from normnet.sheets import sheet
 from normnet.train import CONFIG, STATE, train
-from normnet.volumes import PHANTOM_SEED
 
 __all__ = ["PAPER", "SCALES", "SMALL", "AblateConfig", "AblationTable", "Scale", "ablate"]
 

@@ -7,10 +7,9 @@ learns where lung is from ribs, heart, diaphragm and the other lung. The batch o
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,20 +18,17 @@ import numpy.typing as npt
 import torch
 import torch.nn.functional as functional
 from scipy import ndimage
+from scipy.spatial.transform import Rotation
 
 import lesionsynth as ls
-from normnet.config import AugmentConfig, ChestConfig, TrainConfig
-from normnet.data import VALIDATION_INDEX, Batch, ThickSlices
-from normnet.distributed import World
-from normnet.painting import LEFT, RIGHT, Painter
+from normnet.config import Shape, Spacing, TrainConfig
+from normnet.data import PHANTOM_SEED, VALIDATION_INDEX, Batch, Stream
+from normnet.painting import LEFT, RIGHT, Image, Labels, Mask, Painter, field, smooth, uniform
 from normnet.prepare.lungs import split_mask
 from normnet.prepare.network import ADULT_MM, window
 from normnet.prepare.store import Store
-from normnet.thick import slice_profile
-from normnet.volumes import PHANTOM_SEED
+from normnet.thick import draw_profile
 
-Image = npt.NDArray[np.float32]
-Labels = npt.NDArray[np.uint8]
 AIR_HU = -1024.0
 """What lies beyond the ends of a scan."""
 CHEST_STREAM, NOISE_STREAM, BEND_STREAM, VESSEL_STREAM = 80, 82, 83, 84
@@ -50,6 +46,36 @@ BEND_VOXELS = 16
 """Distance of the control points of a chest's bending."""
 FILLS = (-1024.0, -1000.0, -2000.0, -3024.0, -800.0, 0.0, 40.0, 1000.0)
 """What files have outside the scanned field."""
+
+
+def lung_streams(
+    config: TrainConfig, device: torch.device, *, rank: int = 0, processes: int = 1, local: int = 1
+) -> tuple[ChestStream, list[Batch]]:
+    """Return the training stream of the task lungs and the fixed validation batches.
+
+    The chests with the fewest slices are held out; phantoms are, where there is no data. Parameters are those
+    of `normnet.data.pair_streams`; samples are made on the CPU and lie in its memory, whatever the device.
+
+    Raises
+    ------
+    ValueError
+        `config.data` is no store of chests, or nothing would be left to train on.
+    """
+    drawn = config.phantoms + (config.held_out if config.data is None else 0)
+    phantoms = phantom_chests(drawn, config.seed, config.phantom_shape, config.phantom_spacing)
+    chests = phantoms if config.data is None else store_chests(config.data)
+    if len(chests) <= config.held_out:
+        raise ValueError(f"data must hold more than held_out={config.held_out} chests, got {len(chests)}")
+    chests = sorted(chests, key=lambda chest: (len(chest.hu), chest.name))
+    held, training = chests[: config.held_out], chests[config.held_out :]
+    if config.data is not None:
+        training = training + phantoms
+    stream = ChestStream(training, config, rank=rank, processes=processes)
+    if rank or not held:
+        return stream, []
+    one = replace(config, batch_size=1, accumulate=1)
+    checks = ChestStream(held, one, first_index=VALIDATION_INDEX)
+    return stream, [checks.batch(k) for k in range(config.validation_pairs)]
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,71 +98,70 @@ class Chest:
     segments: list[tuple[int, int]]
 
 
-class ChestStream:
-    """Batches for the lung network, each a function of its step.
+def store_chests(path: Path) -> list[Chest]:
+    """Read a store that `normnet.prepare` wrote for the task lungs.
+
+    Raises
+    ------
+    ValueError
+        There is no store at `path`, or it is of another task.
+    """
+    store = Store.open(path)
+    if (task := store.meta.get("task", "lesions")) != "lungs":
+        raise ValueError(f"data must be a store prepared with --task lungs, got {path} for {task}")
+    cases = [store[name] for name in store.case_ids]
+    return [Chest(c.case_id, c.slab(0, c.shape[0])[0], c.lungs(), c.segments) for c in cases]
+
+
+def phantom_chests(count: int, seed: int, shape: Shape, spacing: Spacing) -> list[Chest]:
+    """Draw healthy phantoms for the training run `seed`; a sample takes their voxels for `ADULT_MM`.
+
+    Raises
+    ------
+    ValueError
+        The shape is too small to show two lungs.
+    """
+    chests = []
+    for k in range(PHANTOM_SEED + 100 * seed, PHANTOM_SEED + 100 * seed + count):
+        phantom = ls.phantom.chest_ct(shape=shape, spacing=spacing, seed=k)
+        sides = split_mask(phantom.lung_mask, spacing)
+        lungs = (RIGHT * sides.right + LEFT * sides.left).astype(np.uint8)
+        chests.append(Chest(f"phantom{k}", phantom.hu, lungs, [(0, shape[0])]))
+    return chests
+
+
+class ChestStream(Stream):
+    """Batches for the lung network, made on the CPU.
 
     Parameters
     ----------
     chests : sequence of Chest
         Healthy scans.
-    seed : int
-        Chooses and draws.
-    batch_size, slab, crop : int
-        Samples of a batch over all processes; slices of a sample and its size in plane.
-    mirror : bool
-        Flip half of the samples left to right, and name the lungs anew.
-    thick : ThickSlices
-        Samples shown as thick-slice scans.
-    augment : AugmentConfig
-        How anatomy and scanner vary; its rotate, zoom, blur, noise, offset and gain.
-    chest : ChestConfig
-        Disease, pose, contrast, arms, fields of view.
-    first_index : int
-        Sample index of the first sample of step 0.
-    rank, processes : int
-        This process makes the part `rank` of `processes` equal parts of each batch.
+    config : TrainConfig
+        Seed, sizes of batch and sample, mirroring, thick slices, and how anatomy and scanner vary: `chest`,
+        and of `augment` rotate, zoom, blur, noise, offset and gain.
+    **part
+        As of `normnet.data.Stream`.
     """
 
-    device = torch.device("cpu")
-
-    def __init__(
-        self,
-        chests: Sequence[Chest],
-        seed: int,
-        *,
-        batch_size: int,
-        slab: int,
-        crop: int,
-        mirror: bool = False,
-        thick: ThickSlices | None = None,
-        augment: AugmentConfig | None = None,
-        chest: ChestConfig | None = None,
-        first_index: int = 0,
-        rank: int = 0,
-        processes: int = 1,
-    ) -> None:
+    def __init__(self, chests: Sequence[Chest], config: TrainConfig, **part: Any) -> None:
+        super().__init__(config, **part)
         self._sources = [_Source(c.hu[a:b], c.lungs[a:b]) for c in chests for a, b in c.segments]
         self._slices = np.cumsum([source.shape[0] for source in self._sources])
-        self._seed, self._shape = seed, (slab, crop, crop)
-        self._mirror, self._thick = mirror, thick or ThickSlices()
-        self._augment, self._chest = augment or AugmentConfig(), chest or ChestConfig()
-        self._first, self._size = first_index, batch_size
-        self._share = range(rank * batch_size // processes, (rank + 1) * batch_size // processes)
-        self._paint = Painter(ADULT_MM, seed)
-        self._bowel = ls.LesionSynthesizer(GAS, seed=seed, threads=1, allow_empty=True)
+        self._seed, self._shape = config.seed, (config.slab, config.crop or 0, config.crop or 0)
+        self._paint = Painter(ADULT_MM, config.seed)
+        self._bowel = ls.LesionSynthesizer(GAS, seed=config.seed, threads=1, allow_empty=True)
 
     def batch(self, step: int) -> Batch:
         """Make the samples of a step: target and lesions as of `sample`, right lung first."""
         start = time.perf_counter()
-        first = self._first + step * self._size
-        samples = [self.sample(first + k) for k in self._share]
-        image, lungs, disease = (np.stack([s[k] for s in samples]) for k in range(3))
+        image, lungs, disease = map(np.stack, zip(*map(self.sample, self.indices(step)), strict=True))
         target = torch.from_numpy(np.stack([lungs == RIGHT, lungs == LEFT], axis=1))
-        seconds = time.perf_counter() - start
         ill = torch.from_numpy(disease)[:, None]
+        seconds = time.perf_counter() - start
         return Batch(torch.from_numpy(image)[:, None], target, lambda: ill, lambda: seconds)
 
-    def sample(self, index: int) -> tuple[Image, Labels, npt.NDArray[np.bool_]]:
+    def sample(self, index: int) -> tuple[Image, Labels, Mask]:
         """Make one sample.
 
         Parameters
@@ -153,17 +178,16 @@ class ChestStream:
         disease : (slab, crop, crop) bool array
             What of the lungs is painted.
         """
-        u = ls.ops.philox_uniform((1, 1, 64), self._seed, stream=CHEST_STREAM, sample=index, threads=1)
-        draw = iter(u.ravel().astype(float).tolist())
+        draw = iter(uniform(64, self._seed, CHEST_STREAM, index))
         at = np.searchsorted(self._slices, next(draw) * self._slices[-1], side="right")
         source = self._sources[int(at)]
         places, zoom = self._places(source, draw, index)
         hu, lungs, depth = source.at(places)
-        if self._mirror and next(draw) < 0.5:
+        if self.config.mirror and next(draw) < 0.5:
             hu, depth = (np.ascontiguousarray(a[:, :, ::-1]) for a in (hu, depth))
             lungs = np.asarray([0, LEFT, RIGHT], np.uint8)[np.ascontiguousarray(lungs[:, :, ::-1])]
         disease = np.zeros(lungs.shape, bool)
-        if next(draw) < self._chest.diseased:
+        if next(draw) < self.config.chest.diseased:
             hu, disease = self._paint(hu, lungs, depth * zoom, index)
         hu = self._gas(hu, lungs, draw, index)
         hu = self._arms(hu, lungs, draw)
@@ -175,58 +199,53 @@ class ChestStream:
 
     def _places(self, source: _Source, draw: Iterator[float], index: int) -> tuple[torch.Tensor, float]:
         """Where the sample's voxels lie in the scan: (z, y, x, 3), in voxels z, y, x; and the zoom."""
-        config = self._augment
-        turn = math.radians(config.rotate) * (2 * next(draw) - 1)
-        tilt, roll = (math.radians(self._chest.tilt) * (2 * next(draw) - 1) for _ in range(2))
-        zoom = (1 + config.zoom) ** (2 * next(draw) - 1)
-        scales = [zoom * (1 + self._chest.stretch) ** (2 * next(draw) - 1) for _ in range(3)]
-        matrix = _rotation(turn, tilt, roll) / np.asarray(scales)
+        augment, chest = self.config.augment, self.config.chest
+        turn = augment.rotate * (2 * next(draw) - 1)
+        tilt, roll = (chest.tilt * (2 * next(draw) - 1) for _ in range(2))
+        zoom = (1 + augment.zoom) ** (2 * next(draw) - 1)
+        scales = [zoom * (1 + chest.stretch) ** (2 * next(draw) - 1) for _ in range(3)]
+        # about z, x and y, whose order is z, y, x
+        matrix = Rotation.from_euler("XZY", (turn, tilt, -roll), degrees=True).as_matrix() / scales
         reach, height = self._shape[0] / 4 / scales[0], source.shape[0]
         low, high = (reach, height - reach) if height > 2 * reach else (height / 2, height / 2)
-        centre = np.asarray(
-            [
-                low + next(draw) * (high - low),
-                source.middle[0] + 24 * (next(draw) - 0.5),
-                source.middle[1] + 48 * (next(draw) - 0.5),
-            ]
-        )
-        axes = [torch.arange(n, dtype=torch.float32) - (n - 1) / 2 for n in self._shape]
+        centre = [
+            low + next(draw) * (high - low),
+            source.middle[0] + 24 * (next(draw) - 0.5),
+            source.middle[1] + 48 * (next(draw) - 0.5),
+        ]
+        axes = [torch.arange(n) - (n - 1) / 2 for n in self._shape]
         grid = torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1)
-        places = grid @ torch.from_numpy(matrix.T.astype(np.float32)) + torch.from_numpy(
-            centre.astype(np.float32)
+        places = grid @ torch.from_numpy(matrix.T.astype(np.float32)) + torch.tensor(
+            centre, dtype=torch.float32
         )
-        if self._chest.bend:
+        if chest.bend:
             knots = [n // BEND_VOXELS + 2 for n in self._shape]
-            field = ls.ops.philox_uniform(
+            bends = ls.ops.philox_uniform(
                 (3 * knots[0], knots[1], knots[2]), self._seed, stream=BEND_STREAM, sample=index, threads=1
             )
-            field = torch.from_numpy(field.reshape(1, 3, *knots)) - 0.5
-            amount = 2 * self._chest.bend * next(draw)
-            smooth = functional.interpolate(field, size=self._shape, mode="trilinear", align_corners=True)
-            places += amount * smooth[0].permute(1, 2, 3, 0)
+            shifts = torch.from_numpy(bends.reshape(1, 3, *knots)) - 0.5
+            shifts = functional.interpolate(shifts, self._shape, mode="trilinear", align_corners=True)
+            places += 2 * chest.bend * next(draw) * shifts[0].permute(1, 2, 3, 0)
         return places, zoom
 
     def _gas(self, hu: Image, lungs: Labels, draw: Iterator[float], index: int) -> Image:
         """Put gas into tissue below the middle of the lungs, as bowel and stomach hold it."""
         chance, level = next(draw), next(draw)
-        if chance >= self._chest.gas:
+        if chance >= self.config.chest.gas:
             return hu
         heights = np.flatnonzero(lungs.any(axis=(1, 2)))
         top = len(hu) if not len(heights) else (heights[0] + heights[-1]) // 2
         tissue = (hu > -150) & ~ndimage.binary_dilation(lungs > 0, iterations=GAS_AWAY)
         tissue[top:] = False
-        labels = self._bowel(
-            np.zeros(hu.shape, np.float32), tissue, index=index, spacing=(ADULT_MM,) * 3
-        ).labels
-        gas = ls.ops.gaussian_filter((np.asarray(labels) > 0).astype(np.float32), 0.5, threads=1)
-        gas = np.asarray(gas) * (lungs == 0)
-        darker = np.minimum(-1000 + 100 * np.float32(level) - hu, 0)
-        return np.asarray(hu + gas * darker, np.float32)
+        empty = np.zeros(hu.shape, np.float32)
+        labels = self._bowel(empty, tissue, index=index, spacing=(ADULT_MM,) * 3).labels
+        gas = smooth((labels > 0).astype(np.float32), 0.5) * (lungs == 0)
+        return np.asarray(hu + gas * np.minimum(-1000 + 100 * np.float32(level) - hu, 0), np.float32)
 
     def _arms(self, hu: Image, lungs: Labels, draw: Iterator[float]) -> Image:
         """Lay an arm beside the body, where there is air."""
         chance, side, place, radius, along = (next(draw) for _ in range(5))
-        if chance >= self._chest.arms or not lungs.any():
+        if chance >= self.config.chest.arms or not lungs.any():
             return hu
         columns = np.flatnonzero((hu > -300).mean(axis=(0, 1)) > 0.05)
         if not len(columns):
@@ -244,138 +263,43 @@ class ChestStream:
     def _contrast(self, hu: Image, lungs: Labels, draw: Iterator[float], index: int) -> Image:
         """Add contrast to soft tissue, more here and less there."""
         chance, amount = next(draw), next(draw)
-        if chance >= self._chest.contrast:
+        if chance >= self.config.chest.contrast:
             return hu
-        white = ls.ops.philox_uniform(self._shape, self._seed, stream=VESSEL_STREAM, sample=index, threads=1)
-        smooth = np.asarray(ls.ops.gaussian_filter(white - np.float32(0.5), 5.0, threads=1))
-        where = np.clip(smooth / (smooth.std() + 1e-6), 0, 1.5) * ((hu > 0) & (hu < 150) & (lungs == 0))
-        return np.asarray(hu + 300 * amount * where, np.float32)
+        where = np.clip(field(self._shape, 5.0, self._seed, VESSEL_STREAM, index), 0, 1.5)
+        soft = (hu > 0) & (hu < 150) & (lungs == 0)
+        return np.asarray(hu + 300 * amount * where * soft, np.float32)
 
     def _scanner(self, hu: Image, draw: Iterator[float], index: int) -> tuple[Image, npt.NDArray[np.int64]]:
         """Blur or sharpen, thick slices, noise, calibration; also the slice that each shows most of."""
-        config, nearest = self._augment, np.arange(len(hu))
-        sharp, blur, noise, grain, offset, gain, thick, thickness, phase = (next(draw) for _ in range(9))
-        if config.blur and sharp < 0.7:
-            sigma = config.blur * blur
-            soft = np.asarray(ls.ops.gaussian_filter(hu, (0.0, sigma, sigma), threads=1))
+        augment, nearest = self.config.augment, np.arange(len(hu))
+        sharp, blur, noise, grain, offset, gain, *thick = (next(draw) for _ in range(9))
+        if augment.blur and sharp < 0.7:
+            sigma = augment.blur * blur
+            soft = smooth(hu, (0.0, sigma, sigma))
             hu = soft if sharp < 0.4 else 2 * hu - soft
-        if thick < self._thick.share:
-            thin, most = self._thick.millimetres
-            profile, nearest = slice_profile(len(hu), ADULT_MM, thin + thickness * (most - thin), phase)
-            hu = (profile @ hu.reshape(len(hu), -1)).reshape(hu.shape)
-        if config.noise:
-            white = ls.ops.philox_uniform(
-                self._shape, self._seed, stream=NOISE_STREAM, sample=index, threads=1
-            )
-            field = np.asarray(ls.ops.gaussian_filter(white - np.float32(0.5), 0.2 + 0.8 * grain, threads=1))
-            hu = hu + config.noise * noise**2 * field / (field.std() + 1e-6)
-        hu = (hu + 1000) * (1 + config.gain * (2 * gain - 1)) - 1000 + config.offset * (2 * offset - 1)
-        return hu.astype(np.float32), nearest
+        if (profile := draw_profile(self.config, len(hu), ADULT_MM, *thick)) is not None:
+            hu, nearest = np.tensordot(profile.weights, hu, 1), profile.nearest
+        if augment.noise:
+            level = np.float32(augment.noise * noise**2)
+            hu = hu + level * field(self._shape, 0.2 + 0.8 * grain, self._seed, NOISE_STREAM, index)
+        hu = (hu + 1000) * (1 + augment.gain * (2 * gain - 1)) - 1000 + augment.offset * (2 * offset - 1)
+        return hu, nearest
 
     def _field(self, hu: Image, lungs: Labels, draw: Iterator[float]) -> tuple[Image, Labels]:
         """Cut the field of view, and fill what is outside; what is cut off is no lung."""
         chance, round_, fill = next(draw), next(draw), next(draw)
-        cuts = [next(draw) for _ in range(6)]
-        edges = [next(draw) for _ in range(6)]
+        cuts, edges = ([next(draw) for _ in range(6)] for _ in range(2))
         inside = np.ones(hu.shape, bool)
-        if chance < self._chest.cropped:
-            for axis in range(3):
-                n = hu.shape[axis]
-                low = int(n * 0.35 * edges[2 * axis]) if cuts[2 * axis] < 0.4 else 0
-                high = int(n * 0.35 * edges[2 * axis + 1]) if cuts[2 * axis + 1] < 0.4 else 0
-                at = [slice(None)] * 3
-                for part in (slice(0, low), slice(n - high, n)):
-                    at[axis] = part
-                    inside[tuple(at)] = False
-        if round_ < 0.5 * self._chest.cropped:
+        if chance < self.config.chest.cropped:
+            for side, (cut, edge) in enumerate(zip(cuts, edges, strict=True)):
+                line = np.moveaxis(inside, side // 2, 0)  # a view; even sides are the lower ones
+                width = int(len(line) * 0.35 * edge) if cut < 0.4 else 0
+                (line if side % 2 == 0 else line[::-1])[:width] = False
+        if round_ < 0.5 * self.config.chest.cropped:
             y, x = (np.arange(n) - (n - 1) / 2 for n in hu.shape[1:])
             inside &= np.hypot(y[:, None], x) < hu.shape[1] * (0.45 + 0.25 * edges[0])
-        if inside.all():
-            return hu, lungs
-        lungs = np.where(inside, lungs, np.uint8(0))
-        return np.where(inside, hu, np.float32(FILLS[int(fill * len(FILLS))])), lungs
-
-
-def store_chests(path: Path) -> list[Chest]:
-    """Read a store that `normnet.prepare` wrote for the task lungs.
-
-    Raises
-    ------
-    ValueError
-        There is no store at `path`, or it is of another task.
-    """
-    store = Store.open(path)
-    if (task := store.meta.get("task", "lesions")) != "lungs":
-        raise ValueError(f"data must be a store prepared with --task lungs, got {path} for {task}")
-    chests = []
-    for case in map(store.__getitem__, store.case_ids):
-        hu, _ = case.slab(0, case.shape[0])
-        chests.append(Chest(case.case_id, hu, case.lungs(), case.segments))
-    return chests
-
-
-def phantom_chests(
-    count: int, seed: int, shape: tuple[int, int, int], spacing: tuple[float, float, float]
-) -> list[Chest]:
-    """Draw healthy phantoms for the training run `seed`.
-
-    Parameters
-    ----------
-    count, seed : int
-        How many; the run's seed, so that runs share none of their first hundred.
-    shape : (3,) ints
-        Of each, (z, y, x).
-    spacing : (3,) floats
-        Voxel size in mm, axis order z, y, x; a sample takes it for `normnet.prepare.network.ADULT_MM`.
-
-    Raises
-    ------
-    ValueError
-        The shape is too small to show two lungs.
-    """
-    chests = []
-    for k in range(PHANTOM_SEED + 100 * seed, PHANTOM_SEED + 100 * seed + count):
-        phantom = ls.phantom.chest_ct(shape=shape, spacing=spacing, seed=k)
-        sides = split_mask(phantom.lung_mask, spacing)
-        lungs = (RIGHT * sides.right + LEFT * sides.left).astype(np.uint8)
-        chests.append(Chest(f"phantom{k}", phantom.hu, lungs, [(0, shape[0])]))
-    return chests
-
-
-def lung_streams(config: TrainConfig, device: torch.device, world: World) -> tuple[ChestStream, list[Batch]]:
-    """Return the training stream of the task lungs and the fixed validation batches.
-
-    The chests with the fewest slices are held out; phantoms are, where there is no data.
-
-    Raises
-    ------
-    ValueError
-        `config.data` is no store of chests, or nothing would be left to train on.
-    """
-    drawn = config.phantoms + (config.held_out if config.data is None else 0)
-    phantoms = phantom_chests(drawn, config.seed, config.phantom_shape, config.phantom_spacing)
-    chests = phantoms if config.data is None else store_chests(config.data)
-    if len(chests) <= config.held_out:
-        raise ValueError(f"data must hold more than held_out={config.held_out} chests, got {len(chests)}")
-    chests = sorted(chests, key=lambda chest: (len(chest.hu), chest.name))
-    held, training = chests[: config.held_out], chests[config.held_out :]
-    if config.data is not None:
-        training = training + phantoms
-    common: dict[str, Any] = {
-        "slab": config.slab,
-        "crop": config.crop,
-        "mirror": config.mirror,
-        "thick": ThickSlices(config.thick_slices, config.thick_mm),
-        "augment": config.augment,
-        "chest": config.chest,
-    }
-    stream = ChestStream(
-        training, config.seed, batch_size=config.batch_size, rank=world.rank, processes=world.size, **common
-    )
-    if not held or not world.leads:
-        return stream, []
-    checks = ChestStream(held, config.seed, batch_size=1, first_index=VALIDATION_INDEX, **common)
-    return stream, [checks.batch(k) for k in range(config.validation_pairs)]
+        filling = np.float32(FILLS[int(fill * len(FILLS))])
+        return np.where(inside, hu, filling), np.where(inside, lungs, np.uint8(0))
 
 
 class _Source:
@@ -387,8 +311,12 @@ class _Source:
     def __init__(self, hu: npt.NDArray[np.int16], lungs: Labels) -> None:
         mask = lungs > 0
         deep = ndimage.distance_transform_edt(np.pad(mask, 1, mode="edge"))[1:-1, 1:-1, 1:-1] * ADULT_MM
-        channels = [hu.astype(np.float32) - AIR_HU, lungs == RIGHT, lungs == LEFT, deep]
-        self._channels = torch.from_numpy(np.stack([c.astype(np.float32) for c in channels]))[None]
+        channels = np.stack(
+            [hu - np.float32(AIR_HU), lungs == RIGHT, lungs == LEFT, deep],
+            dtype=np.float32,
+            casting="same_kind",
+        )
+        self._channels = torch.from_numpy(channels)[None]
         self.shape = lungs.shape
         # of slices without lung the image's: they show what lung is not
         lines = [np.flatnonzero(mask.any(axis=a)) for a in ((0, 2), (0, 1))] if mask.any() else []
@@ -397,23 +325,9 @@ class _Source:
 
     def at(self, places: torch.Tensor) -> tuple[Image, Labels, Image]:
         """Sample HU, lungs and depth at places (z, y, x, 3) in voxels."""
-        sizes = torch.tensor(self.shape, dtype=torch.float32)
-        normal = (2 * places + 1) / sizes - 1  # -1 and 1 are the ends of the outer voxels
-        found = functional.grid_sample(
+        normal = (2 * places + 1) / torch.tensor(self.shape) - 1  # -1 and 1 are the ends of the outer voxels
+        hu, right, left, depth = functional.grid_sample(
             self._channels, normal.flip(-1)[None], mode="bilinear", padding_mode="zeros", align_corners=False
         )[0].numpy()
-        lungs = np.where(found[1] + found[2] > 0.5, np.where(found[1] >= found[2], RIGHT, LEFT), 0)
-        return found[0] + np.float32(AIR_HU), lungs.astype(np.uint8), found[3]
-
-
-def _rotation(turn: float, tilt: float, roll: float) -> npt.NDArray[np.float64]:
-    """Rotate about z, x and y, in voxels z, y, x."""
-
-    def about(first: int, second: int, angle: float) -> npt.NDArray[np.float64]:
-        matrix = np.eye(3)
-        cos, sin = math.cos(angle), math.sin(angle)
-        matrix[first, first] = matrix[second, second] = cos
-        matrix[first, second], matrix[second, first] = -sin, sin
-        return matrix
-
-    return about(1, 2, turn) @ about(0, 1, tilt) @ about(0, 2, roll)
+        lungs = np.where(right + left > 0.5, np.where(right >= left, RIGHT, LEFT), 0)
+        return hu + np.float32(AIR_HU), lungs.astype(np.uint8), depth

@@ -1,4 +1,4 @@
-"""Training pairs on the fly: healthy slabs of `normnet.volumes`, lesions of `lesionsynth`.
+"""Training pairs on the fly: healthy slabs of a store or of the phantom, lesions of `lesionsynth`.
 
 The batch of a step is a function of (seed, step) alone, so a resumed run sees what an uninterrupted one would
 have, and two processes together see what one does. On CUDA a batch is synthesised there, by the training
@@ -8,56 +8,259 @@ thread itself; on a CPU a background thread makes it while the network trains.
 from __future__ import annotations
 
 import importlib.util
-import queue
-import threading
 import time
+import warnings
+from abc import ABC, abstractmethod
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any, Generic, Protocol, TypeVar
+from itertools import islice
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import numpy as np
+import numpy.typing as npt
 import torch
-from torch.utils.dlpack import from_dlpack
 
 import lesionsynth as ls
 from normnet.augment import Variation
-from normnet.config import AugmentConfig
-from normnet.thick import slice_profile, thicken
-from normnet.volumes import Array, Volume, largest_slab, slab_starts, slab_voxels
+from normnet.config import Shape, Spacing, TrainConfig
+from normnet.device import free_memory
+from normnet.inflation import healthy_density, inflate
+from normnet.prepare.store import Store
+from normnet.thick import Profile, draw_profile, thicken
 
 SLAB_STREAM = 64
 """Philox stream of the choice of slabs; the generator's own streams are below 32."""
 VALIDATION_INDEX = 2**31
 """First sample index of validation pairs; training stays below."""
+PHANTOM_SEED = 1000
+"""First seed of training phantoms: run r takes PHANTOM_SEED + 100 r onwards. Below it are evaluation's."""
+VOXEL_BYTES = 3
+"""A kept voxel: HU in int16, and its mask."""
+ROOM = 2
+"""Volumes are kept where so many times their size is free: networks and pairs need the rest."""
+AHEAD = 3
+"""Steps that a background thread is ahead: two are ready, one is in the making."""
+
+CPU = torch.device("cpu")
+Place = Literal["device", "memory", "disk"]
+Item = TypeVar("Item")
 
 
-@dataclass(frozen=True)
-class ThickSlices:
-    """How many slabs are shown as thick-slice scans, and how thick."""
+def pair_streams(
+    config: TrainConfig, device: torch.device, *, rank: int = 0, processes: int = 1, local: int = 1
+) -> tuple[PairStream, list[Batch]]:
+    """Return the training stream of the task lesions and the fixed validation batches.
 
-    share: float = 0.0
-    """In [0, 1]."""
-    millimetres: tuple[float, float] = (3.0, 8.0)
-    """Least and largest thickness in mm."""
+    Parameters
+    ----------
+    config : TrainConfig
+        Of the run.
+    device : torch.device
+        Where the network trains.
+    rank, processes : int
+        This process makes the part `rank` of `processes` equal parts of each batch; process 0 alone has
+        validation batches.
+    local : int
+        Processes that share this machine's memory.
+
+    Raises
+    ------
+    ValueError
+        `config.data` is no store for lesions, or nothing would be left to train on.
+    """
+    if config.data is None:
+        count = config.phantoms + config.held_out
+        volumes = phantom_volumes(count, config.seed, config.phantom_shape, config.phantom_spacing)
+    else:
+        volumes = store_volumes(config.data)
+    if config.inflation_hu is not None:
+        volumes = [volume.inflated(config.inflation_hu) for volume in volumes]
+    training, held = split(volumes, config.held_out, config.slab)
+    makes = pair_device(device)
+    if makes.type != device.type:
+        warnings.warn(
+            "pairs are synthesised on the CPU: CuPy is not installed (pip install 'lesionsynth[cuda13]')",
+            stacklevel=1,
+        )
+    place = choose_place(volumes, config.cache, makes, processes=local)
+    lesions = replace(ls.presets.get(config.lesions), hu_threshold=config.threshold_hu)
+    # one thread: on a CPU synthesis runs beside the network, which has the others
+    synthesizer = ls.LesionSynthesizer(lesions, seed=config.seed, threads=1)
+    training = [volume.kept(place, makes) for volume in training]
+    stream = PairStream(training, synthesizer, config, rank=rank, processes=processes, device=makes)
+    if rank or not held:
+        return stream, []
+    one = replace(config, batch_size=1, accumulate=1, mirror=False)
+    checks = PairStream(
+        held, synthesizer, one, largest=stream.largest, first_index=VALIDATION_INDEX, device=makes
+    )
+    return stream, [checks.batch(k) for k in range(config.validation_pairs)]
 
 
-@dataclass(frozen=True)
-class Slabs:
-    """Healthy slabs of one step, before there are lesions; (b, z, y, x)."""
+# ---- healthy volumes
 
-    hu: Array
-    """int16."""
-    mask: Array
-    """bool."""
-    indices: list[int]
-    """Sample indices."""
-    fractions: list[float]
-    """λ of each."""
-    profiles: list[Any]
-    """`slice_profile` of each that becomes thick, None for the others."""
-    seconds: float
-    """What reading took."""
+
+@dataclass(frozen=True, eq=False)
+class Volume:
+    """One healthy volume, read slab by slab.
+
+    Attributes
+    ----------
+    name : str
+        For messages.
+    shape : (3,) ints
+        (Z, Y, X).
+    spacing : (3,) floats
+        Voxel size (z, y, x) in mm.
+    segments : list of (first, after last)
+        Runs of usable slices.
+    mask_counts : (Z,) int array
+        Lung voxels of every slice.
+    read : callable
+        Gives HU (int16) and lung mask (bool) of slices z0 <= z < z1.
+    density : float, optional
+        `normnet.inflation.healthy_density`; "unknown" where it has yet to be found.
+    factor : float
+        What HU in the lungs are multiplied with as slices are read (`normnet.inflation.inflate`).
+    """
+
+    name: str
+    shape: Shape
+    spacing: Spacing
+    segments: list[tuple[int, int]]
+    mask_counts: npt.NDArray[np.int64]
+    read: Callable[[int, int], tuple[Any, Any]] = field(repr=False)
+    density: float | Literal["unknown"] | None = "unknown"
+    factor: float = 1.0
+
+    @classmethod
+    def of(
+        cls,
+        name: str,
+        hu: npt.NDArray[np.int16],
+        mask: npt.NDArray[np.bool_],
+        spacing: Spacing,
+        segments: Sequence[tuple[int, int]] = (),
+    ) -> Volume:
+        """Make a volume of arrays; all slices are usable where `segments` are omitted."""
+        depth, height, width = hu.shape
+        counts = np.count_nonzero(mask, axis=(1, 2)).astype(np.int64)
+        whole = list(segments) or [(0, depth)]
+        return cls(name, (depth, height, width), spacing, whole, counts, lambda a, b: (hu[a:b], mask[a:b]))
+
+    def slab(self, z0: int, z1: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return HU (int16) and lung mask (bool) of slices z0 <= z < z1, where they are kept."""
+        hu, mask = self.read(z0, z1)
+        return torch.as_tensor(inflate(hu, mask, self.factor)), torch.as_tensor(mask)
+
+    def slabs(self, depth: int) -> list[tuple[int, int]]:
+        """List first slice and lung voxels of all slabs that lie within a segment and show lung."""
+        total = np.concatenate([[0], np.cumsum(self.mask_counts)])
+        starts = [z for first, stop in self.segments for z in range(first, stop - depth + 1)]
+        return [(z, int(total[z + depth] - total[z])) for z in starts if total[z + depth] > total[z]]
+
+    def inflated(self, inflation_hu: float) -> Volume:
+        """Return the volume with its healthy lung brought to `inflation_hu`, if it has any."""
+        density = self.density
+        if density == "unknown":
+            density = healthy_density(*self.read(0, self.shape[0]))
+        return self if density is None else replace(self, factor=inflation_hu / density)
+
+    def kept(self, place: Place, device: torch.device) -> Volume:
+        """Copy the volume to where it shall be kept, in main memory or on `device`."""
+        if place == "disk":
+            return self
+        hu, mask = self.slab(0, self.shape[0])
+        if place == "device":
+            hu, mask = hu.to(device), mask.to(device)
+        return replace(self, read=lambda z0, z1: (hu[z0:z1], mask[z0:z1]), factor=1.0)
+
+
+def phantom_volumes(count: int, seed: int, shape: Shape, spacing: Spacing) -> list[Volume]:
+    """Draw healthy phantoms for the training run `seed`."""
+    volumes = []
+    for k in range(PHANTOM_SEED + 100 * seed, PHANTOM_SEED + 100 * seed + count):
+        chest = ls.phantom.chest_ct(shape=shape, spacing=spacing, seed=k)
+        volumes.append(Volume.of(f"phantom{k}", chest.hu, chest.lung_mask, spacing))
+    return volumes
+
+
+def store_volumes(path: Path) -> list[Volume]:
+    """Open every case of a store.
+
+    Raises
+    ------
+    ValueError
+        It was prepared for another task.
+    """
+    store = Store.open(path)
+    if (task := store.meta.get("task", "lesions")) != "lesions":
+        raise ValueError(f"data must be a store prepared for lesions, got {path} for --task {task}")
+    return [
+        Volume(
+            case.case_id,
+            case.shape,
+            case.spacing,
+            case.segments,
+            case.mask_counts,
+            case.slab,
+            case.meta.get("density_hu", "unknown"),  # stores of before have none
+        )
+        for case in map(store.__getitem__, store.case_ids)
+    ]
+
+
+def split(volumes: Sequence[Volume], held_out: int, slab: int) -> tuple[list[Volume], list[Volume]]:
+    """Keep the volumes with the fewest slabs for validation, the others for training.
+
+    Raises
+    ------
+    ValueError
+        Nothing would be left to train on.
+    """
+    usable = [v for v in volumes if v.slabs(slab)]
+    if len(usable) <= held_out:
+        raise ValueError(
+            f"data must hold more than held_out={held_out} volumes with {slab} usable slices in a row, "
+            f"got {len(usable)} of {len(volumes)}"
+        )
+    held = sorted(usable, key=lambda v: (len(v.slabs(slab)), v.name))[:held_out]
+    return [v for v in usable if v not in held], [v for v in usable if v in held]
+
+
+def choose_place(volumes: Sequence[Volume], cache: str, device: torch.device, *, processes: int = 1) -> Place:
+    """Choose where volumes are kept.
+
+    Parameters
+    ----------
+    volumes : sequence of Volume
+        All of a run.
+    cache : {"auto", "device", "memory", "disk"}
+        As configured; "auto" takes the first that has `ROOM` times their size free.
+    device : torch.device
+        The training device; the CPU's memory is main memory.
+    processes : int
+        Training processes that share this machine's main memory.
+    """
+    needed = ROOM * VOXEL_BYTES * sum(int(np.prod(v.shape)) for v in volumes)
+    if device.type == "cuda" and (cache == "device" or (cache == "auto" and needed < free_memory(device))):
+        return "device"
+    if cache in ("device", "memory") or (cache == "auto" and needed < free_memory(CPU) // processes):
+        return "memory"
+    return "disk"
+
+
+def pair_device(device: torch.device) -> torch.device:
+    """Return where pairs for a network on `device` are made: there, if `lesionsynth` has kernels for it."""
+    kernels = device.type == "cuda" and importlib.util.find_spec("cupy") is not None
+    return device if kernels else CPU
+
+
+# ---- pairs
 
 
 @dataclass(frozen=True)
@@ -87,19 +290,56 @@ class Batch:
         return slice(number * size, (number + 1) * size)
 
 
-class Stream(Protocol):
-    """Batches of a run, each a function of its step."""
+class Stream(ABC):
+    """Batches of a run, each a function of its step.
 
-    @property
-    def device(self) -> torch.device:
-        """Where they are made."""
+    Parameters
+    ----------
+    config : TrainConfig
+        Sizes of batch and sample, and how samples vary.
+    first_index : int
+        Sample index of the first sample of step 0.
+    rank, processes : int
+        This process makes the part `rank` of `processes` equal parts of each batch.
+    device : torch.device
+        Where samples are made.
+    """
 
+    def __init__(
+        self,
+        config: TrainConfig,
+        *,
+        first_index: int = 0,
+        rank: int = 0,
+        processes: int = 1,
+        device: torch.device = CPU,
+    ) -> None:
+        self.config, self.device, self._first = config, device, first_index
+        self._share = [part * config.batch_size // processes for part in (rank, rank + 1)]
+
+    def indices(self, step: int) -> range:
+        """Return the sample indices of this process's part of a batch."""
+        first = self._first + step * self.config.batch_size
+        return range(first + self._share[0], first + self._share[1])
+
+    @abstractmethod
     def batch(self, step: int) -> Batch:
         """Make the batch of a step."""
 
 
-class PairStream:
-    """Batches of synthetic pairs, each a function of its step.
+class Slabs(NamedTuple):
+    """Healthy slabs of one step, before there are lesions."""
+
+    hu: torch.Tensor  # (b, z, y, x) int16
+    mask: torch.Tensor  # bool
+    indices: list[int]
+    fractions: list[float]  # λ of each
+    profiles: list[Profile | None]  # of those that become thick
+    seconds: float  # what reading took
+
+
+class PairStream(Stream):
+    """Batches of synthetic pairs.
 
     Parameters
     ----------
@@ -107,63 +347,33 @@ class PairStream:
         Healthy volumes.
     synthesizer : lesionsynth.LesionSynthesizer
         Makes the lesions; its seed also chooses the slabs.
-    batch_size, slab : int
-        Pairs of a batch, over all processes; slices of a slab.
-    crop : int or None
-        In-plane size of a crop around a lung voxel; None takes whole slices.
-    multiple : int
-        In-plane sizes are cut to a multiple of this.
+    config : TrainConfig
+        Sizes of batch and sample, mirroring, thick slices, variation.
     largest : int, optional
-        Lung voxels of the largest slab of the data set, for λ; of `volumes` where omitted.
-    mirror : bool
-        Flip half of the slabs left to right.
-    thick : ThickSlices
-        Slabs shown as thick-slice scans.
-    augment : AugmentConfig
-        How healthy slabs vary.
-    first_index : int
-        Sample index of the first pair of step 0.
-    rank, processes : int
-        This process makes the part `rank` of `processes` equal parts of each batch.
-    device : torch.device
-        Where pairs are made.
+        Lung voxels of the largest slab of the data set, for λ (PAPER.md III-C.1); of `volumes` where omitted.
+    **part
+        As of `Stream`.
     """
 
     def __init__(
         self,
         volumes: Sequence[Volume],
         synthesizer: ls.LesionSynthesizer,
+        config: TrainConfig,
         *,
-        batch_size: int,
-        slab: int,
-        crop: int | None,
-        multiple: int,
         largest: int | None = None,
-        mirror: bool = False,
-        thick: ThickSlices | None = None,
-        augment: AugmentConfig | None = None,
-        first_index: int = 0,
-        rank: int = 0,
-        processes: int = 1,
-        device: torch.device | None = None,
+        **part: Any,
     ) -> None:
-        self.device = device or torch.device("cpu")
-        self.largest = largest_slab(volumes, slab) if largest is None else largest
+        super().__init__(config, **part)
         self._synthesizer = synthesizer
-        self._choices = [(v, z) for v in volumes for z in slab_starts(v, slab)]
-        self._voxels = {id(v): slab_voxels(v, slab) for v in volumes}
-        self._batch_size, self._slab, self._crop, self._multiple = batch_size, slab, crop, multiple
-        self._mirror, self._thick = mirror, thick or ThickSlices()
-        self._augment = augment or AugmentConfig()
-        self._first_index = first_index
-        self._share = range(rank * batch_size // processes, (rank + 1) * batch_size // processes)
+        self._choices = [(v, z, voxels) for v in volumes for z, voxels in v.slabs(config.slab)]
+        self.largest = max((n for *_, n in self._choices), default=0) if largest is None else largest
 
     @property
     def resident(self) -> bool:
         """Whether the volumes lie on the device that makes the pairs."""
-        return self.device.type == "cpu" or all(
-            isinstance(v.slab(z, z + 1)[0], torch.Tensor) for v, z in self._choices[:1]
-        )
+        volume, z, _ = self._choices[0]
+        return volume.slab(z, z + 1)[0].device.type == self.device.type
 
     def batch(self, step: int) -> Batch:
         """Synthesise the pairs of a step."""
@@ -172,213 +382,102 @@ class PairStream:
     def slabs(self, step: int) -> Slabs:
         """Read the healthy slabs of a step."""
         start = time.perf_counter()
-        first = self._first_index + step * self._batch_size
-        indices = [first + k for k in self._share]
-        parts = [self._healthy(index) for index in indices]
-        hu, mask = (_stack([p[k] for p in parts]) for k in (0, 1))
-        if self.device.type == "cuda" and not isinstance(hu, torch.Tensor):
+        indices = list(self.indices(step))
+        hus, masks, fractions, profiles = zip(*map(self._healthy, indices), strict=True)
+        hu, mask = torch.stack(hus), torch.stack(masks)
+        if self.device.type == "cuda" and not hu.is_cuda:
             # a new thread begins on device 0, whichever trains: pinning would set that up in every process
             with torch.cuda.device(self.device):
-                hu, mask = (torch.from_numpy(a).pin_memory() for a in (hu, mask))
-        fractions, profiles = [p[2] for p in parts], [p[3] for p in parts]
-        return Slabs(hu, mask, indices, fractions, profiles, time.perf_counter() - start)
+                hu, mask = hu.pin_memory(), mask.pin_memory()
+        return Slabs(hu, mask, indices, list(fractions), list(profiles), time.perf_counter() - start)
 
     def pairs(self, slabs: Slabs) -> Batch:
         """Put lesions into healthy slabs, on the device that makes pairs."""
-        stop = _clock(self.device)
-        hu, mask = slabs.hu, slabs.mask
-        if isinstance(hu, torch.Tensor):
-            hu, mask = (a.to(self.device, non_blocking=True) for a in (hu, mask))
-        healthy = ls.window_hu(hu)
-        healthy *= mask
+        start = self._now()
+        hu, mask = (array.to(self.device, non_blocking=True) for array in (slabs.hu, slabs.mask))
+        # views of NumPy on a CPU: several times as fast here as torch
+        seen, inside = (hu, mask) if self.device.type == "cuda" else (hu.numpy(), mask.numpy())
+        healthy = ls.window_hu(seen)
+        healthy *= inside
         pair = self._synthesizer(
-            healthy, mask, index=slabs.indices, lung_fraction=slabs.fractions, allow_empty=True
+            torch.as_tensor(healthy),
+            mask,
+            index=slabs.indices,
+            lung_fraction=slabs.fractions,
+            allow_empty=True,
         )
-        image, target, thick = pair.image, pair.target, {}
+        tau = ls.threshold(self._synthesizer.config.hu_threshold)
+        thick: dict[int, torch.Tensor] = {}
         for k, profile in enumerate(slabs.profiles):
             if profile is not None:
-                tau = ls.threshold(self._synthesizer.config.hu_threshold)
-                thick[k] = thicken(hu[k], mask[k], image[k], pair.labels[k] > 0, profile=profile, tau=tau)
-                image[k], target[k] = thick[k][:2]
-        elapsed = stop()
+                pair.image[k], pair.target[k], thick[k] = thicken(
+                    hu[k], mask[k], pair.image[k], pair.labels[k] > 0, profile=profile, tau=tau
+                )
+        stop = self._now()
 
         def lesions() -> torch.Tensor:
-            found = _tensor(pair.labels > 0)
-            for k, (_, _, ill) in thick.items():
-                found[k, 0] = torch.as_tensor(ill)
-            return found
+            found: torch.Tensor = pair.labels > 0
+            for k, ill in thick.items():
+                found[k] = ill
+            return found[:, None]
 
-        return Batch(_tensor(image), _tensor(target), lesions, lambda: slabs.seconds + elapsed())
+        def seconds() -> float:
+            if self.device.type != "cuda":
+                return slabs.seconds + float(stop - start)
+            stop.synchronize()
+            return slabs.seconds + float(start.elapsed_time(stop)) / 1000
 
-    def _healthy(self, index: int) -> tuple[Array, Array, float, Any]:
+        return Batch(pair.image[:, None], pair.target[:, None], lesions, seconds)
+
+    def _now(self) -> Any:
+        """Time in seconds, or the event when the device will have come so far."""
+        if self.device.type != "cuda":
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        event.record()
+        return event
+
+    def _healthy(self, index: int) -> tuple[torch.Tensor, torch.Tensor, float, Profile | None]:
         """HU and mask of a slab or crop, its λ, and how thick slices show it."""
-        seed = self._synthesizer.seed
+        config, seed = self.config, self._synthesizer.seed
         u = ls.ops.philox_uniform((1, 1, 8), seed, stream=SLAB_STREAM, sample=index).ravel()
-        volume, z = self._choices[min(int(u[0] * len(self._choices)), len(self._choices) - 1)]
-        hu, mask = volume.slab(z, z + self._slab)
-        sizes = [
-            (n if self._crop is None else min(n, self._crop)) // self._multiple * self._multiple
-            for n in mask.shape[1:]
-        ]
-        voxels = int(self._voxels[id(volume)][z])
-        variation = Variation(self._augment, seed, index) if self._augment.active else None
-        if list(mask.shape[1:]) != sizes or variation:
-            window = self._window(mask, sizes, float(u[1]))
-            hu, mask = _cut(hu, mask, window, variation)
-            mask = variation.edge(mask) if variation else mask
+        volume, z, voxels = self._choices[min(int(u[0] * len(self._choices)), len(self._choices) - 1)]
+        hu, mask = volume.slab(z, z + config.slab)
+        multiple = config.model.multiple
+        sizes = [min(n, config.crop or n) // multiple * multiple for n in mask.shape[1:]]
+        if sizes != list(mask.shape[1:]) or config.augment.active:
+            window = _window(mask, sizes, float(u[1]))
+            if config.augment.active:
+                hu, mask = Variation(config.augment, seed, index).apply(hu, mask, window)
+            else:
+                hu, mask = hu[:, *window], mask[:, *window]
             voxels = int(mask.sum())
-        if variation:
-            hu = variation.change(hu, mask)
-        if self._mirror and u[2] < 0.5:
-            flip: Any = torch.flip if isinstance(hu, torch.Tensor) else np.flip
-            hu, mask = flip(hu, (2,)), flip(mask, (2,))
-        fraction = min(1.0, max(voxels, 1) / self.largest)
-        return hu, mask, fraction, self._profile(volume, u[3:6])
-
-    def _profile(self, volume: Volume, u: Any) -> Any:
-        if not u[0] < self._thick.share:
-            return None
-        thin, thick = self._thick.millimetres
-        return slice_profile(self._slab, volume.spacing[0], thin + float(u[1]) * (thick - thin), float(u[2]))
-
-    def _window(self, mask: Array, sizes: list[int], u: float) -> tuple[slice, slice]:
-        """In-plane window around the voxel of rank u of the lung's projection, inside the slice.
-
-        The middle, where there is no lung.
-        """
-        projection = mask.any(0)
-        if isinstance(projection, torch.Tensor):
-            projection = projection.cpu().numpy()
-        lung = np.flatnonzero(projection)
-        rank = min(int(u * len(lung)), len(lung) - 1)
-        centre = divmod(int(lung[rank]), mask.shape[2]) if len(lung) else [n // 2 for n in mask.shape[1:]]
-        y, x = (
-            min(max(c - size // 2, 0), n - size)
-            for c, size, n in zip(centre, sizes, mask.shape[1:], strict=True)
-        )
-        return slice(y, y + sizes[0]), slice(x, x + sizes[1])
+        if config.mirror and u[2] < 0.5:
+            hu, mask = hu.flip(2), mask.flip(2)
+        thick = draw_profile(config, config.slab, volume.spacing[0], *map(float, u[3:6]))
+        return hu, mask, min(1.0, max(voxels, 1) / self.largest), thick
 
 
-def pair_device(device: torch.device) -> torch.device:
-    """Return where pairs for a network on `device` are made: there, if `lesionsynth` has kernels for it."""
-    kernels = device.type == "cuda" and importlib.util.find_spec("cupy") is not None
-    return device if kernels else torch.device("cpu")
+def _window(mask: torch.Tensor, sizes: Sequence[int], u: float) -> tuple[slice, slice]:
+    """In-plane window around the voxel of rank u of the lung's projection, inside the slice.
 
-
-def _cut(
-    hu: Array, mask: Array, window: tuple[slice, slice], variation: Variation | None
-) -> tuple[Array, Array]:
-    """Take a window of a slab, turned and scaled where there is lung left in it then."""
-    if variation and variation.moves:
-        moved = variation.move(hu, mask, window)
-        if moved[1].any():
-            return moved
-    return hu[:, *window], mask[:, *window]
-
-
-def _stack(arrays: Sequence[Array]) -> Array:
-    stack: Any = torch.stack if isinstance(arrays[0], torch.Tensor) else np.stack
-    return stack(arrays)
-
-
-def _tensor(array: Array) -> torch.Tensor:
-    """(b, z, y, x) to a torch (b, 1, z, y, x), without a copy."""
-    return (array if isinstance(array, torch.Tensor) else from_dlpack(array))[:, None]
-
-
-def _clock(device: torch.device) -> Callable[[], Callable[[], float]]:
-    """Start a clock; calling it stops it, and calling what comes back reads the seconds between."""
-    if device.type != "cuda":
-        start = time.perf_counter()
-
-        def stop() -> Callable[[], float]:
-            seconds = time.perf_counter() - start
-            return lambda: seconds
-
-        return stop
-    event: Any = torch.cuda.Event
-    begin, end = event(enable_timing=True), event(enable_timing=True)
-    begin.record()
-
-    def stop_event() -> Callable[[], float]:
-        end.record()
-
-        def elapsed() -> float:
-            end.synchronize()
-            return float(begin.elapsed_time(end)) / 1000
-
-        return elapsed
-
-    return stop_event
-
-
-class _Timed(Protocol):
-    @property
-    def seconds(self) -> float: ...
-
-
-Item = TypeVar("Item", bound=_Timed)
-
-
-class Prefetcher(Generic[Item]):
-    """Make the items of steps in a background thread while the network trains; the kernels release the GIL.
-
-    Parameters
-    ----------
-    make : callable
-        Makes the item of a step.
-    steps : range
-        Which ones, in order.
-    depth : int
-        Items kept ready.
+    The middle, where there is no lung.
     """
-
-    def __init__(self, make: Callable[[int], Item], steps: range, depth: int = 2) -> None:
-        self.waited = 0.0
-        """Seconds the consumer waited."""
-        self._make, self._steps = make, steps
-        self._ready: queue.Queue[Item | BaseException | None] = queue.Queue(depth)
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._work, name="normnet-pairs", daemon=True)
-        self._thread.start()
-
-    def __iter__(self) -> Iterator[Item]:
-        """Yield the items; an error of the thread is raised here."""
-        while True:
-            start = time.perf_counter()
-            item = self._ready.get()
-            self.waited += time.perf_counter() - start
-            if item is None:
-                return
-            if isinstance(item, BaseException):
-                raise item
-            yield item
-
-    def close(self) -> None:
-        """Stop the thread."""
-        self._stop.set()
-        while self._thread.is_alive():
-            try:
-                self._ready.get_nowait()
-            except queue.Empty:
-                self._thread.join(timeout=0.05)
-
-    def _work(self) -> None:
-        try:
-            for step in self._steps:
-                if self._stop.is_set():
-                    return
-                self._ready.put(self._make(step))
-            self._ready.put(None)
-        except BaseException as error:  # handed to the consumer
-            self._ready.put(error)
+    lung = np.flatnonzero(mask.any(0).cpu().numpy())
+    rank = min(int(u * len(lung)), len(lung) - 1)
+    centre = divmod(int(lung[rank]), mask.shape[2]) if len(lung) else [n // 2 for n in mask.shape[1:]]
+    y, x = (
+        min(max(c - size // 2, 0), n - size) for c, size, n in zip(centre, sizes, mask.shape[1:], strict=True)
+    )
+    return slice(y, y + sizes[0]), slice(x, x + sizes[1])
 
 
 class Batches:
     """The batches of a run, made where they are made best.
 
-    Pairs of the CPU come ready from a background thread. Pairs of a CUDA device are made in line, on the
-    stream that trains; a background thread reads their slabs where the volumes are not on the device.
+    Pairs of the CPU come ready from a background thread, while the network trains: the kernels release the
+    GIL. Pairs of a CUDA device are made in line, on the stream that trains; a background thread reads their
+    slabs where the volumes are not on the device.
 
     Parameters
     ----------
@@ -389,29 +488,32 @@ class Batches:
     """
 
     def __init__(self, stream: Stream, steps: range) -> None:
-        self._stream, self._steps = stream, steps
-        self._ready: Prefetcher[Any] | None = None
-        self._finish: Callable[[Slabs], Batch] | None = None
-        if stream.device.type == "cpu":
-            self._ready = Prefetcher(stream.batch, steps)
-        elif isinstance(stream, PairStream) and not stream.resident:
-            self._ready, self._finish = Prefetcher(stream.slabs, steps), stream.pairs
-
-    @property
-    def waited(self) -> float:
+        self.waited = 0.0
         """Seconds spent waiting for the background thread."""
-        return self._ready.waited if self._ready else 0.0
+        self._stream, self._steps = stream, steps
+        self._thread = ThreadPoolExecutor(1, "normnet-pairs")
 
     def __iter__(self) -> Iterator[Batch]:
-        """Yield the batches in order."""
-        if self._ready is None:
-            yield from (self._stream.batch(step) for step in self._steps)
-        elif self._finish is None:
-            yield from self._ready
+        """Yield the batches in order; an error of the thread is raised here."""
+        stream = self._stream
+        if stream.device.type == "cpu":
+            yield from self._ahead(stream.batch)
+        elif isinstance(stream, PairStream) and not stream.resident:
+            yield from map(stream.pairs, self._ahead(stream.slabs))
         else:
-            yield from map(self._finish, self._ready)
+            yield from map(stream.batch, self._steps)
 
     def close(self) -> None:
         """Stop the background thread, if there is one."""
-        if self._ready:
-            self._ready.close()
+        self._thread.shutdown(cancel_futures=True)
+
+    def _ahead(self, make: Callable[[int], Item]) -> Iterator[Item]:
+        """Yield what a background thread makes of each step."""
+        steps = iter(self._steps)
+        waiting: deque[Future[Item]] = deque(self._thread.submit(make, step) for step in islice(steps, AHEAD))
+        while waiting:
+            start = time.perf_counter()
+            item = waiting.popleft().result()
+            self.waited += time.perf_counter() - start
+            waiting.extend(self._thread.submit(make, step) for step in islice(steps, 1))
+            yield item

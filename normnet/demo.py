@@ -24,6 +24,7 @@ from lesionsynth.commands import run
 from lesionsynth.files import claimed, others, remove_folder, sweep, write_atomically
 from lesionsynth.strict import name_of
 from normnet.config import WEIGHTS, PredictConfig, TrainConfig, phantom
+from normnet.data import PHANTOM_SEED
 from normnet.draw import curve, grey, lung_box, png, side_by_side
 from normnet.evaluate import CaseVolumes, Evaluation, Origin, check_output, evaluate_volumes, tissue
 from normnet.metrics import HEALTHY_THRESHOLD, percent
@@ -33,7 +34,6 @@ from normnet.paper import as_text
 from normnet.predict import predict_volume
 from normnet.report import Page
 from normnet.train import BEST, CONFIG, METRICS, STATE, TrainResult, train
-from normnet.volumes import PHANTOM_SEED
 
 Array = npt.NDArray[Any]
 

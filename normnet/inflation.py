@@ -12,15 +12,12 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
 from scipy.ndimage import gaussian_filter1d
 
 import lesionsynth as ls
 from lesionsynth.io import AIR_HU
 from normnet.config import HEALTHY_HU
 
-Array = Any
-"""A NumPy array or a torch tensor."""
 SMOOTH = 15.0
 """Standard deviation in HU of the filter on the histogram: far below the width of its peak, about 50."""
 
@@ -60,34 +57,28 @@ def inflation_factor(
 
     1 where that is None, or where there is no healthy lung to tell: nothing is scaled then.
     """
-    if inflation_hu is None:
-        return 1.0
-    density = healthy_density(hu, lung_mask)
-    return 1.0 if density is None else inflation_hu / density
+    density = None if inflation_hu is None else healthy_density(hu, lung_mask)
+    return 1.0 if inflation_hu is None or density is None else inflation_hu / density
 
 
-def inflate(hu: Array, lung_mask: Array, factor: float) -> Array:
+def inflate(hu: Any, lung_mask: Any, factor: float) -> Any:
     """Scale the lungs' HU below 0, in the dtype of `hu`, and not below `AIR_HU`.
 
     Parameters
     ----------
-    hu : (z, y, x) int16 or float32 array or tensor
+    hu : (z, y, x) int16 or float32 array
         Not below `AIR_HU`, as `lesionsynth.io` reads it. Not modified.
-    lung_mask : (z, y, x) bool array or tensor
+    lung_mask : (z, y, x) bool array
         Other tissue is left.
     factor : float
-        From `inflation_factor`; 1 gives `hu` itself.
+        From `inflation_factor`; 1 gives `hu` itself, of whatever library.
     """
     if factor == 1:
         return hu
-    library: Any = torch if isinstance(hu, torch.Tensor) else np
-    whole = not (hu.dtype.is_floating_point if library is torch else np.issubdtype(hu.dtype, np.floating))
-    values = hu.to(torch.float32) if library is torch else hu.astype(np.float32)
-    scaled = values * float(np.float32(factor))
-    if whole:
-        scaled = library.round(scaled)
-    chosen = library.where(lung_mask & (values < 0), scaled.clip(min=float(AIR_HU)), values)
-    return chosen.to(hu.dtype) if library is torch else chosen.astype(hu.dtype)
+    scaled = hu.astype(np.float32) * np.float32(factor)
+    if np.issubdtype(hu.dtype, np.integer):
+        scaled = np.rint(scaled)
+    return np.where(lung_mask & (hu < 0), np.maximum(scaled, AIR_HU), hu).astype(hu.dtype)
 
 
 def windowed_lungs(

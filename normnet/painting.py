@@ -8,6 +8,7 @@ and a band has at least the share of the lung that it is asked to have.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, get_args
 
@@ -27,6 +28,14 @@ Pattern = Literal["dorsal", "basal", "subpleural", "lobe", "lung"]
 RIGHT, LEFT = 1, 2
 PAINT_STREAM, ROUGH_STREAM, GRAIN_STREAM, AIR_STREAM = 70, 71, 72, 73
 """Philox streams of the draws, of rough edges, of texture and of bronchi; see `normnet.data.SLAB_STREAM`."""
+SHARES: dict[Pattern, tuple[float, float, float]] = {
+    "dorsal": (0.35, 0.05, 0.6),
+    "basal": (0.25, 0.05, 0.6),
+    "subpleural": (0.15, 0.1, 0.6),
+    "lobe": (0.15, 0.2, 0.6),
+    "lung": (0.08, 1.0, 1.0),
+}
+"""Chance of each pattern; least and largest share of the lung that it takes."""
 PLEURA_MM = 5.0
 """Lesions that come so near to the lung's surface lie at the pleura."""
 AIR_HU = -850.0
@@ -41,31 +50,6 @@ LESIONS = ls.LesionConfig(
     lengths="mm",
 )
 """Nodules to masses and consolidated segments."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Density:
-    """What disease looks like.
-
-    Attributes
-    ----------
-    hu : float
-        Mean density.
-    spread : float
-        Standard deviation of its texture in HU.
-    grain : float
-        Standard deviation in voxels of the Gaussian that correlates the texture.
-    bronchi : float
-        Share of it that is air in bronchi, in [0, 1).
-    edge : float
-        Standard deviation in voxels of the Gaussian that softens its edge.
-    """
-
-    hu: float
-    spread: float = 0.0
-    grain: float = 1.0
-    bronchi: float = 0.0
-    edge: float = 0.5
 
 
 class Painted(NamedTuple):
@@ -111,55 +95,28 @@ class Painter:
             Distance of lung voxels to the lung's surface in mm.
         index : int
             Names the sample.
-
-        Returns
-        -------
-        Painted
         """
-        u = ls.ops.philox_uniform((1, 1, 24), self._seed, stream=PAINT_STREAM, sample=index, threads=1)
-        u = u.ravel().astype(float)
+        u = uniform(24, self._seed, PAINT_STREAM, index)
         disease = np.zeros(lungs.shape, bool)
         if not lungs.any():
             return Painted(hu, disease)
         if u[0] < 0.6:
             disease |= self._lesions(lungs, depth, index, at_pleura=u[1] < 0.5)
-        shares: tuple[tuple[float, Pattern, float, float], ...] = (
-            (0.35, "dorsal", 0.05, 0.6),
-            (0.25, "basal", 0.05, 0.6),
-            (0.15, "subpleural", 0.1, 0.6),
-            (0.15, "lobe", 0.2, 0.6),
-            (0.08, "lung", 1.0, 1.0),
-        )
-        for k, (chance, pattern, least, most) in enumerate(shares):
+        how = {"spacing": self._spacing, "roughness": 12.0 * u[18]}
+        for k, (pattern, (chance, least, most)) in enumerate(SHARES.items()):
             if u[2 + k] < chance:
+                side = int(3 * u[12 + k]) or (1 + int(2 * u[17]) if pattern == "lung" else 0)  # 0: both
+                chosen = np.where((lungs == side) | (side == 0), lungs, np.uint8(0))
                 share = least + u[7 + k] * (most - least)
-                side = int(3 * u[12 + k])  # 0: both
-                chosen = lungs if side == 0 else np.where(lungs == side, lungs, np.uint8(0))
-                if pattern == "lung" and side == 0:
-                    chosen = np.where(lungs == 1 + int(2 * u[17]), lungs, np.uint8(0))
-                disease |= region(
-                    pattern,
-                    chosen,
-                    depth,
-                    share,
-                    spacing=self._spacing,
-                    roughness=12.0 * u[18],
-                    seed=self._seed,
-                    index=index,
-                )
-        return render(hu, lungs, disease, _density(u[19:]), seed=self._seed, index=index)
+                disease |= region(pattern, chosen, depth, share, **how, seed=self._seed, index=index)
+        return render(hu, lungs, disease, _density(*u[19:]), seed=self._seed, index=index)
 
     def _lesions(self, lungs: Labels, depth: Image, index: int, *, at_pleura: bool) -> Mask:
-        mask = lungs > 0
-        empty = np.zeros(lungs.shape, np.float32)
-        spacing = (self._spacing,) * 3
-        labels = np.asarray(self._synthesizer(empty, mask, index=index, spacing=spacing).labels)
-        if not at_pleura:
-            return labels > 0
-        shallow = np.zeros(int(labels.max()) + 1, bool)
-        shallow[labels[mask & (depth <= PLEURA_MM)]] = True
-        shallow[0] = False
-        return np.asarray(shallow[labels])
+        empty, spacing = np.zeros(lungs.shape, np.float32), (self._spacing,) * 3
+        found = np.asarray(self._synthesizer(empty, lungs > 0, index=index, spacing=spacing).labels)
+        if at_pleura:
+            found = np.where(np.isin(found, found[depth <= PLEURA_MM]), found, 0)
+        return found > 0
 
 
 def region(
@@ -208,21 +165,19 @@ def region(
         raise ValueError(f"pattern must be one of {known}, share in (0, 1], got {pattern!r}, {share}")
     if pattern == "lung" or share == 1:
         return lungs > 0
-    u = ls.ops.philox_uniform((1, 1, 4), seed, stream=ROUGH_STREAM, sample=index, component=1, threads=1)
-    tilt, lean = 2 * u.ravel().astype(float)[:2] - 1
-    z, y, x = (np.arange(n, dtype=np.float32) * np.float32(spacing) for n in lungs.shape)
+    tilt, lean = (2 * u - 1 for u in uniform(4, seed, ROUGH_STREAM, index, component=1)[:2])
+    z, y, x = (np.arange(n) * spacing for n in lungs.shape)
     ways = {  # direction (z, y, x) of what comes first, in mm
         "dorsal": (0.35 * tilt, 1.0, 0.35 * lean),
         "basal": (-1.0, 0.35 * tilt, 0.35 * lean),
         "lobe": (-1.0, 0.9 + 0.4 * tilt, 0.2 * lean),  # the oblique fissure falls from back to front
     }
-    if pattern == "subpleural":
-        first = -depth
-    else:
+    first: npt.NDArray[np.floating] = -depth
+    if pattern != "subpleural":
         a, b, c = ways[pattern]
         first = (a * z[:, None, None] + b * y[:, None] + c * x).astype(np.float32)
     if roughness:
-        first = first + roughness * _field(lungs.shape, 12.0 / spacing, seed, ROUGH_STREAM, index)
+        first = first + np.float64(roughness) * field(lungs.shape, 12.0 / spacing, seed, ROUGH_STREAM, index)
     chosen = np.zeros(lungs.shape, bool)
     for side in (RIGHT, LEFT):
         lung = lungs == side
@@ -231,6 +186,22 @@ def region(
             at = len(values) - int(np.ceil(share * len(values)))
             chosen[lung] = values >= np.partition(values, at)[at]
     return chosen
+
+
+@dataclass(frozen=True, kw_only=True)
+class Density:
+    """What disease looks like."""
+
+    hu: float
+    """Mean density."""
+    spread: float = 0.0
+    """Standard deviation of its texture in HU."""
+    grain: float = 1.0
+    """Standard deviation in voxels of the Gaussian that correlates the texture."""
+    bronchi: float = 0.0
+    """Share of it that is air in bronchi, in [0, 1)."""
+    edge: float = 0.5
+    """Standard deviation in voxels of the Gaussian that softens its edge."""
 
 
 def render(
@@ -253,10 +224,6 @@ def render(
         How.
     seed, index : int
         The texture is a function of these.
-
-    Returns
-    -------
-    Painted
     """
     inside = lungs > 0
     disease = disease & inside
@@ -264,14 +231,14 @@ def render(
         return Painted(hu, disease)
     level = np.full(hu.shape, density.hu, np.float32)
     if density.spread:
-        level += density.spread * _field(hu.shape, density.grain, seed, GRAIN_STREAM, index)
+        level += density.spread * field(hu.shape, density.grain, seed, GRAIN_STREAM, index)
     if density.bronchi:
-        salt = _field(hu.shape, 0.8, seed, AIR_STREAM, index)
+        salt = field(hu.shape, 0.8, seed, AIR_STREAM, index)
         cut = np.partition(values := salt[disease], at := int((1 - density.bronchi) * (values.size - 1)))[at]
         level[salt >= cut] = AIR_HU
     alpha = disease.astype(np.float32)
     if density.edge:
-        alpha = np.maximum(ls.ops.gaussian_filter(alpha, density.edge, threads=1), alpha) * inside
+        alpha = np.maximum(smooth(alpha, density.edge), alpha) * inside
     rim = ~inside & (hu > RIM_HU[0]) & (hu < RIM_HU[1])
     rim &= ndimage.binary_dilation(disease)
     alpha[rim] = 1
@@ -280,25 +247,38 @@ def render(
     return Painted(np.where(keep, hu, dense), disease)
 
 
-def _density(u: npt.NDArray[np.float64]) -> Density:
+def _density(kind: float, level: float, spread: float, grain: float, edge: float) -> Density:
     """Draw consolidation (60 %, two fifths of it with bronchi), fluid (25 %) or ground glass (15 %).
 
     Consolidation is more often as dense as the tissue around: that is what is hard.
     """
-    kind, level, spread, grain, edge = (float(value) for value in u[:5])
-    edge = 0.3 + 0.9 * edge
+    edge, grain = 0.3 + 0.9 * edge, 0.3 + 1.7 * grain
     if kind < 0.25:
         return Density(hu=-20 + 80 * level, spread=10 * spread, edge=edge)
     if kind < 0.4:
-        return Density(hu=-700 + 400 * level, spread=20 + 100 * spread, grain=0.3 + 1.7 * grain, edge=edge)
+        return Density(hu=-700 + 400 * level, spread=20 + 100 * spread, grain=grain, edge=edge)
     bronchi = 0.01 + 0.14 * (kind - 0.75) / 0.25 if kind > 0.75 else 0.0
-    return Density(
-        hu=80 - 380 * level**2, spread=100 * spread**2, grain=0.3 + 1.7 * grain, bronchi=bronchi, edge=edge
+    return Density(hu=80 - 380 * level**2, spread=100 * spread**2, grain=grain, bronchi=bronchi, edge=edge)
+
+
+# ---- draws, each a function of (seed, stream, index)
+
+
+def uniform(count: int, seed: int, stream: int, index: int, component: int = 0) -> list[float]:
+    """Draw numbers in [0, 1)."""
+    u = ls.ops.philox_uniform(
+        (1, 1, count), seed, stream=stream, sample=index, component=component, threads=1
     )
+    return [float(value) for value in u.ravel()]
 
 
-def _field(shape: tuple[int, ...], sigma: float, seed: int, stream: int, index: int) -> Image:
-    """Draw a Gaussian random field of mean 0 and standard deviation 1."""
+def field(shape: tuple[int, ...], sigma: float, seed: int, stream: int, index: int) -> Image:
+    """Draw a Gaussian random field of mean 0 and standard deviation 1, correlated over `sigma` voxels."""
     white = ls.ops.philox_uniform(shape, seed, stream=stream, sample=index, threads=1)
-    smooth = np.asarray(ls.ops.gaussian_filter(white - np.float32(0.5), sigma, threads=1))
-    return np.asarray(smooth / max(float(smooth.std()), 1e-6), np.float32)
+    waves = smooth(white - np.float32(0.5), sigma)
+    return np.asarray(waves / max(float(waves.std()), 1e-6), np.float32)
+
+
+def smooth(volume: Image, sigma: float | Sequence[float]) -> Image:
+    """Filter by a Gaussian of so many voxels, on one thread."""
+    return np.asarray(ls.ops.gaussian_filter(volume, sigma, threads=1))

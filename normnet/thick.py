@@ -8,7 +8,7 @@ of false positives. Lesions are blurred with their surroundings, or sharpness al
 
 from __future__ import annotations
 
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -16,34 +16,49 @@ import torch
 
 import lesionsynth as ls
 from lesionsynth.window import HU_RANGE
-
-Array = Any
-"""A NumPy array or a torch tensor."""
+from normnet.config import TrainConfig
 
 
-def slice_profile(
-    slices: int, spacing: float, thickness: float, phase: float
-) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]:
+class Profile(NamedTuple):
+    """How thick slices show n thin ones.
+
+    Attributes
+    ----------
+    weights : (n, n) float32 array
+        Row i gives thin slice i of the result from the thin slices: a box average over the thickness around
+        each thick slice (of what lies in the slab), then linear interpolation between the centres. Rows sum
+        to 1.
+    nearest : (n,) int64 array
+        The thin slice at the centre of the thick slice nearest to each: where its mask comes from.
+    """
+
+    weights: npt.NDArray[np.float32]
+    nearest: npt.NDArray[np.int64]
+
+
+def draw_profile(
+    config: TrainConfig, slices: int, spacing: float, chance: float, thickness: float, phase: float
+) -> Profile | None:
+    """Draw the profile of a sample from three numbers in [0, 1); None where its slices stay thin."""
+    if chance >= config.thick_slices:
+        return None
+    least, most = config.thick_mm
+    return slice_profile(slices, spacing, least + thickness * (most - least), phase)
+
+
+def slice_profile(slices: int, spacing: float, thickness: float, phase: float) -> Profile:
     """Describe a thick-slice scan, interpolated back to thin slices.
 
     Parameters
     ----------
     slices : int
-        Thin slices n.
+        Thin slices.
     spacing : float
         Their distance in mm.
     thickness : float
         Thickness t of the thick slices in mm, which lie t apart and touch.
     phase : float
         In [0, 1): the first thick slice is centred ``phase * t`` above the slab's lower end.
-
-    Returns
-    -------
-    weights : (n, n) float32 array
-        Row i gives thin slice i of the result from the thin slices: a box average over t around each thick
-        slice (of what lies in the slab), then linear interpolation between the centres. Rows sum to 1.
-    nearest : (n,) int64 array
-        The thin slice at the centre of the thick slice nearest to each: where its mask comes from.
 
     Raises
     ------
@@ -54,8 +69,7 @@ def slice_profile(
         given = f"{slices}, {spacing} and {thickness}"
         raise ValueError(f"slices, spacing and thickness must be positive, got {given}")
     lower = np.arange(slices) * spacing
-    length = slices * spacing
-    centres = (phase + np.arange(-1, int(np.ceil(length / thickness)) + 1)) * thickness
+    centres = (phase + np.arange(-1, int(np.ceil(slices * spacing / thickness)) + 1)) * thickness
     inside = np.minimum(lower + spacing, centres[:, None] + thickness / 2) - np.maximum(
         lower, centres[:, None] - thickness / 2
     )
@@ -67,70 +81,50 @@ def slice_profile(
     hats = np.stack([np.interp(middle, centres, unit) for unit in np.eye(len(centres))], axis=1)
     at = centres[np.abs(middle[:, None] - centres).argmin(axis=1)]
     nearest = np.clip(np.floor(at / spacing), 0, slices - 1).astype(np.int64)
-    return (hats @ boxes).astype(np.float32), nearest
+    return Profile((hats @ boxes).astype(np.float32), nearest)
 
 
 def thicken(
-    hu: Array,
-    lung_mask: Array,
-    image: Array,
-    lesions: Array,
+    hu: torch.Tensor,
+    lung_mask: torch.Tensor,
+    image: torch.Tensor,
+    lesions: torch.Tensor,
     *,
-    profile: tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]],
+    profile: Profile,
     tau: float,
-) -> tuple[Array, Array, Array]:
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Give the pair that a thick-slice scan of the same chest and the same lesions would.
 
     Parameters
     ----------
-    hu : (z, y, x) int16 array
+    hu : (z, y, x) int16 tensor
         Raw Hounsfield units, tissue around the lungs included: it blurs into them.
-    lung_mask, lesions : (z, y, x) bool arrays
+    lung_mask, lesions : (z, y, x) bool tensors
         M and the synthetic lesions.
-    image : (z, y, x) float32 array
+    image : (z, y, x) float32 tensor
         A, of `lesionsynth.LesionSynthesizer`.
-    profile : (weights, nearest)
+    profile : Profile
         From `slice_profile`.
     tau : float
         Bright tissue is at or above it, on the scale of `image`.
 
     Returns
     -------
-    image : float32 array
+    image : float32 tensor
         A of the thick-slice scan: lesions in HU among raw HU, averaged, windowed, inside its lung mask.
-    target : bool array
+    target : bool tensor
         Healthy bright tissue of the thick-slice scan, outside its lesions.
-    lesions : bool array
+    lesions : bool tensor
         Voxels of which at least half are lesion.
     """
+    weights, nearest = (torch.from_numpy(array).to(hu.device) for array in profile)
     low, high = HU_RANGE
-    raw = _float(hu)
-    ill = _where(lesions, low + image * (high - low), raw)
-    mask = lung_mask[_like(profile[1], lung_mask)]
-    found = (_along_z(profile[0], _float(lesions)) >= 0.5) & mask
-    with_lesions, healthy = (_window(_along_z(profile[0], v)) * mask for v in (ill, raw))
+    mask = lung_mask[nearest]
+
+    def averaged(volume: torch.Tensor) -> torch.Tensor:
+        return torch.tensordot(weights, volume.float(), 1)  # type: ignore[no-any-return]
+
+    found = (averaged(lesions) >= 0.5) & mask
+    ill = torch.where(lesions, low + image * (high - low), hu.float())
+    with_lesions, healthy = (ls.window_hu(averaged(v)) * mask for v in (ill, hu))
     return with_lesions, (healthy >= tau) & mask & ~found, found
-
-
-def _along_z(weights: npt.NDArray[np.float32], volume: Array) -> Array:
-    flat = _like(weights, volume) @ volume.reshape(volume.shape[0], -1)
-    return flat.reshape(volume.shape)
-
-
-def _window(hu: Array) -> Array:
-    low, high = HU_RANGE
-    return ls.window_hu(hu) if isinstance(hu, np.ndarray) else ((hu - low) / (high - low)).clamp(0, 1)
-
-
-def _where(condition: Array, one: Array, other: Array) -> Array:
-    pick: Any = np.where if isinstance(one, np.ndarray) else torch.where
-    return pick(condition, one, other)
-
-
-def _float(array: Array) -> Array:
-    return array.astype(np.float32) if isinstance(array, np.ndarray) else array.float()
-
-
-def _like(array: npt.NDArray[Any], other: Array) -> Array:
-    """`array` in the library and on the device of `other`."""
-    return array if isinstance(other, np.ndarray) else torch.from_numpy(array).to(other.device)

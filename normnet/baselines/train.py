@@ -29,13 +29,13 @@ from lesionsynth.files import claimed, refuse_foreign, sweep, write_atomically
 from lesionsynth.strict import shown
 from normnet.baselines.methods import Baseline, BaselineConfig, build_baseline
 from normnet.config import read_config, to_json
+from normnet.data import Volume, phantom_volumes, split, store_volumes
 from normnet.device import choose_device, cpu_settings
 from normnet.model import fitted, read_header, read_tensors, write_tensors
 from normnet.predict import checked_volume
 from normnet.prepare.case import ISO_SPACING
 from normnet.settings import naming
 from normnet.sheets import Sheet, sheet
-from normnet.volumes import Volume, phantom_volumes, split, store_volumes
 
 WEIGHTS, CONFIG, METRICS = "baseline.safetensors", "config.json", "metrics.csv"
 """Names in a run folder."""

@@ -178,7 +178,8 @@ def test_adaptors_let_an_empty_item_pass() -> None:
     pytest.importorskip("monai")
     import monai.transforms  # noqa: F401
 
-    from normnet.data import PairStream, Slabs
+    from normnet import data
+    from normnet.config import ModelConfig, TrainConfig
 
     item = {
         "image": torch.from_numpy(IMAGE.copy())[None],
@@ -197,14 +198,16 @@ def test_adaptors_let_an_empty_item_pass() -> None:
 
     with trial("edges"):
         hu = (IMAGE * 900 - 800).round().astype(np.int16)
-        stream = PairStream([], SYNTH, batch_size=2, slab=8, crop=None, multiple=2, largest=1000)
-        slabs = Slabs(np.stack([hu, hu]), np.stack([NONE, MASK]), [0, 1], [1e-3, 1.0], [None, None], 0.0)
+        config = TrainConfig(model=ModelConfig(channels=(1, 1), strides=(2,)), batch_size=2, slab=8)
+        stream = data.PairStream([], SYNTH, config, largest=1000)
+        stacked = (torch.from_numpy(np.stack(pair)) for pair in ([hu, hu], [NONE, MASK]))
+        slabs = data.Slabs(*stacked, [0, 1], [1e-3, 1.0], [None, None], 0.0)
         made = stream.pairs(slabs)
         assert not made.lesions[0].any()
         assert made.lesions[1].any()
         assert not made.image[0].any(), "H is 0 outside the mask"
         assert not made.target[0].any()
-        rows, columns = stream._window(NONE, [16, 20], 0.5)
+        rows, columns = data._window(torch.from_numpy(NONE), [16, 20], 0.5)
         assert (rows, columns) == (slice(7, 23), slice(6, 26))
 
 

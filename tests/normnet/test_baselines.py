@@ -57,12 +57,12 @@ from normnet.baselines.train import (
     usable_slices,
 )
 from normnet.config import ModelConfig, to_json
+from normnet.data import phantom_volumes, split, store_volumes
 from normnet.metrics import roc_auc
 from normnet.model import Model, build_unet, write_tensors
 from normnet.output import read_record
 from normnet.prepare.store import Store
 from normnet.report import main as report
-from normnet.volumes import phantom_volumes, split, store_volumes
 
 SHAPE, SPACING = (12, 88, 110), (12.0, 3.4, 3.4)
 

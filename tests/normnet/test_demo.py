@@ -11,8 +11,8 @@ pytest.importorskip("torch")
 pytest.importorskip("monai")
 
 from normnet.config import ModelConfig, lungs, phantom
+from normnet.data import PHANTOM_SEED
 from normnet.demo import PATIENT_SEED, DemoConfig, main, patients, run_demo
-from normnet.volumes import PHANTOM_SEED
 
 
 @pytest.fixture

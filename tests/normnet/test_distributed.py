@@ -17,12 +17,11 @@ pytest.importorskip("monai")
 import torch
 import torch.nn.functional as F
 
-import lesionsynth as ls
-from normnet import data, train
+from normnet import train
 from normnet.config import to_json
 from normnet.model import read_tensors
 from normnet.train import dice_ce, train_ensemble
-from tests.normnet.test_train import TINY, Segments, losses, weights
+from tests.normnet.test_train import TINY, losses, weights
 
 FOUR = replace(TINY, batch_size=4, iterations=5, learning_rate=3e-3, validate_every=0, checkpoint_every=5)
 
@@ -67,18 +66,6 @@ def test_processes_refuse_together(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_processes_share_a_batch():
-    synthesizer = ls.LesionSynthesizer(ls.presets.covid_lung(), seed=0, threads=1)
-    common = {"batch_size": 4, "slab": 8, "crop": 24, "multiple": 8}
-    whole = data.PairStream([Segments()], synthesizer, **common).batch(3)
-    halves = [
-        data.PairStream([Segments()], synthesizer, rank=r, processes=2, **common).batch(3) for r in (0, 1)
-    ]
-    assert torch.equal(torch.cat([h.image for h in halves]), whole.image)
-    assert torch.equal(torch.cat([h.target for h in halves]), whole.target)
-
-
-@pytest.mark.parametrize("channels", [1, 2])
 @pytest.mark.parametrize("empty", [False, True])
 @pytest.mark.parametrize("weighted", [False, True])
 def test_the_loss_is_one_dice_and_a_mean_entropy(channels, empty, weighted):

@@ -1,4 +1,4 @@
-"""Training: resumed equals uninterrupted, batches depend on the step alone, bad settings are refused."""
+"""Training: resumed equals uninterrupted, bad settings are refused."""
 
 from __future__ import annotations
 
@@ -17,8 +17,7 @@ pytest.importorskip("monai")
 
 import torch
 
-import lesionsynth as ls
-from normnet import data, device, train, volumes
+from normnet import data, device, train
 from normnet.config import (
     PRESETS,
     ModelConfig,
@@ -29,6 +28,7 @@ from normnet.config import (
     to_json,
 )
 from normnet.model import Model, build_unet, find_models, read_tensors, write_tensors
+from tests.normnet.test_data import segments, stream
 
 TINY = TrainConfig(
     model=ModelConfig(channels=(4, 8), strides=(2,), residual_units=1),
@@ -49,32 +49,6 @@ TINY = TrainConfig(
     phantom_shape=(16, 64, 80),
     phantom_spacing=(4.0, 5.0, 5.0),
 )
-
-
-class Segments:
-    """A volume of random tissue whose slices 10-13 are left out."""
-
-    name = "segments"
-    segments = [(0, 10), (14, 24)]  # noqa: RUF012
-    spacing = (1.0, 0.8, 0.8)
-
-    def __init__(self) -> None:
-        rng = np.random.default_rng(0)
-        self.mask = np.zeros((24, 40, 48), bool)
-        self.mask[:, 8:30, 10:40] = True
-        self.mask[10:14] = False
-        self.hu = np.where(self.mask, rng.integers(-900, 0, self.mask.shape), -1000).astype(np.int16)
-        self.mask_counts = self.mask.sum(axis=(1, 2))
-        self.shape = self.mask.shape
-
-    def slab(self, z0: int, z1: int) -> tuple[np.ndarray, np.ndarray]:
-        return self.hu[z0:z1], self.mask[z0:z1]
-
-
-def stream(**changes) -> data.PairStream:
-    settings = {"batch_size": 2, "slab": 8, "crop": 24, "multiple": 8, **changes}
-    synthesizer = ls.LesionSynthesizer(ls.presets.covid_lung(), seed=settings.pop("seed", 0), threads=1)
-    return data.PairStream([Segments()], synthesizer, **settings)
 
 
 def weights(folder) -> bytes:
@@ -211,69 +185,6 @@ def test_the_threshold_that_pairs_calibrate(tmp_path):
     assert Model.load(tmp_path / "run/best.safetensors").calibration is not None
 
 
-def test_the_threshold_in_hu_moves_target_and_generator():
-    low, high = (
-        data.PairStream(
-            [Segments()],
-            ls.LesionSynthesizer(replace(ls.presets.covid_lung(), hu_threshold=hu), seed=0, threads=1),
-            batch_size=16,
-            slab=8,
-            crop=24,
-            multiple=8,
-        ).batch(0)
-        for hu in (-600.0, -400.0)
-    )
-    assert (low.target | ~high.target).all()
-    assert low.target.sum() > high.target.sum()
-
-
-def test_thick_slices_come_in_the_share_asked_for():
-    none = stream(batch_size=24).batch(0)
-    half = stream(batch_size=24, thick=data.ThickSlices(0.5, (4.0, 6.0))).batch(0)
-    changed = [not torch.equal(a, b) for a, b in zip(none.image, half.image, strict=True)]
-    assert 6 <= sum(changed) <= 18  # binomial of 24 at 0.5, all but 0.7 %
-    for k, thick in enumerate(changed):
-        if not thick:
-            assert torch.equal(none.target[k], half.target[k])
-            assert torch.equal(none.lesions[k], half.lesions[k])
-        else:  # neighbouring slices of a thick one differ less
-            steps = [b.image[k, 0].diff(dim=0).abs().sum() for b in (none, half)]
-            assert steps[1] < steps[0]
-    assert not (half.target & half.lesions).any()
-
-
-def test_where_volumes_are_kept(monkeypatch):
-    cpu = torch.device("cpu")
-    volume = Segments()
-    size = volumes.VOXEL_BYTES * volume.hu.size
-    free = {"cuda": 3 * size, "cpu": 3 * size}
-    monkeypatch.setattr(volumes, "free_memory", lambda device: free[device.type])
-    cuda = torch.device("cuda")
-    assert volumes.choose_place([volume], "auto", cuda) == "device"
-    assert volumes.choose_place([volume] * 2, "auto", cuda) == "disk"
-    assert volumes.choose_place([volume] * 2, "device", cuda) == "device"
-    free["cpu"] = 9 * size
-    assert volumes.choose_place([volume] * 2, "auto", cuda) == "memory"
-    assert volumes.choose_place([volume] * 2, "auto", cpu, processes=4) == "disk"
-    assert volumes.choose_place([volume], "memory", cuda) == "memory"
-    assert volumes.choose_place([volume], "disk", cpu) == "disk"
-    assert volumes.choose_place([volume] * 9, "device", cpu) == "memory"
-
-
-@pytest.mark.parametrize("place", ["device", "memory", "disk"])
-def test_kept_volumes_give_the_same_batches(place):
-    cpu = torch.device("cpu")
-    kept = volumes.keep([Segments()], place, cpu)
-    synthesizer = ls.LesionSynthesizer(ls.presets.covid_lung(), seed=0, threads=1)
-    thick = data.ThickSlices(0.5)
-    settings = {"batch_size": 4, "slab": 8, "crop": 24, "multiple": 8, "mirror": True, "thick": thick}
-    batch = data.PairStream(kept, synthesizer, **settings).batch(2)
-    expected = data.PairStream([Segments()], synthesizer, **settings).batch(2)
-    # thick slices are sums of floats, which torch and NumPy take in different orders
-    assert torch.allclose(batch.image, expected.image, atol=1e-5)
-    assert float((batch.target != expected.target).float().mean()) < 1e-3
-
-
 def test_average_zero_saves_the_last_weights(tmp_path):
     train.train(replace(TINY, output=tmp_path / "run", iterations=2, average=0.0))
     tensors, _ = read_tensors(tmp_path / "run/state.safetensors")
@@ -290,69 +201,13 @@ def test_minutes_end_a_run(tmp_path):
 def test_trains_on_a_store(tmp_path):
     store = pytest.importorskip("normnet.prepare.store")
     made = store.Store.create(tmp_path / "store", {"spacing": [1.0, 0.8, 0.8], "size": 48})
-    volume = Segments()
+    volume = segments()
     for name in ("a", "b"):
         meta = {"spacing": [1.0, 0.8, 0.8], "segments": volume.segments}
-        made.add(name, volume.hu, volume.mask, meta)
+        made.add(name, *volume.read(0, 24), meta)
     result = train.train(replace(TINY, data=tmp_path / "store", output=tmp_path / "run", iterations=2))
     assert result.iterations == 2
     assert from_json(TrainConfig, (tmp_path / "run/config.json").read_text()).data == tmp_path / "store"
-
-
-def test_a_batch_depends_on_its_step_alone():
-    one, other = stream(), stream()
-    other.batch(0)
-    for name in ("image", "target", "lesions"):
-        assert torch.equal(getattr(one.batch(3), name), getattr(other.batch(3), name))
-    assert not torch.equal(one.batch(3).image, one.batch(4).image)
-    assert not torch.equal(one.batch(3).image, stream(seed=1).batch(3).image)
-
-
-def test_a_pair_is_that_of_the_synthesizer():
-    volume = Segments()
-    batch = stream(batch_size=1, crop=None).batch(5)
-    candidates = []
-    for z in volumes.slab_starts(volume, 8):
-        hu, mask = volume.slab(z, z + 8)
-        healthy = ls.window_hu(hu) * mask
-        synth = ls.LesionSynthesizer(ls.presets.covid_lung(), seed=0)
-        share = mask.sum() / volumes.largest_slab([volume], 8)
-        candidates.append(synth(healthy, mask, index=5, lung_fraction=min(1.0, float(share))).image)
-    assert any(np.array_equal(batch.image[0, 0].numpy(), c) for c in candidates)
-
-
-def test_slabs_stay_inside_segments():
-    assert volumes.slab_starts(Segments(), 8) == [0, 1, 2, 14, 15, 16]
-
-
-def test_crops_hold_lung_and_mirroring_flips_half():
-    plain, flipped = stream(batch_size=16), stream(batch_size=16, mirror=True)
-    a, b = plain.batch(0), flipped.batch(0)
-    assert a.image.shape == (16, 1, 8, 24, 24)
-    assert a.target.dtype == torch.bool
-    assert (a.image.amax(dim=(1, 2, 3, 4)) > 0).all()
-    assert 2 <= sum(not torch.equal(x, y) for x, y in zip(a.image, b.image, strict=True)) <= 14
-
-
-def test_an_error_of_the_background_thread_is_raised():
-    broken = stream()
-    broken._choices = []
-    batches = data.Prefetcher(broken.batch, range(3))
-    with pytest.raises(IndexError):
-        next(iter(batches))
-    batches.close()
-
-
-def test_held_out_volumes_are_the_smallest():
-    small, large = Segments(), Segments()
-    small.segments, small.name = [(0, 9)], "small"
-    training, validation = volumes.split([small, large], 1, 8)
-    assert [v.name for v in training] == ["segments"]
-    assert [v.name for v in validation] == ["small"]
-    with pytest.raises(
-        ValueError, match=r"more than held_out=2 volumes with 8 usable slices in a row, got 2 of 2"
-    ):
-        volumes.split([small, large], 2, 8)
 
 
 def test_a_wrong_call_leaves_the_folder_free(tmp_path):
@@ -454,33 +309,6 @@ def test_a_process_of_several_trains_on_its_own_gpu(two_gpus, tmp_path, monkeypa
             train.train(config)
         assert rank == 2 or reached.value.args == (rank,)
     assert "got 'cuda:2', and torch sees 2 of CUDA" in str(reached.value)
-
-
-def test_slabs_are_pinned_for_the_device_that_trains(monkeypatch):
-    """A background thread begins on device 0, and pinning sets the current device up."""
-    current = [0]
-
-    class Current:
-        def __init__(self, chosen) -> None:
-            self.chosen = chosen
-
-        def __enter__(self) -> None:
-            current.append(self.chosen.index)
-
-        def __exit__(self, *_) -> None:
-            current.pop()
-
-    pinned_on = []
-    monkeypatch.setattr(torch.cuda, "device", Current)
-    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: (pinned_on.append(current[-1]), tensor)[1])
-    synthesizer = ls.LesionSynthesizer(ls.presets.covid_lung(), seed=0, threads=1)
-    stream = data.PairStream(
-        [Segments()], synthesizer, batch_size=2, slab=8, crop=24, multiple=8, device=torch.device("cuda", 3)
-    )
-    with contextlib.closing(data.Prefetcher(stream.slabs, range(2))) as ready:
-        assert len(list(ready)) == 2
-    assert pinned_on == [3] * 4
-    assert current == [0]
 
 
 def test_torch_s_settings_come_back(tmp_path):

@@ -12,28 +12,24 @@ pytest.importorskip("cupy")
 
 import torch
 
-import lesionsynth as ls
-from normnet import data, train, volumes
-from tests.normnet.test_train import TINY, Segments
+from normnet import data, train
+from tests.normnet.test_data import CPU, assert_no_copy, segments, stream
+from tests.normnet.test_train import TINY
 
 pytestmark = pytest.mark.gpu
 CUDA = torch.device("cuda")
-SETTINGS = {"batch_size": 4, "slab": 8, "crop": 24, "multiple": 8, "mirror": True}
 
 
-def batch(place: str, device: torch.device, share: float = 0.0) -> data.Batch:
-    kept = volumes.keep([Segments()], place, device)
-    synthesizer = ls.LesionSynthesizer(ls.presets.covid_lung(), seed=0, threads=1)
-    thick = data.ThickSlices(share)
-    stream = data.PairStream(kept, synthesizer, thick=thick, device=device, **SETTINGS)
-    assert stream.resident == (place == "device" or device.type == "cpu")
-    return stream.batch(2)
+def made(place: str, device: torch.device, **settings) -> data.PairStream:
+    kept = segments().kept(place, device)
+    return stream(kept, batch_size=4, mirror=True, device=device, **settings)
 
 
 @pytest.mark.parametrize("place", ["device", "memory"])
 def test_pairs_of_the_device_are_those_of_the_cpu(place):
-    ours, theirs = batch(place, CUDA), batch("memory", torch.device("cpu"))
-    assert ours.image.is_cuda
+    pairs = made(place, CUDA)
+    assert pairs.resident == (place == "device")
+    ours, theirs = pairs.batch(2), made("memory", CPU).batch(2)
     # the twins' own tolerance: tests/tolerances.py
     assert torch.allclose(ours.image.cpu(), theirs.image, atol=1e-4)
     assert float((ours.target.cpu() != theirs.target).float().mean()) < 1e-4
@@ -41,8 +37,24 @@ def test_pairs_of_the_device_are_those_of_the_cpu(place):
     assert ours.seconds > 0
 
 
+@pytest.mark.parametrize("place", ["device", "memory"])
+def test_pairs_stay_on_the_device_without_a_copy(place):
+    """DLPack hands memory over: what the kernels wrote is what the network reads."""
+    volume = segments().kept(place, CUDA)
+    hu, mask = volume.slab(0, 24)
+    later = [array.data_ptr() for array in volume.slab(2, 10)]
+    assert later == [hu[2:].data_ptr(), mask[2:].data_ptr()]
+    assert hu.is_cuda == (place == "device")
+    pairs = stream(volume, device=CUDA)
+    assert pairs.slabs(0).hu.is_cuda == (place == "device")
+    assert_no_copy(pairs, CUDA)
+
+
 def test_thick_slices_on_the_device():
-    ours, theirs = batch("device", CUDA, 1.0), batch("memory", torch.device("cpu"), 1.0)
+    ours, theirs = (
+        made("device", device, thick_slices=1.0, thick_mm=(3.0, 8.0)).batch(2) for device in (CUDA, CPU)
+    )
+    assert ours.image.is_cuda
     assert torch.allclose(ours.image.cpu(), theirs.image, atol=1e-4)
     assert float((ours.target.cpu() != theirs.target).float().mean()) < 1e-3
 

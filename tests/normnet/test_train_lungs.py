@@ -6,7 +6,6 @@ import csv
 import functools
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -22,14 +21,13 @@ import torch
 from normnet import chests, train
 from normnet.chests import ChestStream, lung_streams, phantom_chests, store_chests
 from normnet.config import PRESETS, WEIGHTS, AugmentConfig, ChestConfig, ModelConfig, TrainConfig, to_json
-from normnet.data import Batch
+from normnet.data import Batch, store_volumes
 from normnet.model import Model, build_unet
 from normnet.painting import LEFT, RIGHT
 from normnet.prepare import Store, prepare
 from normnet.prepare.__main__ import main as prepare_main
 from normnet.prepare.network import chest_grid, shrink
-from normnet.train import ALONE, validate_lungs
-from normnet.volumes import store_volumes
+from normnet.train import validate_lungs
 
 SPACING = (10.0, 7.5, 6.0)
 TINY = TrainConfig(
@@ -348,18 +346,19 @@ def test_training_on_a_store(stored, tmp_path, monkeypatch):
         real(self, given, *rest, **settings)
 
     monkeypatch.setattr(ChestStream, "__init__", spied)
-    stream, batches = lung_streams(config, torch.device("cpu"), ALONE)
+    stream, batches = lung_streams(config, torch.device("cpu"))
     assert used == [["anna", "phantom1000"], ["bert"]]  # the one with fewer slices is held out
     assert stream.device.type == "cpu"
     assert len(batches) == 2
     assert all(batch.image.shape == (1, 1, 16, 32, 32) for batch in batches)
     assert not torch.equal(batches[0].image, batches[1].image)
-    _, none = lung_streams(replace(config, held_out=0), torch.device("cpu"), ALONE)
+    _, none = lung_streams(replace(config, held_out=0), torch.device("cpu"))
     assert none == []
-    follower = SimpleNamespace(leads=False, rank=1, size=2)
-    assert lung_streams(config, torch.device("cpu"), follower)[1] == []  # type: ignore[arg-type]
+    follower, none = lung_streams(config, torch.device("cpu"), rank=1, processes=2, local=2)
+    assert none == []
+    assert torch.equal(follower.batch(0).image, stream.batch(0).image[1:])
     with pytest.raises(ValueError, match="data must hold more than held_out=2 chests, got 2"):
-        lung_streams(replace(config, held_out=2), torch.device("cpu"), ALONE)
+        lung_streams(replace(config, held_out=2), torch.device("cpu"))
     assert train.train(config).iterations == 1
 
 
@@ -371,7 +370,7 @@ def test_phantoms_are_held_out_where_there_is_no_data(monkeypatch):
         return [*_drawn(1, 0, shape, spacing)] * count
 
     monkeypatch.setattr(chests, "phantom_chests", drawn)
-    lung_streams(replace(TINY, held_out=2, phantoms=3, seed=5), torch.device("cpu"), ALONE)
+    lung_streams(replace(TINY, held_out=2, phantoms=3, seed=5), torch.device("cpu"))
     assert asked == [(5, 5, (32, 48, 64), SPACING)]
 
 

@@ -17,8 +17,8 @@ pytest.importorskip("monai")
 import lesionsynth as ls  # noqa: E402
 from normnet.augment import AIR, Variation  # noqa: E402
 from normnet.config import AugmentConfig, TrainConfig, from_json, to_json  # noqa: E402
-from normnet.data import PairStream, _cut  # noqa: E402
-from normnet.volumes import phantom_volumes  # noqa: E402
+from normnet.data import phantom_volumes  # noqa: E402
+from tests.normnet.test_data import stream  # noqa: E402
 
 ALL = AugmentConfig(
     rotate=15.0,
@@ -32,6 +32,7 @@ ALL = AugmentConfig(
     gain=0.05,
 )
 OFF = AugmentConfig()
+WHOLE = (slice(None), slice(None))
 
 
 def slab(seed=0, shape=(3, 40, 50)):
@@ -53,15 +54,37 @@ def only(**amounts):
     return variation
 
 
+def vary(variation, hu, mask, window=WHOLE):
+    """Apply a variation to arrays, which it must leave as they are."""
+    before = hu.copy(), mask.copy()
+    found = variation.apply(torch.from_numpy(hu), torch.from_numpy(mask), window)
+    np.testing.assert_array_equal(hu, before[0])
+    np.testing.assert_array_equal(mask, before[1])
+    assert [t.dtype for t in found] == [torch.int16, torch.bool]
+    return tuple(t.numpy() for t in found)
+
+
+def changed(hu, mask, **amounts):
+    """HU of a slab varied by set amounts."""
+    return vary(only(**amounts), hu, mask)[0]
+
+
+def places(window, angle, zoom):
+    """Rows and columns that are read, R(angle) (p - c) / zoom + c for an output p at the centre c."""
+    y, x = np.meshgrid(
+        *(np.arange(s.stop - s.start) - (s.stop - s.start - 1) / 2 for s in window), indexing="ij"
+    )
+    cos, sin = math.cos(angle) / zoom, math.sin(angle) / zoom
+    middle = [(s.start + s.stop - 1) / 2 for s in window]
+    return cos * y - sin * x + middle[0], sin * y + cos * x + middle[1]
+
+
 def affine(volume, window, angle, zoom, order):
-    """SciPy, slice by slice: output p at centre c reads R(angle) (p - c) / zoom + c."""
-    matrix = np.array([[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]]) / zoom
-    sizes = [s.stop - s.start for s in window]
-    centre = np.array([(s.start + s.stop - 1) / 2 for s in window])
-    offset = centre - matrix @ ((np.array(sizes) - 1) / 2)
+    """SciPy, slice by slice."""
+    at = np.stack(places(window, angle, zoom))
     return np.stack(
         [
-            ndimage.affine_transform(z, matrix, offset, sizes, order=order, mode="grid-constant", cval=0.0)
+            ndimage.map_coordinates(z, at, order=order, mode="grid-constant", cval=0.0)
             for z in volume.astype(np.float64)
         ]
     )
@@ -78,32 +101,32 @@ def affine(volume, window, angle, zoom, order):
 def test_moving_equals_scipy(seed, angle, zoom, top, left):
     hu, mask = slab(seed)
     window = (slice(top, top + 24), slice(left, left + 28))
-    moved, kept = only(angle=angle, zoom=zoom).move(hu, mask, window)
+    moved, kept = vary(only(angle=angle, zoom=zoom), hu, mask, window)
     expected = affine(hu.astype(np.float64) - AIR, window, angle, zoom, 1) + AIR
     # rounding to whole HU, and places in float32: 1e-5 voxels at slopes of some 1000 HU a voxel
     assert np.abs(moved - expected).max() <= 0.55
     nearest = affine(mask, window, angle, zoom, 0) > 0.5
-    # a place halfway between two voxels may be rounded either way
-    assert (kept != nearest).mean() < 0.005
-    assert moved.dtype == np.int16
-    assert kept.dtype == np.bool_
+    clear = np.ones(kept.shape[1:], bool)
+    for place in places(window, angle, zoom):  # one halfway between two voxels may be rounded either way
+        clear &= abs(place % 1 - 0.5) > 1e-3
+    np.testing.assert_array_equal(kept[:, clear], nearest[:, clear])
 
 
-def test_not_moving_is_a_crop():
+def test_no_variation_is_a_crop():
     hu, mask = slab()
     window = (slice(5, 29), slice(8, 40))
-    moved, kept = only().move(hu, mask, window)
-    np.testing.assert_array_equal(moved, hu[:, 5:29, 8:40])
+    cut, kept = vary(only(), hu, mask, window)
+    np.testing.assert_array_equal(cut, hu[:, 5:29, 8:40])
     np.testing.assert_array_equal(kept, mask[:, 5:29, 8:40])
-    assert not only().moves
-    assert only(angle=0.1).moves
-    assert only(zoom=1.1).moves
+    cut, kept = vary(Variation(OFF, 3, 4), hu, mask, window)
+    np.testing.assert_array_equal(cut, hu[:, 5:29, 8:40])
+    np.testing.assert_array_equal(kept, mask[:, 5:29, 8:40])
 
 
 def test_outside_is_air_and_no_lung():
     hu, mask = slab()
     whole = (slice(0, 40), slice(0, 50))
-    moved, kept = only(zoom=0.5).move(hu, np.ones_like(mask), whole)
+    moved, kept = vary(only(zoom=0.5), hu, np.ones_like(mask), whole)
     assert (moved[:, :8] == AIR).all()
     assert not kept[:, :8].any()
     assert kept[:, 12:28, 14:36].all()
@@ -111,22 +134,22 @@ def test_outside_is_air_and_no_lung():
 
 def test_deflation_scales_air_in_the_lungs_alone():
     hu, mask = slab()
-    changed = only(deflation=0.1, dependent=0.2).change(hu, mask)
+    scaled = changed(hu, mask, deflation=0.1, dependent=0.2)
     rows = np.flatnonzero(mask.any(axis=(0, 2)))
     depth = np.clip((np.arange(40) - rows[0]) / (rows[-1] - rows[0]), 0, 1) ** 2
     expected = np.where(mask & (hu < 0), hu * (1 - 0.1 - 0.2 * depth)[None, :, None], hu)
-    assert np.abs(changed - expected).max() <= 0.51  # rounded to whole HU, computed in float32
-    assert (changed[mask & (hu < 0)] >= hu[mask & (hu < 0)]).all()
-    np.testing.assert_array_equal(changed[~mask], hu[~mask])
-    np.testing.assert_array_equal(changed[hu >= 0], hu[hu >= 0])
+    assert np.abs(scaled - expected).max() <= 0.51  # rounded to whole HU, computed in float32
+    assert (scaled[mask & (hu < 0)] >= hu[mask & (hu < 0)]).all()
+    np.testing.assert_array_equal(scaled[~mask], hu[~mask])
+    np.testing.assert_array_equal(scaled[hu >= 0], hu[hu >= 0])
     # none left where there is no lung
-    np.testing.assert_array_equal(only(deflation=0.3).change(hu, np.zeros_like(mask)), hu)
+    np.testing.assert_array_equal(changed(hu, np.zeros_like(mask), deflation=0.3), hu)
 
 
 def test_blur_is_scipys_in_plane():
     hu, mask = slab()
     expected = ndimage.gaussian_filter(hu.astype(np.float64), (0, 0.9, 0.9), truncate=4.0)
-    assert np.abs(only(blur=0.9).change(hu, mask) - expected).max() <= 0.51  # whole HU
+    assert np.abs(changed(hu, mask, blur=0.9) - expected).max() <= 0.51  # whole HU
 
 
 def test_noise_is_drawn_where_torch_works(monkeypatch):
@@ -134,17 +157,15 @@ def test_noise_is_drawn_where_torch_works(monkeypatch):
     asked = []
     draw = ls.ops.philox_uniform
     monkeypatch.setattr(ls.ops, "philox_uniform", lambda *a, **k: (asked.append(k), draw(*a, **k))[1])
-    variation = Variation(AugmentConfig(noise=30.0), 1, 2)
-    asked.clear()
-    variation.change(np.zeros((2, 8, 8), np.int16), np.ones((2, 8, 8), bool))
-    (one,) = asked
+    changed(np.zeros((2, 8, 8), np.int16), np.ones((2, 8, 8), bool), noise=30.0)
+    _, one = asked  # the amounts, and the noise
     assert "device" not in one
     assert isinstance(one["out"], torch.Tensor)
 
 
 def test_noise_has_its_deviation_and_is_correlated_in_plane():
     flat = np.full((8, 96, 96), -800, np.int16)
-    noise = only(noise=25.0).change(flat, np.ones(flat.shape, bool)) + 800.0
+    noise = changed(flat, np.ones(flat.shape, bool), noise=25.0) + 800.0
     # 74,000 voxels, some 4 to an independent value: 1 % is three standard errors
     assert noise.std() == pytest.approx(25.0, rel=0.015)
     assert abs(noise.mean()) < 0.6
@@ -157,31 +178,30 @@ def test_noise_has_its_deviation_and_is_correlated_in_plane():
 
 @pytest.mark.parametrize("border", [-3, -1, 1, 2])
 def test_the_edge_moves_in_plane(border):
-    mask = slab()[1]
+    hu, mask = slab()
     square = np.ones((1, 2 * abs(border) + 1, 2 * abs(border) + 1), bool)
-    change = ndimage.binary_dilation if border > 0 else ndimage.binary_erosion
-    expected = change(mask, square) if border > 0 else change(mask, square, border_value=1)
-    np.testing.assert_array_equal(only(border=border).edge(mask), expected)
-    np.testing.assert_array_equal(only(border=border).edge(torch.from_numpy(mask)).numpy(), expected)
+    grow = ndimage.binary_dilation if border > 0 else ndimage.binary_erosion
+    expected = grow(mask, square) if border > 0 else grow(mask, square, border_value=1)
+    np.testing.assert_array_equal(vary(only(border=border), hu, mask)[1], expected)
     assert (expected.sum() > mask.sum()) == (border > 0)
 
 
 def test_a_lung_too_thin_to_shrink_stays():
     mask = np.zeros((2, 12, 12), bool)
     mask[:, 4:6, 3:9] = True
-    assert only(border=-2).edge(mask) is mask
-    assert only(border=0).edge(mask) is mask
+    hu = np.zeros(mask.shape, np.int16)
+    np.testing.assert_array_equal(vary(only(border=-2), hu, mask)[1], mask)
 
 
 def test_gain_is_contrast_to_air():
     hu, mask = slab()
     expected = (hu + 1000.0) * 1.04 - 1000
-    assert np.abs(only(gain=0.04).change(hu, mask) - expected).max() <= 0.51  # whole HU
+    assert np.abs(changed(hu, mask, gain=0.04) - expected).max() <= 0.51  # whole HU
 
 
 def test_offset_and_range():
     hu, mask = slab()
-    np.testing.assert_array_equal(only(offset=-12.0).change(hu, mask), np.maximum(hu - 12, AIR))
+    np.testing.assert_array_equal(changed(hu, mask, offset=-12.0), np.maximum(hu - 12, AIR))
 
 
 def test_amounts_are_within_bounds_and_use_them():
@@ -205,24 +225,17 @@ def test_amounts_are_within_bounds_and_use_them():
     assert np.abs(np.corrcoef(amounts, rowvar=False) - np.eye(6)).max() < 0.2  # four standard errors
 
 
-def test_same_on_arrays_and_tensors_and_inputs_stay():
+def test_a_variation_is_a_function_of_seed_and_index():
     hu, mask = slab()
-    before = hu.copy(), mask.copy()
     window = (slice(4, 36), slice(5, 45))
     for index in range(3):
-        variation = Variation(ALL, 1, index)
-        arrays = variation.move(hu, mask, window)
-        tensors = variation.move(torch.from_numpy(hu), torch.from_numpy(mask), window)
-        assert all(isinstance(t, torch.Tensor) for t in tensors)
-        for a, t in zip(arrays, tensors, strict=True):
-            np.testing.assert_array_equal(a, t.numpy())
-        changed = variation.change(*arrays)
-        np.testing.assert_array_equal(changed, variation.change(*tensors).numpy())
-        np.testing.assert_array_equal(changed, Variation(ALL, 1, index).change(*arrays))
-        assert (changed != Variation(ALL, 1, index + 1).change(*arrays)).any()
-        assert (changed != Variation(ALL, 2, index).change(*arrays)).any()
-    np.testing.assert_array_equal(hu, before[0])
-    np.testing.assert_array_equal(mask, before[1])
+        one, again, next_, other = (
+            vary(Variation(ALL, seed, k), hu, mask, window)[0]
+            for seed, k in ((1, index), (1, index), (1, index + 1), (2, index))
+        )
+        np.testing.assert_array_equal(one, again)
+        assert (one != next_).any()
+        assert (one != other).any()
 
 
 @pytest.fixture(scope="module")
@@ -230,31 +243,27 @@ def volumes():
     return phantom_volumes(1, 0, (16, 96, 120), (4.0, 3.4, 3.4))
 
 
-def stream(volumes, augment, crop=48):
-    synthesizer = ls.LesionSynthesizer(ls.presets.covid_lung(), seed=4, threads=1)
-    return PairStream(
-        volumes, synthesizer, batch_size=3, slab=8, crop=crop, multiple=8, augment=augment, mirror=True
-    )
+def pairs(volumes, augment, crop=48):
+    return stream(*volumes, seed=4, batch_size=3, crop=crop, augment=augment, mirror=True)
 
 
 @pytest.mark.parametrize("crop", [48, None])
 def test_pairs_are_those_of_the_varied_slab(volumes, crop):
-    varied, plain = stream(volumes, ALL, crop), stream(volumes, None, crop)
+    varied, plain = pairs(volumes, ALL, crop), pairs(volumes, OFF, crop)
     slabs = varied.slabs(2)
     assert slabs.hu.shape == plain.slabs(2).hu.shape
     assert (slabs.hu != plain.slabs(2).hu).any()
     batch = varied.pairs(slabs)
     image, target, lesions = (np.asarray(t)[:, 0] for t in (batch.image, batch.target, batch.lesions))
-    healthy = ls.window_hu(slabs.hu) * slabs.mask
+    healthy = (ls.window_hu(slabs.hu) * slabs.mask).numpy()
     np.testing.assert_array_equal(image[~lesions], healthy[~lesions])
     np.testing.assert_array_equal(target, (healthy >= np.float32(ls.threshold())) & ~lesions)
     assert (image[lesions] >= healthy[lesions]).all()
-    again = stream(volumes, ALL, crop).batch(2)
+    again = pairs(volumes, ALL, crop).batch(2)
     assert torch.equal(again.image, batch.image)
 
 
-def test_off_changes_nothing(volumes):
-    assert torch.equal(stream(volumes, OFF).batch(1).image, stream(volumes, None).batch(1).image)
+def test_what_varies_is_active():
     assert not OFF.active
     assert all(replace(OFF, **{f.name: 1 if f.name == "border" else 0.1}).active for f in fields(OFF))
 
@@ -264,9 +273,10 @@ def test_lungs_that_would_be_moved_away_stay():
     mask = np.zeros(hu.shape, bool)
     mask[1, 10, 12] = True  # the corner of the window: four times larger, it lies outside
     window = (slice(10, 30), slice(12, 40))
-    assert not only(zoom=4.0).move(hu, mask, window)[1].any()
-    for got, whole in zip(_cut(hu, mask, window, only(zoom=4.0)), (hu, mask), strict=True):
+    for got, whole in zip(vary(only(zoom=4.0), hu, mask, window), (hu, mask), strict=True):
         np.testing.assert_array_equal(got, whole[:, 10:30, 12:40])
+    mask[:, 20, 25] = True  # and what stays in, is moved
+    assert (vary(only(zoom=4.0), hu, mask, window)[0] != hu[:, 10:30, 12:40]).any()
 
 
 @pytest.mark.parametrize(

@@ -101,7 +101,7 @@ def scores(
             "subpleural": -float(depth[z, y, x]),
         }[pattern]
     if roughness:
-        out += roughness * painting._field(depth.shape, 12.0 / spacing, seed, ROUGH_STREAM, index)
+        out += roughness * painting.field(depth.shape, 12.0 / spacing, seed, ROUGH_STREAM, index)
     return out
 
 
@@ -333,7 +333,7 @@ def test_the_rim_of_the_lung_becomes_dense():
 
 @given(st.tuples(*[st.integers(6, 20)] * 3), st.floats(0.3, 2.0), seeds, indices)
 def test_fields_are_standard(shape, sigma, seed, index):
-    field = painting._field(shape, sigma, seed, 72, index)
+    field = painting.field(shape, sigma, seed, 72, index)
     assert field.shape == shape
     assert field.dtype == np.float32
     assert field.std() == pytest.approx(1, abs=1e-4)  # float32 sums

@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from numpy.testing import assert_allclose, assert_array_equal
 from scipy import ndimage
 
@@ -17,9 +19,9 @@ pytest.importorskip("monai")
 import torch
 
 from normnet import chests
+from normnet import thick as thick_slices
 from normnet.chests import FILLS, Chest, ChestStream, phantom_chests
-from normnet.config import AugmentConfig, ChestConfig
-from normnet.data import ThickSlices
+from normnet.config import AugmentConfig, ChestConfig, ModelConfig, TrainConfig
 from normnet.painting import LEFT, RIGHT, Painted
 from normnet.prepare.network import ADULT_MM, WINDOW, window
 
@@ -27,7 +29,8 @@ STILL = ChestConfig(diseased=0, tilt=0, stretch=0, bend=0, contrast=0, gas=0, ar
 """Nothing varies but where the sample is cut."""
 EVERYTHING: dict[str, Any] = {
     "mirror": True,
-    "thick": ThickSlices(0.35, (4.0, 10.0)),
+    "thick_slices": 0.35,
+    "thick_mm": (4.0, 10.0),
     "augment": AugmentConfig(rotate=15, zoom=0.35, blur=1.2, noise=80, offset=40, gain=0.05),
     "chest": ChestConfig(cropped=0.7, arms=0.5, contrast=0.5),
 }
@@ -71,8 +74,12 @@ def body(shape: tuple[int, int, int] = (32, 64, 80)) -> Chest:
     return Chest("body", hu.astype(np.int16), lungs, [(0, shape[0])])
 
 
-def stream(*chosen: Chest, seed: int = 0, **settings: Any) -> ChestStream:
-    return ChestStream(chosen, seed, **{"batch_size": 2, "chest": STILL, **SMALL, **settings})
+def stream(*chosen: Chest, **settings: Any) -> ChestStream:
+    """Samples of chests; of settings, those of a stream are taken out of the configuration's."""
+    how = {k: settings.pop(k) for k in ("rank", "processes", "first_index") if k in settings}
+    model = ModelConfig(channels=(1, 1), strides=(1,), outputs=2)
+    config = {"task": "lungs", "model": model, "batch_size": 2, "chest": STILL, **SMALL, **settings}
+    return ChestStream(chosen, TrainConfig(**config), **how)
 
 
 def hu_of(image: np.ndarray) -> np.ndarray:
@@ -328,6 +335,26 @@ def test_a_pose_turns_and_scales_and_nothing_else():
     assert max(zooms) > 1.1 > 0.9 > min(zooms)
 
 
+@given(st.lists(st.floats(0, 1), min_size=10, max_size=10))
+def test_a_pose_is_three_turns_one_after_the_other(drawn):
+    """About z, then x, then y, in voxels z, y, x: by sines and cosines."""
+    augment, chest = AugmentConfig(rotate=90, zoom=0.3), replace(STILL, tilt=60, stretch=0.2)
+    samples = stream(noisy(), augment=augment, chest=chest)
+    places, zoom = samples._places(samples._sources[0], iter(drawn), 0)
+    signed = 2 * np.array(drawn) - 1
+    matrix = np.eye(3)
+    for (first, second), angle in zip(((1, 2), (0, 1), (0, 2)), signed[:3] * [90, 60, 60], strict=True):
+        turn = np.eye(3)
+        turn[first, first] = turn[second, second] = np.cos(np.radians(angle))
+        turn[second, first] = np.sin(np.radians(angle))
+        turn[first, second] = -turn[second, first]
+        matrix = matrix @ turn
+    assert zoom == pytest.approx(1.3 ** signed[3])
+    steps = [places.diff(dim=axis)[0, 0, 0].numpy() for axis in range(3)]
+    expected = matrix / (zoom * 1.2 ** signed[4:7])
+    assert_allclose(np.stack(steps, axis=1), expected, atol=1e-4)  # float32 of up to 60 voxels
+
+
 def test_stretching_scales_each_axis_by_itself():
     grid = np.indices((16, 24, 24), float)
     factors = []
@@ -368,18 +395,18 @@ def test_bending_moves_by_so_many_voxels_at_most():
 
 def test_thick_slices_average_what_they_cover(monkeypatch):
     used = []
-    real = chests.slice_profile
+    real = thick_slices.slice_profile
 
     def spied(slices, spacing, thickness, phase):
         used.append((slices, spacing, thickness, real(slices, spacing, thickness, phase)))
         return used[-1][-1]
 
-    monkeypatch.setattr(chests, "slice_profile", spied)
+    monkeypatch.setattr(thick_slices, "slice_profile", spied)
     lungs = boxes()
     for z in range(40):  # every slice another
         lungs[z, : 14 + z // 2] = 0
     chest = Chest("steps", noisy().hu, lungs, [(0, 40)])
-    thick = stream(chest, slab=32, thick=ThickSlices(1.0, (12.0, 24.0)))
+    thick = stream(chest, slab=32, thick_slices=1.0, thick_mm=(12.0, 24.0))
     thin = stream(chest, slab=32)
     for index in range(6):
         image, found, _ = thick.sample(index)
@@ -393,7 +420,7 @@ def test_thick_slices_average_what_they_cover(monkeypatch):
         assert bright.sum() > 10
         assert_allclose(hu_of(image)[bright], np.tensordot(profile, hu_of(plain), 1)[bright], atol=0.01)
         assert_array_equal(found, names[nearest])
-    half, none = stream(chest, thick=ThickSlices(0.5)), stream(chest)
+    half, none = stream(chest, thick_slices=0.5), stream(chest)
     changed = [not np.array_equal(half.sample(k)[0], none.sample(k)[0]) for k in range(40)]
     assert 8 <= sum(changed) <= 32  # binomial of 40 at 0.5, four standard deviations
 
