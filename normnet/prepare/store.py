@@ -33,7 +33,7 @@ from lesionsynth.commands import one_line
 from lesionsynth.config import LEAST_SPACING, MOST_SPACING
 from lesionsynth.files import write_atomically
 from lesionsynth.strict import hints_of, name_of, read_json, shown
-from normnet.config import Task
+from normnet.config import HealthyHU, Task
 from normnet.settings import from_record, naming, settings
 
 FORMAT = 1
@@ -70,7 +70,7 @@ class CaseMeta:
     """Runs of usable slices ``(z0, z1)``, ``z1`` excluded."""
     mask_counts: Annotated[tuple[Count, ...], Field(fail_fast=True)]
     """Mask voxels of every slice."""
-    density_hu: float | None = None
+    density_hu: HealthyHU | None = None
     """Density of healthy lung, `normnet.inflation.healthy_density`; none where there is none to tell."""
 
     def __post_init__(self) -> None:
