@@ -26,6 +26,7 @@ from lesionsynth.strict import name_of
 from normnet.cases import FORESEEN, Case, find_cases, hear, reason
 from normnet.config import OUTPUTS, PAPER_THRESHOLD_HU, Task
 from normnet.draw import prepared_picture
+from normnet.inflation import healthy_density
 from normnet.prepare.case import (
     ISO_SPACING,
     LoadedCase,
@@ -426,8 +427,6 @@ def _prepare(work: Work) -> dict[str, Any]:
         "warnings": said,
     }
     if work.task == "lesions":
-        from normnet.inflation import healthy_density  # torch is long to load
-
         meta["density_hu"] = healthy_density(hu, mask)
     picture = prepared_picture(
         hu,
