@@ -108,6 +108,6 @@ def leaves(place: Place, part: str) -> tuple[str, str]:
 def gpu_tests() -> list[str]:
     """Files with tests that need a GPU, by their marker."""
     marker = re.compile(r"\bmark\.gpu\b")
-    files = sorted((ROOT / "tests").glob("test_*.py"))
+    files = sorted((ROOT / "tests").rglob("test_*.py"))
     marked = [path for path in files if marker.search(path.read_text(encoding="utf-8"))]
     return [str(path.relative_to(ROOT)) for path in marked]

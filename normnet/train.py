@@ -14,8 +14,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import csv
-import io
 import json
 import math
 import os
@@ -63,7 +61,7 @@ from normnet.model import (
     write_tensors,
 )
 from normnet.settings import File, naming, settings
-from normnet.sheets import read_rows
+from normnet.sheets import Sheet, read_rows, sheet
 from normnet.workers import SLOT, Died, run_parallel
 
 CONFIG, STATE, BEST, METRICS = "config.json", "state.safetensors", "best.safetensors", "metrics.csv"
@@ -647,13 +645,11 @@ class RunLog:
 
     def __init__(self, output: Path, progress: Progress) -> None:
         self._file = output / METRICS
-        kept = io.StringIO(newline="")
-        rows = csv.DictWriter(kept, self.FIELDS, lineterminator="\n")
-        rows.writeheader()
-        rows.writerows(self._kept(progress) if progress.iteration and self._file.exists() else [])
-        write_atomically(self._file, kept.getvalue())
+        kept = self._kept(progress) if progress.iteration and self._file.exists() else []
+        rows = ([row.get(name) for name in self.FIELDS] for row in kept)
+        write_atomically(self._file, sheet([self.FIELDS, *rows]))
         self._stream = self._file.open("a", newline="")
-        self._rows = csv.DictWriter(self._stream, self.FIELDS, lineterminator="\n")
+        self._rows = Sheet(self._stream)
         self._board = SummaryWriter(str(output), purge_step=progress.iteration + 1)
 
     def _kept(self, progress: Progress) -> list[dict[str, str]]:
@@ -688,7 +684,8 @@ class RunLog:
     def scores(self, progress: Progress, values: Mapping[str, float]) -> None:
         """One line a validation."""
         told = {name: f"{value:.5g}" for name, value in values.items()}
-        self._rows.writerow({"iteration": progress.iteration, "seconds": f"{progress.seconds:.2f}", **told})
+        row = {"iteration": progress.iteration, "seconds": f"{progress.seconds:.2f}", **told}
+        self._rows.row(row.get(name) for name in self.FIELDS)
         for name, value in values.items():
             self._board.add_scalar(name, value, progress.iteration)
 

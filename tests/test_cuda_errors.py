@@ -124,11 +124,15 @@ def test_bad_device_names() -> None:
 @pytest.mark.skipif(devices() > 0, reason="there is a GPU")
 @pytest.mark.parametrize(
     "test",
-    ["tests/test_gpu.py::test_backend_is_one", "tests/normnet/test_predict.py", "tests/test_train_gpu.py"],
+    [
+        "tests/test_gpu.py::test_backend_is_one",
+        "tests/normnet/test_predict.py",
+        "tests/normnet/test_data_gpu.py",
+    ],
 )
 def test_a_gpu_that_is_expected_is_not_skipped(test) -> None:
     """REQUIRE_GPU=1: no test for a GPU passes by not running, nor one that finds its library blind."""
-    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", test]
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", f"tests/{test}"]
     codes = []
     for require in ("", "1"):
         environment = os.environ | {"REQUIRE_GPU": require, "PYTEST_ADDOPTS": ""}

@@ -130,7 +130,7 @@ def test_results_go_where_the_benchmarks_write_them_unless_told(tmp_path) -> Non
 
 def test_every_file_with_gpu_tests_is_run(tmp_path) -> None:
     assert "tests/test_gpu.py" in gpu_tests()
-    assert "tests/test_train_gpu.py" in gpu_tests()
+    assert {"tests/normnet/test_data_gpu.py", "tests/normnet/test_predict.py"} <= set(gpu_tests())
     assert "tests/test_gpu_session.py" not in gpu_tests()
     (command,) = next(one for one in parts(Place(tmp_path, None)) if one.name == "tests").commands
     assert set(gpu_tests()) <= set(command.argv)
@@ -377,7 +377,7 @@ JUNIT = """<?xml version="1.0" encoding="utf-8"?>
   <failure message="AssertionError: 3 voxels&#10;more">trace</failure></testcase>
 <testcase classname="tests.test_gpu" name="test_idle">
   <skipped type="pytest.skip" message="one device" /></testcase>
-<testcase classname="" name="tests.test_train_gpu">
+<testcase classname="" name="tests.normnet.test_data_gpu">
   <error message="collection failure">ImportError</error></testcase>
 </testsuite></testsuites>"""
 
@@ -387,7 +387,7 @@ def test_junit() -> None:
     assert found["counts"] == {"passed": 1, "failed": 1, "error": 1, "skipped": 1}
     assert found["failed"] == [
         "tests.test_gpu::test_bad: AssertionError: 3 voxels",
-        "tests.test_train_gpu: collection failure",
+        "tests.normnet.test_data_gpu: collection failure",
     ]
     assert found["skipped"] == ["tests.test_gpu::test_idle: one device"]
 

@@ -96,7 +96,7 @@ def healthy(tmp_path_factory):
     folder = tmp_path_factory.mktemp("baselines") / "store"
     store = Store.create(folder, {"spacing": SPACING, "size": None})
     for volume in phantom_volumes(4, 0, SHAPE, SPACING):
-        store.add(volume.name, *volume.slab(0, SHAPE[0]))
+        store.add(volume.name, *volume.read(0, SHAPE[0]))
     return folder
 
 
@@ -177,7 +177,7 @@ def test_calibration_gives_the_asked_share_of_false_positives(tmp_path, healthy)
     settings = {"iterations": 5, "false_positives": 0.03, "min_lung_cm2": 0, "data": healthy}
     baseline = train_baseline(tiny("kl_gradient", tmp_path, **settings)).baseline
     _, (held_out,) = split(store_volumes(healthy), 1, slab=1)
-    hu, mask = held_out.slab(0, SHAPE[0])
+    hu, mask = held_out.read(0, SHAPE[0])
     anomaly = score_volume(baseline, hu, mask, spacing=SPACING)
     assert find_lesions(baseline, anomaly)[mask].mean() == pytest.approx(0.03, abs=1e-3)
     # a / (a + scale) is 1/2 where a is the scale: 95 % lie below
