@@ -132,7 +132,7 @@ def test_bad_device_names() -> None:
 )
 def test_a_gpu_that_is_expected_is_not_skipped(test) -> None:
     """REQUIRE_GPU=1: no test for a GPU passes by not running, nor one that finds its library blind."""
-    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", f"tests/{test}"]
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", test]
     codes = []
     for require in ("", "1"):
         environment = os.environ | {"REQUIRE_GPU": require, "PYTEST_ADDOPTS": ""}
