@@ -327,12 +327,6 @@ def test_device_must_be_one():
         pass
 
 
-@pytest.mark.parametrize("name", PRESETS)
-def test_presets_round_trip_as_json(name):
-    config = PRESETS[name]()
-    assert from_json(TrainConfig, to_json(config)) == config
-
-
 def test_the_paper_s_values_are_the_defaults():
     config, predict, post = TrainConfig(), PredictConfig(), PostprocessConfig()
     assert (config.iterations, config.batch_size, config.learning_rate, config.slab) == (3500, 8, 3e-4, 32)
