@@ -66,6 +66,7 @@ def test_processes_refuse_together(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("channels", [1, 2])
 @pytest.mark.parametrize("empty", [False, True])
 @pytest.mark.parametrize("weighted", [False, True])
 def test_the_loss_is_one_dice_and_a_mean_entropy(channels, empty, weighted):
