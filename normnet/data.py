@@ -384,7 +384,7 @@ class PairStream(Stream):
         start = time.perf_counter()
         indices = list(self.indices(step))
         hus, masks, fractions, profiles = zip(*map(self._healthy, indices), strict=True)
-        hu, mask = torch.stack(hus), torch.stack(masks)
+        hu, mask = _stacked(hus), _stacked(masks)
         if self.device.type == "cuda" and not hu.is_cuda:
             # a new thread begins on device 0, whichever trains: pinning would set that up in every process
             with torch.cuda.device(self.device):
@@ -456,6 +456,13 @@ class PairStream(Stream):
             hu, mask = hu.flip(2), mask.flip(2)
         thick = draw_profile(config, config.slab, volume.spacing[0], *map(float, u[3:6]))
         return hu, mask, min(1.0, max(voxels, 1) / self.largest), thick
+
+
+def _stacked(slabs: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Stack; on a CPU with NumPy, whose large pages take a sixth of the time."""
+    if slabs[0].is_cuda:
+        return torch.stack(list(slabs))
+    return torch.from_numpy(np.stack([slab.numpy() for slab in slabs]))
 
 
 def _window(mask: torch.Tensor, sizes: Sequence[int], u: float) -> tuple[slice, slice]:
