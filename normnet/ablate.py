@@ -53,7 +53,7 @@ from normnet.config import (
     read_config,
     to_json,
 )
-from normnet.data import PHANTOM_SEED
+from normnet.data import PATIENT_SEED, PHANTOM_SEED
 from normnet.device import choose_device, cpu_settings
 from normnet.draw import curve
 from normnet.inflation import windowed_lungs
@@ -81,8 +81,6 @@ TITLES: dict[TableName, str] = {
     "threshold": "Table VI: Dice under different HU thresholds (%)",
 }
 FAILED, PENDING = "failed", "pending"
-PATIENT_SEED = 1
-"""First phantom patient; training phantoms have seeds from `PHANTOM_SEED` up."""
 FILES = ("table.csv", "table.md", "report.html", "results.json")
 """What a table is written as; the last proves that the others are its own."""
 RECORDED = ("table", "title", "scale", "header", "rows", "paper_dice_percent", "cells", "failures", "notes")

@@ -22,7 +22,7 @@ from scipy.spatial.transform import Rotation
 
 import lesionsynth as ls
 from normnet.config import Shape, Spacing, TrainConfig
-from normnet.data import PHANTOM_SEED, VALIDATION_INDEX, Batch, Stream
+from normnet.data import VALIDATION_INDEX, Batch, Stream, phantoms
 from normnet.painting import LEFT, RIGHT, Image, Labels, Mask, Painter, field, smooth, uniform
 from normnet.prepare.lungs import split_mask
 from normnet.prepare.network import ADULT_MM, window
@@ -122,11 +122,10 @@ def phantom_chests(count: int, seed: int, shape: Shape, spacing: Spacing) -> lis
         The shape is too small to show two lungs.
     """
     chests = []
-    for k in range(PHANTOM_SEED + 100 * seed, PHANTOM_SEED + 100 * seed + count):
-        phantom = ls.phantom.chest_ct(shape=shape, spacing=spacing, seed=k)
+    for name, phantom in phantoms(count, seed, shape, spacing):
         sides = split_mask(phantom.lung_mask, spacing)
         lungs = (RIGHT * sides.right + LEFT * sides.left).astype(np.uint8)
-        chests.append(Chest(f"phantom{k}", phantom.hu, lungs, [(0, shape[0])]))
+        chests.append(Chest(name, phantom.hu, lungs, [(0, shape[0])]))
     return chests
 
 

@@ -38,6 +38,8 @@ VALIDATION_INDEX = 2**31
 """First sample index of validation pairs; training stays below."""
 PHANTOM_SEED = 1000
 """First seed of training phantoms: run r takes PHANTOM_SEED + 100 r onwards. Below it are evaluation's."""
+PATIENT_SEED = 1
+"""First seed of phantoms that are evaluated on, whatever the run's seed."""
 VOXEL_BYTES = 3
 """A kept voxel: HU in int16, and its mask."""
 ROOM = 2
@@ -180,13 +182,18 @@ class Volume:
         return replace(self, read=lambda z0, z1: (hu[z0:z1], mask[z0:z1]), factor=1.0)
 
 
+def phantoms(
+    count: int, seed: int, shape: Shape, spacing: Spacing
+) -> Iterator[tuple[str, ls.phantom.ChestCT]]:
+    """Draw healthy phantoms, and their names, for the training run `seed`."""
+    for k in range(PHANTOM_SEED + 100 * seed, PHANTOM_SEED + 100 * seed + count):
+        yield f"phantom{k}", ls.phantom.chest_ct(shape=shape, spacing=spacing, seed=k)
+
+
 def phantom_volumes(count: int, seed: int, shape: Shape, spacing: Spacing) -> list[Volume]:
     """Draw healthy phantoms for the training run `seed`."""
-    volumes = []
-    for k in range(PHANTOM_SEED + 100 * seed, PHANTOM_SEED + 100 * seed + count):
-        chest = ls.phantom.chest_ct(shape=shape, spacing=spacing, seed=k)
-        volumes.append(Volume.of(f"phantom{k}", chest.hu, chest.lung_mask, spacing))
-    return volumes
+    drawn = phantoms(count, seed, shape, spacing)
+    return [Volume.of(name, chest.hu, chest.lung_mask, spacing) for name, chest in drawn]
 
 
 def store_volumes(path: Path) -> list[Volume]:

@@ -24,7 +24,7 @@ from lesionsynth.commands import run
 from lesionsynth.files import claimed, others, remove_folder, sweep, write_atomically
 from lesionsynth.strict import name_of
 from normnet.config import WEIGHTS, PredictConfig, TrainConfig, phantom
-from normnet.data import PHANTOM_SEED
+from normnet.data import PATIENT_SEED, PHANTOM_SEED
 from normnet.draw import curve, grey, lung_box, png, side_by_side
 from normnet.evaluate import CaseVolumes, Evaluation, Origin, check_output, evaluate_volumes, tissue
 from normnet.metrics import HEALTHY_THRESHOLD, percent
@@ -41,8 +41,6 @@ RUN, MARKER, FORMAT = "run", "demo.json", "normnet.demo"
 """Folder of the training run, and the file in it that says that it may be replaced."""
 FILES = (WEIGHTS, BEST, STATE, METRICS, "events.out.tfevents.*", CONFIG, MARKER)
 """What that folder may hold then."""
-PATIENT_SEED = 1
-"""First patient; training phantoms have seeds from `PHANTOM_SEED` up, whatever the run's seed."""
 
 
 @dataclass(frozen=True, kw_only=True)

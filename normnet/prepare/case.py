@@ -16,7 +16,7 @@ from lesionsynth.files import sha256
 from lesionsynth.io import Scan, read_ct, read_mask
 from normnet.cases import Case
 from normnet.config import BUNDLED_LUNGS, WEIGHTS, model_name
-from normnet.prepare.grid import IsoGrid, Mask, Spacing
+from normnet.prepare.grid import IsoGrid, Mask, Spacing, check_spacing
 from normnet.prepare.lungs import (
     Lungs,
     check_agreement,
@@ -157,8 +157,7 @@ def load_case(
 
 def check_grid(spacing: Spacing, size: int | None) -> None:
     """Refuse a working grid that cannot be, by a ValueError."""
-    if len(spacing) != 3 or not all(np.isfinite(s) and s > 0 for s in spacing):
-        raise ValueError(f"spacing must be three positive lengths in mm, got {spacing}")
+    check_spacing(spacing)
     if size is not None and size < 1:
         raise ValueError(f"size must be at least 1 voxel, got {size}")
 

@@ -157,6 +157,12 @@ def _resample(
     return out
 
 
+def check_spacing(spacing: Spacing) -> None:
+    """Raise `ValueError` unless these are voxel sizes."""
+    if len(spacing) != 3 or not all(np.isfinite(s) and s > 0 for s in spacing):
+        raise ValueError(f"spacing must be three positive lengths in mm, got {spacing}")
+
+
 def linear(volume: npt.NDArray[Any], positions: list[npt.NDArray[np.float64]]) -> npt.NDArray[np.float32]:
     """Interpolate at ascending positions along each axis; what lies beyond an end has its value.
 

@@ -20,7 +20,7 @@ from skimage.morphology import isotropic_closing, isotropic_dilation
 from skimage.segmentation import expand_labels
 
 from lesionsynth.commands import optional
-from normnet.prepare.grid import Mask, Spacing, linear
+from normnet.prepare.grid import Mask, Spacing, check_spacing, linear
 
 HU = npt.NDArray[np.int16]
 Field = npt.NDArray[np.float32]
@@ -138,8 +138,7 @@ def split_lungs(hu: HU, spacing: Spacing) -> Lungs:
     """Segment the lungs and tell right from left; arguments and errors as `segment_lungs`."""
     if hu.ndim != 3:
         raise ValueError(f"hu must be 3-D (z, y, x), got shape {hu.shape}")
-    if len(spacing) != 3 or not all(np.isfinite(s) and s > 0 for s in spacing):
-        raise ValueError(f"spacing must be three positive lengths in mm, got {spacing}")
+    check_spacing(spacing)
     factors, mm = coarse_grid(spacing)
     whole = block_mean(hu, factors)
     fillers = _fillers(hu)
