@@ -7,7 +7,6 @@ import decimal
 import fractions
 import json
 import math
-import time
 from dataclasses import replace
 from typing import Any
 
@@ -34,11 +33,15 @@ from normnet.config import (
     to_json,
 )
 from tests.golden import FILE
+from tests.hostile.bounds import at_once
 from tests.hostile.tally import trial
 from tests.plans import blob, plan, renderer, small_config
 
 KIND = "domains"
-SECONDS = 0.2
+MEBIBYTES = 1
+"""Of a setting or a flag that is refused, which takes 0.1."""
+RENDERED, BIG_RENDERED = 32, 128
+"""Mebibytes of a pair of 12 x 40 x 44 voxels, which takes 14, and of a whole slab, which takes 50."""
 NAN, INF = math.nan, math.inf
 LESION = component = Component(
     label=1, blobs=(0,), box=((0, 1), (0, 1), (0, 1)), voxels=1, beta=1.0, beta_fallback=False
@@ -90,10 +93,8 @@ def number_fields(part: Any) -> list[str]:
 
 
 def refused(part: Any, name: str, value: Any) -> None:
-    start = time.process_time()
-    with pytest.raises((TypeError, ValueError)) as caught:
+    with at_once(MEBIBYTES), pytest.raises((TypeError, ValueError)) as caught:
         replace(part, **{name: value})
-    assert time.process_time() - start < SECONDS
     said = str(caught.value)
     assert len(said) < 600
     assert said.isprintable()
@@ -213,20 +214,18 @@ def plans(draw: Any) -> ls.LesionPlan:
 @settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
 @given(drawn=plans())
 def test_plans_that_are_accepted(drawn) -> None:
-    """They are written and read back exactly, and are refused as too much, or rendered in a second or two."""
+    """They are written and read back exactly, and are refused as too much, or rendered."""
     image = np.full((12, 40, 44), 0.25, np.float32)
     with trial(KIND):
         text = drawn.to_json()
-        start = time.process_time()
         try:
-            assert ls.LesionPlan.from_json(text) == drawn
-            pair = renderer().render(drawn, image, np.ones(image.shape, bool))
+            with at_once(RENDERED):
+                assert ls.LesionPlan.from_json(text) == drawn
+                pair = renderer().render(drawn, image, np.ones(image.shape, bool))
         except ValueError as error:
             said = str(error)
             assert said.startswith("blobs must have")
-            assert time.process_time() - start < 1.0
             return
-        assert time.process_time() - start < 20.0
         assert 0.25 <= pair.image.min() <= pair.image.max() <= 1
         assert ls.LesionPlan.from_json(pair.plan.to_json()) == pair.plan
 
@@ -244,15 +243,13 @@ def test_plans_that_are_accepted_of_a_whole_slab(data, count) -> None:
     drawn = plan(*many, shape=BIG, scale=data.draw(st.tuples(*[lengths(0.1, 10.0)] * 3)))
     image = np.zeros(BIG, np.float32)
     with trial(KIND):
-        start = time.process_time()
         try:
-            pair = renderer().render(drawn, image, np.ones(BIG, bool))
+            with at_once(BIG_RENDERED):
+                pair = renderer().render(drawn, image, np.ones(BIG, bool))
             assert np.isfinite(pair.image).all()
         except ValueError as error:
             said = str(error)
             assert said.startswith("blobs must have")
-            assert time.process_time() - start < 2.0
-        assert time.process_time() - start < 60.0
 
 
 TOO_MUCH = {
@@ -267,14 +264,13 @@ TOO_MUCH = {
 
 @pytest.mark.parametrize("name", TOO_MUCH)
 def test_too_much_together(name) -> None:
-    """Each blob within bounds, the sum is not: refused in milliseconds, by plan, JSON and rendering."""
+    """Each blob within bounds, the sum is not: refused at once, by plan, JSON and rendering."""
     drawn = plan(*TOO_MUCH[name], shape=BIG)
-    image = np.zeros(BIG, np.float32)
-    for call in (lambda: drawn.check_work(BIG), lambda: renderer().render(drawn, image, np.ones(BIG, bool))):
-        start = time.process_time()
-        with trial(KIND), pytest.raises(ValueError, match="blobs must have"):
+    image, mask = np.zeros(BIG, np.float32), np.ones(BIG, bool)
+    calls = {1: lambda: drawn.check_work(BIG), 48: lambda: renderer().render(drawn, image, mask)}
+    for most, call in calls.items():  # a copy of the input has 40, each field that is rendered 32 more
+        with trial(KIND), at_once(most), pytest.raises(ValueError, match="blobs must have"):
             call()
-        assert time.process_time() - start < 1.0
     with trial(KIND), pytest.raises(ValueError, match="blobs must have"):
         ls.LesionPlan.from_json(drawn.to_json())
 
@@ -347,13 +343,12 @@ FLAGS = {
 
 @pytest.mark.parametrize("flag", FLAGS)
 def test_flags_are_refused_before_anything_is_made(tmp_path, capsys, flag) -> None:
-    """In milliseconds: no phantom is drawn, no list of a billion folders."""
+    """No phantom is drawn, no list of a billion folders is made."""
     for value in FLAGS[flag]:
         command, out = ("preview", "p.png") if flag == "--rows" else ("synth", "out")
-        start = time.process_time()
         with trial(KIND):
-            assert cli.main([command, "--output", str(tmp_path / out), f"{flag}={value}"]) == 2
-            assert time.process_time() - start < SECONDS
+            with at_once(MEBIBYTES):
+                assert cli.main([command, "--output", str(tmp_path / out), f"{flag}={value}"]) == 2
             said = capsys.readouterr().err
             assert said.count("\n") == 1
             assert flag[2:].replace("-", "_") in said.replace("-", "_") or "seed" in said

@@ -6,7 +6,6 @@ import copy
 import json
 import os
 import socket
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -27,11 +26,17 @@ from normnet.config import PredictConfig, TrainConfig
 from normnet.output import read_record, read_records
 from normnet.predict import read_config as read_settings
 from normnet.prepare.store import Case, Store
+from tests.hostile.bounds import at_once
 from tests.hostile.tally import trial
 from tests.plans import blob, plan, renderer
 
 KIND = "json"
-SECONDS = 1.0  # of this process: a busy machine is no fault
+MEBIBYTES = 64
+"""Of a document: the longest takes 40."""
+RENDERED = 16
+"""Mebibytes of a pair of 12 x 40 x 44 voxels, which takes 3."""
+RELATED = {"shape": ("mask_counts", "segments"), "accumulate": ("batch_size",), "size": ("channels",)}
+"""Fields that may be told in place of another, as they fit no more."""
 
 
 def predicted() -> dict[str, Any]:
@@ -125,10 +130,8 @@ def write(folder: Path, name: str, text: str | bytes) -> Path:
 
 def refused(path: Path, read: Callable[[Path], Any], *words: str) -> str:
     """Fail unless a file is refused, at once, in one line of ASCII that names it and has some words."""
-    start = time.process_time()
-    with pytest.raises((ValueError, OSError)) as caught:
+    with at_once(MEBIBYTES), pytest.raises((ValueError, OSError)) as caught:
         read(path)
-    assert time.process_time() - start < SECONDS
     said = str(caught.value)
     assert str(path) in said or path.name in said
     assert len(said) < 700
@@ -299,7 +302,7 @@ EXTREME = st.one_of(
 @given(data=st.data(), value=EXTREME)
 @pytest.mark.parametrize("kind", DOCUMENTS)
 def test_extreme_numbers(tmp_path, kind, data, value) -> None:
-    """Refused with the field's name, or taken; a plan that is taken is rendered, within a second or so."""
+    """Refused with the field's name, or taken; a plan that is taken is rendered."""
     name, document, read = DOCUMENTS[kind]
     numbers = []
     for path in leaves(document):
@@ -311,32 +314,27 @@ def test_extreme_numbers(tmp_path, kind, data, value) -> None:
     path = data.draw(st.sampled_from(numbers))
     file = write(tmp_path, name, json.dumps(changed(document, path, value)))
     with trial(KIND):
-        start = time.process_time()
         try:
-            found = read(file)
+            with at_once(MEBIBYTES):
+                found = read(file)
         except ValueError as error:
             said = str(error)
             field = next(key for key in reversed(path) if isinstance(key, str))
-            related = {"shape": "mask_counts", "accumulate": "batch_size", "size": "channels"}.get(
-                field, field
-            )
-            assert field in said or related in said or "shape" in said
+            assert any(name in said for name in (field, "shape", *RELATED.get(field, ())))
             assert file.name in said
             assert len(said) < 700
             return
-        finally:
-            assert time.process_time() - start < SECONDS
         if kind == "plan" and found.shape == (12, 40, 44):
             image = np.zeros((12, 40, 44), np.float32)
             try:
-                pair = renderer().render(found, image, np.ones(image.shape, bool))
+                with at_once(RENDERED):
+                    pair = renderer().render(found, image, np.ones(image.shape, bool))
             except ValueError as error:
                 said = str(error)
                 assert "center" in said
                 return
             assert np.isfinite(pair.image).all()
             assert 0 <= pair.image.min() <= pair.image.max() <= 1
-            assert time.process_time() - start < 10 * SECONDS
             assert ls.LesionPlan.from_json(pair.plan.to_json()) == pair.plan
 
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
+import queue
 import threading
-import time
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -287,37 +288,35 @@ def test_pairs_for_cuda_without_its_kernels_are_made_on_the_cpu(monkeypatch, dra
 # ---- batches, ahead of the network
 
 
-def test_batches_come_in_order_and_ahead():
-    asked: list[int] = []
+def test_batches_come_in_order_and_ahead(monkeypatch):
+    asked: queue.Queue[int] = queue.Queue()
 
     def make(step: int) -> int:
-        asked.append(step)
-        time.sleep(0.01)
+        asked.put(step)
         return step
 
+    ticks = itertools.count()
+    monkeypatch.setattr(data, "time", SimpleNamespace(perf_counter=lambda: next(ticks)))
     batches = Batches(SimpleNamespace(device=CPU, batch=make), range(3, 12))
-    found = []
+    found, made = [], []
     with contextlib.closing(batches):
         for step in batches:
             found.append(step)
-            time.sleep(0.05)  # the thread goes on meanwhile, but not far
-            assert max(asked) == min(step + data.AHEAD, 11)
-    assert found == asked == list(range(3, 12))
-    assert 0.01 < batches.waited < 0.2  # for the first, and hardly for others
+            while len(made) < min(step + data.AHEAD, 11) - 2:  # the thread goes on meanwhile
+                made.append(asked.get(timeout=60))
+            with pytest.raises(queue.Empty):  # but not far
+                asked.get(timeout=0.05)
+    assert found == made == list(range(3, 12))
+    assert batches.waited == len(found)  # a tick each
 
 
 def test_closed_batches_stop_their_thread():
     before = threading.active_count()
     asked: list[int] = []
-
-    def make(step: int) -> None:
-        asked.append(step)
-        time.sleep(0.05)
-
-    with contextlib.closing(Batches(SimpleNamespace(device=CPU, batch=make), range(1000))) as batches:
+    with contextlib.closing(Batches(SimpleNamespace(device=CPU, batch=asked.append), range(1000))) as batches:
         next(iter(batches))
     assert threading.active_count() == before
-    assert len(asked) <= 2
+    assert len(asked) <= data.AHEAD + 1
     batches.close()
 
 

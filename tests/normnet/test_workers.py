@@ -75,7 +75,10 @@ def test_a_process_that_died_while_it_waited_is_replaced() -> None:
         first, slot = worker.call(slot_of, 0).result()
         os.kill(first, signal.SIGKILL)
         worker.context.process.join()
-        time.sleep(0.5)  # until its pool knows
+        until = time.monotonic() + 60
+        while not worker.pool._broken:  # until its pool knows
+            assert time.monotonic() < until
+            time.sleep(0.01)
         second, again = worker.call(slot_of, 0).result()
     finally:
         worker.pool.shutdown()
