@@ -342,9 +342,16 @@ def test_bombs(tmp_path: Path, name: str) -> None:
     with (tmp_path / name).open("ab") as stream:
         for _ in range(512):
             stream.write(block)
+    refused_unread(tmp_path / name)
+    huge(tmp_path / name, (6, 5, 4), np.random.default_rng(0).bytes(1 << 23))  # in one stream
+    refused_unread(tmp_path / name)
+
+
+def refused_unread(path: Path) -> None:
+    """Refused after a block or so of eight MiB."""
     before = bytes_read()
-    refused(tmp_path / name)
-    assert bytes_read() - before < 2**21  # of eight MiB, in blocks of one
+    refused(path)
+    assert bytes_read() - before < 2**21
 
 
 def bytes_read() -> int:
