@@ -29,7 +29,6 @@ import pandas as pd
 import tyro
 from pydantic import ConfigDict, Field, create_model
 
-import lesionsynth as ls
 from lesionsynth.commands import plainly, printable, run
 from lesionsynth.files import claimed, refuse_foreign, replacing, sha256, write_atomically
 from lesionsynth.io import read_mask
@@ -53,7 +52,7 @@ from normnet.config import (
     read_config,
     to_json,
 )
-from normnet.data import PATIENT_SEED, PHANTOM_SEED
+from normnet.data import PATIENT_SEED, PHANTOM_SEED, phantom_patient
 from normnet.device import choose_device, cpu_settings
 from normnet.draw import curve
 from normnet.inflation import windowed_lungs
@@ -591,15 +590,12 @@ def find_patients(config: AblateConfig) -> list[Patient]:
 
 
 def _phantom(number: int, shape: tuple[int, int, int]) -> Patient:
-    seed = PATIENT_SEED + number
-
     def load() -> Volumes:
-        chest = ls.phantom.chest_ct(shape=shape, seed=seed)
-        ill = ls.phantom.add_pneumonia(chest.hu, chest.lung_mask, chest.spacing, seed=seed)
-        both = ill.hu, chest.lung_mask
-        return Volumes(*both, *both, ill.lesion_mask, chest.spacing, lambda array: array)
+        chest, lesions = phantom_patient(number, shape)
+        both = chest.hu, chest.lung_mask
+        return Volumes(*both, *both, lesions, chest.spacing, lambda array: array)
 
-    return Patient(f"phantom_{number + 1}", {"phantom": seed, "shape": list(shape)}, load)
+    return Patient(f"phantom_{number + 1}", {"phantom": PATIENT_SEED + number, "shape": list(shape)}, load)
 
 
 def _scanned(case: Case, config: AblateConfig) -> Patient:

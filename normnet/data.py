@@ -190,6 +190,13 @@ def phantoms(
         yield f"phantom{k}", ls.phantom.chest_ct(shape=shape, spacing=spacing, seed=k)
 
 
+def phantom_patient(number: int, shape: Shape) -> tuple[ls.phantom.ChestCT, npt.NDArray[np.bool_]]:
+    """Draw a phantom that is evaluated on, from 0 up: a chest with pneumonia, and its lesions."""
+    chest = ls.phantom.chest_ct(shape=shape, seed=PATIENT_SEED + number)
+    ill = ls.phantom.add_pneumonia(chest.hu, chest.lung_mask, chest.spacing, seed=PATIENT_SEED + number)
+    return chest._replace(hu=ill.hu), ill.lesion_mask
+
+
 def phantom_volumes(count: int, seed: int, shape: Shape, spacing: Spacing) -> list[Volume]:
     """Draw healthy phantoms for the training run `seed`."""
     drawn = phantoms(count, seed, shape, spacing)

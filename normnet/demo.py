@@ -24,7 +24,7 @@ from lesionsynth.commands import run
 from lesionsynth.files import claimed, others, remove_folder, sweep, write_atomically
 from lesionsynth.strict import name_of
 from normnet.config import WEIGHTS, PredictConfig, TrainConfig, phantom
-from normnet.data import PATIENT_SEED, PHANTOM_SEED
+from normnet.data import PATIENT_SEED, PHANTOM_SEED, phantom_patient
 from normnet.draw import curve, grey, lung_box, png, side_by_side
 from normnet.evaluate import CaseVolumes, Evaluation, Origin, check_output, evaluate_volumes, tissue
 from normnet.metrics import HEALTHY_THRESHOLD, percent
@@ -132,9 +132,7 @@ def _check_output(output: Path) -> None:
 def patients(config: DemoConfig) -> Iterator[tuple[str, ls.phantom.ChestCT, Array]]:
     """Phantoms that training never sees: name, chest, lesion mask; the last one is healthy."""
     for k in range(config.patients):
-        chest = ls.phantom.chest_ct(shape=config.shape, seed=PATIENT_SEED + k)
-        ill = ls.phantom.add_pneumonia(chest.hu, chest.lung_mask, chest.spacing, seed=PATIENT_SEED + k)
-        yield f"phantom {k + 1}", chest._replace(hu=ill.hu), ill.lesion_mask
+        yield f"phantom {k + 1}", *phantom_patient(k, config.shape)
     chest = ls.phantom.chest_ct(shape=config.shape, seed=PATIENT_SEED + config.patients)
     yield "healthy phantom", chest, np.zeros(chest.hu.shape, np.bool_)
 
