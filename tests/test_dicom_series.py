@@ -379,7 +379,7 @@ def test_most_slices_missing_in_turn(count: int, step: float, seed: int, share: 
         return  # a regular grid, of twice the distance, say
     fault = dicom._fault(stack(along[kept]))
     assert fault.startswith(("missing slices", "two acquisitions", "irregular slice spacing"))
-    if np.diff(kept).min() == 1 and kept.size >= 10:
+    if np.median(np.diff(kept)) == 1 and kept.size >= 10:  # else the usual distance is another
         assert fault.startswith("missing slices"), fault
 
 

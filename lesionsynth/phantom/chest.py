@@ -86,7 +86,7 @@ def chest_ct(
     ------
     TypeError, ValueError
         `shape` is not three integers >= 8, `spacing` not three positive numbers, `seed` negative, `level`
-        outside [0, 1], or the slab misses the lungs.
+        outside [0, 1], or no voxel shows lung: the slab misses it, or voxels are too large.
 
     Notes
     -----
@@ -117,7 +117,10 @@ def chest_ct(
     painter = _Painter(anatomy, trees, parenchyma, size, step, base, rng)
     hu, mask = painter.paint()
     if not mask.any():
-        raise ValueError(f"level must leave some lung in the slab, got {level}")
+        if level is not None:
+            raise ValueError(f"level must leave some lung in the slab, got {level}")
+        voxels = " x ".join(f"{s:.3g}" for s in step)
+        raise ValueError(f"shape and spacing must leave some lung, got voxels of {voxels} mm of the chest")
     return ChestCT(hu, mask, voxel)
 
 
