@@ -10,6 +10,9 @@ from contextlib import contextmanager
 HANG_S = 120.0
 """Of this process, in seconds: what is refused takes a hundredth of one, what hangs takes for ever."""
 
+RENDERED = 256
+"""Mebibytes of a pair: a whole slab takes 50, and what has to be compiled first 30 or so."""
+
 
 @contextmanager
 def at_once(mebibytes: float) -> Iterator[None]:

@@ -33,15 +33,13 @@ from normnet.config import (
     to_json,
 )
 from tests.golden import FILE
-from tests.hostile.bounds import at_once
+from tests.hostile.bounds import RENDERED, at_once
 from tests.hostile.tally import trial
 from tests.plans import blob, plan, renderer, small_config
 
 KIND = "domains"
 MEBIBYTES = 1
 """Of a setting or a flag that is refused, which takes 0.1."""
-RENDERED, BIG_RENDERED = 32, 128
-"""Mebibytes of a pair of 12 x 40 x 44 voxels, which takes 14, and of a whole slab, which takes 50."""
 NAN, INF = math.nan, math.inf
 LESION = component = Component(
     label=1, blobs=(0,), box=((0, 1), (0, 1), (0, 1)), voxels=1, beta=1.0, beta_fallback=False
@@ -244,7 +242,7 @@ def test_plans_that_are_accepted_of_a_whole_slab(data, count) -> None:
     image = np.zeros(BIG, np.float32)
     with trial(KIND):
         try:
-            with at_once(BIG_RENDERED):
+            with at_once(RENDERED):
                 pair = renderer().render(drawn, image, np.ones(BIG, bool))
             assert np.isfinite(pair.image).all()
         except ValueError as error:

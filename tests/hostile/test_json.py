@@ -26,15 +26,13 @@ from normnet.config import PredictConfig, TrainConfig
 from normnet.output import read_record, read_records
 from normnet.predict import read_config as read_settings
 from normnet.prepare.store import Case, Store
-from tests.hostile.bounds import at_once
+from tests.hostile.bounds import RENDERED, at_once
 from tests.hostile.tally import trial
 from tests.plans import blob, plan, renderer
 
 KIND = "json"
 MEBIBYTES = 64
 """Of a document: the longest takes 40."""
-RENDERED = 16
-"""Mebibytes of a pair of 12 x 40 x 44 voxels, which takes 3."""
 RELATED = {"shape": ("mask_counts", "segments"), "accumulate": ("batch_size",), "size": ("channels",)}
 """Fields that may be told in place of another, as they fit no more."""
 
