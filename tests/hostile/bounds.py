@@ -10,8 +10,8 @@ from contextlib import contextmanager
 HANG_S = 120.0
 """Of this process, in seconds: what is refused takes a hundredth of one, what hangs takes for ever."""
 
-RENDERED = 256
-"""Mebibytes of a pair: a whole slab takes 50, and what has to be compiled first 30 or so."""
+RENDERED = 2048
+"""Mebibytes of a pair: `LesionPlan.check_work` promises gigabytes at most; a long fine lattice takes 340."""
 
 
 @contextmanager
