@@ -182,19 +182,14 @@ def test_long_files_are_not_read_to_be_refused(tmp_path) -> None:
 
 def test_refusing_takes_no_more_memory_than_the_file(tmp_path) -> None:
     """Whatever a header claims."""
-    tracemalloc = pytest.importorskip("tracemalloc")
     path = tmp_path / "w.safetensors"
     wide = {"channels": [2048, 2048], "strides": [2], "residual_units": 1, "norm": "batch"}
     for data in (content(model=wide), (2**40).to_bytes(8, "little") + GOOD[8:], GOOD[: len(GOOD) // 2]):
         path.write_bytes(data)
         before = resident()
-        tracemalloc.start()
-        with trial(KIND), pytest.raises(ValueError, match=r"w\.safetensors"):
+        # some copies of this small file, and the modules of a network
+        with trial(KIND), at_once(16), pytest.raises(ValueError, match=r"w\.safetensors"):
             Model.load(path)
-        peak = tracemalloc.get_traced_memory()[1]
-        tracemalloc.stop()
-        # NumPy's and Python's memory: some copies of this small file, and the modules of a network
-        assert peak < 2**24
         assert resident() - before < 2**26  # torch's
 
 
