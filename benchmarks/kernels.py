@@ -9,8 +9,8 @@ from typing import Any
 
 from benchmarks import nvrtc
 from benchmarks.common import machine, write_json
-from lesionsynth.cuda._source import IMAGES, OPTIONS, PROGRAMS, THREADS, source
 from lesionsynth.cuda.compiling import nvrtc_version
+from lesionsynth.cuda.programs import IMAGES, OPTIONS, PROGRAMS, THREADS, source
 
 RESULTS = Path(__file__).parent / "results"
 COMPARED = {

@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 from dataclasses import asdict, dataclass
 
-from lesionsynth.cuda._source import THREADS
 from lesionsynth.cuda.compiling import compile_program
+from lesionsynth.cuda.programs import THREADS
 
 ARCHITECTURES = (75, 80, 90, 100)
 """Turing, Ampere, Hopper, Blackwell; CUDA 13 has dropped those before."""

@@ -39,12 +39,12 @@ class Recording:
     key: Any = None
 
     def upload(self, pointer: int, source: int, nbytes: int) -> None:
-        """See `lesionsynth.cuda._device.Device`."""
+        """See `lesionsynth.cuda.device.Device`."""
         super().upload(pointer, source, nbytes)
         self.sent = pointer, source, nbytes
 
     def replay(self, key: Any, launches: Callable[[], None]) -> None:
-        """See `lesionsynth.cuda._device.Device`."""
+        """See `lesionsynth.cuda.device.Device`."""
         super().replay(key, launches)
         self.key = key
 

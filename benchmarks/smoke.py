@@ -122,7 +122,7 @@ def loaded(program: str, kind: str) -> str:
     """Load a program, by now from the cache, and find all its kernels in it."""
     import cupy
 
-    from lesionsynth.cuda._source import kernels_of, source
+    from lesionsynth.cuda.programs import kernels_of, source
 
     module = cupy.cuda.Module()
     module.load(compiled(program, kind))

@@ -9,8 +9,8 @@ from typing import Any, Protocol
 from lesionsynth._dlpack import DLPACK_CUDA, device_kind
 from lesionsynth._recipe import Recipe
 from lesionsynth.config import Range
-from lesionsynth.cpu import _memory
 from lesionsynth.cpu.backend import CpuBackend
+from lesionsynth.cpu.engine import memory
 from lesionsynth.plan import Component
 
 
@@ -76,7 +76,7 @@ def release_memory() -> None:
     it waits for the batches under way and returns the workspaces (`lesionsynth.cuda.memory_report`) to CuPy's
     memory pool.
     """
-    _memory.release()
+    memory.release()
     cuda = sys.modules.get("lesionsynth.cuda.backend")
     if cuda is not None:
         cuda.backend().release()

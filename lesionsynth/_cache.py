@@ -320,11 +320,13 @@ def _text_of(spec: Any) -> bytes:
 @cache
 def _kernels() -> bytes:
     """Hash the files of `lesionsynth.cpu`."""
-    folder = Path(__file__).parent / "cpu"
-    texts = [file.read_bytes() for file in sorted(folder.glob("*.py"))]
-    if not texts:  # in an archive, or without sources
-        modules = sorted(pkgutil.iter_modules([str(folder)]), key=lambda module: module.name)
-        texts = [_text_of(cast(Any, m.module_finder).find_spec(m.name, None)) for m in modules]
-    if not texts:
-        raise OSError(f"{folder} holds no modules")
+    texts = []
+    for folder in (Path(__file__).parent / "cpu", Path(__file__).parent / "cpu" / "engine"):
+        found = [file.read_bytes() for file in sorted(folder.glob("*.py"))]
+        if not found:  # in an archive, or without sources
+            modules = sorted(pkgutil.iter_modules([str(folder)]), key=lambda module: module.name)
+            found = [_text_of(cast(Any, m.module_finder).find_spec(m.name, None)) for m in modules]
+        if not found:
+            raise OSError(f"{folder} holds no modules")
+        texts += found
     return hashlib.sha256(b"".join(hashlib.sha256(text).digest() for text in texts)).digest()

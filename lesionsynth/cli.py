@@ -27,7 +27,7 @@ from lesionsynth._cases import Case, load_case
 from lesionsynth._samples import check_output, checksums, read_plan, read_record, write_sample
 from lesionsynth.commands import plainly, printable, run
 from lesionsynth.config import LesionConfig
-from lesionsynth.cpu._threads import check_threads, default_threads
+from lesionsynth.cpu.engine.threads import check_threads, default_threads
 from lesionsynth.plan import WORD, check_lung_fraction, check_word
 from lesionsynth.preview import check_output as check_picture
 from lesionsynth.preview import save_preview

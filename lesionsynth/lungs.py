@@ -12,8 +12,8 @@ import numpy as np
 
 from lesionsynth._arguments import accept_pair
 from lesionsynth._dlpack import DLPACK_CUDA, device_kind, untraced
-from lesionsynth.cpu._threads import check_threads
 from lesionsynth.cpu.edges import remove_edges
+from lesionsynth.cpu.engine.threads import check_threads
 from lesionsynth.cpu.label import check_connectivity
 from lesionsynth.cuda.backend import check_cupy
 from lesionsynth.strict import check_number, shown
@@ -75,10 +75,10 @@ def remove_erroneous_edges(
     check_threads(threads)
     if device_kind(image) == DLPACK_CUDA:
         check_cupy("image and lung_mask are on a CUDA device")
-        from lesionsynth.cuda import frontend
+        from lesionsynth.cuda import ops as cuda_ops
 
         options = threshold, contact_fraction, int(shell_width), connectivity
-        return frontend.remove_erroneous_edges(image, lung_mask, *options)
+        return cuda_ops.remove_erroneous_edges(image, lung_mask, *options)
     healthy, mask, restore = accept_pair(image, lung_mask, ranks=(3,), dtypes=("float32", "float64"))
     level = healthy.dtype.type(threshold)
     kept, lungs = remove_edges(healthy, mask, level, contact_fraction, shell_width, connectivity, threads)

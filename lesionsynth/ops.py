@@ -17,8 +17,8 @@ import numpy.typing as npt
 from lesionsynth._arguments import accept_buffer
 from lesionsynth._dlpack import DLPACK_CUDA, Restore, accept, device_kind, library_of, untraced
 from lesionsynth.cpu import filters, philox
-from lesionsynth.cpu._memory import output
-from lesionsynth.cpu._threads import check_threads
+from lesionsynth.cpu.engine.memory import output
+from lesionsynth.cpu.engine.threads import check_threads
 from lesionsynth.cpu.grow import grow as _grow
 from lesionsynth.cpu.label import check_connectivity
 from lesionsynth.cpu.label import label as _label
@@ -338,9 +338,9 @@ def _on_cuda() -> Any:
     from lesionsynth.cuda.backend import check_cupy
 
     check_cupy("the array is on a CUDA device")
-    from lesionsynth.cuda import frontend
+    from lesionsynth.cuda import ops as cuda_ops
 
-    return frontend
+    return cuda_ops
 
 
 def _volume(name: str, value: Any) -> tuple[npt.NDArray[Any], Restore]:

@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from lesionsynth._recipe import DRAWN, Recipe
 from lesionsynth.config import BlobClass, LesionConfig, Texture
-from lesionsynth.cpu._jit import inner, kernel
+from lesionsynth.cpu.engine.jit import inner, kernel
 from lesionsynth.cpu.philox import Stream, philox4x32_10
 from lesionsynth.plan import Triple, check_lung_fraction, check_word, too_much
 

@@ -42,9 +42,9 @@ def window_hu(hu: Any, hu_range: Range = HU_RANGE) -> Any:
     low, high = _window(hu_range)
     if device_kind(hu) == DLPACK_CUDA:
         check_cupy("hu is on a CUDA device")
-        from lesionsynth.cuda import frontend
+        from lesionsynth.cuda import ops as cuda_ops
 
-        return frontend.window_hu(hu, (low, high))
+        return cuda_ops.window_hu(hu, (low, high))
     values, restore = accept(hu, "hu")
     if values.dtype.kind not in "biuf":
         raise TypeError(f"hu must be bool, integer or float, got {values.dtype}")

@@ -7,8 +7,9 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lesionsynth.cpu import bits, label
-from lesionsynth.cpu.simd import transpose
+from lesionsynth.cpu import label
+from lesionsynth.cpu.engine import bits
+from lesionsynth.cpu.engine.simd import transpose
 
 widths = st.integers(1, 200)
 many = settings(max_examples=300)  # cheap, and what breaks hangs on few widths

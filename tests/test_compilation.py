@@ -19,7 +19,8 @@ COUNT = """
 import json, sys
 import numpy as np
 from lesionsynth import ops
-from lesionsynth.cpu import filters, lines
+from lesionsynth.cpu import filters
+from lesionsynth.cpu.engine import lines
 ops.gaussian_filter(np.ones((2, 3, 4), np.float32), 2.0)
 stats = [kernel.stats for kernel in (filters._smooth_planes, lines._fill_kernels)]
 counts = [[sum(c.values()) for c in (s.cache_hits, s.cache_misses)] for s in stats]

@@ -13,7 +13,7 @@ import lesionsynth as ls
 cupy = pytest.importorskip("cupy")
 torch = pytest.importorskip("torch")
 
-from lesionsynth.cuda import arrays, frontend  # noqa: E402
+from lesionsynth.cuda import arrays, ops  # noqa: E402
 
 
 class OnGpu(torch.Tensor):
@@ -115,7 +115,7 @@ CALLS = {
 @pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
 def test_bfloat16_is_refused_as_on_the_cpu(call, monkeypatch) -> None:
     """Its view holds bits: taken for int16, they would be Hounsfield units from nowhere."""
-    for module in ("cuda.backend", "cuda.frontend", "lungs", "window"):
+    for module in ("cuda.backend", "cuda.ops", "lungs", "window"):
         monkeypatch.setattr(f"lesionsynth.{module}.check_cupy", lambda reason: None)
     half = torch.ones(3, 4, 4, dtype=torch.bfloat16)
     messages = []
@@ -144,9 +144,9 @@ def test_noise_is_drawn_into_a_tensor(monkeypatch) -> None:
         seen["fill"] = seen["inside"], shape, words, offset, pointer
 
     monkeypatch.setattr("lesionsynth.cuda.backend.check_cupy", lambda reason: None)
-    monkeypatch.setattr(frontend, "stream_of", Stream)
-    monkeypatch.setattr(frontend, "_device", lambda number: None)
-    monkeypatch.setattr(frontend.ops, "fill_uniform", fill)
+    monkeypatch.setattr(ops, "stream_of", Stream)
+    monkeypatch.setattr(ops, "_device", lambda number: None)
+    monkeypatch.setattr(ops.filters, "fill_uniform", fill)
     out = on_gpu(torch.empty(2, 3, 4))
     assert ls.ops.philox_uniform((2, 3, 4), 5, stream=6, sample=7, offset=(1, 2, 3), out=out) is out
     assert seen["stream of"] is out

@@ -11,7 +11,7 @@ import pytest
 
 from benchmarks import kernels, nvrtc
 from lesionsynth import _cache
-from lesionsynth.cuda import _source, compiling
+from lesionsynth.cuda import compiling, programs
 from lesionsynth.cuda.records import BATCH, BLOB, ITEM, STATE
 from lesionsynth.cuda.render import BLOCKS_OF_COPY
 
@@ -24,8 +24,8 @@ MOST_SHARED = 48 * 1024
 
 CASES = [
     (program, image, architecture)
-    for program in _source.PROGRAMS
-    for image in _source.IMAGES
+    for program in programs.PROGRAMS
+    for image in programs.IMAGES
     for architecture in nvrtc.ARCHITECTURES
     # All types for one architecture, and all architectures for one type: the type changes two kernels.
     if image == "float32" or (architecture == 90 and program == "generator")
@@ -34,10 +34,10 @@ CASES = [
 
 @pytest.mark.parametrize(("program", "image", "architecture"), CASES)
 def test_compiles_within_its_limits(program, image, architecture) -> None:
-    found, log = nvrtc.resources(_source.source(program, image), architecture)
+    found, log = nvrtc.resources(programs.source(program, image), architecture)
     assert "warning" not in log.lower(), log
     names = {usage.kernel for usage in found}
-    assert names == set(_source.kernels_of(_source.source(program, image)))
+    assert names == set(programs.kernels_of(programs.source(program, image)))
     for usage in found:
         assert usage.spills == 0, usage
         assert usage.registers <= MOST_REGISTERS, usage
@@ -63,13 +63,13 @@ def _check_neighbours(found, image) -> None:
 
 def taken_registers(usage) -> int:
     """Of a multiprocessor by a block: warps take them in units of 256."""
-    return -(-usage.registers * 32 // 256) * 256 * (_source.THREADS // 32)
+    return -(-usage.registers * 32 // 256) * 256 * (programs.THREADS // 32)
 
 
 def test_no_file_includes_another() -> None:
     """Users have no CUDA headers."""
-    for program in _source.PROGRAMS:
-        assert "#include" not in _source.source(program)
+    for program in programs.PROGRAMS:
+        assert "#include" not in programs.source(program)
 
 
 def test_records_are_laid_out_as_c_does() -> None:
@@ -138,8 +138,8 @@ def test_the_table(tmp_path, capsys) -> None:
         "machine",
         "programs",
     }
-    for program in _source.PROGRAMS:
-        names = _source.kernels_of(_source.source(program))
+    for program in programs.PROGRAMS:
+        names = programs.kernels_of(programs.source(program))
         for architecture in nvrtc.ARCHITECTURES:
             rows = record["programs"][program][f"sm_{architecture}"]
             assert {row["kernel"] for row in rows} == set(names)
@@ -148,8 +148,8 @@ def test_the_table(tmp_path, capsys) -> None:
 
 def test_struct_text() -> None:
     kind = np.dtype([("a", np.int32, (2, 3)), ("b", np.float64)], align=True)
-    assert "int a[2][3];" in _source.c_struct("Pair", kind)
-    assert "sizeof(Pair) == 32" in _source.c_struct("Pair", kind)
+    assert "int a[2][3];" in programs.c_struct("Pair", kind)
+    assert "sizeof(Pair) == 32" in programs.c_struct("Pair", kind)
 
 
 # --- the cache ---
@@ -203,7 +203,7 @@ def test_the_headers_of_machine_code_fit_its_length(architecture, tiny) -> None:
 
 
 def test_whole_generators() -> None:
-    code, _ = compiling.compile_program(_source.source("generator"), "sm_90")
+    code, _ = compiling.compile_program(programs.source("generator"), "sm_90")
     assert len(code) == headers_end(code)
     assert compiling.whole(code) == code, "a CuPy that leaves the byte where it is"
     assert compiling.whole(code[:-1]) == code

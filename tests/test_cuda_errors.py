@@ -113,11 +113,11 @@ def test_mixed_devices() -> None:
 
 def test_bad_device_names() -> None:
     cupy = pytest.importorskip("cupy")
-    from lesionsynth.cuda import frontend
+    from lesionsynth.cuda import ops as cuda_ops
 
     for name in ("gpu", "cuda:", "cuda:x", "cuda1x", True, -1):
         with pytest.raises(ValueError, match="device must be 'cpu', 'cuda', 'cuda:N' or N"):
-            frontend._number(name)
+            cuda_ops._number(name)
     assert cupy
 
 

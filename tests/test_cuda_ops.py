@@ -13,8 +13,8 @@ from scipy import ndimage
 
 from lesionsynth import ops as cpu
 from lesionsynth.cpu.edges import remove_edges
-from lesionsynth.cuda import components, ops
-from lesionsynth.cuda.volume import upload
+from lesionsynth.cuda import filters, labels
+from lesionsynth.cuda.grid import upload
 from tests.cuda_host.device import HostBuffer, HostDevice
 from tests.cuda_host.shim import ORDERS, compiler
 from tests.test_lungs_edges import blobs, expected_edges, rim_and_vessel
@@ -45,13 +45,13 @@ def blank(shape, dtype):
 def label(device, mask, connectivity=26, plain=False):
     out = blank(mask.shape, np.int32)
     arguments = mask.ctypes.data, mask.shape, connectivity, out.ctypes.data
-    return out, components.label(device, *arguments, plain=plain)
+    return out, labels.label(device, *arguments, plain=plain)
 
 
 def grow(device, region, room, iterations=1, connectivity=6, **options):
     out = blank(region.shape, np.uint8)
     arguments = region.ctypes.data, room.ctypes.data, region.shape, iterations, connectivity, out.ctypes.data
-    components.grow(device, *arguments, **options)
+    labels.grow(device, *arguments, **options)
     return out
 
 
@@ -59,27 +59,27 @@ def edges(device, image, mask, **options):
     values = {"threshold": 1 / 3, "contact_fraction": 0.5, "shell_width": 2, "connectivity": 26} | options
     out, kept = blank(image.shape, image.dtype), blank(image.shape, np.uint8)
     source = image.ctypes.data, image.dtype.name, mask.ctypes.data, image.shape
-    components.remove_edges(device, *source, *values.values(), out.ctypes.data, kept.ctypes.data)
+    labels.remove_edges(device, *source, *values.values(), out.ctypes.data, kept.ctypes.data)
     return out, kept
 
 
 def mean(device, volume, sizes):
     out = blank(volume.shape, np.float32)
     kind = volume.dtype.name
-    ops.uniform_filter(device, volume.ctypes.data, kind, volume.shape, sizes, out.ctypes.data)
+    filters.uniform_filter(device, volume.ctypes.data, kind, volume.shape, sizes, out.ctypes.data)
     return out
 
 
 def noise(device, shape, words, offset=(0, 0, 0)):
     out = blank(shape, np.float32)
-    ops.fill_uniform(device, shape, words, offset, out.ctypes.data)
+    filters.fill_uniform(device, shape, words, offset, out.ctypes.data)
     return out
 
 
 def gauss(device, volume, sigmas, truncate=4.0, **options):
     out = blank(volume.shape, np.float32)
     arguments = volume.ctypes.data, volume.shape, sigmas, truncate, out.ctypes.data
-    ops.gaussian_filter(device, *arguments, **options)
+    filters.gaussian_filter(device, *arguments, **options)
     return out
 
 
@@ -165,9 +165,9 @@ def test_volumes_that_int32_cannot_count_are_named():
     """Before any memory is taken or looked at."""
     device, shape = HostDevice(), (2**11, 2**10, 2**10)
     with pytest.raises(ValueError, match=r"input .* 2\*\*31 .* \(2048, 1024, 1024\)"):
-        components.label(device, 0, shape, 6, 0)
+        labels.label(device, 0, shape, 6, 0)
     with pytest.raises(ValueError, match=r"image .* 2\*\*31"):
-        components.remove_edges(device, 0, "float32", 0, shape, 0.3, 0.5, 2, 26, 0, 0)
+        labels.remove_edges(device, 0, "float32", 0, shape, 0.3, 0.5, 2, 26, 0, 0)
     assert device.allocations == 0
     assert not device.launches
 
@@ -205,7 +205,7 @@ def test_growth_follows_a_corridor_over_bundles_of_steps(steps):
     np.testing.assert_array_equal(grown, cpu.grow(seed, corridor, iterations=steps))
     if 1 <= steps <= 129:
         assert grown.sum() == steps + 1
-    assert device.downloads == (0 if steps in (0, 2000) else (steps - 1) // components.BUNDLE)
+    assert device.downloads == (0 if steps in (0, 2000) else (steps - 1) // labels.BUNDLE)
 
 
 def test_growth_that_stands_still_is_not_launched_for_ever():
@@ -213,7 +213,7 @@ def test_growth_that_stands_still_is_not_launched_for_ever():
     seed[1, 2, 3] = mask[1, 2, 4] = True
     device = host()
     assert grow(device, seed, mask, 4000).sum() == 2
-    assert device.launches.count("grow_step") == components.BUNDLE
+    assert device.launches.count("grow_step") == labels.BUNDLE
 
 
 @pytest.mark.parametrize("iterations", [0, 10**6])
@@ -221,7 +221,7 @@ def test_growth_of_volumes_that_int32_cannot_count_takes_steps(iterations, monke
     corridor = spiral()[None]
     seed = np.zeros_like(corridor)
     seed[0, 0, 0] = True
-    monkeypatch.setattr(components, "MOST_VOXELS", corridor.size)
+    monkeypatch.setattr(labels, "MOST_VOXELS", corridor.size)
     device = HostDevice()
     np.testing.assert_array_equal(grow(device, seed, corridor, iterations), corridor)
     assert "label_unite" not in device.launches
@@ -328,7 +328,7 @@ def test_mean_is_the_twins_where_sums_are_exact(size, monkeypatch):
     volume = np.random.default_rng(4).integers(0, 2**40, (5, 66, 67)) * 2.0**-40
     expected = cpu.uniform_filter(volume, size)
     np.testing.assert_array_equal(mean(host(), volume, size), expected)
-    monkeypatch.setattr(ops, "SLAB", 2 * 66 * 67)
+    monkeypatch.setattr(filters, "SLAB", 2 * 66 * 67)
     np.testing.assert_array_equal(mean(host("reverse"), volume, size), expected)
 
 
@@ -419,7 +419,7 @@ class Slow(HostDevice):
 
 def test_uploads_live_until_the_device_has_read_them(monkeypatch):
     under_way = deque()
-    monkeypatch.setattr("lesionsynth.cuda.volume._under_way", under_way)
+    monkeypatch.setattr("lesionsynth.cuda.grid._under_way", under_way)
     device = Slow()
     for k in range(3):
         upload(device, [np.arange(5.0)])
@@ -432,7 +432,7 @@ def test_uploads_live_until_the_device_has_read_them(monkeypatch):
 def test_threads_may_upload_at_once(monkeypatch):
     """Another one may take what is under way while this one looks at it."""
     under_way = deque()
-    monkeypatch.setattr("lesionsynth.cuda.volume._under_way", under_way)
+    monkeypatch.setattr("lesionsynth.cuda.grid._under_way", under_way)
     mark = SimpleNamespace(done=lambda: under_way.clear() or True)
     under_way.extend(SimpleNamespace(mark=mark) for _ in range(3))
     upload(HostDevice(), [np.arange(5.0)])
@@ -463,7 +463,7 @@ def test_neither_grid_nor_order_of_threads_shows(call, monkeypatch):
     expected = CALLS[call](device)
     assert device.downloads == WAITS.get(call, 0)
     for order, processors, seed in (("reverse", 2, 1), ("random", 3, 2), ("random", 1, 3)):
-        monkeypatch.setattr("lesionsynth.cuda.volume.BLOCKS", processors)
+        monkeypatch.setattr("lesionsynth.cuda.grid.BLOCKS", processors)
         np.testing.assert_array_equal(CALLS[call](host(order, processors, seed)), expected)
 
 

@@ -130,14 +130,14 @@ KERNEL two_operations(u32* out) {
 """
 PREAMBLE = """
 import numpy as np
-from lesionsynth.cuda import _source
+from lesionsynth.cuda import programs
 from tests.cuda_host.racing.device import RacingProgram, raced
 from tests.cuda_host.shim import ShimError
 from tests.test_cuda_racing import FAULTS, RACES, RIGHT, names
 
 def program(kernels):
-    head = f"#define IMAGE 0\\n#define THREADS {_source.THREADS}\\n"
-    return RacingProgram(raced(head + _source.read("prelude.cuh") + kernels))
+    head = f"#define IMAGE 0\\n#define THREADS {programs.THREADS}\\n"
+    return RacingProgram(raced(head + programs.read("prelude.cuh") + kernels))
 
 def launch(program, name, grid=3, **options):
     out = np.zeros(2048, np.uint32)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from numpy.testing import assert_array_equal
 
-from lesionsynth.cuda import _source
+from lesionsynth.cuda import programs
 from tests.conftest import REPOSITORY
 from tests.cuda_host.shim import HostProgram, ShimError, compiler, sanitizer_environment
 
@@ -175,8 +175,8 @@ def program(request) -> HostProgram:
 
 
 def text() -> str:
-    head = f"#define IMAGE 0\n#define THREADS {_source.THREADS}\n"
-    return head + _source.read("prelude.cuh") + _source.read("philox.cuh") + KERNELS
+    head = f"#define IMAGE 0\n#define THREADS {programs.THREADS}\n"
+    return head + programs.read("prelude.cuh") + programs.read("philox.cuh") + KERNELS
 
 
 def pointer(array: np.ndarray) -> np.uint64:
@@ -439,7 +439,7 @@ def test_the_generator_under_address_sanitizer() -> None:
         from tests.cuda_host.pairs import render
         from tests.test_cuda_render import drawn, host
         from tests.test_cuda_ops import edges, label
-        from lesionsynth.cuda import components, ops
+        from lesionsynth.cuda import filters, labels
         image, mask = draw_lungs()
         for plain in (False, True):
             gpu = host(plain=plain, sanitize=True, order="random", seed=2)
@@ -452,11 +452,12 @@ def test_the_generator_under_address_sanitizer() -> None:
         label(device, bright, 6, plain=True)
         edges(device, image, mask.view(np.uint8))
         out = np.zeros(image.shape, np.float32)
-        ops.gaussian_filter(device, image.ctypes.data, image.shape, (2.0, 9.0, 30.0), 4.0, out.ctypes.data)
-        ops.uniform_filter(device, image.ctypes.data, "float32", image.shape, (3, 4, 5), out.ctypes.data)
-        ops.fill_uniform(device, image.shape, (1, 2, 3, 4), (5, 6, 7), out.ctypes.data)
+        sigmas, result = (2.0, 9.0, 30.0), out.ctypes.data
+        filters.gaussian_filter(device, image.ctypes.data, image.shape, sigmas, 4.0, result)
+        filters.uniform_filter(device, image.ctypes.data, "float32", image.shape, (3, 4, 5), out.ctypes.data)
+        filters.fill_uniform(device, image.shape, (1, 2, 3, 4), (5, 6, 7), out.ctypes.data)
         grown = np.zeros(image.shape, np.uint8)
-        components.grow(device, bright.ctypes.data, mask.ctypes.data, image.shape, 0, 18, grown.ctypes.data)
+        labels.grow(device, bright.ctypes.data, mask.ctypes.data, image.shape, 0, 18, grown.ctypes.data)
         print("clean", flush=True)
         """
     )

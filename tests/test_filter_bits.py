@@ -10,7 +10,7 @@ from scipy import ndimage
 
 from lesionsynth import ops
 from lesionsynth.cpu import filters
-from lesionsynth.cpu.lines import gaussian_taps
+from lesionsynth.cpu.engine.lines import gaussian_taps
 
 
 def noise(shape, seed=0):

@@ -11,7 +11,7 @@ from scipy import ndimage
 
 import lesionsynth as ls
 from lesionsynth.cpu import shell
-from lesionsynth.cpu.bits import pack, unpack
+from lesionsynth.cpu.engine.bits import pack, unpack
 
 RANK = {6: 1, 18: 2, 26: 3}
 

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 import lesionsynth as ls
-from lesionsynth.cpu import _memory
+from lesionsynth.cpu.engine import memory as _memory
 from tests.plans import blob, plan, renderer
 
 SHAPE = (16, 256, 256)

@@ -11,7 +11,7 @@ from scipy import ndimage
 
 from lesionsynth import ops
 from lesionsynth.cpu import filters, label
-from lesionsynth.cpu.lines import gaussian_taps
+from lesionsynth.cpu.engine.lines import gaussian_taps
 
 RANK = {6: 1, 18: 2, 26: 3}
 CONNECTIVITIES = sorted(RANK)

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 
 import lesionsynth as ls
-from lesionsynth.cpu import _threads
-from lesionsynth.cpu._threads import (
+from lesionsynth.cpu.engine import threads as _threads
+from lesionsynth.cpu.engine.threads import (
     default_threads,
     done,
     in_background,

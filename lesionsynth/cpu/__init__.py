@@ -10,7 +10,7 @@ _NAME = "NUMBA_NUM_THREADS"
 def _import_numba() -> None:
     """Import Numba without a number of threads that it would die of, or warn of, in many lines.
 
-    `lesionsynth.cpu._threads.default_threads` tells of it in one, where it counts.
+    `lesionsynth.cpu.engine.threads.default_threads` tells of it in one, where it counts.
     """
     stated = os.environ.get(_NAME, "")
     if not stated.strip() or stated.strip().removeprefix("+").strip("0").isdecimal():

@@ -14,9 +14,9 @@ from lesionsynth._arguments import accept_out, accept_pair
 from lesionsynth._dlpack import Restore, accept
 from lesionsynth._recipe import Recipe, without_lesions
 from lesionsynth.config import Range
-from lesionsynth.cpu._memory import output
-from lesionsynth.cpu._threads import Tickets, check_threads, settle, team_for, tickets_for
-from lesionsynth.cpu.bits import BitMask, pack
+from lesionsynth.cpu.engine.bits import BitMask, pack
+from lesionsynth.cpu.engine.memory import output
+from lesionsynth.cpu.engine.threads import Tickets, check_threads, settle, team_for, tickets_for
 from lesionsynth.cpu.inject import base_pair, inject
 from lesionsynth.cpu.merge import Lesions, merge
 from lesionsynth.cpu.place import place

@@ -10,14 +10,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from lesionsynth.cpu._jit import inner, kernel
-from lesionsynth.cpu._memory import output
-from lesionsynth.cpu._threads import parallel_for, team_for
-from lesionsynth.cpu.bits import BitMask, pack, unpack
+from lesionsynth.cpu.engine.bits import BitMask, pack, unpack
+from lesionsynth.cpu.engine.jit import inner, kernel
+from lesionsynth.cpu.engine.memory import output
+from lesionsynth.cpu.engine.rows import row_of
+from lesionsynth.cpu.engine.simd import bits_at_least, load, ones, outside_unit, splat, store, where
+from lesionsynth.cpu.engine.threads import parallel_for, team_for
 from lesionsynth.cpu.label import number_runs, runs_of
-from lesionsynth.cpu.rows import row_of
 from lesionsynth.cpu.shell import shell_of
-from lesionsynth.cpu.simd import bits_at_least, load, ones, outside_unit, splat, store, where
 
 
 def remove_edges(

@@ -1,7 +1,7 @@
 """Separable filters on the CPU, SciPy's definitions with reflecting edges.
 
-Gaussian: float32, along x, then y, then z; sixteen lines at once, see `lesionsynth.cpu.lines`. Box mean:
-running sums in float64, divided once. Oracle of both: `scipy.ndimage` in float64.
+Gaussian: float32, along x, then y, then z; sixteen lines at once, see `lesionsynth.cpu.engine.lines`.
+Box mean: running sums in float64, divided once. Oracle of both: `scipy.ndimage` in float64.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from lesionsynth.cpu._jit import inner, kernel
-from lesionsynth.cpu._memory import output
-from lesionsynth.cpu._threads import parallel_for, team_for
-from lesionsynth.cpu.lines import aligned, kernel_of, margin_of, pitch_of, rows_of, smooth
-from lesionsynth.cpu.simd import LANES, load, store, transpose
+from lesionsynth.cpu.engine.jit import inner, kernel
+from lesionsynth.cpu.engine.lines import aligned, kernel_of, margin_of, pitch_of, rows_of, smooth
+from lesionsynth.cpu.engine.memory import output
+from lesionsynth.cpu.engine.simd import LANES, load, store, transpose
+from lesionsynth.cpu.engine.threads import parallel_for, team_for
 
 Float32 = npt.NDArray[np.float32]
 
@@ -45,7 +45,7 @@ def gaussian_filter(
     -----
     Filters in place in the result, whose rows are padded to whole vectors where their length is no multiple
     of 16. A voxel costs at most min(r, n / 2) multiply-adds along an axis of n voxels, r = truncate sigma;
-    see `lesionsynth.cpu.lines`.
+    see `lesionsynth.cpu.engine.lines`.
     """
     depth, height, width = volume.shape
     threads = team_for(volume.size, threads)

@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from lesionsynth.cpu._jit import inner, kernel
-from lesionsynth.cpu._threads import parallel_for, team_for
-from lesionsynth.cpu.bits import pack, shifted, unpack
+from lesionsynth.cpu.engine.bits import pack, shifted, unpack
+from lesionsynth.cpu.engine.jit import inner, kernel
+from lesionsynth.cpu.engine.threads import parallel_for, team_for
 from lesionsynth.cpu.label import check_connectivity
 
 Mask = npt.NDArray[np.bool_]

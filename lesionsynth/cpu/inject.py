@@ -14,11 +14,9 @@ import numpy as np
 import numpy.typing as npt
 from numba.extending import overload
 
-from lesionsynth.cpu._jit import kernel
-from lesionsynth.cpu._threads import Tickets, done, in_background, take, wait_for, work_together
-from lesionsynth.cpu.merge import Lesions
-from lesionsynth.cpu.rows import row_of
-from lesionsynth.cpu.simd import (
+from lesionsynth.cpu.engine.jit import kernel
+from lesionsynth.cpu.engine.rows import row_of
+from lesionsynth.cpu.engine.simd import (
     LANES,
     STREAMED,
     fence,
@@ -32,6 +30,8 @@ from lesionsynth.cpu.simd import (
     store_at_least,
     store_stream,
 )  # fmt: skip
+from lesionsynth.cpu.engine.threads import Tickets, done, in_background, take, wait_for, work_together
+from lesionsynth.cpu.merge import Lesions
 from lesionsynth.cpu.texture import Textures
 
 HALF_ONE, HALF_MINUS_ZERO = np.int16(0x3C00), np.int16(-0x8000)

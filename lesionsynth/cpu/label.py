@@ -14,11 +14,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from lesionsynth.cpu._jit import inner, kernel
-from lesionsynth.cpu._memory import output
-from lesionsynth.cpu._threads import done, parallel_for, take, team_for, wait_for, work_together
-from lesionsynth.cpu.bits import BitMask, count_runs, next_clear, next_set, pack
-from lesionsynth.cpu.simd import LANES, STREAMED, fence, splat, store_stream
+from lesionsynth.cpu.engine.bits import BitMask, count_runs, next_clear, next_set, pack
+from lesionsynth.cpu.engine.jit import inner, kernel
+from lesionsynth.cpu.engine.memory import output
+from lesionsynth.cpu.engine.simd import LANES, STREAMED, fence, splat, store_stream
+from lesionsynth.cpu.engine.threads import done, parallel_for, take, team_for, wait_for, work_together
 from lesionsynth.strict import shown
 
 Labels = npt.NDArray[np.int32]

@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from lesionsynth.cpu._jit import inner
+from lesionsynth.cpu.engine.jit import inner
+from lesionsynth.cpu.engine.simd import fma, load, splat, store
 from lesionsynth.cpu.philox import blocks_of, fill_blocks
-from lesionsynth.cpu.simd import fma, load, splat, store
 
 NODE_OFFSET = (32768, 32768, 1 << 20)
 """Added to a lattice node (z, y, x) to make the unsigned Philox counter."""

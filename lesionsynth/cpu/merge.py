@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from lesionsynth.cpu._jit import inner, kernel
-from lesionsynth.cpu._threads import done, take, wait_for, work_together
-from lesionsynth.cpu.bits import count_runs, next_clear, next_set
+from lesionsynth.cpu.engine.bits import count_runs, next_clear, next_set
+from lesionsynth.cpu.engine.jit import inner, kernel
+from lesionsynth.cpu.engine.threads import done, take, wait_for, work_together
 from lesionsynth.cpu.label import REACH, Runs, paint, root_of, unite
 from lesionsynth.cpu.shapes import Shapes
 

@@ -17,10 +17,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from lesionsynth.cpu._jit import inner, kernel
-from lesionsynth.cpu._threads import parallel_for, team_for
-from lesionsynth.cpu.lines import aligned, pitch_of
-from lesionsynth.cpu.simd import LANES, iota, product, splat, store, transpose, uniform_of, upper
+from lesionsynth.cpu.engine.jit import inner, kernel
+from lesionsynth.cpu.engine.lines import aligned, pitch_of
+from lesionsynth.cpu.engine.simd import LANES, iota, product, splat, store, transpose, uniform_of, upper
+from lesionsynth.cpu.engine.threads import parallel_for, team_for
 
 MULTIPLIER_0, MULTIPLIER_1 = np.uint64(0xD2511F53), np.uint64(0xCD9E8D57)
 WEYL_0, WEYL_1 = np.uint32(0x9E3779B9), np.uint32(0xBB67AE85)
@@ -120,7 +120,7 @@ def fill_blocks(
 def uniform_lines(
     out: Any, at: int, first: int, quads: int, plane: Any, sample: Any, component: Any, seed: Any, stream: Any
 ) -> None:
-    """Uniforms of sixteen rows side by side, as `lesionsynth.cpu.lines` wants them.
+    """Uniforms of sixteen rows side by side, as `lesionsynth.cpu.engine.lines` wants them.
 
     The four voxels of quad ``first + k`` (x >> 2) go to the rows ``at + 4 k ...`` of sixteen lanes; lane j is
     the row of counter word ``plane + j``. All words are uint32.

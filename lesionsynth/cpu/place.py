@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from lesionsynth.cpu._jit import kernel
-from lesionsynth.cpu._threads import group_of
-from lesionsynth.cpu.bits import BitMask
-from lesionsynth.cpu.simd import ones
+from lesionsynth.cpu.engine.bits import BitMask
+from lesionsynth.cpu.engine.jit import kernel
+from lesionsynth.cpu.engine.simd import ones
+from lesionsynth.cpu.engine.threads import group_of
 from lesionsynth.plan import LesionPlan
 
 

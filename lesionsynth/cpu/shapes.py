@@ -24,14 +24,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from lesionsynth.cpu._jit import inner, kernel
-from lesionsynth.cpu._memory import scratch
-from lesionsynth.cpu._threads import done, group_of, take, wait_for, work_together
-from lesionsynth.cpu.bits import BitMask, count_runs
-from lesionsynth.cpu.lattice import CHUNK, draw_lattice, reads_of_a_chunk, sum_nodes, tabulate
-from lesionsynth.cpu.lines import aligned
-from lesionsynth.cpu.philox import Stream
-from lesionsynth.cpu.simd import (
+from lesionsynth.cpu.engine.bits import BitMask, count_runs
+from lesionsynth.cpu.engine.jit import inner, kernel
+from lesionsynth.cpu.engine.lines import aligned
+from lesionsynth.cpu.engine.memory import scratch
+from lesionsynth.cpu.engine.simd import (
     bits_at_most,
     fma,
     greatest,
@@ -41,6 +38,9 @@ from lesionsynth.cpu.simd import (
     load,
     splat,
 )  # fmt: skip
+from lesionsynth.cpu.engine.threads import done, group_of, take, wait_for, work_together
+from lesionsynth.cpu.lattice import CHUNK, draw_lattice, reads_of_a_chunk, sum_nodes, tabulate
+from lesionsynth.cpu.philox import Stream
 from lesionsynth.plan import LesionPlan
 
 SURFACE = 1.0 + 1e-9

@@ -6,9 +6,9 @@ from typing import Any
 
 import numpy as np
 
-from lesionsynth.cpu._jit import kernel
-from lesionsynth.cpu._threads import parallel_for
-from lesionsynth.cpu.bits import BitMask, shifted
+from lesionsynth.cpu.engine.bits import BitMask, shifted
+from lesionsynth.cpu.engine.jit import kernel
+from lesionsynth.cpu.engine.threads import parallel_for
 
 
 def shell_of(mask: BitMask, width: int, threads: int | None = None) -> BitMask:

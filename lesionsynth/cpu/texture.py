@@ -21,14 +21,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from lesionsynth.cpu._jit import inner, kernel
-from lesionsynth.cpu._memory import scratch
-from lesionsynth.cpu._threads import done, group_of, take, wait_for, work_together
-from lesionsynth.cpu.filters import gather_rows, scatter_rows, scratch_for, smooth_columns
-from lesionsynth.cpu.lines import aligned, kernels_of, margin_of, pitch_of, smooth
-from lesionsynth.cpu.merge import Lesions
-from lesionsynth.cpu.philox import Stream, uniform_lines
-from lesionsynth.cpu.simd import (
+from lesionsynth.cpu.engine.jit import inner, kernel
+from lesionsynth.cpu.engine.lines import aligned, kernels_of, margin_of, pitch_of, smooth
+from lesionsynth.cpu.engine.memory import scratch
+from lesionsynth.cpu.engine.simd import (
     LANES,
     greatest,
     greatest_lane,
@@ -39,6 +35,10 @@ from lesionsynth.cpu.simd import (
     splat,
     store,
 )  # fmt: skip
+from lesionsynth.cpu.engine.threads import done, group_of, take, wait_for, work_together
+from lesionsynth.cpu.filters import gather_rows, scatter_rows, scratch_for, smooth_columns
+from lesionsynth.cpu.merge import Lesions
+from lesionsynth.cpu.philox import Stream, uniform_lines
 from lesionsynth.plan import Component, LesionPlan
 
 Float32 = npt.NDArray[np.float32]

@@ -15,7 +15,7 @@ from lesionsynth.plan import Component
 
 if TYPE_CHECKING:
     from lesionsynth.cuda.arrays import DeviceArray
-    from lesionsynth.cuda.lesions import Lesions
+    from lesionsynth.cuda.pair import Lesions
     from lesionsynth.cuda.render import Renderer
 
 DTYPES = ("float32", "float16", "bfloat16", "float64", "int16")

@@ -10,7 +10,7 @@ import hashlib
 import struct
 
 from lesionsynth._cache import cache_folder, find, keep
-from lesionsynth.cuda._source import OPTIONS, source
+from lesionsynth.cuda.programs import OPTIONS, source
 
 FORMAT = "2"
 """Of cached files, a part of their names. Those of the first lack their last byte."""
@@ -60,7 +60,7 @@ def compile_program(text: str, architecture: str, *options: str) -> tuple[bytes,
     architecture : str
         ``sm_90`` for machine code, ``compute_90`` for PTX.
     options : str
-        Beyond `lesionsynth.cuda._source.OPTIONS`.
+        Beyond `lesionsynth.cuda.programs.OPTIONS`.
 
     Raises
     ------
@@ -118,7 +118,7 @@ def compiled(program: str, image: str, capability: int) -> bytes:
     Parameters
     ----------
     program, image : str
-        See `lesionsynth.cuda._source.source`.
+        See `lesionsynth.cuda.programs.source`.
     capability : int
         Of the device, as in 90.
 

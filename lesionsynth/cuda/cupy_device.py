@@ -1,6 +1,6 @@
 """The real device: CuPy for memory, streams, graphs and modules.
 
-CuPy is imported here, in `lesionsynth.cuda.arrays` and in `lesionsynth.cuda.frontend`;
+CuPy is imported here, in `lesionsynth.cuda.arrays` and in `lesionsynth.cuda.ops`;
 `lesionsynth.cuda.backend` loads them for the first CUDA array.
 """
 
@@ -16,9 +16,9 @@ from typing import Any
 import cupy
 import numpy as np
 
-from lesionsynth.cuda._device import Buffer, Bytes, Pinned
-from lesionsynth.cuda._source import THREADS
 from lesionsynth.cuda.compiling import compiled
+from lesionsynth.cuda.device import Buffer, Bytes, Pinned
+from lesionsynth.cuda.programs import THREADS
 
 MOST_GRAPHS = 16
 """Captured batches that are kept: one for each image type and batch size in use."""

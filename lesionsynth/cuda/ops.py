@@ -1,160 +1,186 @@
-"""Filters and noise of `lesionsynth.ops` on a device.
+"""`lesionsynth.ops` and `remove_erroneous_edges` for CUDA arrays; the caller has checked plain arguments.
 
-Volumes are memory of the device in C order, (z, y, x), by address. Inputs are never written; results go to
-memory of the caller, which begins on sixteen bytes as all allocators' does. Nothing here waits.
+Everything is done on the stream that the array's library works on, and answers in that library.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
+import cupy
 
-from lesionsynth.cpu.lines import gaussian_taps, kernel_of
-from lesionsynth.cuda._device import Device
-from lesionsynth.cuda.volume import WORD, Shape, Volume, upload
-
-SLAB = 2**23
-"""Voxels of the slices averaged together: the sums take 64 MiB twice, whatever the volume."""
-LEAST_RUN = 32
-"""Outputs of a running sum, at least; twice the window where that is more: starting it must not dominate."""
+from lesionsynth._arguments import check_buffer, check_pair, check_same_library
+from lesionsynth.config import Range
+from lesionsynth.cuda import filters, labels
+from lesionsynth.cuda.arrays import DeviceArray, accept, empty, remedied, stream_of
+from lesionsynth.cuda.backend import backend, byte_mask, check_cupy
+from lesionsynth.cuda.device import Device
+from lesionsynth.cuda.grid import Shape
 
 
-def fill_uniform(device: Device, shape: Shape, words: Sequence[int], offset: Sequence[int], out: int) -> None:
-    """Draw uniform noise in [0, 1), bit for bit that of `lesionsynth.ops.philox_uniform`.
-
-    Parameters
-    ----------
-    device : Device
-    shape : (3,) ints
-        (z, y, x).
-    words : (4,) ints
-        Seed, stream, sample and component, in [0, 2**32).
-    offset : (3,) ints
-        Coordinate of the first voxel.
-    out : int
-        Address of float32.
-    """
-    volume = Volume(device, shape)
-    quads = int(volume.rows) * (shape[2] // 4 + 1)
-    volume.by_threads("fill_uniform", quads, out, *volume.axes, *(np.uint32(w) for w in (*words, *offset)))
+def philox_uniform(device: str | int, shape: Shape, words: Sequence[int], offset: Sequence[int]) -> Any:
+    """Draw noise on a device, into a CuPy array."""
+    check_cupy(f"device {device!r} is a CUDA device")
+    number = _number(device)
+    with cupy.cuda.Device(number), remedied(number, shape):
+        out = cupy.empty(shape, dtype=cupy.float32)
+        filters.fill_uniform(_device(number), shape, words, offset, out.data.ptr)
+    return out
 
 
-def gaussian_filter(
-    device: Device,
-    source: int,
-    shape: Shape,
-    sigmas: Sequence[float],
-    truncate: float,
-    out: int,
-    *,
-    plain: bool = False,
-) -> None:
-    """Smooth a volume, bit for bit as `lesionsynth.ops.gaussian_filter`: along x, then y, then z.
-
-    Parameters
-    ----------
-    device : Device
-    source : int
-        Address of float32.
-    shape : (3,) ints
-        (z, y, x).
-    sigmas : (3,) floats
-        Standard deviations along z, y, x in voxels; an axis with 0 is left alone.
-    truncate : float
-        Radius in standard deviations.
-    out : int
-        Address of float32.
-    plain : bool
-        One output at a time, without shared memory: slow, for tests.
-
-    Notes
-    -----
-    A copy of the weights up and a launch an axis.
-    """
-    volume = Volume(device, shape)
-    found = [_weights_of(n, float(s), truncate) for n, s in zip(shape, sigmas, strict=True)]
-    axes = [axis for axis in (2, 1, 0) if found[axis][0] > 0]
-    if not axes:
-        device.copy(out, source, 4 * volume.voxels)
-        return
-    held, places = upload(device, [found[axis][1] for axis in axes])
-    scratch = device.allocate(4 * volume.voxels) if len(axes) > 1 else None
-    at: Any = source
-    for k, (axis, place) in enumerate(zip(axes, places, strict=True)):
-        last = (len(axes) - 1 - k) % 2 == 0  # back and forth, so that the last pass writes `out`
-        to: Any = out if last else scratch
-        # The taps or the matrix: the kernel reads what its lines need.
-        _smooth(volume, axis, at, to, place, place, np.int32(found[axis][0]), np.int32(plain))
-        at = to
-    del held  # the weights may go once everything that reads them is in the stream
+def fill_uniform(out: Any, shape: Shape, words: Sequence[int], offset: Sequence[int]) -> None:
+    """Draw noise into an array, on the stream of its library."""
+    given = accept(out, "out")
+    found = given.shape, given.kind, bool(given.view.flags.c_contiguous)
+    check_buffer("out", *found, shape, "float32", "asked for")
+    with stream_of(out):
+        filters.fill_uniform(_device(given.device), shape, words, offset, given.view.data.ptr)
 
 
-def _smooth(volume: Volume, axis: int, source: Any, out: Any, *weights: Any) -> None:
-    depth, height, width = volume.axes
-    if axis == 2:
-        volume.launch("gauss_rows", -(-int(volume.rows) // WORD), source, out, volume.rows, width, *weights)
-        return
-    lines = (depth, height, np.int64(width)) if axis == 1 else (np.int32(1), depth, np.int64(height) * width)
-    tasks = int(lines[0]) * -(-int(lines[2]) // WORD)
-    volume.launch("gauss_columns", tasks, source, out, *lines, *weights)
+def window_hu(hu: Any, hu_range: Range) -> Any:
+    """See `lesionsynth.window_hu`; any shape."""
+    given = accept(hu, "hu")
+    low, high = (cupy.float32(v) for v in hu_range)
+    with stream_of(hu):
+        out, view = empty(given, given.shape, "float32")
+        scaled = view.view
+        cupy.clip(given.view.astype(cupy.float32), low, high, out=scaled)
+        scaled -= low
+        scaled /= high - low  # in float32, as the kernels do for int16
+    return out
 
 
-def _weights_of(n: int, sigma: float, truncate: float) -> tuple[int, npt.NDArray[Any]]:
-    """Radius, and float64 taps where the kernel is no longer than lines of `n`, else the folded matrix."""
-    taps = gaussian_taps(sigma, truncate)
-    radius = taps.size - 1
-    return radius, taps if 2 * radius + 1 <= n else kernel_of(n, sigma, truncate)
+def gaussian_filter(input: Any, sigmas: Sequence[float], truncate: float) -> Any:  # noqa: A002
+    """See `lesionsynth.ops.gaussian_filter`."""
+
+    def smooth(device: Device, volume: DeviceArray, shape: Shape, out: int) -> None:
+        source = cupy.ascontiguousarray(volume.view, dtype=cupy.float32)
+        filters.gaussian_filter(device, source.data.ptr, shape, sigmas, truncate, out)
+
+    return _apply(input, "float32", smooth)
 
 
-def uniform_filter(device: Device, source: int, kind: str, shape: Shape, sizes: Shape, out: int) -> None:
-    """Average over a box, as `lesionsynth.ops.uniform_filter`.
+def uniform_filter(input: Any, sizes: Shape) -> Any:  # noqa: A002
+    """See `lesionsynth.ops.uniform_filter`; NaN and infinity are not looked for."""
 
-    Parameters
-    ----------
-    device : Device
-    source : int
-        Address of finite numbers.
-    kind : {"uint8", "float32", "float64"}
-        Type of the volume.
-    shape, sizes : (3,) ints
-        (z, y, x).
-    out : int
-        Address of float32.
+    def average(device: Device, volume: DeviceArray, shape: Shape, out: int) -> None:
+        kind = "float32" if cupy.can_cast(volume.view.dtype, cupy.float32) else "float64"
+        if volume.view.dtype == bool or volume.view.dtype == cupy.uint8:
+            source, kind = cupy.ascontiguousarray(volume.view).view(cupy.uint8), "uint8"
+        else:
+            source = cupy.ascontiguousarray(volume.view, dtype=kind)
+        filters.uniform_filter(device, source.data.ptr, kind, shape, sizes, out)
 
-    Notes
-    -----
-    Running sums in float64, divided once: equal to the CPU's where sums are exact, as of masks and of
-    multiples of 2**-40 below 1. Three launches for every 2**23 voxels; the cost does not depend on the sizes.
-    """
-    depth, height, width = shape
-    plane = height * width
-    most = min(depth, max(1, SLAB // plane))
-    scratch = [device.allocate(8 * most * plane) for _ in range(2)]
-    along_z = {"uint8": "box_z_byte", "float32": "box_z_float", "float64": "box_z_double"}[kind]
-    for first in range(0, depth, most):
-        slab = Volume(device, (min(most, depth - first), height, width))
-        _average(slab, along_z, source, (depth, first), sizes, scratch, out + 4 * first * plane)
+    return _apply(input, "float32", average)
 
 
-def _average(
-    slab: Volume, along_z: str, source: int, place: tuple[int, int], sizes: Shape, scratch: Any, out: int
-) -> None:
-    """Average the slices of a slab; `place` is the depth of the volume and the first of them."""
-    (nz, ny, nx), (sums, more) = (np.int32(n) for n in sizes), scratch
-    depth, first = (np.int32(n) for n in place)
-    slices, height, width = slab.axes
-    plane = np.int64(height) * width
-    run = _run_of(nz)
-    tasks = int(plane) * -(-int(slices) // int(run))
-    slab.by_threads(along_z, tasks, source, sums, depth, plane, first, slices, nz, run)
-    run = _run_of(ny)
-    tasks = int(slices) * int(width) * -(-int(height) // int(run))
-    slab.by_threads("box_y", tasks, sums, more, slices, height, width, ny, run)
-    slab.by_warps("box_x", int(slab.rows), more, out, slab.rows, width, nx, np.float64(nz) * ny * nx)
+def label(input: Any, connectivity: int) -> tuple[Any, int]:  # noqa: A002
+    """See `lesionsynth.ops.label`."""
+    counts: list[int] = []
+
+    def number(device: Device, volume: DeviceArray, shape: Shape, out: int) -> None:
+        counts.append(labels.label(device, _nonzero(volume).data.ptr, shape, connectivity, out))
+
+    numbered = _apply(input, "int32", number)
+    return numbered, counts[0]
 
 
-def _run_of(size: np.int32) -> np.int32:
-    return np.int32(max(LEAST_RUN, 2 * int(size)))
+def grow(input: Any, mask: Any, iterations: int, connectivity: int) -> Any:  # noqa: A002
+    """See `lesionsynth.ops.grow`."""
+    # the input's faults are told first, as on the CPU
+    _, room = _volume("input", input), _volume("mask", mask)
+
+    def spread(device: Device, volume: DeviceArray, shape: Shape, out: int) -> None:
+        if room.shape != shape:
+            raise ValueError(f"mask must have the shape of input, {shape}, got {room.shape}")
+        _check_device("mask", room, "input", volume)
+        region, inside = _nonzero(volume), _nonzero(room)
+        labels.grow(device, region.data.ptr, inside.data.ptr, shape, iterations, connectivity, out)
+
+    return _apply(input, "bool", spread)
+
+
+def remove_erroneous_edges(
+    image: Any,
+    lung_mask: Any,
+    threshold: float,
+    contact_fraction: float,
+    shell_width: int,
+    connectivity: int,
+) -> tuple[Any, Any]:
+    """See `lesionsynth.remove_erroneous_edges`."""
+    check_cupy("image and lung_mask are on a CUDA device")
+    check_same_library(image, lung_mask)
+    given, mask = accept(image, "image"), accept(lung_mask, "lung_mask")
+    check_pair(given.shape, given.kind, mask.shape, ranks=(3,), dtypes=("float32", "float64"))
+    _check_device("lung_mask", mask, "image", given)
+    with stream_of(image):
+        lungs = cupy.ascontiguousarray(byte_mask(mask).view).view(cupy.uint8)
+        if bool((lungs > 1).any()):
+            raise ValueError("lung_mask must be binary (bool, or 0 and 1), got another value")
+        source = cupy.ascontiguousarray(given.view)
+        out, view = empty(given, given.shape, given.kind)
+        kept, kept_view = empty(given, given.shape, "bool")
+        labels.remove_edges(
+            _device(given.device), source.data.ptr, given.kind, lungs.data.ptr, _three(given), threshold,
+            contact_fraction, shell_width, connectivity, view.view.data.ptr, kept_view.view.data.ptr,
+        )  # fmt: skip
+    return out, kept
+
+
+def _apply(
+    input: Any,  # noqa: A002
+    kind: str,
+    work: Callable[[Device, DeviceArray, Shape, int], None],
+) -> Any:
+    """Let `work` fill a new volume of a type."""
+    volume = _volume("input", input)
+    with stream_of(input):
+        out, view = empty(volume, volume.shape, kind)
+        work(_device(volume.device), volume, _three(volume), view.view.data.ptr)
+    return out
+
+
+def _volume(name: str, value: Any) -> DeviceArray:
+    check_cupy(f"{name} is on a CUDA device")
+    volume = accept(value, name)
+    if len(volume.shape) != 3 or 0 in volume.shape:
+        raise ValueError(f"{name} must be (z, y, x) with at least one voxel, got shape {volume.shape}")
+    if volume.view.dtype.kind not in "biuf":
+        raise TypeError(f"{name} must be bool, integer or float, got {volume.kind}")
+    return volume
+
+
+def _three(volume: DeviceArray) -> Shape:
+    z, y, x = volume.shape
+    return z, y, x
+
+
+def _nonzero(volume: DeviceArray) -> Any:
+    """Bytes that are 0 where the volume is."""
+    view = volume.view if volume.view.itemsize == 1 else volume.view != 0
+    return cupy.ascontiguousarray(view).view(cupy.uint8)
+
+
+def _check_device(name: str, array: DeviceArray, other_name: str, other: DeviceArray) -> None:
+    if array.device != other.device:
+        raise ValueError(
+            f"{name} must be on the device of {other_name}, cuda:{other.device}, got cuda:{array.device}"
+        )
+
+
+def _device(number: int) -> Device:
+    return backend().renderer(number).device
+
+
+def _number(device: str | int) -> int:
+    """Read "cuda", "cuda:1" or 1."""
+    text = str(device).removeprefix("cuda").removeprefix(":")
+    if isinstance(device, bool) or not ((text == "" and device == "cuda") or text.isdecimal()):
+        raise ValueError(f"device must be 'cpu', 'cuda', 'cuda:N' or N, got {device!r}")
+    number = int(text or 0)
+    count = int(cupy.cuda.runtime.getDeviceCount())
+    if number >= count:
+        raise ValueError(f"device must be one of the {count} CUDA devices, got {device!r}")
+    return number

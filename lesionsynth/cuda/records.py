@@ -1,6 +1,6 @@
 """The one table that goes up for a batch: header, items, blobs, taps, and the initial state of every blob.
 
-Each record is defined here once; `lesionsynth.cuda._source` writes it out as a C struct. Axis order is
+Each record is defined here once; `lesionsynth.cuda.programs` writes it out as a C struct. Axis order is
 (z, y, x) throughout. A lesion (a merged component) lives in the state of its lowest-numbered blob, its root.
 """
 

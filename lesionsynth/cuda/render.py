@@ -17,8 +17,8 @@ import numpy.typing as npt
 
 from lesionsynth._recipe import Recipe
 from lesionsynth.config import Range
-from lesionsynth.cuda._device import Device
-from lesionsynth.cuda.lesions import Lesions, explain
+from lesionsynth.cuda.device import Device
+from lesionsynth.cuda.pair import Lesions, explain
 from lesionsynth.cuda.records import BATCH
 from lesionsynth.cuda.table import WORD, Table, build
 from lesionsynth.cuda.workspace import STATUS_BYTES, Slot, Workspace

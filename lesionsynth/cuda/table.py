@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lesionsynth._recipe import DRAWN, Recipe
-from lesionsynth.cpu.lines import PAIRS, taps_of
+from lesionsynth.cpu.engine.lines import PAIRS, taps_of
 from lesionsynth.cpu.shapes import SURFACE, rotation_matrices
 from lesionsynth.cuda.records import AXES, BATCH, BLOB, ITEM, NOTHING, STAGES, STATE
 

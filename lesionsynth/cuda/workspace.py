@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from lesionsynth.cuda._device import Buffer, Bytes, Device, Mark
+from lesionsynth.cuda.device import Buffer, Bytes, Device, Mark
 from lesionsynth.cuda.records import STATUS
 
 MOST_SLOTS = 16

@@ -1,4 +1,4 @@
-"""`lesionsynth.cuda._device.Device` on the host: NumPy memory, and kernels behind the shim."""
+"""`lesionsynth.cuda.device.Device` on the host: NumPy memory, and kernels behind the shim."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from lesionsynth.cuda._source import THREADS, source
+from lesionsynth.cuda.programs import THREADS, source
 from tests.cuda_host.shim import HostProgram
 
 ALIGNMENT = 16

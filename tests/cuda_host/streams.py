@@ -112,7 +112,7 @@ class LateDevice(HostDevice):
         with self._lock:
             self.finish(self._queue(lambda: array.fill(POISON), stream))
 
-    # --- lesionsynth.cuda._device.Device ---
+    # --- lesionsynth.cuda.device.Device ---
 
     def allocate(self, nbytes: int) -> LateBuffer:
         self.allocations += 1

@@ -26,8 +26,9 @@ from numba.core.compiler_lock import global_compiler_lock
 import lesionsynth as ls
 from lesionsynth._cache import _apart
 from lesionsynth._recipe import Recipe
-from lesionsynth.cpu import _memory, _threads
-from lesionsynth.cpu._threads import in_background, parallel_for, settle, tickets_for, work_together
+from lesionsynth.cpu.engine import memory as _memory
+from lesionsynth.cpu.engine import threads as _threads
+from lesionsynth.cpu.engine.threads import in_background, parallel_for, settle, tickets_for, work_together
 from lesionsynth.cuda.render import Job, Renderer
 from tests.conftest import REPOSITORY, draw_lungs
 from tests.cuda_host.pairs import HU_RANGE, HostPair, volume
@@ -204,7 +205,7 @@ def test_a_raise_wherever_python_runs_handlers(step, synth, wanted, idle) -> Non
     assert k > 400
 
 
-MEMORY = os.path.join("lesionsynth", "cpu", "_memory.py")
+MEMORY = os.path.join("lesionsynth", "cpu", "engine", "memory.py")
 
 
 def tear_line(call: Callable[[], Any], number: int, file: str) -> bool:

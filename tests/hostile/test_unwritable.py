@@ -469,7 +469,7 @@ def test_an_archive(tmp_path) -> None:
         package = tmp_path / f"package{number}"
         ignored = shutil.ignore_patterns("__pycache__")
         shutil.copytree(REPOSITORY / "lesionsynth", package / "lesionsynth", ignore=ignored)
-        module = package / "lesionsynth" / "cpu" / "bits.py"
+        module = package / "lesionsynth" / "cpu" / "engine" / "bits.py"
         module.write_text(module.read_text() + text)
         shutil.make_archive(str(package), "zip", package)
         shutil.rmtree(package)

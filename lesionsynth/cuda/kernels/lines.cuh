@@ -1,4 +1,4 @@
-// lines.cuh: a Gaussian along 32 parallel lines of a box, a tile in shared memory.  Twin: cpu/lines.py
+// lines.cuh: a Gaussian along 32 parallel lines of a box, a tile in shared memory.  Twin: cpu/engine/lines.py
 //
 // Taps, where the kernel is no longer than the line (2 r + 1 <= n):
 //     acc = w_0 x_i, then acc = fma(w_k, x_{i-k} + x_{i+k}, acc) for k = 1 ... r.

@@ -1,5 +1,5 @@
 // ops.cu: packed masks, growth, means over a box, noise and the Gaussian of a volume.
-// Twins: cpu/bits.py, cpu/grow.py, cpu/filters.py, cpu/philox.py; oracle: SciPy, in tests/test_cuda_ops.py
+// Twins: cpu/engine/bits.py, cpu/grow.py, cpu/filters.py, cpu/philox.py; oracle: SciPy, in tests/test_cuda_ops.py
 //
 // Bit x & 31 of word x >> 5 of a row is voxel x; bits beyond the row are 0, as is what lies beyond the
 // volume. Floors count bytes a voxel through device memory: b bits are b / 8 bytes.

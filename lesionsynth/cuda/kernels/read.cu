@@ -1,4 +1,4 @@
-// read.cu: the mask as bits, and where blobs go.  Twins: cpu/bits.py, cpu/place.py
+// read.cu: the mask as bits, and where blobs go.  Twins: cpu/engine/bits.py, cpu/place.py
 // Floor of read_mask: a byte a voxel read, a bit written.
 enum Status { EMPTY_MASK, NOT_BINARY, OUTSIDE_UNIT, LATTICE_TOO_LARGE };
 

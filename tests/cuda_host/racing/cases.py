@@ -10,7 +10,7 @@ from scipy import ndimage
 
 from lesionsynth import ops as cpu
 from lesionsynth import remove_erroneous_edges
-from lesionsynth.cuda import components, render
+from lesionsynth.cuda import labels, render
 from lesionsynth.cuda.records import BATCH
 from tests.conftest import draw_lungs
 from tests.cuda_host.racing.device import RacingDevice
@@ -65,12 +65,12 @@ def volumes(round_: int, plant: str | None) -> None:
 
 
 def assert_labels(device: RacingDevice, mask: np.ndarray, connectivity: int) -> None:
-    labels = np.full(mask.shape, -9, dtype=np.int32)
-    count = components.label(device, mask.ctypes.data, mask.shape, connectivity, labels.ctypes.data)
+    numbers = np.full(mask.shape, -9, dtype=np.int32)
+    count = labels.label(device, mask.ctypes.data, mask.shape, connectivity, numbers.ctypes.data)
     structure = ndimage.generate_binary_structure(3, CONNECTIVITIES[connectivity])
     expected, expected_count = ndimage.label(mask, structure)
     assert count == expected_count
-    assert_array_equal(labels, expected)
+    assert_array_equal(numbers, expected)
 
 
 def assert_growth(
@@ -78,14 +78,14 @@ def assert_growth(
 ) -> None:
     grown = np.full(mask.shape, 9, dtype=np.uint8)
     addresses = seed.ctypes.data, mask.ctypes.data
-    components.grow(device, *addresses, mask.shape, iterations, connectivity, grown.ctypes.data)
+    labels.grow(device, *addresses, mask.shape, iterations, connectivity, grown.ctypes.data)
     expected = cpu.grow(seed != 0, mask != 0, iterations=iterations, connectivity=connectivity)
     assert_array_equal(grown, expected)
 
 
 def assert_edges(device: RacingDevice, image: np.ndarray, mask: np.ndarray, connectivity: int) -> None:
     out, out_mask = np.full_like(image, 9), np.full(mask.shape, 9, dtype=np.uint8)
-    components.remove_edges(
+    labels.remove_edges(
         *(device, image.ctypes.data, "float32", mask.ctypes.data, mask.shape),
         *(0.5, 0.5, 2, connectivity, out.ctypes.data, out_mask.ctypes.data),
     )

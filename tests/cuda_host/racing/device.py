@@ -8,7 +8,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from lesionsynth.cuda._source import THREADS, kernels_of, source
+from lesionsynth.cuda.programs import THREADS, kernels_of, source
 from tests.cuda_host import shim
 from tests.cuda_host.device import HostDevice
 from tests.cuda_host.racing.environment import is_watched

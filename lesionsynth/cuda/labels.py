@@ -1,7 +1,7 @@
 """Labels and growth of `lesionsynth.ops`, and erroneous edges of `lesionsynth.lungs`, on a device.
 
-Memory as in `lesionsynth.cuda.ops`. Nothing waits but what has a number or an error to tell, where a comment
-says so.
+Memory as in `lesionsynth.cuda.filters`. Nothing waits but what has a number or an error to tell, where a
+comment says so.
 """
 
 from __future__ import annotations
@@ -10,9 +10,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from lesionsynth.cuda._device import Buffer, Device
-from lesionsynth.cuda._source import THREADS
-from lesionsynth.cuda.volume import Shape, Volume
+from lesionsynth.cuda.device import Buffer, Device
+from lesionsynth.cuda.grid import Shape, Volume
+from lesionsynth.cuda.programs import THREADS
 
 MOST_VOXELS = 2**31
 """Nodes are voxels by int32."""

@@ -25,8 +25,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from lesionsynth.cpu._jit import inner, kernel
-from lesionsynth.cpu.simd import LANES, fma, load, splat, store
+from lesionsynth.cpu.engine.jit import inner, kernel
+from lesionsynth.cpu.engine.simd import LANES, fma, load, splat, store
 
 BLOCK = 8
 """Outputs of a line that are accumulated together, in registers."""

@@ -11,8 +11,8 @@ from typing import Any
 import numba
 import numpy as np
 
-from lesionsynth.cpu._jit import inner
-from lesionsynth.cpu.simd import pointer
+from lesionsynth.cpu.engine.jit import inner
+from lesionsynth.cpu.engine.simd import pointer
 
 
 @inner

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from lesionsynth.cuda._device import Buffer, Mark
+from lesionsynth.cuda.device import Buffer, Mark
 from lesionsynth.cuda.records import ITEM, STATE
 from lesionsynth.cuda.table import Table
 from lesionsynth.cuda.workspace import Slot

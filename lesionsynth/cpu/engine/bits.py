@@ -12,10 +12,10 @@ import numba
 import numpy as np
 import numpy.typing as npt
 
-from lesionsynth.cpu._jit import inner, kernel
-from lesionsynth.cpu._memory import output
-from lesionsynth.cpu._threads import parallel_for
-from lesionsynth.cpu.simd import nonzero_bits, ones, pointer, store_bits, trailing_zeros
+from lesionsynth.cpu.engine.jit import inner, kernel
+from lesionsynth.cpu.engine.memory import output
+from lesionsynth.cpu.engine.simd import nonzero_bits, ones, pointer, store_bits, trailing_zeros
+from lesionsynth.cpu.engine.threads import parallel_for
 
 ALL = np.uint64(0xFFFFFFFFFFFFFFFF)
 

@@ -31,8 +31,8 @@ import numpy.typing as npt
 from numba import types
 
 from lesionsynth._cache import torn_off
-from lesionsynth.cpu._jit import inner, kernel
-from lesionsynth.cpu.simd import fetch, fetch_add
+from lesionsynth.cpu.engine.jit import inner, kernel
+from lesionsynth.cpu.engine.simd import fetch, fetch_add
 from lesionsynth.strict import shown
 
 give_way: Any = types.ExternalFunction("SwitchToThread" if os.name == "nt" else "sched_yield", types.int32())
@@ -365,7 +365,7 @@ def _resume(child: bool) -> None:
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(  # before `lesionsynth.cpu._jit` takes Numba's lock, which a helper may want
+    os.register_at_fork(  # before `lesionsynth.cpu.engine.jit` takes Numba's lock, which a helper may want
         before=_pause, after_in_parent=partial(_resume, False), after_in_child=partial(_resume, True)
     )
 

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from lesionsynth.cuda._device import Buffer, Device, Mark, Pinned
-from lesionsynth.cuda._source import THREADS
+from lesionsynth.cuda.device import Buffer, Device, Mark, Pinned
+from lesionsynth.cuda.programs import THREADS
 
 Shape = tuple[int, int, int]
 
