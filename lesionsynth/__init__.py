@@ -18,7 +18,8 @@ from lesionsynth import presets
 from lesionsynth._backend import release_memory
 from lesionsynth.config import BlobClass, LesionConfig, Texture, Warp
 from lesionsynth.lungs import remove_erroneous_edges
-from lesionsynth.plan import Blob, Component, LesionPlan
+from lesionsynth.plan import Component, LesionPlan
+from lesionsynth.sampling import Blob
 from lesionsynth.synthesizer import LesionPair, LesionSynthesizer
 from lesionsynth.window import threshold, window_hu
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from lesionsynth._dlpack import Restore, accept, library_of
+from lesionsynth.plan import LesionPlan
 
 _AXES = {3: "(z, y, x)", 4: "(b, z, y, x)"}
 
@@ -51,6 +53,15 @@ def accept_pair(
     return healthy, _binary(mask), restore
 
 
+def accept_mask(lung_mask: Any, ranks: tuple[int, ...]) -> npt.NDArray[np.bool_]:
+    """Take a mask alone, as `accept_pair` does."""
+    mask, _ = accept(lung_mask, "lung_mask")
+    if len(mask.shape) not in ranks or 0 in mask.shape:
+        axes = " or ".join(_AXES[rank] for rank in ranks)
+        raise ValueError(f"lung_mask must be {axes} with at least one voxel, got shape {mask.shape}")
+    return _binary(mask)
+
+
 def check_same_library(image: Any, lung_mask: Any) -> None:
     """Raise `TypeError` unless both are arrays of one library."""
     if library_of(image) != library_of(lung_mask):
@@ -85,6 +96,12 @@ def check_pair(
         raise TypeError(
             f"image must be in [0, 1] and {names}, got {dtype}" + (hint if "int" in dtype else "")
         )
+
+
+def check_values(dtype: str, plans: Sequence[LesionPlan]) -> None:
+    """Raise `TypeError` where Hounsfield units meet a plan of other values."""
+    if dtype == "int16" and any(plan.value_range != (0.0, 1.0) for plan in plans):
+        raise TypeError("image must be float where a plan has a value_range, got int16")
 
 
 def accept_out(

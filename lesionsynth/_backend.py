@@ -6,12 +6,14 @@ import sys
 from collections.abc import Sequence
 from typing import Any, Protocol
 
+import numpy as np
+import numpy.typing as npt
+
 from lesionsynth._dlpack import DLPACK_CUDA, device_kind
-from lesionsynth._recipe import Recipe
 from lesionsynth.config import Range
-from lesionsynth.cpu.backend import CpuBackend
+from lesionsynth.cpu.backend import CpuBackend, CpuStages
 from lesionsynth.cpu.engine import memory
-from lesionsynth.plan import Component
+from lesionsynth.plan import Component, LesionPlan
 
 
 class Inputs(Protocol):
@@ -33,6 +35,10 @@ class Rendering(Protocol):
     def target(self) -> Any:
         """GT."""
 
+    @property
+    def finished(self) -> bool:
+        """Whether `components` waits for nothing."""
+
     def components(self) -> tuple[tuple[Component, ...] | None, ...]:
         """Tell the lesions of each item; None where there was no lung."""
 
@@ -46,10 +52,16 @@ class Backend(Protocol):
     def accept(self, image: Any, lung_mask: Any, out: Any) -> Any:
         """Check the arguments of a rendering; returns `Inputs`."""
 
+    def host_mask(self, lung_mask: Any) -> npt.NDArray[np.bool_]:
+        """Check a mask, and return it in the host's memory."""
+
+    def count_organ(self, inputs: Any) -> list[int]:
+        """Count the voxels of each item's mask; waits for them."""
+
     def render(
-        self, recipes: Sequence[Recipe], inputs: Any, hu_range: Range, *, allow_empty: bool = False
+        self, plans: Sequence[LesionPlan], inputs: Any, hu_range: Range, *, allow_empty: bool = False
     ) -> Rendering:
-        """Render one recipe an item; an item without lung is an error, or gets no lesion."""
+        """Render one plan an item; an item without lung is an error, or gets no lesion."""
 
 
 class Backends:
@@ -57,6 +69,11 @@ class Backends:
 
     def __init__(self, threads: int | None = None) -> None:
         self._cpu = CpuBackend(threads)
+
+    @property
+    def stages(self) -> CpuStages:
+        """The CPU twin's stages, which measure for whichever device renders."""
+        return self._cpu.stages
 
     def of(self, image: Any) -> Backend:
         """Return the backend for an array."""

@@ -28,9 +28,10 @@ from lesionsynth._samples import check_output, checksums, read_plan, read_record
 from lesionsynth.commands import plainly, printable, run
 from lesionsynth.config import LesionConfig
 from lesionsynth.cpu.engine.threads import check_threads, default_threads
-from lesionsynth.plan import WORD, check_lung_fraction, check_word
+from lesionsynth.plan import check_lung_fraction, check_word
 from lesionsynth.preview import check_output as check_picture
 from lesionsynth.preview import save_preview
+from lesionsynth.sampling import WORD
 from lesionsynth.strict import check_integer, name_of, shown
 from lesionsynth.synthesizer import LesionPair, LesionSynthesizer
 from lesionsynth.window import window_hu

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from lesionsynth.strict import hints_of, plain_number, settle, shown
 
@@ -18,6 +18,15 @@ Range = tuple[float, float]
 CONNECTIVITIES = (6, 18, 26)
 """Voxel neighbourhoods: faces, faces and edges, faces and edges and corners."""
 
+Mode = Literal["max", "min", "add", "blend"]
+"""How a lesion enters the image; `LesionConfig.mode` says what each does."""
+MODES: tuple[Mode, ...] = get_args(Mode)
+Placement = Literal["uniform", "surface", "depth"]
+"""Where a blob's centre may lie; see `BlobClass.placement`."""
+PLACEMENTS: tuple[Placement, ...] = get_args(Placement)
+SOFT_MODES = ("add", "blend")
+"""Modes that may have a soft edge."""
+
 MOST_BLOBS = 1024
 """Ellipsoids of a sample; the paper has 21 at most."""
 LEAST_LENGTH, MOST_LENGTH = 1e-9, 1e4
@@ -26,23 +35,35 @@ LEAST_SPACING, MOST_SPACING = 1e-3, 1e3
 """Bounds of a voxel's size in mm."""
 MOST_AMPLITUDE, MOST_CORRELATION = 1e4, 1e4
 """Largest warp, in units of a blob's radius."""
+LEAST_MU0 = 1e-6
+"""Least mean intensity."""
 LEAST_THRESHOLD = 1e-6
 """Least τ and mean_threshold: intensities are divided by them, in float32."""
 MOST_HU = 1e5
 """Largest bound of a window, to either side."""
 LEAST_HU = 1e-2
 """Least width of a window; intensities are divided by it, in float32, which tells its ends apart."""
+LEAST_LOAD, MOST_LOAD = 1e-5, 0.9
+"""Bounds of a wanted share of the organ."""
+PAPER_LUNG = 1.6e6
+"""Voxels of lung, of 0.8 x 0.8 x 1 mm, in a slab that counts as λ = 1 where nobody says what the largest is:
+TODO"""
+PAPER_VOXEL = 0.8 * 0.8 * 1.0
+"""Its volume in mm³."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class BlobClass:
     """Ellipsoids of one size class (PAPER.md III-C.1).
 
-    Exactly one of `count` and `probability` is given.
+    Exactly one of `radius` and `radius_mm`, and one of `count` and `probability`, is given.
     """
 
-    radius: Range
-    """Semi-axes; each of the three is drawn on its own (all three together when `spherical`)."""
+    radius: Range | None = None
+    """Semi-axes, in the unit of `LesionConfig.lengths`; each of the three is drawn on its own (all three
+    together when `spherical`)."""
+    radius_mm: Range | None = None
+    """The same in mm. In a configuration whose classes all have it, every length is in mm."""
     count: Range | None = None
     """N = round(U[low * λ, high * λ]) ellipsoids."""
     probability: float | None = None
@@ -51,11 +72,22 @@ class BlobClass:
     """Multiply `count` or `probability` by λ, the slab's share of the largest lung."""
     spherical: bool = False
     """Draw one radius for all three semi-axes."""
+    placement: Placement = "uniform"
+    """Where centres lie. "uniform": any voxel of the mask. "surface": from such a voxel straight on, in the
+    plane of a slice, to the last voxel before the organ ends. "depth": from such a voxel to the middle of
+    the organ along x, then along y. What lies beyond the array does not count as the organ's end."""
 
     def __post_init__(self) -> None:
         """Check ranges."""
         _settle(self)
-        _check_range("radius", self.radius, above=0.0, least=LEAST_LENGTH, most=MOST_LENGTH)
+        if (self.radius is None) == (self.radius_mm is None):
+            raise ValueError(
+                f"exactly one of radius and radius_mm must be given, got radius={self.radius}, "
+                f"radius_mm={self.radius_mm}"
+            )
+        name = "radius" if self.radius_mm is None else "radius_mm"
+        _check_range(name, self.radii, above=0.0, least=LEAST_LENGTH, most=MOST_LENGTH)
+        _check_choice("placement", self.placement, PLACEMENTS)
         if (self.count is None) == (self.probability is None):
             raise ValueError(
                 f"exactly one of count and probability must be given, got count={self.count}, "
@@ -65,6 +97,23 @@ class BlobClass:
             _check_range("count", self.count, least=0.0, most=MOST_BLOBS)
         if self.probability is not None and not 0.0 <= self.probability <= 1.0:
             raise ValueError(f"probability must be in [0, 1], got {self.probability}")
+
+    @property
+    def radii(self) -> Range:
+        """`radius`, or `radius_mm` where that is given."""
+        radii = self.radius if self.radius_mm is None else self.radius_mm
+        assert radii is not None
+        return radii
+
+    @property
+    def mean_count(self) -> float:
+        """Ellipsoids of a sample in the mean, at λ = 1."""
+        return sum(self.count) / 2.0 if self.count is not None else self.probability or 0.0
+
+    @property
+    def most_count(self) -> int:
+        """Ellipsoids of a sample at most."""
+        return 1 if self.count is None else math.ceil(self.count[1])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,7 +155,12 @@ class Texture:
     p_sigma_b_low: float = 0.7
     """Probability of the common case."""
     mu0: Range = (0.4, 0.8)
-    """Mean intensity that the voxels above `mean_threshold` are scaled to (eq. 6)."""
+    """Mean intensity that the voxels above `mean_threshold` are scaled to (eq. 6). In mode "min" it is 1
+    minus the intensity, in mode "add" what is added."""
+    level_hu: Range | None = None
+    """The mean in HU, in place of `mu0`: for every mode but "add"."""
+    contrast_hu: Range | None = None
+    """What mode "add" adds in the mean, in HU, in place of `mu0`; below 0 the lesion is darker."""
     mean_threshold: float = 0.2
     """Threshold t of mean_t in eq. 6."""
 
@@ -116,7 +170,17 @@ class Texture:
         for name in ("sigma_a", "sigma_b_low", "sigma_b_high"):
             value = getattr(self, name)
             _check_range(f"texture.{name}", value, above=0.0, least=LEAST_LENGTH, most=MOST_LENGTH)
-        _check_range("texture.mu0", self.mu0, above=0.0, least=1e-6, most=1.0)
+        _check_range("texture.mu0", self.mu0, above=0.0, least=LEAST_MU0, most=1.0)
+        if self.level_hu is not None and self.contrast_hu is not None:
+            raise ValueError(
+                f"at most one of texture.level_hu and texture.contrast_hu must be given, got {self.level_hu} "
+                f"and {self.contrast_hu}"
+            )
+        for name in ("level_hu", "contrast_hu"):
+            if (bounds := getattr(self, name)) is not None:
+                _check_range(f"texture.{name}", bounds, least=-MOST_HU, most=MOST_HU)
+        if self.contrast_hu is not None and self.contrast_hu[0] <= 0.0 <= self.contrast_hu[1]:
+            raise ValueError(f"texture.contrast_hu must not contain 0, got {self.contrast_hu}")
         _check_range("texture.a_range", self.a_range, least=0.0, most=1.0)
         low, high = self.a_range
         if not 0.0 <= self.a_min_gap <= high - low:
@@ -163,6 +227,24 @@ class LesionConfig:
     """Unit of every radius and sigma. With "mm", `spacing` converts, so thick slices keep lesions round."""
     spacing: tuple[float, float, float] = (1.0, 0.8, 0.8)
     """Voxel size (z, y, x) in mm; the paper's. Used only where `lengths` is "mm"; calls can override it."""
+    count: Range | None = None
+    """N = round(U[low, high]) ellipsoids in all, whatever λ is; each is of a class in proportion to the mean
+    counts of the classes. Ellipsoids that touch become one lesion."""
+    load: Range | None = None
+    """Share of the organ that lesions are to fill, U[low, high], in place of λ: the number of ellipsoids
+    follows from it, and a factor of all radii meets it within a tenth, where the organ allows."""
+    mode: Mode = "max"
+    """How a lesion B, in [0, 1], enters the image H. "max": max(H, B), the paper's. "min": min(H, 1 - B).
+    "add": H + B, or H - B for a `contrast_hu` below 0. "blend": H + αe (B - H). All stay in [0, 1]."""
+    alpha: Range = (1.0, 1.0)
+    """α of mode "blend", drawn per lesion: the share of B."""
+    edge: float = 0.0
+    """Width of a soft edge, in the unit of `lengths`, for modes "add" and "blend": what a lesion does to a
+    voxel rises from 0 outside to the whole at this depth, e = min(1, depth / edge)."""
+    value_range: Range | None = None
+    """Values of the image that stand for 0 and 1, where they are no HU: (-3, 5) for MR in standard
+    deviations, say. `hu_threshold`, `level_hu` and `contrast_hu` are in its unit, and voxels outside it are
+    refused. None: images lie in [0, 1], and `hu_range` says which HU these are."""
 
     def __post_init__(self) -> None:
         """Check what the parts cannot."""
@@ -174,31 +256,110 @@ class LesionConfig:
                 raise TypeError(f"{name} must be a {kind.__name__}, got {shown(getattr(self, name))}")
         object.__setattr__(self, "spacing", checked_spacing(self.spacing))
         _settle(self)
+        self._check_lengths()
+        self._check_numbers()
+        if self.connectivity not in CONNECTIVITIES:
+            raise ValueError(f"connectivity must be one of {CONNECTIVITIES}, got {self.connectivity}")
+        self._check_window()
+        self._check_mode()
+
+    def _check_lengths(self) -> None:
+        """Settle the unit of lengths: mm where the classes say so."""
+        _check_choice("lengths", self.lengths, ("voxel", "mm"))
+        in_mm = [c.radius_mm is not None for c in self.blob_classes]
+        if any(in_mm) and self.lengths == "voxel":
+            if not all(in_mm):
+                raise ValueError(
+                    "radius_mm must be given by every class or by none, unless lengths is 'mm', got "
+                    f"{[c.radii for c in self.blob_classes]} of which {sum(in_mm)} are radius_mm"
+                )
+            object.__setattr__(self, "lengths", "mm")
+
+    def _check_numbers(self) -> None:
+        """Check counts and `load`."""
         most = sum(1.0 if c.count is None else c.count[1] for c in self.blob_classes)
         if most > MOST_BLOBS:
             raise ValueError(f"count must be at most {MOST_BLOBS} over all classes, got {most}")
-        if self.connectivity not in CONNECTIVITIES:
-            raise ValueError(f"connectivity must be one of {CONNECTIVITIES}, got {self.connectivity}")
+        if self.count is not None:
+            _check_range("count", self.count, least=0.0, most=MOST_BLOBS)
+        if self.load is not None:
+            _check_range("load", self.load, least=LEAST_LOAD, most=MOST_LOAD)
+        for name in ("count", "load"):
+            if getattr(self, name) is not None and not any(c.mean_count for c in self.blob_classes):
+                raise ValueError(f"{name} must be None where no class has lesions, got {getattr(self, name)}")
+
+    def _check_window(self) -> None:
+        """Check the window and what is measured in its unit."""
         _check_range("hu_range", self.hu_range, least=-MOST_HU, most=MOST_HU)
-        low, high = self.hu_range
-        if high - low < LEAST_HU:
-            raise ValueError(f"hu_range must be at least {LEAST_HU:g} HU wide, got {self.hu_range}")
+        name = "hu_range"
+        if self.value_range is not None:
+            name = "value_range"
+            _check_range(name, self.value_range, least=-MOST_HU, most=MOST_HU)
+        for what, (low, high) in (("hu_range", self.hu_range), (name, self.window)):
+            if high - low < LEAST_HU:
+                raise ValueError(f"{what} must be at least {LEAST_HU:g} HU wide, got {(low, high)}")
+        low, high = self.window
         if not low < self.hu_threshold < high:
-            raise ValueError(
-                f"hu_threshold must lie inside hu_range {self.hu_range}, got {self.hu_threshold}"
-            )
+            raise ValueError(f"hu_threshold must lie inside {name} {self.window}, got {self.hu_threshold}")
         if not LEAST_THRESHOLD <= self.tau < 1.0:
             raise ValueError(
-                f"hu_threshold must be a share of hu_range {self.hu_range} in [{LEAST_THRESHOLD:g}, 1), "
+                f"hu_threshold must be a share of {name} {self.window} in [{LEAST_THRESHOLD:g}, 1), "
                 f"got {self.tau}"
             )
-        if self.lengths not in ("voxel", "mm"):
-            raise ValueError(f"lengths must be 'voxel' or 'mm', got {shown(self.lengths)}")
+
+    def _check_mode(self) -> None:
+        """Check that what the texture and the edge say has a meaning in this mode."""
+        _check_choice("mode", self.mode, MODES)
+        _check_range("alpha", self.alpha, above=0.0, most=1.0)
+        if self.alpha != (1.0, 1.0) and self.mode != "blend":
+            raise ValueError(f"alpha must be (1, 1) in mode {self.mode!r}, got {self.alpha}")
+        if not 0.0 <= self.edge <= MOST_LENGTH:
+            raise ValueError(f"edge must be in [0, {MOST_LENGTH:g}], got {self.edge}")
+        if self.edge and self.mode not in SOFT_MODES:
+            raise ValueError(f"edge must be 0 in mode {self.mode!r}, got {self.edge}")
+        texture = self.texture
+        if texture.contrast_hu is not None and self.mode != "add":
+            raise ValueError(
+                f"texture.contrast_hu must be None in mode {self.mode!r}, got {texture.contrast_hu}"
+            )
+        if texture.level_hu is not None and self.mode == "add":
+            raise ValueError(f"texture.level_hu must be None in mode 'add', got {texture.level_hu}")
+        low, high = self.mu0
+        if not (low >= LEAST_MU0 and high <= 1.0):
+            name = "level_hu" if texture.contrast_hu is None else "contrast_hu"
+            raise ValueError(
+                f"texture.{name} must lie within the window {self.window}, got {getattr(texture, name)}"
+            )
+
+    @property
+    def window(self) -> Range:
+        """Values that stand for 0 and 1: `value_range`, or `hu_range` where there is none."""
+        return self.hu_range if self.value_range is None else self.value_range
+
+    @property
+    def mu0(self) -> Range:
+        """Range of μ0 (eq. 6): the texture's own, or what its `level_hu` or `contrast_hu` are in [0, 1]."""
+        low, high = self.window
+        bounds = self.texture.mu0
+        if self.texture.contrast_hu is not None:
+            bounds = _sorted(*(abs(hu) / (high - low) for hu in self.texture.contrast_hu))
+        elif self.texture.level_hu is not None:
+            bounds = _sorted(*((hu - low) / (high - low) for hu in self.texture.level_hu))
+            if self.mode == "min":
+                bounds = 1.0 - bounds[1], 1.0 - bounds[0]
+        return bounds
+
+    @property
+    def weight(self) -> Range:
+        """Range of a lesion's weight: α for "blend", 1 or -1 for "add", 1 for the others."""
+        if self.texture.contrast_hu is not None and self.texture.contrast_hu[0] < 0.0:
+            return (-1.0, -1.0)
+        return self.alpha
 
     @property
     def tau(self) -> float:
         """`hu_threshold` on the [0, 1] scale: (T - low) / (high - low), 1/3 by default."""
-        low, high = self.hu_range
+        low, high = self.window
         return (self.hu_threshold - low) / (high - low)
 
     @property
@@ -233,6 +394,15 @@ def checked_spacing(spacing: Any, name: str = "spacing") -> tuple[float, float, 
 def check_spacing(spacing: Any, name: str = "spacing") -> None:
     """Raise `ValueError` unless `spacing` is as `checked_spacing` takes it."""
     checked_spacing(spacing, name)
+
+
+def _sorted(one: float, other: float) -> Range:
+    return min(one, other), max(one, other)
+
+
+def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {shown(value)}")
 
 
 def _settle(part: Any) -> None:

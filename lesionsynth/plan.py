@@ -8,33 +8,51 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from itertools import pairwise
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
+from lesionsynth._kept import kept
 from lesionsynth.config import (
     CONNECTIVITIES,
-    LEAST_LENGTH,
+    LEAST_HU,
+    LEAST_LOAD,
     LEAST_THRESHOLD,
-    MOST_AMPLITUDE,
+    MODES,
     MOST_BLOBS,
-    MOST_CORRELATION,
+    MOST_HU,
     MOST_LENGTH,
+    MOST_LOAD,
+    SOFT_MODES,
+    Mode,
+    Range,
     checked_spacing,
+)
+from lesionsynth.sampling import (
+    BELOW_1,
+    MOST_VOXELS,
+    WORD,
+    Blob,
+    Triple,
+    blobs_of,
+    check_integers,
+    put_checked,
+    records_of,
 )
 from lesionsynth.strict import check_integer, check_number, parse_json, plain_number, shown
 
 FORMAT = "lesionsynth.plan"
-VERSION = 1
-WORD = 2**32
-"""Seeds and indices are 32-bit words of Philox's key and counter."""
-
-MOST_VOXELS = 2**31 - 1
-"""Largest volume: indices are 32-bit integers on a GPU."""
+VERSION = 2
+ADDED: dict[str, dict[str, Any]] = {
+    "plan": {"mode": "max", "edge": 0.0, "value_range": [0.0, 1.0], "load": None},
+    "blobs": {"placement": "uniform", "weight": 1.0},
+    "components": {"changed": None},
+}
+"""What version 2 has and version 1 lacks, and what it was: a plan of version 1 is the paper's."""
 MOST_BOXES = 2**29
 """Voxels of all blobs' boxes together, or `BOXES` volumes where that is more: a few seconds' work."""
 BOXES = 16
@@ -44,72 +62,10 @@ MOST_NODES_OF_A_LINE = 2**15
 """Nodes along an axis: what the counter of their noise holds."""
 MOST_WEIGHTS = 2**28
 """Weights of all Gaussians together, 1 GB on a GPU; the paper's need a thousandth."""
-
-_LENGTH = f"> 0, at least {LEAST_LENGTH:g} and at most {MOST_LENGTH:g}"
-_BELOW_1 = math.nextafter(1.0, 0.0)
-
+MOST_EDGE = 64
+"""Voxels of a soft edge along an axis, at most: each is looked for its way out."""
 MOST_TAPS = 2**16
 """Taps of a Gaussian on one side: a standard deviation of 16,384 voxels."""
-
-Triple = tuple[float, float, float]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Blob:
-    """One ellipsoid with its warp, place and texture; lengths in the plan's unit, axis order (z, y, x)."""
-
-    component: int
-    """Philox component of the blob's noise, its number from 0."""
-    semi_axes: Triple
-    """Semi-axes before rotation."""
-    rotation: tuple[float, float, float, float]
-    """Unit quaternion (w, x, y, z), where x, y, z stand for the array axes 0, 1, 2."""
-    position: float
-    """u in [0, 1): the centre is the floor(u * |M|)-th voxel of the mask in C order."""
-    center: tuple[int, int, int] | None = None
-    """Centre voxel (z, y, x); when given, it replaces `position`."""
-    warp_amplitude: float
-    """Bound of each displacement component, in units of the geometric-mean radius."""
-    warp_correlation: float
-    """Spacing of the displacement's control lattice, in the same unit."""
-    sigma_a: float
-    """Standard deviation of the Gaussian on the white noise (eq. 7)."""
-    a_low: float
-    """a_L of eq. 8."""
-    a_high: float
-    """a_U of eq. 8."""
-    sigma_b: float
-    """Standard deviation of the Gaussian on the salt noise (eq. 3-4)."""
-    mu0: float
-    """Mean intensity aimed at (eq. 6)."""
-
-    def __post_init__(self) -> None:
-        """Check that an edited blob can be rendered."""
-        put = partial(_put, self)
-        # the three parts of the warp are components of their own
-        rule = "in [0, 2**32 // 3), an integer"
-        put("component", check_integer("component", self.component, 0, WORD // 3 - 1, rule))
-        put("semi_axes", _tuple("semi_axes", self.semi_axes, 3, LEAST_LENGTH, MOST_LENGTH, _LENGTH))
-        put("rotation", _tuple("rotation", self.rotation, 4, -2.0, 2.0))
-        norm = math.sqrt(sum(v * v for v in self.rotation))
-        if not abs(norm - 1.0) <= 1e-6:  # a hand-written quaternion carries about seven digits
-            raise ValueError(f"rotation must be a unit quaternion, got norm {norm}")
-        put("position", check_number("position", self.position, 0.0, _BELOW_1, "in [0, 1)"))
-        if self.center is not None:
-            put("center", _integers("center", self.center, 3, 0, MOST_VOXELS))
-        put("warp_amplitude", check_number("warp_amplitude", self.warp_amplitude, 0.0, MOST_AMPLITUDE))
-        put(
-            "warp_correlation", check_number("warp_correlation", self.warp_correlation, 0.1, MOST_CORRELATION)
-        )
-        for name in ("sigma_a", "sigma_b"):
-            put(name, check_number(name, getattr(self, name), LEAST_LENGTH, MOST_LENGTH, _LENGTH))
-        for name in ("a_low", "a_high"):
-            put(name, check_number(name, getattr(self, name), 0.0, 1.0))
-        put("mu0", check_number("mu0", self.mu0, 1e-6, 10.0, "> 0, at least 1e-06 and at most 10"))
-        if self.a_low > self.a_high:
-            raise ValueError(
-                f"a_low and a_high must satisfy 0 <= a_low <= a_high <= 1, got {self.a_low}, {self.a_high}"
-            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,23 +84,27 @@ class Component:
     """β of eq. 6."""
     beta_fallback: bool
     """No voxel passed `mean_threshold`, so β = μ0 / mean_threshold, the continuous limit."""
+    changed: int | None = None
+    """Voxels whose value the lesion changed; None in plans of version 1."""
 
     def __post_init__(self) -> None:
         """Check what a file may say."""
-        put = partial(_put, self)
+        put = partial(put_checked, self)
         put("label", check_integer("label", self.label, 1, MOST_BLOBS))
-        put("blobs", _integers("blobs", self.blobs, None, 0, MOST_BLOBS - 1))
+        put("blobs", check_integers("blobs", self.blobs, None, 0, MOST_BLOBS - 1))
         if not self.blobs or any(a >= b for a, b in pairwise(self.blobs)):
             raise ValueError(f"blobs must be at least one place, ascending, got {shown(self.blobs)}")
         if not isinstance(self.box, tuple) or len(self.box) != 3:
             raise ValueError(f"box must have 3 (start, stop) pairs, got {shown(self.box)}")
-        put("box", tuple(_integers("box", side, 2, 0, MOST_VOXELS) for side in self.box))
+        put("box", tuple(check_integers("box", side, 2, 0, MOST_VOXELS) for side in self.box))
         if not all(start < stop for start, stop in self.box):
             raise ValueError(f"box must have start < stop along each axis, got {shown(self.box)}")
         put("voxels", check_integer("voxels", self.voxels, 1, MOST_VOXELS))
         put("beta", check_number("beta", self.beta, 0.0, 1e9))
         if not isinstance(self.beta_fallback, bool):
             raise TypeError(f"beta_fallback must be true or false, got {shown(self.beta_fallback)}")
+        if self.changed is not None:
+            put("changed", check_integer("changed", self.changed, 0, self.voxels, "at most voxels"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,7 +122,7 @@ class LesionPlan:
     index: int
     """Sample index, 0 <= index < 2**32."""
     lung_fraction: float
-    """λ in (0, 1]."""
+    """λ in (0, 1]; without meaning where `load` is given."""
     shape: tuple[int, int, int] | None
     """Volume (z, y, x) the plan was drawn for; None fits any."""
     scale: Triple
@@ -174,6 +134,14 @@ class LesionPlan:
     """Threshold of the target (eq. 1)."""
     mean_threshold: float
     """t of mean_t (eq. 6)."""
+    mode: Mode = "max"
+    """How lesions enter the image; see `LesionConfig.mode`."""
+    edge: float = 0.0
+    """Width of a soft edge, in the unit of the blobs."""
+    value_range: Range = (0.0, 1.0)
+    """Values of the image that stand for 0 and 1."""
+    load: float | None = None
+    """Share of the organ that was asked for."""
     blobs: tuple[Blob, ...]
     """Small, medium and large ellipsoids, in drawing order."""
     components: tuple[Component, ...] | None = None
@@ -181,28 +149,33 @@ class LesionPlan:
 
     def __post_init__(self) -> None:
         """Check that an edited plan can be rendered."""
-        put = partial(_put, self)
+        put = partial(put_checked, self)
         put("seed", check_word("seed", self.seed))
         put("index", check_word("index", self.index))
         put("lung_fraction", check_lung_fraction(self.lung_fraction))
         if self.shape is not None:
-            put("shape", _integers("shape", self.shape, 3, 1, MOST_VOXELS))
+            put("shape", check_integers("shape", self.shape, 3, 1, MOST_VOXELS))
             if math.prod(self.shape) > MOST_VOXELS:
                 raise ValueError(f"shape must have fewer than 2**31 voxels, got {self.shape}")
         put("scale", checked_spacing(self.scale, "scale"))
         if plain_number(self.connectivity) not in CONNECTIVITIES:
             raise ValueError(f"connectivity must be one of {CONNECTIVITIES}, got {shown(self.connectivity)}")
         put("connectivity", int(self.connectivity))
-        put("tau", check_number("tau", self.tau, LEAST_THRESHOLD, _BELOW_1, "in (0, 1)"))
+        put("tau", check_number("tau", self.tau, LEAST_THRESHOLD, BELOW_1, "in (0, 1)"))
         put(
             "mean_threshold",
             check_number(
-                "mean_threshold", self.mean_threshold, LEAST_THRESHOLD, _BELOW_1, "in (0, 1), at least 1e-06"
+                "mean_threshold", self.mean_threshold, LEAST_THRESHOLD, BELOW_1, "in (0, 1), at least 1e-06"
             ),
         )
+        self._check_injection()
         if not isinstance(self.blobs, tuple) or not all(isinstance(blob, Blob) for blob in self.blobs):
             raise TypeError(f"blobs must be a tuple of Blob, got {shown(self.blobs)}")
         _check_count("blobs", self.blobs)
+        if self.mode == "blend":
+            for place, blob in enumerate(self.blobs):
+                if blob.weight < 0.0:
+                    raise ValueError(f"blobs[{place}].weight must be >= 0 in mode 'blend', got {blob.weight}")
         if self.components is None:
             return
         if not isinstance(self.components, tuple) or not all(
@@ -215,6 +188,71 @@ class LesionPlan:
                     f"components[{place}].blobs must be places in blobs, which has {len(self.blobs)}, "
                     f"got {shown(component.blobs)}"
                 )
+
+    def _check_injection(self) -> None:
+        put = partial(put_checked, self)
+        if self.mode not in MODES:
+            raise ValueError(f"mode must be one of {MODES}, got {shown(self.mode)}")
+        put("edge", check_number("edge", self.edge, 0.0, MOST_LENGTH))
+        if self.edge and self.mode not in SOFT_MODES:
+            raise ValueError(f"edge must be 0 in mode {self.mode!r}, got {self.edge}")
+        if self.edge > MOST_EDGE * min(self.scale):
+            raise ValueError(
+                f"edge must be at most {MOST_EDGE} voxels along each axis, got {self.edge} with steps {self.scale}"
+            )
+        if not isinstance(self.value_range, tuple) or len(self.value_range) != 2:
+            raise ValueError(f"value_range must be (low, high), got {shown(self.value_range)}")
+        bounds = tuple(check_number("value_range", value, -MOST_HU, MOST_HU) for value in self.value_range)
+        if bounds[1] - bounds[0] < LEAST_HU:
+            raise ValueError(
+                f"value_range must have low < high, at least {LEAST_HU:g} apart, got {self.value_range}"
+            )
+        put("value_range", bounds)
+        if self.load is not None:
+            put("load", check_number("load", self.load, LEAST_LOAD, MOST_LOAD))
+
+    @classmethod
+    def of_records(cls, records: npt.NDArray[Any], **fields: Any) -> LesionPlan:
+        """Make a plan of `BLOB` records that were drawn, and so are in their domains.
+
+        Drawing a batch and sending it up takes microseconds, making its objects a millisecond: they are made
+        when somebody looks at `blobs`.
+        """
+        plan = object.__new__(cls)
+        plan.__dict__.update(fields, records=records, components=None)
+        return plan
+
+    def with_records(self, records: npt.NDArray[Any]) -> LesionPlan:
+        """Return the plan with other blobs, as `of_records` takes them."""
+        own = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("blobs", "components")}
+        return LesionPlan.of_records(records, **own)
+
+    if not TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any:
+            """Make the blobs of a plan `of_records`."""
+            if name != "blobs" or "records" not in self.__dict__:
+                raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+            return self.__dict__.setdefault(name, blobs_of(self.records))
+
+    @kept
+    def records(self) -> npt.NDArray[Any]:
+        """The blobs as (n,) records of named fields, `lesionsynth.sampling.BLOB`."""  # noqa: D401
+        return records_of(self.blobs)
+
+    @property
+    def threshold(self) -> float:
+        """τ as the image's values measure it."""
+        low, high = self.value_range
+        return self.tau if self.value_range == (0.0, 1.0) else low + self.tau * (high - low)
+
+    def rendered(self, components: tuple[Component, ...] | None) -> LesionPlan:
+        """Return the plan with what it became; None says that there was no lung."""
+        return self.without_lesions() if components is None else replace(self, components=components)
+
+    def without_lesions(self) -> LesionPlan:
+        """Return the plan of an item without lung: no blob, no lesion."""
+        return replace(self, blobs=(), components=())
 
     def to_json(self, *, indent: int | None = 2) -> str:
         """Return the plan as JSON; `from_json` gives back an equal plan."""
@@ -238,8 +276,10 @@ class LesionPlan:
         if not isinstance(record, dict) or record.pop("format", None) != FORMAT:
             raise ValueError(f"a plan must be a JSON object with format {FORMAT!r}")
         version = record.pop("version", None)
-        if isinstance(version, bool) or version != VERSION:
-            raise ValueError(f"plan version must be {VERSION}, got {shown(version)}")
+        if isinstance(version, bool) or version not in (1, VERSION):
+            raise ValueError(f"plan version must be 1 or {VERSION}, got {shown(version)}")
+        if version == 1:
+            _renew(record)
         record = _fields_of(cls, record, "plan")
         record["blobs"] = _parts(Blob, record, "blobs")
         if record["components"] is not None:
@@ -252,6 +292,14 @@ class LesionPlan:
             plan.check_work(plan.shape)
         return plan
 
+    def check_centers(self, shape: tuple[int, ...]) -> None:
+        """Raise `ValueError` unless every centre that the plan gives lies in a volume (z, y, x)."""
+        outside = (self.records["center"] >= shape).any(axis=1)
+        if outside.any():
+            number = int(outside.argmax())
+            center = tuple(self.records["center"][number].tolist())
+            raise ValueError(f"blobs[{number}].center must lie in the volume {tuple(shape)}, got {center}")
+
     def check_work(self, shape: tuple[int, int, int]) -> None:
         """Check that the plan can be rendered in a volume (z, y, x) within seconds and gigabytes.
 
@@ -260,30 +308,20 @@ class LesionPlan:
         ValueError
             Boxes, lattices or Gaussians of the blobs are too large together.
         """
-        rows = [
-            (*b.semi_axes, b.warp_amplitude, b.warp_correlation, b.sigma_a, b.sigma_b) for b in self.blobs
-        ]
-        check_work(np.array(rows).reshape(-1, 7), self.scale, shape)
+        check_work(self.records, self.scale, shape)
 
 
-def check_work(rows: npt.NDArray[np.float64], scale: Triple, shape: tuple[int, int, int]) -> None:
-    """Check that blobs can be rendered within seconds and gigabytes; see `LesionPlan.check_work`.
-
-    Parameters
-    ----------
-    rows : (n, 7) float64 array
-        Semi-axes, amplitude, correlation, sigma_a and sigma_b of each.
-    scale, shape
-        See `too_much`.
-    """
-    if not len(rows):
+def check_work(blobs: npt.NDArray[Any], scale: Triple, shape: tuple[int, int, int]) -> None:
+    """Check that `BLOB` records can be rendered within seconds and gigabytes; see `LesionPlan.check_work`."""
+    if not len(blobs):
         return
-    axes, amplitude, correlation, sigmas = rows[:, :3], rows[:, 3], rows[:, 4], rows[:, 5:]
+    axes, amplitude, correlation = (blobs[n] for n in ("semi_axes", "warp_amplitude", "warp_correlation"))
+    sigmas = np.stack([blobs["sigma_a"], blobs["sigma_b"]], axis=1)
     radius = np.cbrt(axes.prod(axis=1))
     extents = 2.0 * (axes.max(axis=1) + radius * amplitude)
     if reason := too_much(extents, radius * correlation, sigmas, scale, shape):
         raise ValueError(
-            f"{reason}; the largest of {len(rows)} has semi_axes {axes.max():g}, warp_amplitude "
+            f"{reason}; the largest of {len(blobs)} has semi_axes {axes.max():g}, warp_amplitude "
             f"{amplitude.max():g}, sigma {sigmas.max():g}; the least warp_correlation is "
             f"{correlation.min():g}"
         )
@@ -347,28 +385,16 @@ def check_lung_fraction(value: Any) -> int | float:
     return check_number("lung_fraction", value, math.ulp(0.0), 1.0, "in (0, 1]")
 
 
-def _put(instance: Any, name: str, value: Any) -> None:
-    """Store a checked value where it is another object than was given: NumPy's number, or a list."""
-    if getattr(instance, name) is not value:
-        object.__setattr__(instance, name, value)
-
-
-def _tuple(name: str, values: Any, count: int, least: float, most: float, rule: str = "") -> Any:
-    if not isinstance(values, tuple) or len(values) != count:
-        raise ValueError(f"{name} must have {count} values, got {shown(values)}")
-    for value in values:
-        if type(value) is not float or not least <= value <= most:
-            return tuple(check_number(name, value, least, most, rule) for value in values)
-    return values
-
-
-def _integers(name: str, values: Any, count: int | None, least: int, most: int) -> Any:
-    if not isinstance(values, tuple) or (count is not None and len(values) != count):
-        raise ValueError(f"{name} must have {count or 'some'} values, got {shown(values)}")
-    for value in values:
-        if type(value) is not int or not least <= value <= most:
-            return tuple(check_integer(name, value, least, most) for value in values)
-    return values
+def _renew(record: dict[str, Any]) -> None:
+    """Give a record of version 1 what version 2 has added; what is no such record is refused later."""
+    parts = [("plan", [record]), *((name, record.get(name)) for name in ("blobs", "components"))]
+    for name, objects in parts:
+        for part in objects if isinstance(objects, list) else ():
+            if not isinstance(part, dict):
+                continue
+            if known := sorted(ADDED[name].keys() & part.keys()):
+                raise ValueError(f"a plan of version 1 has an unknown field {shown(known[0])}")
+            part.update(ADDED[name])
 
 
 def _check_count(name: str, parts: Any) -> None:

@@ -1,149 +1,304 @@
-"""Draw a plan: the paper's distributions from Philox words, the same on every machine and NumPy version.
+"""A blob: what is drawn of it (PAPER.md III-C.1 and 2), and how it is written down.
 
-Each blob owns the counters of its component number, so the draws of one blob depend on nothing but (seed,
-index, number). NumPy's generators are not used: their streams may change between releases.
+`BLOB` is the record of a blob that the plan, both backends and the kernels share; `Blob` is the same as an
+object, for people. `draw_blobs` fills the records of a whole batch: it reads like the paper, a line a
+parameter. Uniforms come in as words of Philox, so the draws are the same on every machine and NumPy version.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from lesionsynth._recipe import DRAWN, Recipe
-from lesionsynth.config import BlobClass, LesionConfig, Texture
-from lesionsynth.cpu.engine.jit import inner, kernel
-from lesionsynth.cpu.philox import Stream, philox4x32_10
-from lesionsynth.plan import Triple, check_lung_fraction, check_word, too_much
+from lesionsynth._cache import compiled
+from lesionsynth.config import (
+    LEAST_LENGTH,
+    LEAST_MU0,
+    MOST_AMPLITUDE,
+    MOST_CORRELATION,
+    MOST_LENGTH,
+    PLACEMENTS,
+    BlobClass,
+    LesionConfig,
+    Placement,
+    Range,
+)
+from lesionsynth.strict import check_integer, check_number, shown
 
-UNIFORMS_PER_BLOB = 16
+Floats = npt.NDArray[np.float64]
+Triple = tuple[float, float, float]
+
+WORD = 2**32
+"""Seeds, indices and components are 32-bit words of Philox's key and counter."""
+MOST_VOXELS = 2**31 - 1
+"""Largest volume: indices are 32-bit integers on a GPU."""
+UNIFORMS_PER_BLOB = 24
 """Draws reserved for a blob: adding a parameter must not shift the others."""
-COUNTS = 2**32 - 1
-"""Philox component of the draws that belong to the sample, not to a blob."""
+
+BLOB = np.dtype(
+    [
+        ("component", np.uint32),
+        ("placement", np.int32),  # place in `PLACEMENTS`
+        ("center", np.int64, 3),  # -1: by position
+        ("position", np.float64),
+        ("semi_axes", np.float64, 3),
+        ("rotation", np.float64, 4),
+        ("warp_amplitude", np.float64),
+        ("warp_correlation", np.float64),
+        ("sigma_a", np.float64),
+        ("a_low", np.float64),
+        ("a_high", np.float64),
+        ("sigma_b", np.float64),
+        ("mu0", np.float64),
+        ("weight", np.float64),
+    ],
+    align=True,
+)
+"""A `Blob` as the kernels see it; axis order (z, y, x)."""
+
+_LENGTH = f"> 0, at least {LEAST_LENGTH:g} and at most {MOST_LENGTH:g}"
+BELOW_1 = math.nextafter(1.0, 0.0)
 
 
-def sample_recipe(
-    config: LesionConfig,
-    seed: int,
-    index: int,
-    lung_fraction: float,
-    shape: tuple[int, int, int] | None,
-    spacing: Triple,
-) -> Recipe:
-    """Draw the numbers of sample `index` (PAPER.md III-C).
+@dataclass(frozen=True, kw_only=True)
+class Blob:
+    """One ellipsoid with its warp, place and texture; lengths in the plan's unit, axis order (z, y, x)."""
 
-    Raises
-    ------
-    TypeError, ValueError
-        `index` or `lung_fraction` is of the wrong kind or out of range.
+    component: int
+    """Philox component of the blob's noise, its number from 0."""
+    semi_axes: Triple
+    """Semi-axes before rotation."""
+    rotation: tuple[float, float, float, float]
+    """Unit quaternion (w, x, y, z), where x, y, z stand for the array axes 0, 1, 2."""
+    position: float
+    """u in [0, 1): the floor(u * |M|)-th voxel of the mask in C order is the centre, or leads to it."""
+    placement: Placement = "uniform"
+    """How that voxel leads to the centre; see `BlobClass.placement`."""
+    center: tuple[int, int, int] | None = None
+    """Centre voxel (z, y, x); when given, it replaces `position` and `placement`."""
+    warp_amplitude: float
+    """Bound of each displacement component, in units of the geometric-mean radius."""
+    warp_correlation: float
+    """Spacing of the displacement's control lattice, in the same unit."""
+    sigma_a: float
+    """Standard deviation of the Gaussian on the white noise (eq. 7)."""
+    a_low: float
+    """a_L of eq. 8."""
+    a_high: float
+    """a_U of eq. 8."""
+    sigma_b: float
+    """Standard deviation of the Gaussian on the salt noise (eq. 3-4)."""
+    mu0: float
+    """Mean intensity aimed at (eq. 6)."""
+    weight: float = 1.0
+    """Factor of what the lesion does to the image: α of mode "blend", the sign of mode "add"."""
+
+    def __post_init__(self) -> None:
+        """Check that an edited blob can be rendered."""
+        put = partial(put_checked, self)
+        # the three parts of the warp are components of their own
+        rule = "in [0, 2**32 // 3), an integer"
+        put("component", check_integer("component", self.component, 0, WORD // 3 - 1, rule))
+        put("semi_axes", _numbers("semi_axes", self.semi_axes, 3, LEAST_LENGTH, MOST_LENGTH, _LENGTH))
+        put("rotation", _numbers("rotation", self.rotation, 4, -2.0, 2.0))
+        norm = math.sqrt(sum(v * v for v in self.rotation))
+        if not abs(norm - 1.0) <= 1e-6:  # a hand-written quaternion carries about seven digits
+            raise ValueError(f"rotation must be a unit quaternion, got norm {norm}")
+        put("position", check_number("position", self.position, 0.0, BELOW_1, "in [0, 1)"))
+        if self.placement not in PLACEMENTS:
+            raise ValueError(f"placement must be one of {PLACEMENTS}, got {shown(self.placement)}")
+        if self.center is not None:
+            put("center", check_integers("center", self.center, 3, 0, MOST_VOXELS))
+        put("warp_amplitude", check_number("warp_amplitude", self.warp_amplitude, 0.0, MOST_AMPLITUDE))
+        put(
+            "warp_correlation", check_number("warp_correlation", self.warp_correlation, 0.1, MOST_CORRELATION)
+        )
+        for name in ("sigma_a", "sigma_b"):
+            put(name, check_number(name, getattr(self, name), LEAST_LENGTH, MOST_LENGTH, _LENGTH))
+        for name in ("a_low", "a_high"):
+            put(name, check_number(name, getattr(self, name), 0.0, 1.0))
+        put("mu0", check_number("mu0", self.mu0, LEAST_MU0, 10.0, "> 0, at least 1e-06 and at most 10"))
+        put("weight", check_number("weight", self.weight, -1.0, 1.0))
+        if self.a_low > self.a_high:
+            raise ValueError(
+                f"a_low and a_high must satisfy 0 <= a_low <= a_high <= 1, got {self.a_low}, {self.a_high}"
+            )
+
+
+def records_of(blobs: Sequence[Blob]) -> npt.NDArray[Any]:
+    """Write blobs as (n,) `BLOB` records."""
+    records = np.zeros(len(blobs), dtype=BLOB)
+    for name in BLOB.names or ():
+        if blobs:
+            records[name] = [_value(blob, name) for blob in blobs]
+    return records
+
+
+def _value(blob: Blob, name: str) -> Any:
+    value = getattr(blob, name)
+    if name == "placement":
+        return PLACEMENTS.index(value)
+    return (-1, -1, -1) if value is None else value
+
+
+def blobs_of(records: npt.NDArray[Any]) -> tuple[Blob, ...]:
+    """Read (n,) `BLOB` records as blobs."""
+    columns = {name: records[name].tolist() for name in BLOB.names or ()}
+    rows = (dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True))
+    return tuple(Blob(**{name: _plain(name, value) for name, value in row.items()}) for row in rows)
+
+
+def _plain(name: str, value: Any) -> Any:
+    if name == "placement":
+        return PLACEMENTS[value]
+    if name == "center" and value[0] < 0:
+        return None
+    return tuple(value) if isinstance(value, list) else value
+
+
+# --- The laws ---
+
+
+def draw_numbers(config: LesionConfig, u: Floats, lung_fraction: float) -> list[int]:
+    """Draw N of each class: N_s, N_m ~ round(U[5λ, 10λ]), N_l = 1 with probability 0.2λ in the paper.
+
+    Parameters
+    ----------
+    config : LesionConfig
+    u : (UNIFORMS_PER_BLOB,) float64 array
+        Uniforms of the sample.
+    lung_fraction : float
+        λ; above 1 where a `load` asks for more than the paper's.
+
+    Returns
+    -------
+    list of int
+        One of each class in use; one in all where the configuration has a `count`.
     """
-    check_word("index", index)
-    check_lung_fraction(lung_fraction)
-    counts = [
-        _count(kind, u, lung_fraction)
-        for kind, u in zip(config.blob_classes, uniforms(seed, index, COUNTS, 1)[0], strict=False)
-    ]
-    kinds = [(*kind.radius, float(kind.spherical)) for kind in config.blob_classes]
-    blobs = np.empty(sum(counts), dtype=DRAWN)
-    _draw(
-        blobs.view(np.float64).reshape(len(blobs), DRAWN.itemsize // 8),
-        uniforms(seed, index, 0, len(blobs)),
-        np.repeat(np.array(kinds, dtype=np.float64).reshape(-1, 3), counts, axis=0),
-        np.array([*config.warp.amplitude, *config.warp.correlation]),
-        _laws(config.texture),
-    )
-    return Recipe(
-        seed=seed,
-        index=index,
-        lung_fraction=float(lung_fraction),
-        shape=shape,
-        scale=spacing if config.lengths == "mm" else (1.0, 1.0, 1.0),
-        connectivity=config.connectivity,
-        tau=config.tau,
-        mean_threshold=config.texture.mean_threshold,
-        blobs=blobs,
-    )
+    if config.count is not None:
+        return [_whole(config.count, u[_COUNT])]
+    return [_number(kind, x, lung_fraction) for kind, x in zip(config.blob_classes, u.tolist(), strict=False)]
 
 
-def is_light(config: LesionConfig, scale: Triple, shape: tuple[int, int, int]) -> bool:
-    """Tell whether even the most and largest lesions of a configuration can be rendered in a volume."""
-    kinds, warp = config.blob_classes, config.warp
-    counts = [1 if kind.count is None else math.ceil(kind.count[1]) for kind in kinds]
-    low, high = (np.repeat([kind.radius[side] for kind in kinds], counts) for side in (0, 1))
-    sigma_b = max(config.texture.sigma_b_low[1], config.texture.sigma_b_high[1])
-    sigmas = np.full((len(low), 2), (config.texture.sigma_a[1], sigma_b))
-    extents = 2.0 * high * (1.0 + warp.amplitude[1])
-    return not len(low) or too_much(extents, low * warp.correlation[0], sigmas, scale, shape) is None
+def draw_load(load: Range, u: Floats) -> float:
+    """Draw the wanted share of the organ."""
+    return float(_lerp(load, u[_LOAD]))
 
 
-def uniforms(seed: int, index: int, first: int, count: int) -> npt.NDArray[np.float64]:
-    """Return (count, UNIFORMS_PER_BLOB) uniforms in [0, 1) of 53 bits for components ``first ...``."""
-    out = np.empty((count, UNIFORMS_PER_BLOB))
-    _fill(out, *(np.uint32(w) for w in (seed, Stream.PLAN, index, first)))
-    return out
+def draw_kinds(config: LesionConfig, numbers: Sequence[int], u: Floats) -> npt.NDArray[np.intp]:
+    """Return the class of each blob: one after another or, of a `count`, in proportion to their means."""
+    if config.count is None:
+        return np.repeat(np.arange(len(numbers)), numbers)
+    shares = np.cumsum([kind.mean_count for kind in config.blob_classes])
+    return np.searchsorted(shares / shares[-1], u[:, 15], side="right").astype(np.intp)
 
 
-@kernel
-def _fill(out: Any, seed: Any, stream: Any, index: Any, first: Any) -> None:
-    """Two words make a uniform: 27 bits of one above 26 of the other."""
-    for k in range(out.shape[0]):
-        for block in range(out.shape[1] // 2):
-            a, b, c, d = philox4x32_10(block, np.uint32(0), index, np.uint32(first + k), seed, stream)
-            out[k, 2 * block] = (float(a >> 5) * 2.0**26 + float(b >> 6)) * 2.0**-53
-            out[k, 2 * block + 1] = (float(c >> 5) * 2.0**26 + float(d >> 6)) * 2.0**-53
+def draw_blobs(config: LesionConfig, kinds: npt.NDArray[np.intp], u: Floats) -> npt.NDArray[Any]:
+    """Draw blobs, perhaps those of several samples (PAPER.md III-C).
+
+    Parameters
+    ----------
+    config : LesionConfig
+    kinds : (n,) int array
+        Class of each, a place in `config.blob_classes`.
+    u : (n, UNIFORMS_PER_BLOB) float64 array
+        Uniforms in [0, 1).
+
+    Returns
+    -------
+    (n,) `BLOB` records
+        Their components are left to the caller, who knows which sample they belong to.
+    """
+    classes, warp, t = config.blob_classes, config.warp, config.texture
+    radii = np.array([kind.radii for kind in classes]).reshape(-1, 2).T[:, kinds]
+    spherical = np.array([kind.spherical for kind in classes], dtype=bool)[kinds]
+    b = np.empty(len(kinds), dtype=BLOB)
+    # III-C.1: shape and place
+    b["semi_axes"] = _lerp(radii[:, :, None], np.where(spherical[:, None], u[:, :1], u[:, :3]))
+    _quaternions(np.ascontiguousarray(u[:, 3:6]), b["rotation"])
+    b["position"] = u[:, 6]
+    b["center"] = -1
+    b["placement"] = np.array([PLACEMENTS.index(kind.placement) for kind in classes], dtype=np.int32)[kinds]
+    b["warp_amplitude"] = _lerp(warp.amplitude, u[:, 7])
+    b["warp_correlation"] = _lerp(warp.correlation, u[:, 8])
+    # III-C.2: texture. (a_L, a_U) are independent uniforms given that a_U - a_L exceeds the gap. Redrawing
+    # until the gap is met leaves the uniform law on a triangle; sorting two uniforms gives that at once.
+    b["sigma_a"] = _lerp(t.sigma_a, u[:, 9])
+    (low, high), gap = t.a_range, t.a_min_gap
+    slack = high - low - gap
+    b["a_low"] = low + slack * np.minimum(u[:, 10], u[:, 11])
+    b["a_high"] = np.minimum(low + gap + slack * np.maximum(u[:, 10], u[:, 11]), high)
+    common = u[:, 12] < t.p_sigma_b_low
+    b["sigma_b"] = np.where(common, _lerp(t.sigma_b_low, u[:, 13]), _lerp(t.sigma_b_high, u[:, 13]))
+    b["mu0"] = _lerp(config.mu0, u[:, 14])
+    b["weight"] = _lerp(config.weight, u[:, 16])
+    return b
 
 
-def _count(kind: BlobClass, u: float, lung_fraction: float) -> int:
+_COUNT, _LOAD = 3, 4
+"""Uniforms of a sample behind those of its three classes."""
+
+
+def _lerp(bounds: Any, u: Any) -> Any:
+    """U[low, high]; rounding must not leave the range."""
+    low, high = bounds
+    return np.minimum(low + (high - low) * u, high)
+
+
+def _number(kind: BlobClass, u: float, lung_fraction: float) -> int:
     factor = lung_fraction if kind.scale_by_lung else 1.0
     if kind.probability is not None:
         return int(u < kind.probability * factor)
     assert kind.count is not None  # BlobClass holds exactly one of the two
-    low, high = kind.count
-    low, high = low * factor, high * factor
-    return math.floor(min(low + (high - low) * u, high) + 0.5)
+    return _whole((kind.count[0] * factor, kind.count[1] * factor), u)
 
 
-def _laws(texture: Texture) -> npt.NDArray[np.float64]:
-    """Bounds of the texture's distributions, in the order that `_draw` reads them."""
-    bounds = texture.sigma_a, texture.a_range, texture.sigma_b_low, texture.sigma_b_high, texture.mu0
-    return np.array([*sum(bounds, ()), texture.a_min_gap, texture.p_sigma_b_low], dtype=np.float64)
+def _whole(bounds: Range, u: float) -> int:
+    return math.floor(float(_lerp(bounds, u)) + 0.5)
 
 
-@kernel
-def _draw(out: Any, uniforms: Any, kinds: Any, warp: Any, laws: Any) -> None:
-    """Turn the uniforms of each blob into a row of `DRAWN`."""
-    for b in range(out.shape[0]):
-        u, row, (low, high, spherical) = uniforms[b], out[b], kinds[b]
-        row[0] = b
-        for i in range(3):
-            row[1 + i] = _within(low, high, u[0] if spherical else u[i])
-        _quaternion(u[3], u[4], u[5], row[4:8])
-        row[8] = u[6]
-        row[9:12] = -1.0
-        row[12] = _within(warp[0], warp[1], u[7])
-        row[13] = _within(warp[2], warp[3], u[8])
-        row[14] = _within(laws[0], laws[1], u[9])
-        # (a_L, a_U): independent uniforms given that a_U - a_L exceeds the gap. Redrawing until the gap is
-        # met leaves the uniform law on a triangle; sorting two uniforms gives the same law at once.
-        gap, slack = laws[10], laws[3] - laws[2] - laws[10]
-        row[15] = laws[2] + slack * min(u[10], u[11])
-        row[16] = min(laws[2] + gap + slack * max(u[10], u[11]), laws[3])
-        common = u[12] < laws[11]
-        row[17] = _within(laws[4] if common else laws[6], laws[5] if common else laws[7], u[13])
-        row[18] = _within(laws[8], laws[9], u[14])
+@compiled
+def _quaternions(u: Any, out: Any) -> None:
+    """Uniform random rotations as unit quaternions (Shoemake, Graphics Gems III, 1992).
+
+    Compiled for the mathematical library that is the same on every machine, which NumPy's vectors are not.
+    """
+    for k in range(u.shape[0]):
+        a, b = math.sqrt(1.0 - u[k, 0]), math.sqrt(u[k, 0])
+        s, t = 2.0 * math.pi * u[k, 1], 2.0 * math.pi * u[k, 2]
+        out[k, 0], out[k, 1] = a * math.sin(s), a * math.cos(s)
+        out[k, 2], out[k, 3] = b * math.sin(t), b * math.cos(t)
 
 
-@inner
-def _within(low: float, high: float, u: float) -> float:
-    return min(low + (high - low) * u, high)  # rounding must not leave the range
+# --- What a field may hold ---
 
 
-@inner
-def _quaternion(u: float, v: float, w: float, out: Any) -> None:
-    """Uniform random rotation as a unit quaternion (Shoemake, Graphics Gems III, 1992)."""
-    a, b = math.sqrt(1.0 - u), math.sqrt(u)
-    s, t = 2.0 * math.pi * v, 2.0 * math.pi * w
-    out[0], out[1] = a * math.sin(s), a * math.cos(s)
-    out[2], out[3] = b * math.sin(t), b * math.cos(t)
+def put_checked(instance: Any, name: str, value: Any) -> None:
+    """Store a checked value where it is another object than was given: NumPy's number, or a list."""
+    if getattr(instance, name) is not value:
+        object.__setattr__(instance, name, value)
+
+
+def check_integers(name: str, values: Any, count: int | None, least: int, most: int) -> Any:
+    """Return a tuple of `count` integers, or of any number, as Python's, or raise."""
+    if not isinstance(values, tuple) or (count is not None and len(values) != count):
+        raise ValueError(f"{name} must have {count or 'some'} values, got {shown(values)}")
+    for value in values:
+        if type(value) is not int or not least <= value <= most:
+            return tuple(check_integer(name, value, least, most) for value in values)
+    return values
+
+
+def _numbers(name: str, values: Any, count: int, least: float, most: float, rule: str = "") -> Any:
+    if not isinstance(values, tuple) or len(values) != count:
+        raise ValueError(f"{name} must have {count} values, got {shown(values)}")
+    for value in values:
+        if type(value) is not float or not least <= value <= most:
+            return tuple(check_number(name, value, least, most, rule) for value in values)
+    return values

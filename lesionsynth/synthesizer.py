@@ -2,21 +2,51 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
-from lesionsynth._backend import Backends, Rendering
+from lesionsynth._backend import Backend, Backends, Inputs, Rendering
 from lesionsynth._dlpack import check_dense, untraced
 from lesionsynth._kept import kept
-from lesionsynth._recipe import Recipe
-from lesionsynth.config import LesionConfig, checked_spacing
-from lesionsynth.plan import MOST_VOXELS, LesionPlan, Triple, check_word
-from lesionsynth.sampling import is_light, sample_recipe
+from lesionsynth.config import PAPER_LUNG, PAPER_VOXEL, LesionConfig, checked_spacing
+from lesionsynth.cpu.philox import plan_uniforms
+from lesionsynth.load import meet_load
+from lesionsynth.plan import Component, LesionPlan, check_lung_fraction, check_word, too_much
+from lesionsynth.sampling import (
+    MOST_VOXELS,
+    UNIFORMS_PER_BLOB,
+    Triple,
+    draw_blobs,
+    draw_kinds,
+    draw_load,
+    draw_numbers,
+)
 from lesionsynth.strict import check_integer, shown
+
+OF_SAMPLE = 2**32 - 1
+"""Philox component of the draws that belong to the sample, not to a blob."""
+IDLE = 0.05
+"""Share of its voxels below which a lesion changes next to nothing."""
+STACK = 4
+"""Frames from the warning to the caller."""
+
+
+class _Request(NamedTuple):
+    """What is to be drawn."""
+
+    indices: Sequence[int]
+    fractions: Sequence[float | None]
+    """λ of each; None is the default."""
+    volume: tuple[int, int, int] | None
+    """(z, y, x)."""
+    spacing: Triple
+    batched: bool
 
 
 @dataclass(frozen=True)
@@ -97,6 +127,7 @@ class LesionSynthesizer:
         self.allow_empty = _flag(allow_empty)
         self._backends = Backends(threads)
         self._light: Any = None  # voxel and volume that the configuration was found light for
+        self._warned = False
 
     @untraced
     def __call__(
@@ -105,7 +136,7 @@ class LesionSynthesizer:
         lung_mask: Any,
         *,
         index: int | Sequence[int],
-        lung_fraction: float | Sequence[float] = 1.0,
+        lung_fraction: float | Sequence[float] | None = None,
         spacing: Triple | None = None,
         out: Any = None,
         allow_empty: bool | None = None,
@@ -115,15 +146,18 @@ class LesionSynthesizer:
         Parameters
         ----------
         image : (z, y, x) or (b, z, y, x) float16, float32, float64 or int16 array
-            Healthy image H in [0, 1], or Hounsfield units in int16, which become H through the
-            configuration's `hu_range` as in `lesionsynth.window_hu`. Any strides; NumPy or a CPU DLPack
+            Healthy image H in [0, 1], or in the configuration's `value_range`; or Hounsfield units in int16,
+            which become H through `hu_range` as in `lesionsynth.window_hu`. Any strides; NumPy or a DLPack
             library. Never written.
         lung_mask : array of the same shape
-            M: bool, or numbers 0 and 1.
+            M, of the lungs or any other organ: bool, or numbers 0 and 1.
         index : int or sequence of int
             Name of the sample; one per item of a batch.
-        lung_fraction : float or sequence of float
-            λ in (0, 1]; with `allow_empty` also 0, the share of a crop without lung.
+        lung_fraction : float or sequence of float, optional
+            λ in (0, 1]: the organ's voxels in this slab over those of the largest slab of the data set
+            (PAPER.md III-C.1); with `allow_empty` also 0, the share of a crop without lung. Where omitted,
+            the largest slab is taken to hold `lesionsynth.config.PAPER_LUNG` voxels, so a small patch gets
+            few lesions; the mask is counted for it, for which a GPU is waited for.
         spacing : (3,) floats, optional
             Voxel size (z, y, x) in mm, for configurations in mm; the configuration's where omitted.
         out : LesionPair or (image, target), optional
@@ -148,26 +182,42 @@ class LesionSynthesizer:
         allow_empty = self.allow_empty if allow_empty is None else _flag(allow_empty)
         if allow_empty:
             lung_fraction = _at_least_a_voxel(lung_fraction)
-        recipes, _ = self._draw(index, lung_fraction, shape, spacing)
-        return self._render(recipes, image, lung_mask, out, allow_empty, drawn=True)
+        request = self._request(index, lung_fraction, shape, spacing)
+        backend = self._backends.of(image)
+        inputs = backend.accept(image, lung_mask, out)
+        volume, items = tuple(inputs.shape[-3:]), inputs.shape[0] if len(inputs.shape) == 4 else 1
+        if len(request.indices) != items:  # of an array that told its shape otherwise
+            raise ValueError(
+                f"index must have one entry per item of the batch ({items}), got {len(request.indices)}"
+            )
+        masks = backend.host_mask(lung_mask) if self.config.load is not None else None
+        organs = backend.count_organ(inputs) if None in request.fractions else None
+        plans = self._draw(request, organs, masks)
+        return self._render(backend, plans, inputs, volume, allow_empty, drawn=True)
 
     @untraced
     def sample(
         self,
         *,
         index: int | Sequence[int],
-        lung_fraction: float | Sequence[float] = 1.0,
+        lung_fraction: float | Sequence[float] | None = None,
         shape: Sequence[int] | None = None,
         spacing: Triple | None = None,
+        lung_mask: Any = None,
     ) -> Any:
         """Draw the random parameters of one sample, or of each item of a batch.
 
         Parameters
         ----------
-        index, lung_fraction, spacing
+        index, spacing
             See `__call__`.
+        lung_fraction : float or sequence of float, optional
+            See `__call__`; 1 where it is omitted and there is no `lung_mask` to count.
         shape : sequence of int, optional
-            Shape of the image, (z, y, x) or (b, z, y, x); checked again by `render`.
+            Shape of the image, (z, y, x) or (b, z, y, x); checked again by `render`. That of `lung_mask`
+            where omitted.
+        lung_mask : array, optional
+            M, as in `__call__`. A configuration with a `load` needs it.
 
         Returns
         -------
@@ -177,16 +227,24 @@ class LesionSynthesizer:
         Raises
         ------
         TypeError, ValueError
-            An index outside [0, 2**32), λ outside (0, 1], lengths that differ from the batch, spacing <= 0.
+            An index outside [0, 2**32), λ outside (0, 1], lengths that differ from the batch, spacing <= 0, a
+            mask that is not binary or of another shape, or none where a `load` is wanted.
         """
-        recipes, batched = self._draw(plain(index), plain(lung_fraction), shape, spacing)
-        plans = tuple(recipe.plan for recipe in recipes)
-        return plans if batched else plans[0]
+        masks = None if lung_mask is None else self._backends.of(lung_mask).host_mask(lung_mask)
+        if masks is None and self.config.load is not None:
+            raise ValueError("lung_mask must be given for a configuration with a load, got None")
+        if masks is not None and shape is not None and tuple(plain(shape)) != masks.shape:
+            raise ValueError(f"lung_mask must have the shape {tuple(plain(shape))}, got {masks.shape}")
+        shape = shape if masks is None else masks.shape
+        request = self._request(plain(index), plain(lung_fraction), shape, spacing)
+        organs = None if masks is None else [int(np.count_nonzero(m)) for m in _items(masks)]
+        plans = tuple(self._draw(request, organs, masks))
+        return plans if request.batched else plans[0]
 
-    def _draw(
+    def _request(
         self, index: Any, lung_fraction: Any, shape: Sequence[int] | None, spacing: Triple | None
-    ) -> tuple[list[Recipe], bool]:
-        """Draw each item; also tells whether there is a batch axis."""
+    ) -> _Request:
+        """Check what is to be drawn."""
         spacing = self.config.spacing if spacing is None else checked_spacing(spacing)
         if shape is not None:
             sizes = plain(shape)
@@ -195,12 +253,75 @@ class LesionSynthesizer:
             shape = tuple(check_integer("shape", n, 1, MOST_VOXELS, "integers >= 1") for n in sizes)
         volume = None if shape is None else (shape[-3], shape[-2], shape[-1])
         batched = not _is_scalar(index) or (shape is not None and len(shape) == 4)
-        if not batched:
-            return [sample_recipe(self.config, self.seed, index, lung_fraction, volume, spacing)], False
-        indices = _per_item("index", index, shape[0] if shape is not None and len(shape) == 4 else None)
-        fractions = _per_item("lung_fraction", lung_fraction, len(indices), spread=True)
-        pairs = zip(indices, fractions, strict=True)
-        return [sample_recipe(self.config, self.seed, i, f, volume, spacing) for i, f in pairs], True
+        if batched:
+            indices = _per_item("index", index, shape[0] if shape is not None and len(shape) == 4 else None)
+            fractions = _per_item("lung_fraction", lung_fraction, len(indices), spread=True)
+        else:
+            indices, fractions = [index], [lung_fraction]
+        for number, fraction in zip(indices, fractions, strict=True):
+            check_word("index", number)
+            if fraction is not None:
+                check_lung_fraction(fraction)
+        return _Request(indices, fractions, volume, spacing, batched)
+
+    def _draw(self, request: _Request, organs: Sequence[int] | None, masks: Any) -> list[LesionPlan]:
+        """Draw each item; `organs` are the voxels of their masks, where these are known."""
+        fractions = [
+            self._default_fraction(request.spacing, None if organs is None else organs[k]) if f is None else f
+            for k, f in enumerate(request.fractions)
+        ]
+        plans = self._draw_plans(request, fractions)
+        if masks is None or self.config.load is None:
+            return plans
+        for k, mask in enumerate(_items(masks)):
+
+            def draw(fraction: float, k: int = k) -> LesionPlan:
+                one = request._replace(indices=[request.indices[k]])
+                return self._draw_plans(one, [fractions[k]], of_number=fraction)[0]
+
+            plans[k] = meet_load(self.config, draw, mask, self._backends.stages)
+        return plans
+
+    def _draw_plans(
+        self, request: _Request, fractions: Sequence[float], of_number: float | None = None
+    ) -> list[LesionPlan]:
+        """Draw plans from (seed, index) and λ alone; `of_number` is the λ of a `load`, which wants a blob."""
+        config, seed, width = self.config, self.seed, UNIFORMS_PER_BLOB
+        samples = [plan_uniforms(seed, index, OF_SAMPLE, 1, width)[0] for index in request.indices]
+        kinds, words = [], []
+        for index, u, fraction in zip(request.indices, samples, fractions, strict=True):
+            numbers = draw_numbers(config, u, fraction if of_number is None else of_number)
+            if of_number is not None and not sum(numbers):
+                numbers[int(np.argmax([kind.mean_count for kind in config.blob_classes][: len(numbers)]))] = 1
+            words.append(plan_uniforms(seed, index, 0, sum(numbers), width))
+            kinds.append(draw_kinds(config, numbers, words[-1]))
+        records = draw_blobs(config, np.concatenate(kinds), np.concatenate(words))
+        common = {
+            "seed": seed,
+            "shape": request.volume,
+            "scale": request.spacing if config.lengths == "mm" else (1.0, 1.0, 1.0),
+            "connectivity": config.connectivity,
+            "tau": config.tau,
+            "mean_threshold": config.texture.mean_threshold,
+            "mode": config.mode,
+            "edge": config.edge,
+            "value_range": (0.0, 1.0) if config.value_range is None else config.value_range,
+        }
+        plans, end = [], 0
+        for index, fraction, u, own in zip(request.indices, fractions, samples, kinds, strict=True):
+            first, end = end, end + len(own)
+            records["component"][first:end] = np.arange(len(own))
+            load = None if config.load is None else draw_load(config.load, u)
+            own_fields = {"index": index, "lung_fraction": float(fraction), "load": load}
+            plans.append(LesionPlan.of_records(records[first:end], **common, **own_fields))
+        return plans
+
+    def _default_fraction(self, spacing: Triple, organ: int | None) -> float:
+        """Return λ where nobody says it: the organ against the paper's largest slab; 1 without a mask."""
+        if organ is None:
+            return 1.0
+        voxel = np.prod(spacing) / PAPER_VOXEL if self.config.lengths == "mm" else 1.0
+        return float(min(1.0, max(organ, 1) * voxel / PAPER_LUNG))
 
     @untraced
     def render(
@@ -246,48 +367,79 @@ class LesionSynthesizer:
         else:
             raise TypeError(f"plan must be one LesionPlan for a (z, y, x) image, got {type(plan).__name__}")
         allow_empty = self.allow_empty if allow_empty is None else _flag(allow_empty)
-        return self._render([Recipe.of(item) for item in plans], image, lung_mask, out, allow_empty)
+        backend = self._backends.of(image)
+        inputs = backend.accept(image, lung_mask, out)
+        return self._render(backend, plans, inputs, tuple(inputs.shape[-3:]), allow_empty)
 
     def _render(
         self,
-        recipes: Sequence[Recipe],
-        image: Any,
-        lung_mask: Any,
-        out: Any,
+        backend: Backend,
+        plans: Sequence[LesionPlan],
+        inputs: Inputs,
+        volume: Any,
         allow_empty: bool,
         *,
         drawn: bool = False,
     ) -> LesionPair:
-        backend = self._backends.of(image)
-        inputs = backend.accept(image, lung_mask, out)
-        volume = tuple(inputs.shape[-3:])
-        items = inputs.shape[0] if len(inputs.shape) == 4 else 1
-        if len(recipes) != items:  # of an array that told its shape otherwise
-            raise ValueError(f"index must have one entry per item of the batch ({items}), got {len(recipes)}")
-        for recipe in recipes:
-            if recipe.shape is not None and recipe.shape != volume:
-                raise ValueError(f"plan was drawn for a volume of shape {recipe.shape}, image has {volume}")
-        self._check_work(recipes, volume, drawn)
+        for plan in plans:
+            if plan.shape is not None and plan.shape != volume:
+                raise ValueError(f"plan was drawn for a volume of shape {plan.shape}, image has {volume}")
+        self._check_work(plans, volume, drawn)
         render = partial(backend.render, allow_empty=True) if allow_empty else backend.render
-        rendering = render(recipes, inputs, self.config.hu_range)
-        plans = partial(_plans, recipes, rendering, len(inputs.shape) == 4)
-        return LesionPair(rendering.image, rendering.target, plans, rendering.labels)
+        rendering = render(plans, inputs, self.config.hu_range)
+        tell = partial(self._rendered, plans, rendering, len(inputs.shape) == 4)
+        if rendering.finished:
+            self._warn_of_next_to_nothing(rendering.components())
+        return LesionPair(rendering.image, rendering.target, tell, rendering.labels)
 
-    def _check_work(self, recipes: Sequence[Recipe], volume: Any, drawn: bool) -> None:
+    def _check_work(self, plans: Sequence[LesionPlan], volume: Any, drawn: bool) -> None:
         """Refuse what would take minutes; of a configuration that never does, look at no sample."""
-        key = recipes[0].scale, volume
-        if drawn and (self._light == key or is_light(self.config, *key)):
+        key = plans[0].scale, volume
+        if drawn and (self._light == key or _is_light(self.config, *key)):
             self._light = key
             return
-        for recipe in recipes:
-            recipe.check_work(volume)
+        for plan in plans:
+            plan.check_work(volume)
+
+    def _rendered(self, plans: Sequence[LesionPlan], rendering: Rendering, batched: bool) -> Any:
+        """Return the plans as rendered."""
+        found = rendering.components()
+        self._warn_of_next_to_nothing(found)
+        rendered = tuple(plan.rendered(components) for plan, components in zip(plans, found, strict=True))
+        return rendered if batched else rendered[0]
+
+    def _warn_of_next_to_nothing(self, found: Sequence[tuple[Component, ...] | None]) -> None:
+        """Warn, once, where most lesions of a call change next to nothing: they cannot be learned."""
+        lesions = [component for components in found for component in components or ()]
+        idle = sum(c.changed is not None and c.changed < IDLE * c.voxels for c in lesions)
+        if self._warned or 2 * idle <= len(lesions):
+            return
+        self._warned = True
+        warnings.warn(
+            f"{idle} of {len(lesions)} lesions change under {100 * IDLE:.0f} % of their voxels "
+            "(Component.changed of pair.plan): the image is what they would be already; LesionConfig.mode "
+            "and Texture.level_hu say how a lesion differs from the organ",
+            stacklevel=STACK,
+        )
 
 
-def _plans(recipes: Sequence[Recipe], rendering: Rendering, batched: bool) -> Any:
-    """Plans as rendered."""
-    found = zip(recipes, rendering.components(), strict=True)
-    plans = tuple(recipe.rendered(components) for recipe, components in found)
-    return plans if batched else plans[0]
+def _is_light(config: LesionConfig, scale: Triple, shape: tuple[int, int, int]) -> bool:
+    """Tell whether even the most and largest lesions of a configuration can be rendered in a volume."""
+    if (
+        config.load is not None or config.count is not None
+    ):  # their numbers and radii are not those of the classes
+        return False
+    kinds, warp = config.blob_classes, config.warp
+    counts = [kind.most_count for kind in kinds]
+    low, high = (np.repeat([kind.radii[side] for kind in kinds], counts) for side in (0, 1))
+    sigma_b = max(config.texture.sigma_b_low[1], config.texture.sigma_b_high[1])
+    sigmas = np.full((len(low), 2), (config.texture.sigma_a[1], sigma_b))
+    extents = 2.0 * high * (1.0 + warp.amplitude[1])
+    return not len(low) or too_much(extents, low * warp.correlation[0], sigmas, scale, shape) is None
+
+
+def _items(masks: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    return masks if masks.ndim == 4 else masks[None]
 
 
 def _shape_of(image: Any) -> Sequence[int] | None:

@@ -47,7 +47,7 @@ def cases() -> dict[str, tuple[ls.LesionPlan, str]]:
         synth = ls.LesionSynthesizer(small_config(**changes), seed=40 + number)
         for index, kind in enumerate(KINDS):
             found[f"{name}-{kind}"] = synth.sample(index=index, shape=(12, 61, 83)), kind
-    for name in ls.presets.BY_NAME:
+    for name in ("covid_lung", "no_shapes", "no_probability_map", "no_salt_noise", "faint"):
         synth = ls.LesionSynthesizer(ls.presets.get(name), seed=7)
         found[f"slab-{name}"] = synth.sample(index=3, shape=(32, 512, 512)), "float32"
     return found

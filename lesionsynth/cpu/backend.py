@@ -10,9 +10,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from lesionsynth._arguments import accept_out, accept_pair
+from lesionsynth._arguments import accept_mask, accept_out, accept_pair
 from lesionsynth._dlpack import Restore, accept
-from lesionsynth._recipe import Recipe, without_lesions
 from lesionsynth.config import Range
 from lesionsynth.cpu.engine.bits import BitMask, pack
 from lesionsynth.cpu.engine.memory import output
@@ -79,7 +78,7 @@ class CpuStages:
         centers = place(plan, mask, counts, allow_empty=allow_empty)
         if counts.any():
             return plan, (mask, centers)
-        return without_lesions(plan), (mask, centers[:0])
+        return plan.without_lesions(), (mask, centers[:0])
 
     def draw(self, plan: LesionPlan, placed: tuple[BitMask, npt.NDArray[np.int64]]) -> Shapes:
         """Evaluate the blobs' voxels."""
@@ -120,6 +119,7 @@ class CpuRendering:
     stages: CpuStages
     lesions: tuple[Lesions, ...]
     found: tuple[tuple[Component, ...] | None, ...]
+    finished: bool = True
 
     def components(self) -> tuple[tuple[Component, ...] | None, ...]:
         """Tell the lesions of each item; None where there was no lung."""
@@ -156,15 +156,24 @@ class CpuBackend:
             a, target = accept_out(out, healthy, dtype, given)
         return CpuInputs(healthy, mask, a, target, restore)
 
+    def host_mask(self, lung_mask: Any) -> Mask:
+        """Check a mask, and return it as NumPy's."""
+        return accept_mask(lung_mask, ranks=(3, 4))
+
+    def count_organ(self, inputs: CpuInputs) -> list[int]:
+        """Count the voxels of each item's mask."""
+        masks = inputs.mask if inputs.mask.ndim == 4 else inputs.mask[None]
+        return [int(np.count_nonzero(mask)) for mask in masks]
+
     def render(
-        self, recipes: Sequence[Recipe], inputs: CpuInputs, hu_range: Range, *, allow_empty: bool = False
+        self, plans: Sequence[LesionPlan], inputs: CpuInputs, hu_range: Range, *, allow_empty: bool = False
     ) -> CpuRendering:
-        """Render one recipe an item."""
+        """Render one plan an item."""
         arrays = [inputs.image, inputs.mask, inputs.out, inputs.target]
         items = [x if x.ndim == 4 else x[None] for x in arrays]
         rendered = [
-            self._render_one(recipe.plan, hu_range, *item, allow_empty=allow_empty)
-            for recipe, *item in zip(recipes, *items, strict=True)
+            self._render_one(plan, hu_range, *item, allow_empty=allow_empty)
+            for plan, *item in zip(plans, *items, strict=True)
         ]
         lesions, found = zip(*rendered, strict=True)
         restore = inputs.restore

@@ -57,6 +57,23 @@ def philox4x32_10(c0: Any, c1: Any, c2: Any, c3: Any, k0: Any, k1: Any) -> Any:
     return c0, c1, c2, c3
 
 
+def plan_uniforms(seed: int, index: int, first: int, count: int, width: int) -> npt.NDArray[np.float64]:
+    """Return (count, width) uniforms in [0, 1) of 53 bits, for the components ``first ...`` of a sample."""
+    out = np.empty((count, width))
+    _fill_plan(out, *(np.uint32(w) for w in (seed, Stream.PLAN, index, first)))
+    return out
+
+
+@kernel
+def _fill_plan(out: Any, seed: Any, stream: Any, index: Any, first: Any) -> None:
+    """Two words make a uniform: 27 bits of one above 26 of the other."""
+    for k in range(out.shape[0]):
+        for block in range(out.shape[1] // 2):
+            a, b, c, d = philox4x32_10(block, np.uint32(0), index, np.uint32(first + k), seed, stream)
+            out[k, 2 * block] = (float(a >> 5) * 2.0**26 + float(b >> 6)) * 2.0**-53
+            out[k, 2 * block + 1] = (float(c >> 5) * 2.0**26 + float(d >> 6)) * 2.0**-53
+
+
 def fill_uniform(
     out: npt.NDArray[np.float32],
     seed: int,

@@ -47,15 +47,13 @@ def place(
     total = int(ends[-1])
     if total == 0 and not allow_empty:
         raise ValueError("lung_mask must contain at least one voxel, got an empty mask")
-    centers = np.zeros((len(plan.blobs), 3), dtype=np.int64)
-    ranks = np.full(len(plan.blobs), -1, dtype=np.int64)
-    for number, blob in enumerate(plan.blobs):
-        if blob.center is None:
-            ranks[number] = min(int(blob.position * total), total - 1)  # the product may round up to |M|
-            continue
-        if any(c >= n for c, n in zip(blob.center, mask.shape, strict=True)):
-            raise ValueError(f"blobs[{number}].center must lie in the volume {mask.shape}, got {blob.center}")
-        centers[number] = blob.center
+    plan.check_centers(mask.shape)
+    given = plan.records["center"]
+    by_position = given[:, 0] < 0
+    # the product may round up to |M|
+    ranks = np.minimum((plan.records["position"] * total).astype(np.int64), total - 1)
+    ranks[~by_position] = -1
+    centers = np.where(by_position[:, None], 0, given)
     _find(ranks, ends, counts, mask.bits, mask.shape[1], centers)
     return centers
 

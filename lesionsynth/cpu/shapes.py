@@ -121,8 +121,9 @@ def draw_shapes(
     blobs = _records(plan, centers)
     scale = np.array(plan.scale)
     n_bits, n_nodes, n_weights, n_starts = _measure(blobs, scale, np.array(mask.shape))
-    for blob, record in zip(plan.blobs, blobs, strict=True):
+    for number, record in enumerate(blobs):
         if math.prod(record["nodes"].tolist()) > MOST_NODES:
+            blob = plan.blobs[number]
             raise ValueError(
                 f"warp_correlation {blob.warp_correlation} with warp_amplitude {blob.warp_amplitude} and "
                 f"semi_axes {blob.semi_axes} needs a lattice of {' x '.join(map(str, record['nodes']))} "
@@ -143,17 +144,16 @@ def draw_shapes(
 
 
 def _records(plan: LesionPlan, centers: npt.NDArray[np.int64]) -> npt.NDArray[Any]:
-    blobs = np.zeros(len(plan.blobs), dtype=BLOB)
+    drawn, blobs = plan.records, np.zeros(len(plan.records), dtype=BLOB)
+    axes = drawn["semi_axes"]
+    radius = np.prod(axes, axis=1) ** (1.0 / 3.0)  # geometric mean, the unit of the warp
     blobs["center"] = centers
-    if plan.blobs:
-        blobs["component"] = [blob.component for blob in plan.blobs]
-        axes = np.array([blob.semi_axes for blob in plan.blobs])
-        radius = np.prod(axes, axis=1) ** (1.0 / 3.0)  # geometric mean, the unit of the warp
-        blobs["semi_axes"] = axes
-        blobs["rotation"] = rotation_matrices(np.array([blob.rotation for blob in plan.blobs]))
-        blobs["to_unit"] = blobs["rotation"] / axes[:, None, :]
-        blobs["bound"] = radius * [blob.warp_amplitude for blob in plan.blobs]
-        blobs["spacing"] = radius * [blob.warp_correlation for blob in plan.blobs]
+    blobs["component"] = drawn["component"]
+    blobs["semi_axes"] = axes
+    blobs["rotation"] = rotation_matrices(drawn["rotation"])
+    blobs["to_unit"] = blobs["rotation"] / axes[:, None, :]
+    blobs["bound"] = radius * drawn["warp_amplitude"]
+    blobs["spacing"] = radius * drawn["warp_correlation"]
     return blobs
 
 

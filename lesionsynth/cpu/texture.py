@@ -122,15 +122,15 @@ def _fields(plan: LesionPlan, lesions: Lesions) -> tuple[npt.NDArray[Any], Float
     fields = np.zeros(len(lesions), dtype=FIELD)
     if not len(lesions):
         return fields, np.empty(0, dtype=np.float32)
-    blobs = [plan.blobs[members[0]] for members in lesions.members]
+    blobs = plan.records[[members[0] for members in lesions.members]]
     fields["label"] = np.arange(1, len(lesions) + 1)
-    fields["component"] = [blob.component for blob in blobs]
+    fields["component"] = blobs["component"]
     fields["start"] = lesions.boxes[:, :, 0]
     fields["size"] = lesions.boxes[:, :, 1] - lesions.boxes[:, :, 0]
     fields["pitch"] = -(-fields["size"][:, 2] // LANES) * LANES
-    fields["a_low"] = [blob.a_low for blob in blobs]
-    fields["a_range"] = [blob.a_high - blob.a_low for blob in blobs]
-    sigmas = np.array([(blob.sigma_a, blob.sigma_b) for blob in blobs])[:, :, None] / np.array(plan.scale)
+    fields["a_low"] = blobs["a_low"]
+    fields["a_range"] = blobs["a_high"] - blobs["a_low"]
+    sigmas = np.stack([blobs["sigma_a"], blobs["sigma_b"]], axis=1)[:, :, None] / np.array(plan.scale)
     lengths = np.broadcast_to(fields["size"][:, None, :], sigmas.shape)
     weights, ends = kernels_of(lengths.ravel(), sigmas.ravel())
     fields["kernels"] = np.stack([ends[:-1], ends[1:]], axis=1).reshape(len(fields), 2, 3, 2)
@@ -166,8 +166,8 @@ def _brightness(
     components = []
     for field, (passing, total) in zip(fields, totals.tolist(), strict=True):
         k = int(field["label"]) - 1
-        blob = plan.blobs[lesions.members[k][0]]
-        beta = blob.mu0 / (total / FIXED_POINT / passing if passing else plan.mean_threshold)
+        mu0 = float(plan.records["mu0"][lesions.members[k][0]])
+        beta = mu0 / (total / FIXED_POINT / passing if passing else plan.mean_threshold)
         field["beta"] = beta
         components.append(
             Component(

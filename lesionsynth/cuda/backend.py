@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
-from lesionsynth._arguments import check_buffer, check_pair, check_same_library, pair_of
-from lesionsynth._recipe import Recipe
+import numpy as np
+import numpy.typing as npt
+
+from lesionsynth._arguments import accept_mask, check_buffer, check_pair, check_same_library, pair_of
 from lesionsynth.config import Range
-from lesionsynth.plan import Component
+from lesionsynth.plan import Component, LesionPlan
 
 if TYPE_CHECKING:
     from lesionsynth.cuda.arrays import DeviceArray
@@ -55,6 +58,7 @@ class CudaRendering:
     """GT."""
     like: DeviceArray
     lesions: Lesions = field(repr=False)
+    finished: bool = False
 
     def components(self) -> tuple[tuple[Component, ...] | None, ...]:
         """Wait, and tell the lesions of each item; None where there was no lung."""
@@ -114,10 +118,28 @@ class CudaBackend:
         _check_apart("out image", views[0], views[1], "out target")
         return CudaInputs(image, healthy, inputs.mask, buffers, views)
 
+    def host_mask(self, lung_mask: Any) -> npt.NDArray[np.bool_]:
+        """Check a mask, wait for it and copy it down."""
+        check_cupy("lung_mask is on a CUDA device")
+        from lesionsynth.cuda import arrays
+
+        mask = arrays.accept(lung_mask, "lung_mask")
+        with arrays.stream_of(lung_mask):
+            return accept_mask(byte_mask(mask).view.get(), ranks=(3, 4))
+
+    def count_organ(self, inputs: CudaInputs) -> list[int]:
+        """Count the voxels of each item's mask, and wait for the numbers."""
+        from lesionsynth.cuda import arrays
+
+        with arrays.stream_of(inputs.given):
+            view = inputs.mask.view
+            counts = (view != 0).reshape(-1, math.prod(view.shape[-3:])).sum(axis=1)
+            return [int(n) for n in counts.get()]
+
     def render(
-        self, recipes: Sequence[Recipe], inputs: CudaInputs, hu_range: Range, *, allow_empty: bool = False
+        self, plans: Sequence[LesionPlan], inputs: CudaInputs, hu_range: Range, *, allow_empty: bool = False
     ) -> CudaRendering:
-        """Launch one recipe an item; nothing is waited for.
+        """Launch one plan an item; nothing is waited for.
 
         Raises
         ------
@@ -129,7 +151,8 @@ class CudaBackend:
         from lesionsynth.cuda.arrays import empty, stream_of
         from lesionsynth.cuda.render import Job
 
-        check_centers(recipes, inputs.shape[-3:])
+        for plan in plans:
+            plan.check_centers(inputs.shape[-3:])
         with stream_of(inputs.given):
             renderer = self.renderer(inputs.image.device)
             made = (
@@ -141,7 +164,7 @@ class CudaBackend:
             views = inputs.views or (made[0][1], made[1][1])
             arrays = inputs.image, inputs.mask, *views
             job = Job(*(array.volume() for array in arrays))
-            lesions = renderer.render(recipes, job, hu_range, allow_empty=allow_empty)
+            lesions = renderer.render(plans, job, hu_range, allow_empty=allow_empty)
         return CudaRendering(*results, inputs.image, lesions)
 
     def release(self) -> None:
@@ -186,16 +209,6 @@ def check_cupy(reason: str) -> None:
         check_usable()
     except RuntimeError as error:
         raise RuntimeError(f"{reason}, but {error}") from error
-
-
-def check_centers(recipes: Sequence[Recipe], shape: tuple[int, ...]) -> None:
-    """Raise unless every centre that a plan gives lies in the volume, as `lesionsynth.cpu.place` does."""
-    for recipe in recipes:
-        outside = (recipe.blobs["center"] >= shape).any(axis=1)
-        if outside.any():
-            number = int(outside.argmax())
-            center = tuple(recipe.blobs["center"][number].astype(int).tolist())
-            raise ValueError(f"blobs[{number}].center must lie in the volume {tuple(shape)}, got {center}")
 
 
 def byte_mask(mask: DeviceArray) -> DeviceArray:

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import numpy as np
 
+from lesionsynth.sampling import BLOB as DRAWN
+
 AXES = 3
 STAGES = 7
 """Passes over the lesions' boxes that share a tile list: a along x, y, z; b along x, y, z; injection."""
@@ -20,17 +22,12 @@ STATUS = ("empty_mask", "mask_not_binary", "image_outside_unit", "lattice_too_la
 
 BLOB = np.dtype(
     [
-        ("component", np.uint32),  # Philox component
+        *((name, DRAWN[name].base, DRAWN[name].shape) for name in DRAWN.names or ()),
         ("item", np.int32),
-        ("center", np.int32, AXES),  # -1: by position
         ("reach", np.int32, AXES),  # the box before clipping: center - reach ... center + reach
-        ("position", np.float64),
         ("to_unit", np.float64, (AXES, AXES)),  # q_j / s_j = sum_i v_i to_unit[i, j]
         ("bound", np.float64),  # of each displacement component
         ("spacing", np.float64),  # of the displacement's lattice
-        ("a_range", np.float64),
-        ("mu0", np.float64),
-        ("a_low", np.float32),
         ("first_task", np.int32),  # of the slices that may hold the blob
         ("radius", np.int32, (2, AXES)),  # of the Gaussians: sigma_a, sigma_b
         ("taps", np.int64, (2, AXES)),  # their first weight
@@ -43,7 +40,7 @@ BLOB = np.dtype(
     ],
     align=True,
 )
-"""A blob as drawn."""
+"""A blob as drawn, and what the host knows of it besides."""
 
 STATE = np.dtype(
     [

@@ -15,13 +15,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from lesionsynth._recipe import Recipe
 from lesionsynth.config import Range
 from lesionsynth.cuda.device import Device
 from lesionsynth.cuda.pair import Lesions, explain
 from lesionsynth.cuda.records import BATCH
 from lesionsynth.cuda.table import WORD, Table, build
 from lesionsynth.cuda.workspace import STATUS_BYTES, Slot, Workspace
+from lesionsynth.plan import LesionPlan
 
 FIELD_SHARE = 8
 """The fields of a batch get a volume for every so many items. With the paper's settings the boxes of a pair's
@@ -93,7 +93,7 @@ class Renderer:
         self._held: list[weakref.ref[Lesions] | None] = [None, None]
 
     def render(
-        self, recipes: Sequence[Recipe], job: Job, hu_range: Range, *, allow_empty: bool = False
+        self, plans: Sequence[LesionPlan], job: Job, hu_range: Range, *, allow_empty: bool = False
     ) -> Lesions:
         """Launch a batch on the caller's stream; nothing is waited for.
 
@@ -104,7 +104,7 @@ class Renderer:
         ValueError
             An earlier batch, of which nobody asked for the plan or the labels, was wrong.
         """
-        table = build(recipes, job.shape, [rounded(recipe.tau, job.image.kind) for recipe in recipes])
+        table = build(plans, job.shape, [rounded(plan.threshold, job.image.kind) for plan in plans])
         with self.lock:
             self.begin()
             space = self.workspace
@@ -120,9 +120,9 @@ class Renderer:
             table.write(slot.array[STATUS_BYTES:], header)
             base, kind = space.buffers[f"table {side}"].pointer, job.image.kind
             self.device.upload(base, slot.pointer + STATUS_BYTES, table.size)
-            self._launch_batch(base, kind, len(recipes), table.tasks > 0)
+            self._launch_batch(base, kind, len(plans), table.tasks > 0)
             space.mark = slot.mark = self.device.mark()
-            samples = [recipe.index for recipe in recipes]
+            samples = [plan.index for plan in plans]
             lesions = Lesions(self, table, samples, job.shape, kind, side, slot)
             self._held[side] = weakref.ref(lesions)
             self.torn = False

@@ -13,10 +13,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from lesionsynth._recipe import DRAWN, Recipe
 from lesionsynth.cpu.engine.lines import PAIRS, taps_of
 from lesionsynth.cpu.shapes import SURFACE, rotation_matrices
 from lesionsynth.cuda.records import AXES, BATCH, BLOB, ITEM, NOTHING, STAGES, STATE
+from lesionsynth.plan import LesionPlan
+from lesionsynth.sampling import BLOB as DRAWN
 
 FAR = 2**30
 """Reach beyond any volume."""
@@ -85,24 +86,24 @@ class Table:
             out[start : start + raw.size] = raw
 
 
-def build(recipes: Sequence[Recipe], shape: tuple[int, int, int], taus: Sequence[float]) -> Table:
+def build(plans: Sequence[LesionPlan], shape: tuple[int, int, int], taus: Sequence[float]) -> Table:
     """Build the table of a batch.
 
     Parameters
     ----------
-    recipes : sequence of Recipe
+    plans : sequence of LesionPlan
         One an item.
     shape : (3,) ints
         Volume (z, y, x) of an item.
     taus : sequence of float
         τ of each item, rounded to the type of the image.
     """
-    counts = [len(recipe.blobs) for recipe in recipes]
-    # As rows of numbers: NumPy takes its time to see that records of one dtype have one dtype.
-    rows = [recipe.blobs.view(np.float64).reshape(-1, DRAWN.itemsize // 8) for recipe in recipes]
+    counts = [len(plan.records) for plan in plans]
+    # As bytes: NumPy takes its time to see that records of one dtype have one dtype.
+    rows = [plan.records.view(np.uint8).reshape(-1, DRAWN.itemsize) for plan in plans]
     drawn = np.concatenate(rows).view(DRAWN).reshape(-1)
-    item = np.repeat(np.arange(len(recipes)), counts)
-    scale = np.array([recipe.scale for recipe in recipes])[item]
+    item = np.repeat(np.arange(len(plans)), counts)
+    scale = np.array([plan.scale for plan in plans])[item]
     blobs = _blobs(drawn, item, scale)
     slices = np.minimum(2 * blobs["reach"][:, 0].astype(np.int64) + 1, shape[0])
     tasks = _starts(blobs["first_task"], slices)
@@ -110,18 +111,18 @@ def build(recipes: Sequence[Recipe], shape: tuple[int, int, int], taus: Sequence
     taps = _add_taps(blobs, drawn, scale)
     floats = _starts(blobs["weights"], _matrix_sizes(blobs, shape))
     tiles = STAGES * (len(blobs) + 1) * 8
-    return Table(_items(recipes, counts, taus), blobs, taps, tasks, Room(4 * words, 4 * floats, tiles))
+    return Table(_items(plans, counts, taus), blobs, taps, tasks, Room(4 * words, 4 * floats, tiles))
 
 
-def _items(recipes: Sequence[Recipe], counts: Sequence[int], taus: Sequence[float]) -> npt.NDArray[Any]:
-    items = np.zeros(len(recipes), dtype=ITEM)
-    items["seed"] = [recipe.seed for recipe in recipes]
-    items["sample"] = [recipe.index for recipe in recipes]
-    items["connectivity"] = [recipe.connectivity for recipe in recipes]
+def _items(plans: Sequence[LesionPlan], counts: Sequence[int], taus: Sequence[float]) -> npt.NDArray[Any]:
+    items = np.zeros(len(plans), dtype=ITEM)
+    items["seed"] = [plan.seed for plan in plans]
+    items["sample"] = [plan.index for plan in plans]
+    items["connectivity"] = [plan.connectivity for plan in plans]
     items["blobs"] = counts
     items["first_blob"] = np.cumsum([0, *counts[:-1]])
-    items["mean_threshold"] = items["threshold"] = [recipe.mean_threshold for recipe in recipes]
-    items["scale"] = [recipe.scale for recipe in recipes]
+    items["mean_threshold"] = items["threshold"] = [plan.mean_threshold for plan in plans]
+    items["scale"] = [plan.scale for plan in plans]
     items["tau"] = taus
     return items
 
@@ -132,16 +133,13 @@ def _blobs(drawn: npt.NDArray[Any], item: Any, scale: npt.NDArray[np.float64]) -
     axes = drawn["semi_axes"]
     radius = np.prod(axes, axis=1) ** (1.0 / 3.0)
     rotation = rotation_matrices(drawn["rotation"])
-    blobs["component"] = drawn["component"]
+    for name in DRAWN.names or ():
+        blobs[name] = drawn[name]
     blobs["item"] = item
     blobs["center"] = np.minimum(drawn["center"], FAR)
-    blobs["position"] = drawn["position"]
     blobs["to_unit"] = rotation / axes[:, None, :]
     blobs["bound"] = radius * drawn["warp_amplitude"]
     blobs["spacing"] = radius * drawn["warp_correlation"]
-    blobs["a_low"] = drawn["a_low"]
-    blobs["a_range"] = drawn["a_high"] - drawn["a_low"]
-    blobs["mu0"] = drawn["mu0"]
     extent = np.zeros((len(drawn), AXES))
     for j in range(AXES):
         extent += (rotation[:, :, j] * axes[:, None, j]) ** 2

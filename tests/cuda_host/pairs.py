@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 
-from lesionsynth._recipe import Recipe
 from lesionsynth.cuda.render import Job, Renderer, Volume
 
 HU_RANGE = (-800.0, 100.0)
@@ -46,9 +45,8 @@ def begin(
     kind = kind or images.dtype.name
     dtype = np.float32 if kind == "int16" else images.dtype
     out, target = np.full(images.shape, 77, dtype=dtype), np.full(images.shape, 77, dtype=np.uint8)
-    recipes = [plan if isinstance(plan, Recipe) else Recipe.of(plan) for plan in plans]
     job = Job(volume(images, kind), volume(masks.view(np.uint8)), volume(out), volume(target))
-    return HostPair(out, target, renderer.render(recipes, job, HU_RANGE))
+    return HostPair(out, target, renderer.render(plans, job, HU_RANGE))
 
 
 def render(

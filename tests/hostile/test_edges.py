@@ -132,7 +132,6 @@ def test_what_else_is_wrong_is_told_all_the_same() -> None:
 
 def test_an_empty_item_on_a_gpu() -> None:
     """The device's own source, on the host: told as the CPU tells it, and an error elsewhere."""
-    from lesionsynth._recipe import Recipe
     from lesionsynth.cuda.render import Job, Renderer
     from tests.cuda_host.device import HostDevice
     from tests.cuda_host.pairs import HU_RANGE, HostPair, volume
@@ -143,10 +142,10 @@ def test_an_empty_item_on_a_gpu() -> None:
     gpu = Renderer(HostDevice())
 
     def begin(images, masks, allow_empty: bool) -> HostPair:
-        recipes = [Recipe.of(SYNTH.sample(index=k)) for k in range(len(images))]
+        plans = [SYNTH.sample(index=k) for k in range(len(images))]
         out, target = np.full(images.shape, 77, np.float32), np.full(images.shape, 77, np.uint8)
         job = Job(volume(images), volume(masks.view(np.uint8)), volume(out), volume(target))
-        return HostPair(out, target, gpu.render(recipes, job, HU_RANGE, allow_empty=allow_empty))
+        return HostPair(out, target, gpu.render(plans, job, HU_RANGE, allow_empty=allow_empty))
 
     for lungs in ([True, False, True], [False], [False, False], [True]):
         images, masks = batch(lungs, "float32")

@@ -25,7 +25,6 @@ from numba.core.compiler_lock import global_compiler_lock
 
 import lesionsynth as ls
 from lesionsynth._cache import _apart
-from lesionsynth._recipe import Recipe
 from lesionsynth.cpu.engine import memory as _memory
 from lesionsynth.cpu.engine import threads as _threads
 from lesionsynth.cpu.engine.threads import in_background, parallel_for, settle, tickets_for, work_together
@@ -646,7 +645,7 @@ def test_a_batch_torn_off_at_every_call_of_the_device(call, after) -> None:
         ]
         gpu.device.held.append(arrays)  # a torn batch may still write
         views = (volume(a if a.dtype != bool else a.view(np.uint8)) for a in arrays)
-        return k, HostPair(arrays[2], arrays[3], gpu.render([Recipe.of(plans[k])], Job(*views), HU_RANGE))
+        return k, HostPair(arrays[2], arrays[3], gpu.render([plans[k]], Job(*views), HU_RANGE))
 
     def check(gpu: Renderer, k: int, pair: HostPair) -> None:
         labels = np.full(pair.image.shape, -7, dtype=np.int32)

@@ -142,7 +142,7 @@ __device__ void place_blobs(const Batch& batch, int i, i64* sums) {
     }
     for (int b = item.first_blob + warp_of_thread(); b < item.first_blob + item.blobs; b += WARPS) {
         const Blob& blob = blob_of(batch, b);
-        int center[3] = {blob.center[0], blob.center[1], blob.center[2]};
+        int center[3] = {(int)blob.center[0], (int)blob.center[1], (int)blob.center[2]};
         if (center[0] < 0 && total > 0) {
             i64 rank = lmin((i64)(blob.position * (double)total), total - 1);  // the product may round up to |M|
             int k = last_at_most([=](int at) { return at ? sums[at - 1] : 0; }, THREADS, rank);

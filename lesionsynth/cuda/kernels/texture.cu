@@ -32,7 +32,7 @@ __device__ Rescale rescale_of(const Batch& batch, const Lesion& l) {
     const Blob& blob = blob_of(batch, l.root);
     float low = float_of(s.least), high = float_of(s.greatest);
     double span = (double)high - (double)low;
-    return {low, span > 0.0 ? (float)(blob.a_range / span) : 0.0f, blob.a_low};
+    return {low, span > 0.0 ? (float)((blob.a_high - blob.a_low) / span) : 0.0f, (float)blob.a_low};
 }
 
 // Rows of noise: a lane is a row (z, y) of the box, so the four voxels of a Philox call are four rows of the tile.
