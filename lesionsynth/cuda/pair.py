@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from lesionsynth.config import Range
 from lesionsynth.cuda.device import Buffer, Mark
 from lesionsynth.cuda.records import ITEM, STATE
 from lesionsynth.cuda.table import Table
@@ -24,15 +25,17 @@ FIXED_POINT = 2.0**26
 RULES = {
     "empty_mask": "lung_mask must contain at least one voxel, got an empty mask",
     "mask_not_binary": "lung_mask must be binary (bool, or 0 and 1), got another value",
-    "image_outside_unit": "image must be finite and in [0, 1], got a voxel that is not",
+    "image_outside_range": "image must be finite and in {bounds}, got a voxel that is not",
     "lattice_too_large": "warp_correlation must need no lattice of more than 2**25 nodes, got one that does",
 }
 """What the device finds wrong, in words."""
 
 
-def explain(found: Sequence[str], samples: Sequence[int]) -> str:
-    """Say what was wrong with a batch."""
-    return f"{'; '.join(RULES[name] for name in found)} (samples {', '.join(map(str, samples))})"
+def explain(found: Sequence[str], samples: Sequence[int], ranges: Sequence[Range]) -> str:
+    """Say what was wrong with a batch of images of these ranges of values."""
+    bounds = " or ".join(f"[{low:.9g}, {high:.9g}]" for low, high in ranges)
+    rules = [RULES[name].format(bounds=bounds) for name in found]
+    return f"{'; '.join(rules)} (samples {', '.join(map(str, samples))})"
 
 
 class Lesions:
@@ -75,6 +78,7 @@ class Lesions:
         self._own = False  # whether the buffers are
         self._found: tuple[str, ...] = ()
         slot.user, slot.samples = weakref.ref(self), self._samples
+        self._ranges = slot.ranges
 
     def check(self) -> None:
         """Wait for the device, and raise what it found wrong with the batch."""
@@ -88,7 +92,7 @@ class Lesions:
                 slot.forget()
             self._renderer.torn = False
         if self._found:
-            raise ValueError(explain(self._found, self._samples))
+            raise ValueError(explain(self._found, self._samples, self._ranges))
 
     def components(self) -> tuple[tuple[Component, ...] | None, ...]:
         """Wait for the device, and tell the lesions of each item; None where there was no lung.
@@ -96,7 +100,8 @@ class Lesions:
         Raises
         ------
         ValueError
-            A mask was empty or not binary, or a voxel of an image was NaN, infinite or outside [0, 1].
+            A mask was empty or not binary, or a voxel of an image was NaN, infinite or outside the plan's
+            range of values.
         """
         self.check()
         first, _, states_at, parents, taps = self._table.offsets[:5]
@@ -175,6 +180,7 @@ def _components(
                 voxels=int(state["voxels"]),
                 beta=float(table.blobs[root]["mu0"]) / mean,
                 beta_fallback=passing == 0,
+                changed=int(state["changed"]),
             )
         )
     return tuple(found)

@@ -115,12 +115,13 @@ class Renderer:
             slot = space.slot()
             self._settle(slot)
             slot.allow_empty = allow_empty
+            slot.ranges = tuple(dict.fromkeys(plan.value_range for plan in plans))
             space.widen(slot, table.size)
             header = self._header(table, job, hu_range, side, slot)
             table.write(slot.array[STATUS_BYTES:], header)
             base, kind = space.buffers[f"table {side}"].pointer, job.image.kind
             self.device.upload(base, slot.pointer + STATUS_BYTES, table.size)
-            self._launch_batch(base, kind, len(plans), table.tasks > 0)
+            self._launch_batch(base, kind, len(plans), table.tasks > 0, table.soft)
             space.mark = slot.mark = self.device.mark()
             samples = [plan.index for plan in plans]
             lesions = Lesions(self, table, samples, job.shape, kind, side, slot)
@@ -159,15 +160,15 @@ class Renderer:
             self.workspace.buffers.clear()
             self.torn = False
 
-    def _launch_batch(self, table: int, kind: str, items: int, blobs: bool) -> None:
+    def _launch_batch(self, table: int, kind: str, items: int, blobs: bool, soft: bool) -> None:
         """Launch it all, as a graph once the same has been launched before.
 
         The address of the table, the type and these counts are all that a graph may depend on.
         """
-        key = (table, kind, items, blobs)
-        self.device.replay(key, lambda: self._launch_all(np.uint64(table), kind, items, blobs))
+        key = (table, kind, items, blobs, soft)
+        self.device.replay(key, lambda: self._launch_all(np.uint64(table), *key[1:]))
 
-    def _launch_all(self, table: np.uint64, kind: str, items: int, blobs: bool) -> None:
+    def _launch_all(self, table: np.uint64, kind: str, items: int, blobs: bool, soft: bool) -> None:
         tiles, rows = (self.device.processors * n for n in (BLOCKS_OF_TILES, BLOCKS_OF_ROWS))
         self.launch(kind, "read_mask", -(-rows // items) * items, table)
         with self.device.beside():
@@ -179,9 +180,11 @@ class Renderer:
             for noise in ("noise", "salt"):
                 for axis in ("x", "y", "z"):
                     self.launch(kind, f"{noise}_along_{axis}", tiles, table)
+        if soft:
+            self.launch(kind, "edge_in_plane", tiles, table)
         self.device.join()
         if blobs:
-            self.launch(kind, "inject", tiles, table)
+            self.launch(kind, "inject_soft" if soft else "inject", tiles, table)
             self.launch(kind, "inject_crowded", 1, table)
 
     def _settle(self, slot: Slot) -> None:
@@ -192,7 +195,7 @@ class Renderer:
             user.leave_slot(found)
         slot.forget()
         if found:
-            raise ValueError(f"{explain(found, slot.samples)}, in an earlier call")
+            raise ValueError(f"{explain(found, slot.samples, slot.ranges)}, in an earlier call")
 
     def _move_out(self, side: int) -> None:
         held = self._held[side]

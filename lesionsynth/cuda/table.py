@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lesionsynth.cpu.engine.lines import PAIRS, taps_of
+from lesionsynth.config import MODES
 from lesionsynth.cpu.shapes import SURFACE, rotation_matrices
 from lesionsynth.cuda.records import AXES, BATCH, BLOB, ITEM, NOTHING, STAGES, STATE
 from lesionsynth.plan import LesionPlan
@@ -65,6 +66,11 @@ class Table:
         """Bytes."""
         return self.offsets[-1]
 
+    @property
+    def soft(self) -> bool:
+        """Whether any lesion has a soft edge."""
+        return self.tasks > 0 and bool(self.items["edge"].any())
+
     def point(self, header: npt.NDArray[Any], base: int) -> None:
         """Write into the header where its records are, for a table at an address."""
         for name, start in zip(("items", "blobs", "states", "parents", "taps"), self.offsets, strict=False):
@@ -96,7 +102,7 @@ def build(plans: Sequence[LesionPlan], shape: tuple[int, int, int], taus: Sequen
     shape : (3,) ints
         Volume (z, y, x) of an item.
     taus : sequence of float
-        τ of each item, rounded to the type of the image.
+        Threshold of each item, rounded to the type of the image.
     """
     counts = [len(plan.records) for plan in plans]
     # As bytes: NumPy takes its time to see that records of one dtype have one dtype.
@@ -124,6 +130,10 @@ def _items(plans: Sequence[LesionPlan], counts: Sequence[int], taus: Sequence[fl
     items["mean_threshold"] = items["threshold"] = [plan.mean_threshold for plan in plans]
     items["scale"] = [plan.scale for plan in plans]
     items["tau"] = taus
+    items["mode"] = [MODES.index(plan.mode) for plan in plans]
+    items["edge"] = [plan.edge for plan in plans]
+    low, high = np.array([plan.value_range for plan in plans], dtype=np.float64).reshape(-1, 2).T
+    items["low"], items["span"], items["high"] = low, high - low, high
     return items
 
 

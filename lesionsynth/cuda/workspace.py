@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from lesionsynth.config import Range
 from lesionsynth.cuda.device import Buffer, Bytes, Device, Mark
 from lesionsynth.cuda.records import STATUS
 
@@ -31,6 +32,8 @@ class Slot:
     """The `Lesions` of that batch."""
     samples: tuple[int, ...] = ()
     """Its sample indices."""
+    ranges: tuple[Range, ...] = ()
+    """Ranges of values of its images, each once."""
     allow_empty: bool = False
     """Whether an item without lung is no error."""
 

@@ -1,6 +1,6 @@
 // read.cu: the mask as bits, and where blobs go.  Twins: cpu/engine/bits.py, cpu/place.py
 // Floor of read_mask: a byte a voxel read, a bit written.
-enum Status { EMPTY_MASK, NOT_BINARY, OUTSIDE_UNIT, LATTICE_TOO_LARGE };
+enum Status { EMPTY_MASK, NOT_BINARY, OUTSIDE_RANGE, LATTICE_TOO_LARGE };
 
 __device__ __forceinline__ void report(const Batch& batch, Status what) { ((volatile u32*)batch.status)[what] = 1u; }
 __device__ __forceinline__ Item& item_of(const Batch& batch, int i) { return ((Item*)batch.items)[i]; }
