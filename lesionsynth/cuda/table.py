@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from lesionsynth.cpu.engine.lines import PAIRS, taps_of
 from lesionsynth.config import MODES
+from lesionsynth.cpu.engine.lines import PAIRS, taps_of
 from lesionsynth.cpu.shapes import SURFACE, rotation_matrices
 from lesionsynth.cuda.records import AXES, BATCH, BLOB, ITEM, NOTHING, STAGES, STATE
 from lesionsynth.plan import LesionPlan
