@@ -42,7 +42,7 @@ def pairs(round_: int, plant: str | None) -> None:
 
 
 def modes(round_: int, plant: str | None) -> None:
-    """Render plans of every mode, with soft edges and blobs of every placement; then soft sheets without room.
+    """Render plans of every mode, with soft edges and all placements; then soft sheets without room.
 
     Held to the same kernels without races: tests/test_cuda_modes.py holds those to what is expected.
     """
