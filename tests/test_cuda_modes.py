@@ -333,7 +333,7 @@ def test_the_widest_edge(shape) -> None:
 
 
 def test_edges_as_far_as_a_tile_sees() -> None:
-    """The only way out is 63 rows from the last row of a tile, or from the first: the farthest that counts."""
+    """The only way out is 63 rows from the last row of a tile, or from the first: as far as counts."""
     shape = (1, 140, 33)
     image = np.random.default_rng(0).random(shape, dtype=F32)
     for out in (slice(126, None), slice(1, 2)):
