@@ -198,7 +198,8 @@ class LesionPlan:
             raise ValueError(f"edge must be 0 in mode {self.mode!r}, got {self.edge}")
         if self.edge > MOST_EDGE * min(self.scale):
             raise ValueError(
-                f"edge must be at most {MOST_EDGE} voxels along each axis, got {self.edge} with steps {self.scale}"
+                f"edge must be at most {MOST_EDGE} voxels along each axis, got {self.edge} with steps "
+                f"{self.scale}"
             )
         if not isinstance(self.value_range, tuple) or len(self.value_range) != 2:
             raise ValueError(f"value_range must be (low, high), got {shown(self.value_range)}")
