@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -14,7 +15,7 @@ import numpy.typing as npt
 from lesionsynth._backend import Backend, Backends, Inputs, Rendering
 from lesionsynth._dlpack import check_dense, untraced
 from lesionsynth._kept import kept
-from lesionsynth.config import PAPER_LUNG, PAPER_VOXEL, LesionConfig, checked_spacing
+from lesionsynth.config import LEAST_FRACTION, PAPER_LUNG, PAPER_VOXEL, LesionConfig, checked_spacing
 from lesionsynth.cpu.philox import plan_uniforms
 from lesionsynth.load import meet_load
 from lesionsynth.plan import Component, LesionPlan, check_lung_fraction, check_word, too_much
@@ -156,8 +157,9 @@ class LesionSynthesizer:
         lung_fraction : float or sequence of float, optional
             λ in (0, 1]: the organ's voxels in this slab over those of the largest slab of the data set
             (PAPER.md III-C.1); with `allow_empty` also 0, the share of a crop without lung. Where omitted,
-            the largest slab is taken to hold `lesionsynth.config.PAPER_LUNG` voxels, so a small patch gets
-            few lesions; the mask is counted for it, for which a GPU is waited for.
+            the largest slab is taken to hold 1.6 million voxels of the paper's, or their volume where lengths
+            are in mm, so that a small patch gets few lesions; at least 0.06, below which it would get none.
+            The mask is counted for this, for which a GPU is waited for.
         spacing : (3,) floats, optional
             Voxel size (z, y, x) in mm, for configurations in mm; the configuration's where omitted.
         out : LesionPair or (image, target), optional
@@ -320,8 +322,8 @@ class LesionSynthesizer:
         """Return λ where nobody says it: the organ against the paper's largest slab; 1 without a mask."""
         if organ is None:
             return 1.0
-        voxel = np.prod(spacing) / PAPER_VOXEL if self.config.lengths == "mm" else 1.0
-        return float(min(1.0, max(organ, 1) * voxel / PAPER_LUNG))
+        voxel = math.prod(spacing) / PAPER_VOXEL if self.config.lengths == "mm" else 1.0
+        return min(1.0, max(LEAST_FRACTION, organ * voxel / PAPER_LUNG))
 
     @untraced
     def render(

@@ -731,7 +731,7 @@ image, mask = ls.window_hu(chest.hu) * chest.lung_mask, chest.lung_mask
 synth = ls.LesionSynthesizer(ls.presets.covid_lung(), seed=0, threads=2)
 def sum_of(pair): return [zlib.crc32(a.tobytes()) for a in (pair.image, pair.target, pair.labels)]
 alone = ls.LesionSynthesizer(ls.presets.covid_lung(), seed=0, threads=1)
-wanted = [sum_of(alone(image, mask, index=k)) for k in range(6)]
+wanted = [sum_of(alone(image, mask, index=k, lung_fraction=1.0)) for k in range(6)]
 smooth = ls.ops.gaussian_filter(image, 2.0)
 delivered = [0]
 rng = random.Random(seed)
@@ -748,10 +748,10 @@ def beside():  # another caller, on a thread that no signal reaches
     k = 0
     while not done.wait(0.02):
         k += 1
-        elsewhere.append(sum_of(synth(image, mask, index=k % 6)) == wanted[k % 6])
+        elsewhere.append(sum_of(synth(image, mask, index=k % 6, lung_fraction=1.0)) == wanted[k % 6])
 thread = threading.Thread(target=beside); thread.start()
 interrupts = tries = wrong = held_wrong = other = 0
-held = [(synth(image, mask, index=k), k) for k in range(2)]
+held = [(synth(image, mask, index=k, lung_fraction=1.0), k) for k in range(2)]
 while interrupts < number:
     tries += 1
     k, timer = rng.randrange(6), rng.choice((signal.ITIMER_REAL, signal.ITIMER_VIRTUAL))
@@ -760,7 +760,7 @@ while interrupts < number:
         try:
             armed[0] = True
             signal.setitimer(timer, rng.uniform(0.00005, 0.012))
-            pair = synth(image, mask, index=k)
+            pair = synth(image, mask, index=k, lung_fraction=1.0)
             pair.labels
             ls.ops.gaussian_filter(image, 2.0, threads=2) if k == 0 else None
             armed[0] = False
@@ -774,7 +774,7 @@ while interrupts < number:
     signal.setitimer(timer, 0)
     interrupts += delivered[0]
     j = rng.randrange(6)
-    after = synth(image, mask, index=j)
+    after = synth(image, mask, index=j, lung_fraction=1.0)
     wrong += sum_of(after) != wanted[j]
     if tries % 16 == 0:
         held_wrong += sum(sum_of(p) != wanted[i] for p, i in held)
