@@ -7,13 +7,13 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, overload
 
 import numpy as np
 import numpy.typing as npt
 
 from lesionsynth._backend import Backend, Backends, Inputs, Rendering
-from lesionsynth._dlpack import check_dense, untraced
+from lesionsynth._dlpack import DLPackArray, check_dense, untraced
 from lesionsynth._kept import kept
 from lesionsynth.config import LEAST_FRACTION, PAPER_LUNG, PAPER_VOXEL, LesionConfig, checked_spacing
 from lesionsynth.cpu.philox import plan_uniforms
@@ -133,13 +133,13 @@ class LesionSynthesizer:
     @untraced
     def __call__(
         self,
-        image: Any,
-        lung_mask: Any,
+        image: DLPackArray,
+        lung_mask: DLPackArray,
         *,
-        index: int | Sequence[int],
-        lung_fraction: float | Sequence[float] | None = None,
+        index: int | Sequence[int] | DLPackArray,
+        lung_fraction: float | Sequence[float] | DLPackArray | None = None,
         spacing: Triple | None = None,
-        out: Any = None,
+        out: LesionPair | tuple[Any, Any] | None = None,
         allow_empty: bool | None = None,
     ) -> LesionPair:
         """Draw and render: `sample`, then `render`.
@@ -197,16 +197,38 @@ class LesionSynthesizer:
         plans = self._draw(request, organs, masks)
         return self._render(backend, plans, inputs, volume, allow_empty, drawn=True)
 
+    @overload
+    def sample(
+        self,
+        *,
+        index: int,
+        lung_fraction: float | None = None,
+        shape: Sequence[int] | None = None,
+        spacing: Triple | None = None,
+        lung_mask: DLPackArray | None = None,
+    ) -> LesionPlan: ...
+
+    @overload
+    def sample(
+        self,
+        *,
+        index: Sequence[int] | DLPackArray,
+        lung_fraction: float | Sequence[float] | DLPackArray | None = None,
+        shape: Sequence[int] | None = None,
+        spacing: Triple | None = None,
+        lung_mask: DLPackArray | None = None,
+    ) -> tuple[LesionPlan, ...]: ...
+
     @untraced
     def sample(
         self,
         *,
-        index: int | Sequence[int],
-        lung_fraction: float | Sequence[float] | None = None,
+        index: int | Sequence[int] | DLPackArray,
+        lung_fraction: float | Sequence[float] | DLPackArray | None = None,
         shape: Sequence[int] | None = None,
         spacing: Triple | None = None,
-        lung_mask: Any = None,
-    ) -> Any:
+        lung_mask: DLPackArray | None = None,
+    ) -> LesionPlan | tuple[LesionPlan, ...]:
         """Draw the random parameters of one sample, or of each item of a batch.
 
         Parameters
@@ -329,10 +351,10 @@ class LesionSynthesizer:
     def render(
         self,
         plan: LesionPlan | Sequence[LesionPlan],
-        image: Any,
-        lung_mask: Any,
+        image: DLPackArray,
+        lung_mask: DLPackArray,
         *,
-        out: Any = None,
+        out: LesionPair | tuple[Any, Any] | None = None,
         allow_empty: bool | None = None,
     ) -> LesionPair:
         """Render a plan: the same plan, image and mask give the same pair, bit for bit.
@@ -444,7 +466,7 @@ def _items(masks: npt.NDArray[Any]) -> npt.NDArray[Any]:
     return masks if masks.ndim == 4 else masks[None]
 
 
-def _shape_of(image: Any) -> Sequence[int] | None:
+def _shape_of(image: DLPackArray) -> Sequence[int] | None:
     """Shape where the argument has one; `render` refuses what is no array."""
     check_dense(image, "image")  # a nested tensor would not tell
     shape = getattr(image, "shape", None)

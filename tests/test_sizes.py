@@ -53,7 +53,7 @@ def test_load_is_drawn_uniformly() -> None:
 
 @given(index=st.integers(0, 2**32 - 1), load=st.floats(0.02, MOST_LOAD), depth=st.integers(1, 9))
 def test_load_of_any_mask(index, load, depth) -> None:
-    """Where shells of voxels come and go at once no other factor meets it either; and a call draws that plan."""
+    """Where shells of voxels come and go at once, no other factor meets it either; a call draws that plan."""
     mask = ls.ops.philox_uniform((depth, 14, 15), index) < 0.5
     mask[0, 0, 0] = True
     image = np.float32(0.1) * mask
