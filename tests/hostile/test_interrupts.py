@@ -601,13 +601,27 @@ def test_scratch_that_is_held_is_nobody_elses() -> None:
 
 # --- the host code of the CUDA backend, on a host device whose streams run as late as they may ---
 
-DEVICE_CALLS = ("allocate", "pinned", "upload", "copy", "download", "mark", "follow", "join", "launch")
+DEVICE_CALLS = ("allocate", "pinned", "upload", "copy", "download", "mark", "follow", "join", "launch",
+                "wait")  # fmt: skip
+
+
+class TornMark(LateMark):
+    """Waits by a method of its device."""
+
+    def wait(self) -> None:
+        self.device.wait(self)
 
 
 class TornDevice(LateDevice):
     """Raises at the n-th call of its methods: before it, or behind."""
 
     left, after = -1, False
+
+    def mark(self) -> TornMark:
+        return TornMark(self, self._queue(None))
+
+    def wait(self, mark: TornMark) -> None:
+        LateMark.wait(mark)
 
     def __getattribute__(self, name: str) -> Any:
         method = super().__getattribute__(name)

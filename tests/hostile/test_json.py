@@ -263,8 +263,9 @@ def test_every_field_has_one_type(tmp_path, kind) -> None:
     assert optional < 60
 
 
-OPTIONAL = ("components", "mode", "edge", "value_range", "load", "center", "placement", "weight", "changed")
-"""Fields of a plan with a default, which earlier versions lack or people leave out."""
+OPTIONAL = ("components", "mode", "edge", "value_range", "load", "center", "placement", "weight", "changed",
+            "lengths", "hu_range")  # fmt: skip
+"""Fields with a default, which earlier versions lack or people leave out."""
 
 
 @pytest.mark.parametrize("kind", DOCUMENTS)
@@ -282,7 +283,9 @@ def test_fields_missing_and_unknown(tmp_path, kind) -> None:
         if kind == "plan" and path[-1] in OPTIONAL:
             with trial(KIND):
                 read(write(tmp_path, name, json.dumps(without)))
-        elif kind == "plan" or (whole and len(path) == 1 and path[0] not in ("preset", "lengths", "hu_range")):
+        elif kind == "plan" or (
+            whole and len(path) == 1 and path[0] not in ("preset", "lengths", "hu_range")
+        ):
             with trial(KIND):
                 refused(write(tmp_path, name, json.dumps(without)), read, path[-1])
     if kind in ("plan", "train", "lungs", "predict", "baseline", "sample"):

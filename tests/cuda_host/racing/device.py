@@ -27,10 +27,10 @@ PLANTS = {
     ),
     # The last block knows that it is, but not what the others have written.
     "ticket": ("racing::ticket(ticket, 1u)", "atomicAdd(ticket, 1u)"),
-    # Another thread may move a between the two.
+    # Another thread may move `high` between the two.
     "union": (
-        "int old = atomicMin(&parent[a], b);",
-        "int old = parent[a];\n        if (b < old) parent[a] = b;",
+        "int old = atomicMin(&parent[high], low);",
+        "int old = parent[high];\n        if (low < old) parent[high] = low;",
     ),
 }
 """Races by name: a text of the kernels, and what takes its place."""
