@@ -39,7 +39,8 @@ from tests.plans import renderer, small_config
 from tests.test_threads import two_rounds
 
 KIND = "interrupts"
-CONFIG = ls.LesionConfig(small=ls.BlobClass(count=(6.0, 6.0), radius=(3.0, 6.0)), medium=None, large=None)
+BALLS = ls.BlobClass(count=(6.0, 6.0), radius=(3.0, 6.0), scale_by_lung=False)
+CONFIG = ls.LesionConfig(small=BALLS, medium=None, large=None)
 SHAPE = (16, 128, 144)
 """Large enough for two threads, and for memory that is used again."""
 MOST_TRIES = 20_000
