@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from lesionsynth._recipe import Recipe
-from lesionsynth.cuda.render import Job, Renderer, Volume
+from lesionsynth.cuda.render import Job, Renderer, View
 
 HU_RANGE = (-800.0, 100.0)
 
@@ -33,10 +33,10 @@ class HostPair:
         return labels
 
 
-def volume(array: np.ndarray, kind: str | None = None) -> Volume:
+def volume(array: np.ndarray, kind: str | None = None) -> View:
     """Describe a (b, z, y, x) array to the kernels."""
     strides = tuple(n // array.itemsize for n in array.strides)
-    return Volume(array.ctypes.data, array.shape, strides, kind or array.dtype.name)
+    return View(array.ctypes.data, array.shape, strides, kind or array.dtype.name)
 
 
 def begin(

@@ -602,13 +602,27 @@ def test_scratch_that_is_held_is_nobody_elses() -> None:
 
 # --- the host code of the CUDA backend, on a host device whose streams run as late as they may ---
 
-DEVICE_CALLS = ("allocate", "pinned", "upload", "copy", "download", "mark", "follow", "join", "launch")
+DEVICE_CALLS = ("allocate", "pinned", "upload", "copy", "download", "mark", "follow", "join", "launch",
+                "wait")  # fmt: skip
+
+
+class TornMark(LateMark):
+    """Waits by a method of its device."""
+
+    def wait(self) -> None:
+        self.device.wait(self)
 
 
 class TornDevice(LateDevice):
     """Raises at the n-th call of its methods: before it, or behind."""
 
     left, after = -1, False
+
+    def mark(self) -> TornMark:
+        return TornMark(self, self._queue(None))
+
+    def wait(self, mark: TornMark) -> None:
+        LateMark.wait(mark)
 
     def __getattribute__(self, name: str) -> Any:
         method = super().__getattribute__(name)
@@ -629,8 +643,9 @@ class TornDevice(LateDevice):
 
 @pytest.mark.skipif(compiler() is None, reason="the shim needs g++, which is not installed")
 @pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
+@pytest.mark.parametrize("progress", [0, 20])
 @pytest.mark.parametrize("call", ["render", "plan", "labels", "release"])
-def test_a_batch_torn_off_at_every_call_of_the_device(call, after) -> None:
+def test_a_batch_torn_off_at_every_call_of_the_device(call, after, progress) -> None:
     """Then another batch, on another stream, whose workspace and page-locked memory are the same."""
     image, mask = draw_lungs((4, 24, 40))
     synth = ls.LesionSynthesizer(small_config(), seed=3)
@@ -663,7 +678,7 @@ def test_a_batch_torn_off_at_every_call_of_the_device(call, after) -> None:
         pair.lesions.paint(labels.ctypes.data)
 
     for number in range(100):
-        gpu = Renderer(TornDevice())
+        gpu = Renderer(TornDevice(progress=progress, seed=number))
         gpu.device.after = after
         with trial(KIND):
             with gpu.device.on("a"):
@@ -680,8 +695,9 @@ def test_a_batch_torn_off_at_every_call_of_the_device(call, after) -> None:
                         torn_labels(gpu, first[1])
                     else:
                         gpu.release()
-                except Torn:
+                except Torn as error:
                     torn = True
+                    gpu.device.held.append(error)  # with its buffers: freeing them would run what it launched
             gpu.device.left = -1
             with gpu.device.on("c"):
                 third = begin(gpu, 3)
