@@ -116,12 +116,13 @@ def test_release_waits_for_what_pairs_copy(samples) -> None:
             one.check_labels()
 
 
-def test_a_workspace_grows_under_batches_that_are_under_way(samples) -> None:
+@pytest.mark.parametrize(("streams", "sizes"), [("ab", (1, 2, 4, 7, 12)), ("abc", (1, 1, 4, 4, 12))])
+def test_a_workspace_grows_under_batches_that_are_under_way(streams, sizes, samples) -> None:
     """The smaller buffers are freed only behind the last batch that uses them, on whichever stream."""
     gpu = late()
     begun = []
-    for number, size in enumerate((1, 2, 4, 7, 12)):
-        with gpu.device.on("ab"[number % 2]):
+    for number, size in enumerate(sizes):
+        with gpu.device.on(streams[number % len(streams)]):
             begun.append(samples.begin(gpu, list(range(size))))
     gpu.device.finish()
     for one in begun:
