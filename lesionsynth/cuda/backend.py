@@ -12,7 +12,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from lesionsynth._arguments import accept_mask, check_buffer, check_pair, check_same_library, pair_of
+from lesionsynth._arguments import (
+    accept_mask,
+    check_buffer,
+    check_pair,
+    check_same_library,
+    check_values,
+    pair_of,
+)
 from lesionsynth.config import Range
 from lesionsynth.plan import Component, LesionPlan
 
@@ -145,12 +152,15 @@ class CudaBackend:
         ------
         MemoryError
             The device has too little memory for the results or the workspace: `arrays.remedied`.
+        TypeError
+            Hounsfield units meet a plan with a `value_range`.
         ValueError
             A blob's centre lies outside the volume; or an earlier batch was wrong.
         """
         from lesionsynth.cuda.arrays import empty, stream_of
         from lesionsynth.cuda.render import Job
 
+        check_values(inputs.image.kind, plans)
         for plan in plans:
             plan.check_centers(inputs.shape[-3:])
         with stream_of(inputs.given):

@@ -62,7 +62,8 @@ class DeviceLesions:
         Raises
         ------
         ValueError
-            A mask was empty or not binary, or a voxel of an image was NaN, infinite or outside [0, 1].
+            A mask was empty or not binary, or a voxel of an image was NaN, infinite or outside the plan's
+            range of values.
         """
         self.check()
         first, _, states_at, parents, taps = self._table.offsets[:5]
@@ -119,6 +120,7 @@ def _components(
                 voxels=int(state["voxels"]),
                 beta=float(table.blobs[root]["mu0"]) / mean,
                 beta_fallback=passing == 0,
+                changed=int(state["changed"]),
             )
         )
     return tuple(found)

@@ -30,6 +30,7 @@ PROGRAMS = {
         "schedule.cu",
         "merge.cu",
         "texture.cu",
+        "soft.cu",
         "pair.cu",
     ),
     "ops": ("philox.cuh", "lines.cuh", "ops.cu", "label.cu", "edges.cu"),

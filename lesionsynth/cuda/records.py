@@ -11,13 +11,13 @@ import numpy as np
 from lesionsynth.sampling import BLOB as DRAWN
 
 AXES = 3
-STAGES = 7
-"""Passes over the lesions' boxes that share a tile list: a along x, y, z; b along x, y, z; injection."""
+STAGES = 8
+"""Passes over the lesions' boxes that have a tile list: a along x, y, z; b likewise; injection; soft edge."""
 
 NOTHING = 2**31 - 1
 """First voxel of an empty box; its last is -1."""
 
-STATUS = ("empty_mask", "mask_not_binary", "image_outside_unit", "lattice_too_large")
+STATUS = ("empty_mask", "mask_not_binary", "image_outside_range", "lattice_too_large")
 """What a rendering may find wrong, a word each in page-locked memory."""
 
 BLOB = np.dtype(
@@ -64,6 +64,7 @@ STATE = np.dtype(
         ("passing", np.uint64),  # voxels above the threshold, and their sum in units of 2^-26
         ("total", np.uint64),
         ("voxels", np.uint64),
+        ("changed", np.uint64),  # of them, those whose value the lesion changed
     ],
     align=True,
 )
@@ -80,7 +81,12 @@ ITEM = np.dtype(
         ("mean_threshold", np.float32),  # as b2 is compared with it
         ("threshold", np.float64),  # the same, as beta's limit takes it
         ("scale", np.float64, AXES),
-        ("tau", np.float64),  # rounded to the type of the image
+        ("tau", np.float64),  # as the image's values measure it, rounded to the image's type
+        ("mode", np.int32),  # place in `MODES`
+        ("edge", np.float32),  # width of a soft edge, in the unit of `scale`; 0: none
+        ("low", np.float32),  # values that stand for 0 and 1, and their distance
+        ("span", np.float32),
+        ("high", np.float32),
         ("lung_voxels", np.int64),
     ],
     align=True,

@@ -113,11 +113,12 @@ class Renderer:
             header = self._header(table, job, hu_range, slot.pointer)
             table.write(slot.array[STATUS_BYTES:], header, base, own.pointer)
             self.device.upload(base, slot.pointer + STATUS_BYTES, table.size)
-            self._launch_batch(base, kind, len(plans), table.tasks > 0)
+            self._launch_batch(base, kind, len(plans), table.tasks > 0, table.soft)
             self.device.copy(own.pointer, base, table.nbytes)  # the workspace is the next batch's
             space.mark = mark = self.turns.mark()
             samples = tuple(plan.index for plan in plans)
-            slot.findings = Findings(mark, samples, allow_empty, slot.status)
+            ranges = tuple(dict.fromkeys(plan.value_range for plan in plans))
+            slot.findings = Findings(mark, samples, ranges, allow_empty, slot.status)
             lesions = DeviceLesions(self.turns, table, own, slot.findings, job.shape, kind)
             self.turns.end()
         return lesions
@@ -132,15 +133,15 @@ class Renderer:
             self.workspace.buffers.clear()
             self.turns.end()
 
-    def _launch_batch(self, table: int, kind: str, items: int, blobs: bool) -> None:
+    def _launch_batch(self, table: int, kind: str, items: int, blobs: bool, soft: bool) -> None:
         """Launch it all, as a graph once the same has been launched before.
 
         The address of the table, the type and these counts are all that a graph may depend on.
         """
-        key = (table, kind, items, blobs)
-        self.device.replay(key, lambda: self._launch_all(np.uint64(table), kind, items, blobs))
+        key = (table, kind, items, blobs, soft)
+        self.device.replay(key, lambda: self._launch_all(np.uint64(table), *key[1:]))
 
-    def _launch_all(self, table: np.uint64, kind: str, items: int, blobs: bool) -> None:
+    def _launch_all(self, table: np.uint64, kind: str, items: int, blobs: bool, soft: bool) -> None:
         launch = partial(self.device.launch, "generator")
         tiles, rows = (self.device.processors * n for n in (BLOCKS_OF_TILES, BLOCKS_OF_ROWS))
         launch(kind, "read_mask", -(-rows // items) * items, table)
@@ -153,9 +154,11 @@ class Renderer:
             for noise in ("noise", "salt"):
                 for axis in ("x", "y", "z"):
                     launch(kind, f"{noise}_along_{axis}", tiles, table)
+        if soft:
+            launch(kind, "edge_in_plane", tiles, table)
         self.device.join()
         if blobs:
-            launch(kind, "inject", tiles, table)
+            launch(kind, "inject_soft" if soft else "inject", tiles, table)
             launch(kind, "inject_crowded", 1, table)
 
     def _header(self, table: Table, job: Job, hu_range: Range, status: int) -> npt.NDArray[Any]:

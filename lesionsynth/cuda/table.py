@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from lesionsynth.config import MODES
 from lesionsynth.cpu.engine.lines import PAIRS, taps_of
 from lesionsynth.cpu.shapes import SURFACE, rotation_matrices
 from lesionsynth.cuda.records import AXES, BATCH, BLOB, ITEM, NOTHING, STAGES, STATE
@@ -72,6 +73,11 @@ class Table:
         """Bytes on the device, where the blobs' bits follow."""
         return self.size + self.room.bits
 
+    @property
+    def soft(self) -> bool:
+        """Whether any lesion has a soft edge."""
+        return self.tasks > 0 and bool(self.items["edge"].any())
+
     def write(self, out: npt.NDArray[np.uint8], header: npt.NDArray[Any], base: int, copy: int) -> None:
         """Write header, items, blobs, states as they begin, parents, taps, and the header of a copy.
 
@@ -106,7 +112,7 @@ def build(plans: Sequence[LesionPlan], shape: tuple[int, int, int], taus: Sequen
     shape : (3,) ints
         Volume (z, y, x) of an item.
     taus : sequence of float
-        τ of each item, rounded to the type of the image.
+        Threshold of each item, rounded to the type of the image.
     """
     counts = [len(plan.records) for plan in plans]
     # As bytes: NumPy takes its time to see that records of one dtype have one dtype.
@@ -134,6 +140,10 @@ def _items(plans: Sequence[LesionPlan], counts: Sequence[int], taus: Sequence[fl
     items["mean_threshold"] = items["threshold"] = [plan.mean_threshold for plan in plans]
     items["scale"] = [plan.scale for plan in plans]
     items["tau"] = taus
+    items["mode"] = [MODES.index(plan.mode) for plan in plans]
+    items["edge"] = [plan.edge for plan in plans]
+    low, high = np.array([plan.value_range for plan in plans], dtype=np.float64).reshape(-1, 2).T
+    items["low"], items["span"], items["high"] = low, high - low, high
     return items
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
+from lesionsynth.config import Range
 from lesionsynth.cuda.device import Buffer, Bytes, Mark, Turns
 from lesionsynth.cuda.records import STATUS
 
@@ -21,7 +22,7 @@ GENEROUS = 2**25
 RULES = {
     "empty_mask": "lung_mask must contain at least one voxel, got an empty mask",
     "mask_not_binary": "lung_mask must be binary (bool, or 0 and 1), got another value",
-    "image_outside_unit": "image must be finite and in [0, 1], got a voxel that is not",
+    "image_outside_range": "image must be finite and in {bounds}, got a voxel that is not",
     "lattice_too_large": "warp_correlation must need no lattice of more than 2**25 nodes, got one that does",
 }
 """What the device finds wrong, in words."""
@@ -35,6 +36,8 @@ class Findings:
     """Behind the batch."""
     samples: tuple[int, ...]
     """Its sample indices."""
+    ranges: tuple[Range, ...]
+    """Ranges of values of its images, each once."""
     allow_empty: bool
     """Whether an item without lung is no error."""
     status: npt.NDArray[np.uint32] | None
@@ -56,8 +59,9 @@ class Findings:
     def check(self, when: str = "") -> None:
         """Raise what was found wrong."""
         if self.found:
-            rules, samples = "; ".join(RULES[name] for name in self.found), ", ".join(map(str, self.samples))
-            raise ValueError(f"{rules} (samples {samples}){when}")
+            bounds = " or ".join(f"[{low:.9g}, {high:.9g}]" for low, high in self.ranges)
+            rules = "; ".join(RULES[name].format(bounds=bounds) for name in self.found)
+            raise ValueError(f"{rules} (samples {', '.join(map(str, self.samples))}){when}")
 
 
 @dataclass(eq=False)

@@ -1,5 +1,5 @@
 // pair.cu: the pair (PAPER.md eq. 1 and 9), exactly.  Twin: cpu/inject.py
-//     A = max(H, B_j) in G_j and H elsewhere;  GT = (H >= tau) & ~G
+//     A = max(H, B_j) in G_j, or what the plan's mode says, and H elsewhere;  GT = (H >= tau) & ~G
 // Floor of copy_pair: H read, A and GT written, nine bytes a voxel in float32; of inject, the lesions' voxels.
 #if IMAGE == 0
 typedef float Pixel, Result, Real;
@@ -26,14 +26,14 @@ __device__ __forceinline__ Real value_of(Result r) {
     return r;
 #endif
 }
-__device__ __forceinline__ Result stored(float b) {
+__device__ __forceinline__ Result stored(Real value) {
 #if IMAGE == 1
-    return float_to_half(b);
+    return float_to_half(value);
 #elif IMAGE == 2
-    u32 bits = __float_as_uint(b);  // to nearest, ties to even; b is never NaN
+    u32 bits = __float_as_uint(value);  // to nearest, ties to even; no NaN comes here but a strange image's
     return (u16)((bits + 0x7FFFu + (bits >> 16 & 1u)) >> 16);
 #else
-    return b;
+    return value;
 #endif
 }
 
@@ -57,19 +57,26 @@ __device__ __forceinline__ Result unchanged(Pixel p, Real value) {
 #endif
 }
 
-__device__ __forceinline__ bool outside_unit(Real value) {
+__device__ __forceinline__ bool is_outside(Real value, Real low, Real high) {
 #if IMAGE == 3
     return false;
 #else
-    return !(value >= (Real)0 && value <= (Real)1);  // NaN is outside
+    return !(value >= low && value <= high);  // NaN is outside
 #endif
 }
 
-__device__ __forceinline__ u32 copy_voxel(const Batch& batch, Pixel p, Real tau, Result* out, bool* strange) {
+// What an item's healthy image is compared with.
+struct Levels {
+    Real tau, low, high;
+};
+
+__device__ __forceinline__ Levels levels_of(const Item& item) { return {(Real)item.tau, item.low, item.high}; }
+
+__device__ __forceinline__ u32 copy_voxel(const Batch& batch, Pixel p, const Levels& levels, Result* out, bool* strange) {
     Real value = real_of(p, batch);
     *out = unchanged(p, value);
-    *strange |= outside_unit(value);
-    return value >= tau;
+    *strange |= is_outside(value, levels.low, levels.high);
+    return value >= levels.tau;
 }
 
 constexpr int AHEAD = 4;  // reads under way at once: the copy runs on few threads, beside the other kernels
@@ -83,7 +90,7 @@ __device__ i64 copy_quads(const Batch& batch, int item, i64 voxels, i64 first, i
     bool contiguous = batch.image_strides[3] == 1 && batch.image_strides[2] == batch.width &&
                       batch.image_strides[1] == (i64)batch.width * batch.height;
     if (!aligned || !contiguous) return 0;
-    Real tau = (Real)item_of(batch, item).tau;
+    Levels levels = levels_of(item_of(batch, item));
     i64 quads = voxels / 4;
     for (i64 q0 = first; q0 < quads; q0 += AHEAD * step) {
         Quad<Pixel> in[AHEAD];
@@ -96,7 +103,7 @@ __device__ i64 copy_quads(const Batch& batch, int item, i64 voxels, i64 first, i
             Quad<Result> now;
             u32 bright = 0;
 #pragma unroll
-            for (int c = 0; c < 4; ++c) bright |= copy_voxel(batch, in[k].v[c], tau, &now.v[c], strange) << (8 * c);
+            for (int c = 0; c < 4; ++c) bright |= copy_voxel(batch, in[k].v[c], levels, &now.v[c], strange) << (8 * c);
             store_once((Quad<Result>*)out + q0 + k * step, now);
             __stcs((u32*)target + q0 + k * step, bright);
         }
@@ -114,16 +121,16 @@ KERNEL_OF(COPY_BLOCKS) copy_pair(const Batch* table) {
     for (int item = 0; item < batch.n_items; ++item) {
         i64 done = copy_quads(batch, item, voxels, thread, threads, &strange);
         const Pixel* image = (const Pixel*)batch.image + item * batch.image_strides[0];
-        Real tau = (Real)item_of(batch, item).tau;
+        Levels levels = levels_of(item_of(batch, item));
         for (i64 v = done + thread; v < voxels; v += threads) {
             i64 row = v / batch.width;
             i64 at = row / batch.height * batch.image_strides[1] + row % batch.height * batch.image_strides[2] +
                      v % batch.width * batch.image_strides[3];
             ((u8*)batch.target)[item * voxels + v] =
-                (u8)copy_voxel(batch, image[at], tau, (Result*)batch.out + item * voxels + v, &strange);
+                (u8)copy_voxel(batch, image[at], levels, (Result*)batch.out + item * voxels + v, &strange);
         }
     }
-    if (strange) report(batch, OUTSIDE_UNIT);
+    if (strange) report(batch, OUTSIDE_RANGE);
 }
 
 // beta of eq. 6; the continuous limit where no voxel passes the threshold.
@@ -135,42 +142,72 @@ __device__ float beta_of(const Batch& batch, const Lesion& l) {
     return (float)(blob.mu0 / mean);
 }
 
-// Sixty-four words of 32 voxels, a warp each in turn.
+enum Mode { MAX, MIN, ADD, BLEND };  // MODES of config.py
+
+// A voxel of a lesion as it is stored: b is the lesion's brightness, `share` what its weight and edge leave of it.
+// No product is fused with a sum: the CPU twin fuses none here.
+__device__ __forceinline__ Result blend(const Item& item, float b, float share, Result healthy, Real h) {
+    if (item.mode <= MIN) {
+        // Compared as it is stored: rounded to the type of the image.
+        Result lesion = stored((item.mode == MIN ? 1.0f - b : b) * item.span + item.low);
+        Real value = value_of(lesion);
+        return (item.mode == MIN ? value < h : value > h) ? lesion : healthy;
+    }
+    Real value;
+    if (item.mode == ADD) value = h + (Real)(share * b * item.span);
+    else value = h + (Real)share * ((Real)(b * item.span + item.low) - h);
+    Real low = item.low, high = item.high;
+    return stored(value < low ? low : value > high ? high : value);
+}
+
+// Sixty-four words of 32 voxels, a warp each in turn.  Without a soft edge it takes fewer registers.
+template <bool SOFT>
 __device__ void inject_tile(const Batch& batch, const Lesion& l, i64 number) {
-    int item = blob_of(batch, l.root).item, words = words_of(l);
+    int i = blob_of(batch, l.root).item, words = words_of(l);
+    const Item& item = item_of(batch, i);
     float beta = beta_of(batch, l);
     Members members(batch, l.root);
     i64 all = (i64)l.size[0] * l.size[1] * words;
+    u32 changed = 0;
     for (int k = warp_of_thread(); k < INJECT_WORDS; k += WARPS) {
         i64 t = number * INJECT_WORDS + k;
-        if (t >= all) return;
+        if (t >= all) break;
         i64 row = t / words;
         int z = (int)(row / l.size[1]), y = (int)(row % l.size[1]);
         int x = ((l.start[2] >> 5) + (int)(t % words)) * WARP;
         u32 bits = members.at(l.start[0] + z, l.start[1] + y, x);
         if (bits >> lane_of_thread() & 1) {
             x += lane_of_thread();
-            float b = field_of(batch, l, 1)[row * l.pitch + l.skip + x - l.start[2]] * beta;
+            i64 column = row * l.pitch + l.skip + x - l.start[2];
+            float b = field_of(batch, l, 1)[column] * beta;
             b = b < 0.0f ? 0.0f : b > 1.0f ? 1.0f : b;
-            Result lesion = stored(b);
-            i64 at = (((i64)item * batch.depth + l.start[0] + z) * batch.height + l.start[1] + y) * batch.width + x;
-            Pixel pixel = ((const Pixel*)batch.image)[item * batch.image_strides[0] + (l.start[0] + z) * batch.image_strides[1] +
+            float share = (float)blob_of(batch, l.root).weight;
+            if (SOFT && item.edge > 0.0f) share *= edge_of(batch, item, l, field_of(batch, l, 0) + column, z);
+            i64 at = (((i64)i * batch.depth + l.start[0] + z) * batch.height + l.start[1] + y) * batch.width + x;
+            Pixel pixel = ((const Pixel*)batch.image)[i * batch.image_strides[0] + (l.start[0] + z) * batch.image_strides[1] +
                                                       (l.start[1] + y) * batch.image_strides[2] + x * batch.image_strides[3]];
-            // Compared as it is stored: rounded to the type of the image.
-            if (value_of(lesion) > real_of(pixel, batch)) ((Result*)batch.out)[at] = lesion;
+            Real h = real_of(pixel, batch);
+            Result now = blend(item, b, share, unchanged(pixel, h), h);
+            ((Result*)batch.out)[at] = now;
             ((u8*)batch.target)[at] = 0;
+            changed += value_of(now) != h;
         }
     }
+    changed = warp_sum(changed);
+    if (lane_of_thread() == 0 && changed) atomicAdd(&state_of(batch, l.root).changed, (u64)changed);
 }
 
-KERNEL inject(const Batch* table) {
-    const Batch& batch = *table;
+template <bool SOFT>
+__device__ __forceinline__ void inject_lesions(const Batch& batch) {
     i64 tiles = tiles_in(batch, INJECTION);
     for (i64 t = blockIdx.x; t < tiles; t += gridDim.x) {
         Tile tile = tile_of(batch, INJECTION, t);
-        inject_tile(batch, lesion_of(batch, tile.root), tile.number);
+        inject_tile<SOFT>(batch, lesion_of(batch, tile.root), tile.number);
     }
 }
+
+KERNEL_OF(4) inject(const Batch* table) { inject_lesions<false>(*table); }
+KERNEL_OF(3) inject_soft(const Batch* table) { inject_lesions<true>(*table); }
 
 template <int STAGE>
 __device__ void one_by_one(const Batch& batch, const Lesion& l, TextureMemory& memory) {
@@ -181,20 +218,26 @@ __device__ void one_by_one(const Batch& batch, const Lesion& l, TextureMemory& m
 }
 
 // Lesions whose field found no room, one after another in one block and the plain way: rare, see docs/gpu.md.
-KERNEL inject_crowded(const Batch* table) {
-    __shared__ TextureMemory memory;
+KERNEL_OF(2) inject_crowded(const Batch* table) {
+    __shared__ union {
+        TextureMemory texture;
+        EdgeMemory edge;
+    } memory;
     const Batch& batch = *table;
     for (int b = 0; b < batch.n_blobs && batch.crowded; ++b) {
         if (!is_lesion(batch, b) || state_of(batch, b).field >= 0) continue;
         Lesion l = lesion_of(batch, b);
         l.field = 0;
-        one_by_one<0>(batch, l, memory);
-        one_by_one<1>(batch, l, memory);
-        one_by_one<2>(batch, l, memory);
-        one_by_one<3>(batch, l, memory);
-        one_by_one<4>(batch, l, memory);
-        one_by_one<5>(batch, l, memory);
-        for (i64 t = 0; t < tiles_of(batch, l, INJECTION); ++t) inject_tile(batch, l, t);
+        one_by_one<0>(batch, l, memory.texture);
+        one_by_one<1>(batch, l, memory.texture);
+        one_by_one<2>(batch, l, memory.texture);
+        one_by_one<3>(batch, l, memory.texture);
+        one_by_one<4>(batch, l, memory.texture);
+        one_by_one<5>(batch, l, memory.texture);
+        for (i64 t = 0; t < tiles_of(batch, l, SOFTENING); ++t) edge_tile(batch, l, t, memory.edge);
+        __threadfence();
+        __syncthreads();
+        for (i64 t = 0; t < tiles_of(batch, l, INJECTION); ++t) inject_tile<true>(batch, l, t);
         __syncthreads();
     }
 }

@@ -1,6 +1,6 @@
 // read.cu: the mask as bits, and where blobs go.  Twins: cpu/engine/bits.py, cpu/place.py
 // Floor of read_mask: a byte a voxel read, a bit written.
-enum Status { EMPTY_MASK, NOT_BINARY, OUTSIDE_UNIT, LATTICE_TOO_LARGE };
+enum Status { EMPTY_MASK, NOT_BINARY, OUTSIDE_RANGE, LATTICE_TOO_LARGE };
 
 __device__ __forceinline__ void report(const Batch& batch, Status what) { ((volatile u32*)batch.status)[what] = 1u; }
 __device__ __forceinline__ Item& item_of(const Batch& batch, int i) { return ((Item*)batch.items)[i]; }
@@ -120,7 +120,53 @@ __device__ void clip_box(const Batch& batch, const Item& item, const Blob& blob,
     state.words = empty || endless ? 0 : ((state.start[2] + state.size[2] - 1) >> 5) - state.word + 1;
 }
 
-// Centre of every blob of an item: voxel floor(u |M|) of the mask in C order.  `sums` is shared memory.
+// The straight way from a voxel of the mask through a slice, to where the mask ends.
+struct Walk {
+    int steps;
+    bool inside;  // whether it ends before the array does
+};
+
+// A whole warp, 32 steps at a time; `words` are the slice's.
+__device__ Walk walk_mask(const Batch& batch, const volatile u32* words, int y, int x, int dy, int dx) {
+    for (int n = 0;; n += WARP) {
+        int y1 = y + dy * (n + 1 + lane_of_thread()), x1 = x + dx * (n + 1 + lane_of_thread());
+        bool inside = y1 >= 0 && y1 < batch.height && x1 >= 0 && x1 < batch.width;
+        bool on = inside && words[(i64)y1 * batch.row_words + (x1 >> 5)] >> (x1 & 31) & 1;
+        u32 ends = __ballot_sync(ALL_LANES, !on), array = __ballot_sync(ALL_LANES, inside);
+        if (ends) {
+            int first = __ffs(ends) - 1;
+            return {n + first, (bool)(array >> first & 1)};
+        }
+    }
+}
+
+enum Placement { ANYWHERE, TO_SURFACE, TO_DEPTH };  // PLACEMENTS of config.py
+
+// From the voxel that a position names to a blob's centre; `turn` in [0, 1) says where to look for the surface first.
+__device__ void move_center(const Batch& batch, int item, int placement, double turn, int* center) {
+    const volatile u32* words = lungs_of(batch, ((i64)item * batch.depth + center[0]) * batch.height);
+    if (placement == TO_SURFACE) {
+        int first = imin((int)(4.0 * turn), 3);
+        for (int k = first; k < first + 4; ++k) {  // +x, +y, -x, -y, and again
+            int step = k & 2 ? -1 : 1, dy = k & 1 ? step : 0, dx = step - dy;
+            Walk walk = walk_mask(batch, words, center[1], center[2], dy, dx);
+            if (!walk.inside) continue;
+            center[1] += dy * walk.steps;
+            center[2] += dx * walk.steps;
+            return;
+        }
+    } else if (placement == TO_DEPTH) {
+        for (int axis = 2; axis >= 1; --axis) {
+            int dx = axis - 1, dy = 1 - dx;
+            int before = walk_mask(batch, words, center[1], center[2], -dy, -dx).steps;
+            int after = walk_mask(batch, words, center[1], center[2], dy, dx).steps;
+            center[axis] = (2 * center[axis] + after - before) / 2;
+        }
+    }
+}
+
+// Centre of every blob of an item: voxel floor(u |M|) of the mask in C order, or where it leads.  `sums` is shared
+// memory.
 __device__ void place_blobs(const Batch& batch, int i, i64* sums) {
     Item& item = item_of(batch, i);
     int rows = batch.depth * batch.height, share = (rows + THREADS - 1) / THREADS;
@@ -136,7 +182,8 @@ __device__ void place_blobs(const Batch& batch, int i, i64* sums) {
         const Blob& blob = blob_of(batch, b);
         int center[3] = {(int)blob.center[0], (int)blob.center[1], (int)blob.center[2]};
         if (center[0] < 0 && total > 0) {
-            i64 rank = lmin((i64)(blob.position * (double)total), total - 1);  // the product may round up to |M|
+            double place = blob.position * (double)total;
+            i64 rank = lmin((i64)place, total - 1);  // the product may round up to |M|
             int k = last_at_most([=](int at) { return at ? sums[at - 1] : 0; }, THREADS, rank);
             u32 left = (u32)(rank - (k ? sums[k - 1] : 0));
             int first = k * share;
@@ -148,6 +195,7 @@ __device__ void place_blobs(const Batch& batch, int i, i64* sums) {
             center[0] = row / batch.height;
             center[1] = row % batch.height;
             center[2] = 32 * w + __ffs(word) - 1;
+            if (blob.placement != ANYWHERE) move_center(batch, i, blob.placement, place - floor(place), center);
         }
         if (lane_of_thread() == 0) {
             State& state = state_of(batch, b);
@@ -158,7 +206,7 @@ __device__ void place_blobs(const Batch& batch, int i, i64* sums) {
 }
 
 // Blocks take rows of one item each; the last of an item places its blobs.
-KERNEL read_mask(Batch* table) {
+KERNEL_OF(4) read_mask(Batch* table) {
     __shared__ i64 sums[THREADS];
     __shared__ int last;
     const Batch& batch = *table;

@@ -2,8 +2,9 @@
 // numbering), cpu/texture.py (the fields)
 //
 // One block does this, the last to finish joining: some hundred blobs, and no count ever travels to the host.
-enum Stage { ALONG_X, ALONG_Y, ALONG_Z, STAGES_OF_A, INJECTION = 2 * STAGES_OF_A, STAGES };
+enum Stage { ALONG_X, ALONG_Y, ALONG_Z, STAGES_OF_A, INJECTION = 2 * STAGES_OF_A, SOFTENING, STAGES };
 constexpr int INJECT_WORDS = 64;  // words of 32 voxels in a tile of the injection
+constexpr int EDGE_ROWS = 64;     // the same for a soft edge, one above the other
 
 __device__ __forceinline__ bool is_lesion(const Batch& batch, int b) {
     return ((const int*)batch.parents)[b] == b && state_of(batch, b).lesion_high[0] >= 0;
@@ -44,7 +45,12 @@ __device__ __forceinline__ int chunks_of(const Batch& batch, const Lesion& l, in
     int length = tile_length(n, radius, batch.plain);
     return (n + length - 1) / length;
 }
+__device__ __forceinline__ int edge_chunks(const Lesion& l) { return (l.size[1] + EDGE_ROWS - 1) / EDGE_ROWS; }
 __device__ i64 tiles_of(const Batch& batch, const Lesion& l, int stage) {
+    if (stage == SOFTENING) {
+        bool soft = item_of(batch, blob_of(batch, l.root).item).edge > 0.0f;
+        return soft ? (i64)l.size[0] * words_of(l) * edge_chunks(l) : 0;
+    }
     if (stage == INJECTION) return ((i64)l.size[0] * l.size[1] * words_of(l) + INJECT_WORDS - 1) / INJECT_WORDS;
     return groups_of(l, stage % STAGES_OF_A) * chunks_of(batch, l, stage);
 }
