@@ -175,9 +175,7 @@ def _add_generator(parser: argparse.ArgumentParser) -> None:
         "--index", type=int, default=0, metavar="N", help="sample; seed and index name the lesions"
     )
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the generator")
-    parser.add_argument(
-        "--preset", choices=sorted(presets.BY_NAME), default="covid_lung", help="kind of lesions"
-    )
+    parser.add_argument("--preset", choices=_presets_of_ct(), default="covid_lung", help="kind of lesions")
     parser.add_argument(
         "--lengths", choices=("mm", "voxel"), default="mm", help="unit of the preset's radii (paper: voxel)"
     )
@@ -341,6 +339,11 @@ def _healthy(case: Case, hu_range: tuple[float, float]) -> npt.NDArray[np.float3
     """H = H' M."""
     out: npt.NDArray[np.float32] = window_hu(case.hu, hu_range) * case.lung_mask
     return out
+
+
+def _presets_of_ct() -> list[str]:
+    """Presets whose images are HU, which is what commands read."""
+    return sorted(name for name, preset in presets.BY_NAME.items() if preset().value_range is None)
 
 
 def _sample(
