@@ -54,6 +54,10 @@ def _check_neighbours(found, image) -> None:
     assert copy.registers <= (80 if image == "float64" else 64), copy
     assert inject.registers <= 64, inject
     assert inject.stack == inject.shared == 0, inject
+    soft = found["inject_soft"]
+    assert soft.registers <= 80, soft
+    assert soft.stack == soft.shared == 0, soft
+    assert found["edge_in_plane"].registers <= 64, found["edge_in_plane"]
     assert found["read_mask"].registers <= 64, found["read_mask"]
     if image != "float64":
         for usage in found.values():

@@ -174,7 +174,7 @@ def names(kernels: str) -> list[str]:
 # --- the kernels ---
 
 
-@pytest.mark.parametrize("case", ["pairs", "crowded", "volumes"])
+@pytest.mark.parametrize("case", ["pairs", "modes", "crowded", "volumes"])
 def test_no_races(case) -> None:
     rounds = 1 if case == "crowded" else 3
     done = run_case(case, "--rounds", str(rounds))
@@ -188,6 +188,7 @@ def test_no_races(case) -> None:
         ("crowded", "barrier", "reflect_rows"),
         ("volumes", "ticket", "scan_counts"),
         ("pairs", "union", "unite"),
+        ("modes", "steps", "edge_tile"),
     ],
 )
 def test_planted_races_are_seen(case, plant, function) -> None:

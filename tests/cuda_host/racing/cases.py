@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from unittest.mock import patch
 
 import numpy as np
@@ -10,9 +11,12 @@ from scipy import ndimage
 
 from lesionsynth import ops as cpu
 from lesionsynth import remove_erroneous_edges
+from lesionsynth.config import MODES, PLACEMENTS, SOFT_MODES
 from lesionsynth.cuda import labels, render
 from lesionsynth.cuda.records import BATCH
 from tests.conftest import draw_lungs
+from tests.cuda_host import pairs as pairs_of
+from tests.cuda_host.device import HostDevice
 from tests.cuda_host.racing.device import RacingDevice
 from tests.plans import plan, sheets
 from tests.test_cuda_render import agree, drawn
@@ -35,6 +39,33 @@ def pairs(round_: int, plant: str | None) -> None:
     )
     plans = drawn(3, image.shape, seed=100 + round_)
     agree(render.Renderer(device), plans, np.stack([image] * 3), np.stack([mask] * 3))
+
+
+def modes(round_: int, plant: str | None) -> None:
+    """Render plans of every mode, with soft edges and blobs of every placement, once with room for one field.
+
+    Held to the same kernels without races: tests/test_cuda_modes.py holds those to what is expected.
+    """
+    image, mask = draw_lungs()
+    plans = [
+        replace(
+            one,
+            mode=mode,
+            edge=(1.5 + round_ % 3) if mode in SOFT_MODES else 0.0,
+            blobs=tuple(replace(b, placement=PLACEMENTS[k % 3]) for k, b in enumerate(one.blobs)),
+        )
+        for one, mode in zip(drawn(len(MODES), image.shape, seed=200 + round_), MODES, strict=True)
+    ]
+    images, masks = np.stack([image] * len(plans)), np.stack([mask] * len(plans))
+    with patch.object(render, "LEAST_FIELD", 0 if round_ == 1 else render.LEAST_FIELD):
+        device = RacingDevice(yield_percent=5, seed=1000 * round_ + 7, plant=plant)
+        found, expected = (
+            pairs_of.render(render.Renderer(each), plans, images, masks) for each in (device, HostDevice())
+        )
+        assert_array_equal(found.image, expected.image)
+        assert_array_equal(found.target, expected.target)
+        assert_array_equal(found.labels, expected.labels)
+        assert found.components == expected.components
 
 
 def crowded(round_: int, plant: str | None) -> None:
@@ -96,4 +127,4 @@ def assert_edges(device: RacingDevice, image: np.ndarray, mask: np.ndarray, conn
     assert_array_equal(out_mask, expected_mask)
 
 
-CASES = {case.__name__: case for case in (pairs, crowded, volumes)}
+CASES = {case.__name__: case for case in (pairs, modes, crowded, volumes)}

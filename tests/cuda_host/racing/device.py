@@ -27,6 +27,11 @@ PLANTS = {
     ),
     # The last block knows that it is, but not what the others have written.
     "ticket": ("racing::ticket(ticket, 1u)", "atomicAdd(ticket, 1u)"),
+    # Steps along a row may be read before another warp has written them.
+    "steps": (
+        "reach_x);\n    __syncthreads();",
+        "reach_x);",
+    ),
     # Another thread may move `high` between the two.
     "union": (
         "int old = atomicMin(&parent[high], low);",
