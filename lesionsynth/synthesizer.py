@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -33,9 +34,7 @@ from lesionsynth.strict import check_integer, shown
 OF_SAMPLE = 2**32 - 1
 """Philox component of the draws that belong to the sample, not to a blob."""
 IDLE = 0.05
-"""Share of its voxels below which a lesion changes next to nothing."""
-STACK = 4
-"""Frames from the warning to the caller."""
+"""Share of its voxels below which a lesion changes next to nothing; of one below 20 voxels it is no voxel."""
 
 
 class _Request(NamedTuple):
@@ -434,7 +433,8 @@ class LesionSynthesizer:
 
     def _warn_of_next_to_nothing(self, found: Sequence[tuple[Component, ...] | None]) -> None:
         """Warn, once, where most lesions of a call change next to nothing: they cannot be learned."""
-        lesions = [component for components in found for component in components or ()]
+        everything = (component for components in found for component in components or ())
+        lesions = [component for component in everything if component.voxels * IDLE >= 1.0]
         idle = sum(c.changed is not None and c.changed < IDLE * c.voxels for c in lesions)
         if self._warned or 2 * idle <= len(lesions):
             return
@@ -443,8 +443,16 @@ class LesionSynthesizer:
             f"{idle} of {len(lesions)} lesions change under {100 * IDLE:.0f} % of their voxels "
             "(Component.changed of pair.plan): the image is what they would be already; LesionConfig.mode "
             "and Texture.level_hu say how a lesion differs from the organ",
-            stacklevel=STACK,
+            stacklevel=_frames_to_caller(),
         )
+
+
+def _frames_to_caller() -> int:
+    """Count the frames from who asks to the first outside the package, as ``stacklevel`` counts them."""
+    frame, level = sys._getframe(1), 1
+    while frame.f_back is not None and frame.f_globals["__name__"].startswith("lesionsynth."):
+        frame, level = frame.f_back, level + 1
+    return level
 
 
 def _is_light(config: LesionConfig, scale: Triple, shape: tuple[int, int, int]) -> bool:

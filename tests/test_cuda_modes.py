@@ -297,7 +297,7 @@ def test_edges(scale, edge, mode, lungs) -> None:
 
 @pytest.mark.parametrize("shape", [(2, 3, 300), (3, 280, 5), (150, 4, 6), (5, 65, 129)])
 def test_the_widest_edge(shape) -> None:
-    """64 voxels, along each axis: over words, tiles of rows, and slices; lesions that reach the volume's end."""
+    """64 voxels, along each axis: over words, tiles of rows, and slices; lesions at the volume's end."""
     axis = int(np.argmax(shape))
     rng = np.random.default_rng(axis)
     image, mask = rng.random(shape, dtype=F32), np.ones(shape, bool)

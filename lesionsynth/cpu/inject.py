@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 from numba.extending import overload
 
-from lesionsynth.config import Range
+from lesionsynth.config import MODES, Range
 from lesionsynth.cpu.engine.jit import inner, kernel
 from lesionsynth.cpu.engine.lines import aligned
 from lesionsynth.cpu.engine.rows import row_of
@@ -54,8 +54,7 @@ from lesionsynth.cpu.soft_edge import Edge, edge_of, measure_slice, soften
 from lesionsynth.cpu.texture import Textures
 from lesionsynth.plan import LesionPlan
 
-MAX, MIN, ADD, BLEND = range(4)
-MODES = {"max": MAX, "min": MIN, "add": ADD, "blend": BLEND}
+MAX, MIN, ADD, BLEND = range(len(MODES))
 
 
 class CopyJob(NamedTuple):
@@ -207,7 +206,7 @@ def inject(
     low, high = plan.value_range
     tasks = int(textures.slices[-1])
     job = InjectJob(
-        MODES[plan.mode], np.float32(low), np.float32(high), np.float32(high - low), lesions.rows,
+        MODES.index(plan.mode), np.float32(low), np.float32(high), np.float32(high - low), lesions.rows,
         textures.fields, textures.values, textures.slices, edge_of(plan, len(textures.values)),
         image=(out.view(np.int16) if out.dtype == np.float16 else out).reshape(-1),
         target=target.reshape(-1),
