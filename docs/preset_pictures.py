@@ -198,10 +198,10 @@ def finished(
 SCENES: dict[str, tuple[Callable[..., Scene], tuple[float, float], int]] = {
     "ground_glass": (lungs, (-1000.0, 100.0), 4),
     "consolidation": (lungs, (-1000.0, 100.0), 0),
-    "nodules": (lungs, (-1000.0, 100.0), 1),
+    "nodules": (lungs, (-1000.0, 100.0), 8),
     "emphysema": (lungs, (-1050.0, -450.0), 1),
     "liver_metastases": (liver, (-60.0, 220.0), 4),
-    "kidney_tumours": (kidney, (-120.0, 240.0), 6),
+    "kidney_tumours": (kidney, (-120.0, 240.0), 9),
     "pancreas_cysts": (pancreas, (-140.0, 220.0), 4),
     "brain_lesions_mr": (brain, (-3.6, 4.5), 2),
 }

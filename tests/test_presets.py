@@ -213,7 +213,7 @@ def test_lesions_lie_where_the_sources_see_them(name) -> None:
     cross[1, 1], cross[1, :, 1] = True, True
     rim = mask & ~binary_erosion(mask, cross)
     for blob in [b for b in blobs if b.placement == "surface"][:8]:
-        speck = replace(blob, component=0, semi_axes=(0.9, 0.9, 0.9), warp_amplitude=0.0)
+        speck = replace(blob, semi_axes=(0.9, 0.9, 0.9), warp_amplitude=0.0, a_low=1.0, a_high=1.0)
         pair = synth.render(replace(plans[0], blobs=(speck,), shape=None), image, mask)
         lesion = pair.labels > 0
         assert lesion.sum() == 1
