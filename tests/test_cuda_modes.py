@@ -7,6 +7,7 @@ mode on an empty image.
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import cache
 from itertools import product
 from typing import Any
 
@@ -146,10 +147,27 @@ def spread(image: np.ndarray, bounds: tuple[float, float]) -> np.ndarray:
     return low + (high - low) * (image.astype(np.float64) * 0.98 + 0.01) if bounds != (0.0, 1.0) else image
 
 
+@cache
+def twin_counts() -> bool:
+    """Whether the CPU twin has modes, and says what its lesions changed."""
+    image, mask = np.zeros((3, 9, 9), F32), np.ones((3, 9, 9), bool)
+    one = plan(blob(center=(1, 4, 4)), shape=mask.shape)
+    (component,) = renderer().render(one, image, mask).plan.components
+    return component.changed is not None
+
+
+def hold_to_twin(pair: HostPair, plans: list[ls.LesionPlan], images: np.ndarray, masks: np.ndarray) -> None:
+    wanted = renderer().render(plans, images, masks)
+    assert_array_equal(pair.labels, wanted.labels)
+    assert_array_equal(pair.target, wanted.target)
+    assert_array_equal(pair.image, wanted.image)
+    assert_lesions(pair.components, [p.components for p in wanted.plan])
+
+
 def hold(
     plans: list[ls.LesionPlan], image: np.ndarray, masks: np.ndarray, kind: str = "float32", **options: Any
 ) -> HostPair:
-    """Render a batch and hold it to what is expected; `image` lies in [0, 1]."""
+    """Render a batch and hold it to what is expected, and to the CPU twin; `image` lies in [0, 1]."""
     hard = [replace(one, mode="max", edge=0.0, value_range=(0.0, 1.0)) for one in plans]
     base = render(host(**options), hard, np.zeros(masks.shape, F32), masks)
     images = np.stack([as_kind(spread(image, one.value_range), kind) for one in plans])
@@ -166,6 +184,8 @@ def hold(
         outside = base.labels[k] == 0
         if kind != "int16":
             assert pair.image[k][outside].tobytes() == images[k][outside].tobytes()
+    if kind != "bfloat16" and twin_counts():
+        hold_to_twin(pair, plans, images, masks)
     return pair
 
 
@@ -297,7 +317,7 @@ def test_edges(scale, edge, mode, lungs) -> None:
 
 @pytest.mark.parametrize("shape", [(2, 3, 300), (3, 280, 5), (150, 4, 6), (5, 65, 129)])
 def test_the_widest_edge(shape) -> None:
-    """64 voxels, along each axis: over words, tiles of rows, and slices; lesions at the volume's end."""
+    """64 voxels, along each axis: over words, tiles of rows, and slices; up to the end of the volume."""
     axis = int(np.argmax(shape))
     rng = np.random.default_rng(axis)
     image, mask = rng.random(shape, dtype=F32), np.ones(shape, bool)
@@ -383,21 +403,21 @@ def test_under_address_sanitizer() -> None:
     done = sanitized(
         """
         import numpy as np
-        from dataclasses import replace
         from unittest.mock import patch
         from tests.conftest import draw_lungs
         from tests.cuda_host.pairs import render
-        from tests.plans import blob, plan
+        from tests.plans import blob, plan, sheets
         from tests.test_cuda_modes import one_of_each
         from tests.test_cuda_render import host
         image, mask = draw_lungs()
         images, masks = np.stack([image] * 4), np.stack([mask] * 4)
-        for room in (2**20, 0):
-            with patch("lesionsynth.cuda.render.LEAST_FIELD", room):
-                for kind in ("float32", "float16", "float64"):
-                    gpu = host(sanitize=True, order="random", seed=2)
-                    pair = render(gpu, one_of_each(7), images.astype(kind), masks)
-                    assert all(sum(c.changed for c in item) > 0 for item in pair.components)
+        gpu = host(sanitize=True, order="random", seed=2)
+        for kind in ("float32", "float16", "float64"):
+            pair = render(gpu, one_of_each(7), images.astype(kind), masks)
+            assert all(sum(c.changed for c in item) > 0 for item in pair.components)
+        with patch("lesionsynth.cuda.render.LEAST_FIELD", 0):
+            one = plan(*sheets(), mode="blend", edge=2.0)
+            render(gpu, [one], images[:1], np.ones_like(masks[:1]))
         for shape in ((2, 3, 300), (3, 280, 5), (150, 4, 6)):
             wide = blob(semi_axes=(90.0,) * 3, center=tuple(n // 2 for n in shape))
             one = plan(wide, shape=shape, edge=64.0, mode="blend")
@@ -507,7 +527,11 @@ def test_placement(placement, options) -> None:
         ]
         plans.append(plan(voxel(0, (1, 20, 64), placement=placement), shape=mask.shape))
         masks = np.stack([mask] * len(plans))
-        labels = render(gpu, plans, np.zeros(masks.shape, F32), masks).labels
+        images = np.zeros(masks.shape, F32)
+        pair = render(gpu, plans, images, masks)
+        if twin_counts():
+            hold_to_twin(pair, plans, images, masks)
+        labels = pair.labels
         found = [tuple(int(i) for i in np.argwhere(one)[0]) for one in labels[:-1]]
         assert found == [where(mask, p) for p in positions]
         if mask[1, 20, 64]:
@@ -539,14 +563,6 @@ def test_placement_of_blobs_of_one_plan(lungs) -> None:
 # --- the CPU twin ---
 
 
-def twin_counts() -> bool:
-    """Whether the CPU twin says what its lesions changed."""
-    image, mask = np.zeros((3, 9, 9), F32), np.ones((3, 9, 9), bool)
-    one = plan(blob(center=(1, 4, 4)), shape=mask.shape)
-    (component,) = renderer().render(one, image, mask).plan.components
-    return component.changed is not None
-
-
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "bfloat16"])
 @pytest.mark.parametrize("bounds", RANGES)
 def test_against_the_cpu_twin(bounds, kind, lungs) -> None:
@@ -574,9 +590,4 @@ def test_against_the_cpu_twin(bounds, kind, lungs) -> None:
             plans.append(weighted(changed, mode, (0.9, -0.5), value_range=bounds))
         images = np.stack([as_kind(spread(image, bounds), kind)] * len(plans))
         masks = np.stack([mask] * len(plans))
-        wanted = renderer().render(plans, images, masks)
-        pair = render(gpu, plans, images, masks)
-        assert_array_equal(pair.labels, wanted.labels)
-        assert_array_equal(pair.target, wanted.target)
-        assert_array_equal(pair.image, wanted.image)
-        assert_lesions(pair.components, [p.components for p in wanted.plan])
+        hold_to_twin(render(gpu, plans, images, masks), plans, images, masks)

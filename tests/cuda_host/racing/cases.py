@@ -15,8 +15,8 @@ from lesionsynth.config import MODES, PLACEMENTS, SOFT_MODES
 from lesionsynth.cuda import labels, render
 from lesionsynth.cuda.records import BATCH
 from tests.conftest import draw_lungs
-from tests.cuda_host import pairs as pairs_of
 from tests.cuda_host.device import HostDevice
+from tests.cuda_host.pairs import render as render_pair
 from tests.cuda_host.racing.device import RacingDevice
 from tests.plans import plan, sheets
 from tests.test_cuda_render import agree, drawn
@@ -42,30 +42,38 @@ def pairs(round_: int, plant: str | None) -> None:
 
 
 def modes(round_: int, plant: str | None) -> None:
-    """Render plans of every mode, with soft edges and blobs of every placement, once with room for one field.
+    """Render plans of every mode, with soft edges and all placements; then soft sheets without room.
 
     Held to the same kernels without races: tests/test_cuda_modes.py holds those to what is expected.
     """
     image, mask = draw_lungs()
+    device = RacingDevice(
+        workers=2 + round_ % 2, yield_percent=(5, 0, 25)[round_ % 3], seed=1000 * round_ + 7, plant=plant
+    )
     plans = [
         replace(
             one,
             mode=mode,
-            edge=(1.5 + round_ % 3) if mode in SOFT_MODES else 0.0,
+            edge=1.5 + round_ % 3 if mode in SOFT_MODES else 0.0,
             blobs=tuple(replace(b, placement=PLACEMENTS[k % 3]) for k, b in enumerate(one.blobs)),
         )
         for one, mode in zip(drawn(len(MODES), image.shape, seed=200 + round_), MODES, strict=True)
     ]
-    images, masks = np.stack([image] * len(plans)), np.stack([mask] * len(plans))
-    with patch.object(render, "LEAST_FIELD", 0 if round_ == 1 else render.LEAST_FIELD):
-        device = RacingDevice(yield_percent=5, seed=1000 * round_ + 7, plant=plant)
-        found, expected = (
-            pairs_of.render(render.Renderer(each), plans, images, masks) for each in (device, HostDevice())
-        )
-        assert_array_equal(found.image, expected.image)
-        assert_array_equal(found.target, expected.target)
-        assert_array_equal(found.labels, expected.labels)
-        assert found.components == expected.components
+    agree_without_races(device, plans, np.stack([image] * len(plans)), np.stack([mask] * len(plans)))
+    if round_ == 0:
+        with patch.object(render, "LEAST_FIELD", 0):
+            one = plan(*sheets(), mode="blend", edge=2.0)
+            agree_without_races(device, [one], image[None], np.ones_like(mask)[None])
+
+
+def agree_without_races(device: RacingDevice, plans, images: np.ndarray, masks: np.ndarray) -> None:
+    found, expected = (
+        render_pair(render.Renderer(each), plans, images, masks) for each in (device, HostDevice())
+    )
+    assert_array_equal(found.image, expected.image)
+    assert_array_equal(found.target, expected.target)
+    assert_array_equal(found.labels, expected.labels)
+    assert found.components == expected.components
 
 
 def crowded(round_: int, plant: str | None) -> None:
