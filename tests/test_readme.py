@@ -45,13 +45,15 @@ def test_getting_started_python_runs(tmp_path, monkeypatch):
     import lesionsynth as ls
 
     chest = ls.phantom.chest_ct(shape=(8, 64, 80), seed=1)
-    for name, array in (("chest", chest.hu), ("lung", chest.lung_mask.astype("uint8"))):
+    mask = chest.lung_mask.astype("uint8")
+    for name, array in (("chest", chest.hu), ("lung", mask), ("abdomen", 110 * mask), ("liver", mask)):
         sitk.WriteImage(sitk.GetImageFromArray(array), str(tmp_path / f"{name}.nii.gz"))
     monkeypatch.chdir(tmp_path)
     names: dict[str, object] = {}
     for block in blocks(PAGES[1], "python"):
         exec(compile(block, "getting-started.md", "exec"), names)
     assert names["config"].spacing == names["volume"].spacing
+    assert (names["pair"].image < names["image"]).any()
 
 
 def test_generator_commands_run(tmp_path, monkeypatch):
