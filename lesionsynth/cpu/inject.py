@@ -54,7 +54,8 @@ from lesionsynth.cpu.soft_edge import Edge, edge_of, measure_slice, soften
 from lesionsynth.cpu.texture import Textures
 from lesionsynth.plan import LesionPlan
 
-MAX, MIN, ADD, BLEND = range(len(MODES))
+MAX, MIN, ADD, BLEND = range(4)
+"""Places in `lesionsynth.config.MODES`, which kernels cannot take: they are kept by what the CPU twin holds."""
 
 
 class CopyJob(NamedTuple):
