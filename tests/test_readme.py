@@ -46,12 +46,8 @@ def test_getting_started_python_runs(tmp_path, monkeypatch):
 
     chest = ls.phantom.chest_ct(shape=(8, 64, 80), seed=1)
     mask = chest.lung_mask.astype("uint8")
-    for name, array in (
-        ("chest", chest.hu),
-        ("lung", mask),
-        ("abdomen", 110 * mask.astype("int16")),
-        ("liver", mask),
-    ):
+    abdomen = mask * np.int16(1110) - np.int16(1000)
+    for name, array in (("chest", chest.hu), ("lung", mask), ("abdomen", abdomen), ("liver", mask)):
         sitk.WriteImage(sitk.GetImageFromArray(array), str(tmp_path / f"{name}.nii.gz"))
     monkeypatch.chdir(tmp_path)
     names: dict[str, object] = {}

@@ -55,7 +55,7 @@ from lesionsynth.cpu.texture import Textures
 from lesionsynth.plan import LesionPlan
 
 MAX, MIN, ADD, BLEND = range(4)
-"""Places in `lesionsynth.config.MODES`, which kernels cannot take: they are kept by what the CPU twin holds."""
+"""Places in `lesionsynth.config.MODES`, which kernels cannot take: they are kept by the CPU twin's files."""
 
 
 class CopyJob(NamedTuple):
