@@ -332,6 +332,17 @@ def test_the_widest_edge(shape) -> None:
     hold([one], image, stairs[None])
 
 
+def test_edges_as_far_as_a_tile_sees() -> None:
+    """The only way out is 63 rows from the last row of a tile, or from the first: the farthest that counts."""
+    shape = (1, 140, 33)
+    image = np.random.default_rng(0).random(shape, dtype=F32)
+    for out in (slice(126, None), slice(1, 2)):
+        mask = np.ones(shape, bool)
+        mask[:, out] = False
+        one = plan(blob(semi_axes=(900.0,) * 3, center=(0, 60, 5)), shape=shape, edge=63.5, mode="blend")
+        hold([one], image, mask[None])
+
+
 def test_a_lesion_without_a_way_out() -> None:
     """It fills the volume: e is 1 everywhere."""
     shape = (3, 5, 40)
