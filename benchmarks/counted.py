@@ -51,7 +51,7 @@ def count(synth: ls.LesionSynthesizer, image: Any, mask: Any, indices: Sequence[
             kernels[f"{name}_along_{axis}"] = {"bytes": 0.0, "float32": 0.0, "integer": 0.0}
     kernels["inject"] = {"bytes": 0.0}
     for index in indices:
-        plan = synth(image, mask, index=index).plan
+        plan = synth(image, mask, index=index, lung_fraction=1.0).plan
         assert isinstance(plan, ls.LesionPlan)
         _count_plan(plan, image.shape, kernels)
     return {"batch": n, "kernels": kernels, "lesions_share": _share(kernels, voxels * n)}

@@ -51,7 +51,9 @@ def floors(
 ) -> dict[str, Any]:
     """Count the work of `plans` pairs, turn it into milliseconds, and put the measured stages beside it."""
     synth = ls.LesionSynthesizer(ls.presets.covid_lung(), seed=0, threads=1)
-    counted = [count(synth(volume.image, volume.mask, index=i).plan, volume) for i in range(plans)]
+    counted = [
+        count(synth(volume.image, volume.mask, index=i, lung_fraction=1.0).plan, volume) for i in range(plans)
+    ]
     work = {
         stage: {kind: float(np.median([c[stage][kind] for c in counted])) for kind in counted[0][stage]}
         for stage in counted[0]

@@ -46,7 +46,7 @@ class Inputs:
 
     def render(self, synth: ls.LesionSynthesizer, number: int) -> None:
         """Render batch `number` into the buffers."""
-        synth(self.image, self.mask, index=indices(len(self.image), number), out=self.out)
+        synth(self.image, self.mask, index=indices(len(self.image), number), lung_fraction=1.0, out=self.out)
 
     def poison(self) -> None:
         """Fill the buffers with what no rendering writes: NaN, and a byte that is no bool."""

@@ -45,7 +45,7 @@ def check(volume: Volume, libraries: Libraries, threads: Sequence[int], plans: i
 def check_pair(volume: Volume, index: int, threads: Sequence[int], name: str, checks: Checks) -> None:
     """Compare one pair with the SciPy pipeline that has the same noise."""
     image, mask = volume.image, volume.mask
-    ours = [synthesizer(t)(image, mask, index=index) for t in threads]
+    ours = [synthesizer(t)(image, mask, index=index, lung_fraction=1.0) for t in threads]
     first = ours[0]
     differ = sum(
         (a.image != first.image).sum() + (a.target != first.target).sum() + (a.labels != first.labels).sum()
@@ -170,7 +170,7 @@ def _ours(volume: Volume, threads: int, *, labels: bool) -> Callable[[int], Any]
     synth = synthesizer(threads)
 
     def run(index: int) -> Any:
-        pair = synth(volume.image, volume.mask, index=index)
+        pair = synth(volume.image, volume.mask, index=index, lung_fraction=1.0)
         return (pair.image, pair.target, pair.labels) if labels else (pair.image, pair.target)
 
     return run

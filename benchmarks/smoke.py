@@ -142,7 +142,7 @@ def slab() -> volumes.Volume:
 def expected() -> tuple[Any, Any, ls.LesionPair]:
     """Return a batch of eight on the host, and the CPU twin's pairs."""
     images, masks = (np.stack([array] * 8) for array in (slab().image, slab().mask))
-    pair = synthesizer()(images, masks, index=indices(8, 0))
+    pair = synthesizer()(images, masks, index=indices(8, 0), lung_fraction=1.0)
     _ = pair.plan, pair.labels
     return images, masks, pair
 
@@ -160,7 +160,7 @@ class Batch:
         import cupy
 
         images, masks, want = expected()
-        pair = self.synth(cupy.asarray(images), cupy.asarray(masks), index=indices(8, 0))
+        pair = self.synth(cupy.asarray(images), cupy.asarray(masks), index=indices(8, 0), lung_fraction=1.0)
         differ = {
             part: int((cupy.asnumpy(getattr(pair, part)) != getattr(want, part)).sum())
             for part in ("target", "image", "labels")
@@ -177,8 +177,8 @@ def through_torch(kind: str) -> str:
 
     image = torch.from_numpy(slab().image).to("cuda", getattr(torch, kind))
     mask = torch.from_numpy(slab().mask).cuda()
-    pair = synthesizer()(image, mask, index=1)
-    want = synthesizer()(image.float().cpu().numpy(), slab().mask, index=1)
+    pair = synthesizer()(image, mask, index=1, lung_fraction=1.0)
+    want = synthesizer()(image.float().cpu().numpy(), slab().mask, index=1, lung_fraction=1.0)
     rounded = torch.from_numpy(want.image).to(image.dtype)
     if pair.image.dtype != image.dtype or not pair.image.is_cuda:
         raise AssertionError(f"the image came back as {pair.image.dtype} on {pair.image.device}")

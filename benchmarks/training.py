@@ -104,7 +104,7 @@ class Data:
     def make(self, step: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Synthesise a batch."""
         index = list(range(step * self.batch, (step + 1) * self.batch))
-        pair = self.synth(self.images, self.masks, index=index)
+        pair = self.synth(self.images, self.masks, index=index, lung_fraction=1.0)
         return pair.image[:, None], pair.target[:, None]
 
     def ready(self, step: int) -> tuple[torch.Tensor, torch.Tensor]:

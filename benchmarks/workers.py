@@ -43,7 +43,7 @@ class Pairs(Dataset):
 
     def __getitem__(self, index: int) -> tuple[Any, Any]:
         image, mask = self._slab
-        pair = self._synth(image, mask, index=index)
+        pair = self._synth(image, mask, index=index, lung_fraction=1.0)
         return from_numpy(pair.image), from_numpy(pair.target)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -68,16 +68,12 @@ def many_blobs(volume: Volume, threads: Sequence[int], rounds: int, *, quick: bo
         blobs = ls.BlobClass(count=(count, count), radius=RADIUS, scale_by_lung=False)
         config = ls.LesionConfig(small=blobs, medium=None, large=None)
         synths = {_threads(t): ls.LesionSynthesizer(config, seed=0, threads=t) for t in threads}
-        voxels = [
-            sum(
-                c.voxels
-                for c in synths[_threads(threads[0])](volume.image, volume.mask, index=i).plan.components
-            )
-            for i in range(rounds)
-        ]
+        first = synths[_threads(threads[0])]
+        pairs = (first(volume.image, volume.mask, index=i, lung_fraction=1.0) for i in range(rounds))
+        voxels = [sum(c.voxels for c in pair.plan.components) for pair in pairs]
 
         def run(index: int, synth: ls.LesionSynthesizer) -> Any:
-            return synth(volume.image, volume.mask, index=index).labels
+            return synth(volume.image, volume.mask, index=index, lung_fraction=1.0).labels
 
         contestants = {name: (lambda i, s=synth: run(i, s)) for name, synth in synths.items()}
         samples = interleaved(contestants, rounds)

@@ -20,16 +20,16 @@ COMMANDS = ("prepare", "train", "predict", "evaluate", "report", "model", "basel
 """What ``python -m normnet.NAME`` runs."""
 
 
-def imports(packages: tuple[str, ...] = PACKAGES) -> nx.DiGraph[str]:
+def imports(packages: tuple[str, ...] = PACKAGES, root: str = "normnet") -> nx.DiGraph[str]:
     """Return the graph of what imports what, `packages` as one module each."""
-    found = grimp.build_graph("normnet")
+    found = grimp.build_graph(root)
     for package in packages:
         found.squash_module(package)
     graph: nx.DiGraph[str] = nx.DiGraph()
-    for module in found.modules - {"normnet"}:
-        graph.add_node(module.removeprefix("normnet."))
-        for other in found.find_modules_directly_imported_by(module) - {"normnet", module}:
-            graph.add_edge(module.removeprefix("normnet."), other.removeprefix("normnet."))
+    for module in found.modules - {root}:
+        graph.add_node(module.removeprefix(f"{root}."))
+        for other in found.find_modules_directly_imported_by(module) - {root, module}:
+            graph.add_edge(module.removeprefix(f"{root}."), other.removeprefix(f"{root}."))
     return graph
 
 

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from lesionsynth import commands as _commands  # noqa: F401  first: it sees to interrupts while others load
 from lesionsynth import presets
 from lesionsynth._backend import release_memory
+from lesionsynth._dlpack import DLPackArray
 from lesionsynth.config import BlobClass, LesionConfig, Texture, Warp
 from lesionsynth.lungs import remove_erroneous_edges
 from lesionsynth.plan import Component, LesionPlan
@@ -32,6 +33,7 @@ __all__ = [
     "Blob",
     "BlobClass",
     "Component",
+    "DLPackArray",
     "LesionConfig",
     "LesionPair",
     "LesionPlan",

@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from functools import wraps
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -18,6 +18,20 @@ Restore = Callable[[Array], Any]
 
 DLPACK_CPU = 1
 DLPACK_CUDA = 2
+
+
+class DLPackArray(Protocol):
+    """An array of NumPy, CuPy, torch or another library that exchanges memory by DLPack."""
+
+    @property
+    def shape(self) -> Any:
+        """Extents."""
+
+    def __dlpack__(self, *args: Any, **kwargs: Any) -> Any:
+        """Hand the memory over."""
+
+    def __dlpack_device__(self) -> tuple[Any, Any]:
+        """Tell the kind and the number of the device."""
 
 
 def accept(x: Any, name: str) -> tuple[Array, Restore]:

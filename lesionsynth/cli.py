@@ -175,14 +175,15 @@ def _add_generator(parser: argparse.ArgumentParser) -> None:
         "--index", type=int, default=0, metavar="N", help="sample; seed and index name the lesions"
     )
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the generator")
-    parser.add_argument(
-        "--preset", choices=sorted(presets.BY_NAME), default="covid_lung", help="kind of lesions"
-    )
+    parser.add_argument("--preset", choices=_presets_of_ct(), default="covid_lung", help="kind of lesions")
     parser.add_argument(
         "--lengths", choices=("mm", "voxel"), default="mm", help="unit of the preset's radii (paper: voxel)"
     )
     parser.add_argument(
-        "--lung-fraction", type=float, default=1.0, metavar="F", help="this lung over the data set's largest"
+        "--lung-fraction",
+        type=float,
+        metavar="F",
+        help="this lung over the data set's largest; default: over the paper's",
     )
     parser.add_argument("--threads", type=int, metavar="N", help="CPU threads; all cores if omitted")
 
@@ -210,7 +211,8 @@ def _check_sample(arguments: argparse.Namespace, count: int = 1) -> None:
     check_word("index", arguments.index)
     _check_count("--count", count, MOST_SAMPLES)
     check_word("index of the last sample", arguments.index + count - 1)
-    check_lung_fraction(arguments.lung_fraction)
+    if arguments.lung_fraction is not None:
+        check_lung_fraction(arguments.lung_fraction)
 
 
 def _check_count(name: str, count: int, most: int) -> None:
@@ -339,8 +341,17 @@ def _healthy(case: Case, hu_range: tuple[float, float]) -> npt.NDArray[np.float3
     return out
 
 
+def _presets_of_ct() -> list[str]:
+    """Presets whose images are HU, which is what commands read."""
+    return sorted(name for name, preset in presets.BY_NAME.items() if preset().value_range is None)
+
+
 def _sample(
-    synth: LesionSynthesizer, case: Case, healthy: npt.NDArray[np.float32], index: int, lung_fraction: float
+    synth: LesionSynthesizer,
+    case: Case,
+    healthy: npt.NDArray[np.float32],
+    index: int,
+    lung_fraction: float | None,
 ) -> LesionPair:
     return synth(healthy, case.lung_mask, index=index, lung_fraction=lung_fraction, spacing=case.spacing)
 

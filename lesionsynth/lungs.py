@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from lesionsynth._arguments import accept_pair
-from lesionsynth._dlpack import DLPACK_CUDA, device_kind, untraced
+from lesionsynth._dlpack import DLPACK_CUDA, DLPackArray, device_kind, untraced
 from lesionsynth.cpu.edges import remove_edges
 from lesionsynth.cpu.engine.threads import check_threads
 from lesionsynth.cpu.label import check_connectivity
@@ -21,8 +21,8 @@ from lesionsynth.strict import check_number, shown
 
 @untraced
 def remove_erroneous_edges(
-    image: Any,
-    lung_mask: Any,
+    image: DLPackArray,
+    lung_mask: DLPackArray,
     *,
     threshold: float = 1 / 3,
     contact_fraction: float = 0.5,

@@ -58,7 +58,8 @@ def _rand_lesiond() -> type:
             Entry that holds the sample index. Where omitted, each call draws one from MONAI's random state
             (`R`).
         lung_fraction_key : str, optional
-            Entry that holds λ; 1 where omitted.
+            Entry that holds λ; where omitted, the mask against the paper's largest slab, as in
+            `LesionSynthesizer`.
         allow_empty : bool
             Let an item without lung pass unchanged, with no lesion: a random crop must not end a night's
             training. False raises; see `lesionsynth.LesionSynthesizer`.
@@ -114,7 +115,11 @@ def _rand_lesiond() -> type:
                 self.randomize()
             else:
                 self.index = check_word(str(self.index_key), _single(out[self.index_key]))
-            fraction = 1.0 if self.lung_fraction_key is None else _single(out[self.lung_fraction_key])
+            fraction = None
+            if self.lung_fraction_key is not None:
+                fraction = _single(out[self.lung_fraction_key])
+                if fraction is None:
+                    raise TypeError(f"lung_fraction must be a number, got {self.lung_fraction_key}=None")
             pair = self.synthesizer(
                 image, mask, index=[self.index], lung_fraction=fraction, spacing=self.spacing
             )

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lesionsynth._arguments import accept_buffer
-from lesionsynth._dlpack import DLPACK_CUDA, Restore, accept, device_kind, library_of, untraced
+from lesionsynth._dlpack import DLPACK_CUDA, DLPackArray, Restore, accept, device_kind, library_of, untraced
 from lesionsynth.cpu import filters, philox
 from lesionsynth.cpu.engine.memory import output
 from lesionsynth.cpu.engine.threads import check_threads
@@ -44,7 +44,7 @@ def philox_uniform(
     offset: Sequence[int] = (0, 0, 0),
     threads: int | None = None,
     device: str | int = "cpu",
-    out: Any = None,
+    out: DLPackArray | None = None,
 ) -> Any:
     """Draw uniform noise in [0, 1) that depends on the voxel's coordinate alone (Philox4x32-10).
 
@@ -123,7 +123,7 @@ def philox_uniform(
 
 @untraced
 def gaussian_filter(
-    input: Any,  # noqa: A002  # SciPy's name
+    input: DLPackArray,  # noqa: A002  # SciPy's name
     sigma: float | Sequence[float],
     *,
     mode: str = "reflect",
@@ -179,7 +179,7 @@ def gaussian_filter(
 
 @untraced
 def uniform_filter(
-    input: Any,  # noqa: A002  # SciPy's name
+    input: DLPackArray,  # noqa: A002  # SciPy's name
     size: int | Sequence[int] = 3,
     *,
     mode: str = "reflect",
@@ -228,8 +228,8 @@ def uniform_filter(
 
 @untraced
 def label(
-    input: Any,  # noqa: A002  # SciPy's name
-    structure: Any = None,
+    input: DLPackArray,  # noqa: A002  # SciPy's name
+    structure: npt.ArrayLike | None = None,
     *,
     connectivity: int | None = None,
     threads: int | None = None,
@@ -276,8 +276,8 @@ def label(
 
 @untraced
 def grow(
-    input: Any,  # noqa: A002  # SciPy's name
-    mask: Any,
+    input: DLPackArray,  # noqa: A002  # SciPy's name
+    mask: DLPackArray,
     *,
     iterations: int = 1,
     connectivity: int = 6,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import MISSING, asdict, dataclass, fields, replace
 from functools import partial
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
@@ -47,12 +47,7 @@ from lesionsynth.strict import check_integer, check_number, parse_json, plain_nu
 
 FORMAT = "lesionsynth.plan"
 VERSION = 2
-ADDED: dict[str, dict[str, Any]] = {
-    "plan": {"mode": "max", "edge": 0.0, "value_range": [0.0, 1.0], "load": None},
-    "blobs": {"placement": "uniform", "weight": 1.0},
-    "components": {"changed": None},
-}
-"""What version 2 has and version 1 lacks, and what it was: a plan of version 1 is the paper's."""
+"""Version 1 had lesions of the paper's kind alone: the defaults of the fields that it lacks."""
 MOST_BOXES = 2**29
 """Voxels of all blobs' boxes together, or `BOXES` volumes where that is more: a few seconds' work."""
 BOXES = 16
@@ -198,7 +193,8 @@ class LesionPlan:
             raise ValueError(f"edge must be 0 in mode {self.mode!r}, got {self.edge}")
         if self.edge > MOST_EDGE * min(self.scale):
             raise ValueError(
-                f"edge must be at most {MOST_EDGE} voxels along each axis, got {self.edge} with steps {self.scale}"
+                f"edge must be at most {MOST_EDGE} voxels along each axis, got {self.edge} with steps "
+                f"{self.scale}"
             )
         if not isinstance(self.value_range, tuple) or len(self.value_range) != 2:
             raise ValueError(f"value_range must be (low, high), got {shown(self.value_range)}")
@@ -278,11 +274,9 @@ class LesionPlan:
         version = record.pop("version", None)
         if isinstance(version, bool) or version not in (1, VERSION):
             raise ValueError(f"plan version must be 1 or {VERSION}, got {shown(version)}")
-        if version == 1:
-            _renew(record)
         record = _fields_of(cls, record, "plan")
         record["blobs"] = _parts(Blob, record, "blobs")
-        if record["components"] is not None:
+        if record.get("components") is not None:
             record["components"] = _parts(Component, record, "components")
         try:
             plan = cls(**record)
@@ -385,18 +379,6 @@ def check_lung_fraction(value: Any) -> int | float:
     return check_number("lung_fraction", value, math.ulp(0.0), 1.0, "in (0, 1]")
 
 
-def _renew(record: dict[str, Any]) -> None:
-    """Give a record of version 1 what version 2 has added; what is no such record is refused later."""
-    parts = [("plan", [record]), *((name, record.get(name)) for name in ("blobs", "components"))]
-    for name, objects in parts:
-        for part in objects if isinstance(objects, list) else ():
-            if not isinstance(part, dict):
-                continue
-            if known := sorted(ADDED[name].keys() & part.keys()):
-                raise ValueError(f"a plan of version 1 has an unknown field {shown(known[0])}")
-            part.update(ADDED[name])
-
-
 def _check_count(name: str, parts: Any) -> None:
     if len(parts) > MOST_BLOBS:
         raise ValueError(f"{name} must be at most {MOST_BLOBS}, got {len(parts)}")
@@ -418,13 +400,13 @@ def _parts(cls: type, record: dict[str, Any], name: str) -> tuple[Any, ...]:
 
 
 def _fields_of(cls: type, record: Any, where: str) -> dict[str, Any]:
-    """Keep exactly the fields of a dataclass; JSON lists become tuples."""
+    """Keep the fields of a dataclass, of which those with a default may be missing; lists become tuples."""
     if not isinstance(record, dict):
         raise ValueError(f"{where} must be a JSON object, got {type(record).__name__}")
-    names = {f.name for f in fields(cls)}
-    if missing := sorted(names - record.keys()):
+    needed = {f.name: f.default is MISSING for f in fields(cls)}
+    if missing := sorted(name for name in needed if needed[name] and name not in record):
         raise ValueError(f"{where} lacks the field {missing[0]!r}")
-    if unknown := sorted(record.keys() - names):
+    if unknown := sorted(record.keys() - needed.keys()):
         raise ValueError(f"{where} has an unknown field {shown(unknown[0])}")
     nested = ("blobs", "components")  # lists of objects, read by the caller
     return {

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import math
+import sys
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, overload
 
 import numpy as np
 import numpy.typing as npt
 
 from lesionsynth._backend import Backend, Backends, Inputs, Rendering
-from lesionsynth._dlpack import check_dense, untraced
+from lesionsynth._dlpack import DLPackArray, check_dense, untraced
 from lesionsynth._kept import kept
-from lesionsynth.config import PAPER_LUNG, PAPER_VOXEL, LesionConfig, checked_spacing
+from lesionsynth.config import LEAST_FRACTION, PAPER_LUNG, PAPER_VOXEL, LesionConfig, checked_spacing
 from lesionsynth.cpu.philox import plan_uniforms
 from lesionsynth.load import meet_load
 from lesionsynth.plan import Component, LesionPlan, check_lung_fraction, check_word, too_much
@@ -32,9 +34,7 @@ from lesionsynth.strict import check_integer, shown
 OF_SAMPLE = 2**32 - 1
 """Philox component of the draws that belong to the sample, not to a blob."""
 IDLE = 0.05
-"""Share of its voxels below which a lesion changes next to nothing."""
-STACK = 4
-"""Frames from the warning to the caller."""
+"""Share of its voxels below which a lesion changes next to nothing; of one below 20 voxels it is no voxel."""
 
 
 class _Request(NamedTuple):
@@ -132,13 +132,13 @@ class LesionSynthesizer:
     @untraced
     def __call__(
         self,
-        image: Any,
-        lung_mask: Any,
+        image: DLPackArray,
+        lung_mask: DLPackArray,
         *,
-        index: int | Sequence[int],
-        lung_fraction: float | Sequence[float] | None = None,
+        index: int | Sequence[int] | DLPackArray,
+        lung_fraction: float | Sequence[float] | DLPackArray | None = None,
         spacing: Triple | None = None,
-        out: Any = None,
+        out: LesionPair | tuple[Any, Any] | None = None,
         allow_empty: bool | None = None,
     ) -> LesionPair:
         """Draw and render: `sample`, then `render`.
@@ -156,8 +156,9 @@ class LesionSynthesizer:
         lung_fraction : float or sequence of float, optional
             λ in (0, 1]: the organ's voxels in this slab over those of the largest slab of the data set
             (PAPER.md III-C.1); with `allow_empty` also 0, the share of a crop without lung. Where omitted,
-            the largest slab is taken to hold `lesionsynth.config.PAPER_LUNG` voxels, so a small patch gets
-            few lesions; the mask is counted for it, for which a GPU is waited for.
+            the largest slab is taken to hold 1.6 million voxels of the paper's, or their volume where lengths
+            are in mm, so that a small patch gets few lesions; at least 0.06, below which it would get none.
+            The mask is counted for this, for which a GPU is waited for.
         spacing : (3,) floats, optional
             Voxel size (z, y, x) in mm, for configurations in mm; the configuration's where omitted.
         out : LesionPair or (image, target), optional
@@ -195,16 +196,38 @@ class LesionSynthesizer:
         plans = self._draw(request, organs, masks)
         return self._render(backend, plans, inputs, volume, allow_empty, drawn=True)
 
+    @overload
+    def sample(
+        self,
+        *,
+        index: int,
+        lung_fraction: float | None = None,
+        shape: Sequence[int] | None = None,
+        spacing: Triple | None = None,
+        lung_mask: DLPackArray | None = None,
+    ) -> LesionPlan: ...
+
+    @overload
+    def sample(
+        self,
+        *,
+        index: Sequence[int] | DLPackArray,
+        lung_fraction: float | Sequence[float] | DLPackArray | None = None,
+        shape: Sequence[int] | None = None,
+        spacing: Triple | None = None,
+        lung_mask: DLPackArray | None = None,
+    ) -> tuple[LesionPlan, ...]: ...
+
     @untraced
     def sample(
         self,
         *,
-        index: int | Sequence[int],
-        lung_fraction: float | Sequence[float] | None = None,
+        index: int | Sequence[int] | DLPackArray,
+        lung_fraction: float | Sequence[float] | DLPackArray | None = None,
         shape: Sequence[int] | None = None,
         spacing: Triple | None = None,
-        lung_mask: Any = None,
-    ) -> Any:
+        lung_mask: DLPackArray | None = None,
+    ) -> LesionPlan | tuple[LesionPlan, ...]:
         """Draw the random parameters of one sample, or of each item of a batch.
 
         Parameters
@@ -320,17 +343,17 @@ class LesionSynthesizer:
         """Return λ where nobody says it: the organ against the paper's largest slab; 1 without a mask."""
         if organ is None:
             return 1.0
-        voxel = np.prod(spacing) / PAPER_VOXEL if self.config.lengths == "mm" else 1.0
-        return float(min(1.0, max(organ, 1) * voxel / PAPER_LUNG))
+        voxel = math.prod(spacing) / PAPER_VOXEL if self.config.lengths == "mm" else 1.0
+        return min(1.0, max(LEAST_FRACTION, organ * voxel / PAPER_LUNG))
 
     @untraced
     def render(
         self,
         plan: LesionPlan | Sequence[LesionPlan],
-        image: Any,
-        lung_mask: Any,
+        image: DLPackArray,
+        lung_mask: DLPackArray,
         *,
-        out: Any = None,
+        out: LesionPair | tuple[Any, Any] | None = None,
         allow_empty: bool | None = None,
     ) -> LesionPair:
         """Render a plan: the same plan, image and mask give the same pair, bit for bit.
@@ -410,7 +433,8 @@ class LesionSynthesizer:
 
     def _warn_of_next_to_nothing(self, found: Sequence[tuple[Component, ...] | None]) -> None:
         """Warn, once, where most lesions of a call change next to nothing: they cannot be learned."""
-        lesions = [component for components in found for component in components or ()]
+        everything = (component for components in found for component in components or ())
+        lesions = [component for component in everything if component.voxels * IDLE >= 1.0]
         idle = sum(c.changed is not None and c.changed < IDLE * c.voxels for c in lesions)
         if self._warned or 2 * idle <= len(lesions):
             return
@@ -419,8 +443,16 @@ class LesionSynthesizer:
             f"{idle} of {len(lesions)} lesions change under {100 * IDLE:.0f} % of their voxels "
             "(Component.changed of pair.plan): the image is what they would be already; LesionConfig.mode "
             "and Texture.level_hu say how a lesion differs from the organ",
-            stacklevel=STACK,
+            stacklevel=_frames_to_caller(),
         )
+
+
+def _frames_to_caller() -> int:
+    """Count the frames from who asks to the first outside the package, as ``stacklevel`` counts them."""
+    frame, level = sys._getframe(1), 1
+    while frame.f_back is not None and frame.f_globals["__name__"].startswith("lesionsynth."):
+        frame, level = frame.f_back, level + 1
+    return level
 
 
 def _is_light(config: LesionConfig, scale: Triple, shape: tuple[int, int, int]) -> bool:
@@ -442,7 +474,7 @@ def _items(masks: npt.NDArray[Any]) -> npt.NDArray[Any]:
     return masks if masks.ndim == 4 else masks[None]
 
 
-def _shape_of(image: Any) -> Sequence[int] | None:
+def _shape_of(image: DLPackArray) -> Sequence[int] | None:
     """Shape where the argument has one; `render` refuses what is no array."""
     check_dense(image, "image")  # a nested tensor would not tell
     shape = getattr(image, "shape", None)

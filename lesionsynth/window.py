@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from lesionsynth._dlpack import DLPACK_CUDA, accept, device_kind, untraced
+from lesionsynth._dlpack import DLPACK_CUDA, DLPackArray, accept, device_kind, untraced
 from lesionsynth.config import LEAST_HU, MOST_HU, Range
 from lesionsynth.cuda.backend import check_cupy
 from lesionsynth.strict import check_number, shown
@@ -16,7 +16,7 @@ HU_RANGE: Range = (-800.0, 100.0)
 
 
 @untraced
-def window_hu(hu: Any, hu_range: Range = HU_RANGE) -> Any:
+def window_hu(hu: DLPackArray, hu_range: Range = HU_RANGE) -> Any:
     r"""Clip Hounsfield units to a window and scale them to [0, 1].
 
     Parameters

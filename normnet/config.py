@@ -16,6 +16,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from lesionsynth import presets as lesion_presets
+from lesionsynth.window import HU_RANGE
 from normnet.settings import File, check, settings
 from normnet.settings import from_json as from_json
 from normnet.settings import json_schema as json_schema
@@ -181,7 +182,7 @@ class TrainConfig:
     model: ModelConfig = ModelConfig()
     """Network."""
     lesions: str = "covid_lung"
-    """Preset of `lesionsynth.presets`: the paper's generator or a Table V switch."""
+    """Preset of `lesionsynth.presets` in the paper's window: its generator, a Table V switch, other lungs."""
     threshold_hu: ThresholdHU = PAPER_THRESHOLD_HU
     """T: the network answers for tissue at or above it, in HU (III-A, Table VI)."""
     inflation_hu: HealthyHU | None = None
@@ -252,7 +253,7 @@ class TrainConfig:
         held = self.probability != "calibrated" or self.held_out >= 1
         check("held_out", self.held_out, held, ">= 1 to calibrate the probability on")
         check("thick_mm", self.thick_mm, self.thick_mm[0] <= self.thick_mm[1], "the smaller length first")
-        known = list(lesion_presets.BY_NAME)
+        known = [name for name, preset in lesion_presets.BY_NAME.items() if preset().window == HU_RANGE]
         check("lesions", self.lesions, self.lesions in known, f"one of {', '.join(known)}")
         rule = f"a multiple of {self.model.multiple} (product of model.strides)"
         for name, size in (("slab", self.slab), ("crop", self.crop)):

@@ -142,7 +142,7 @@ def training_example(settings: TrainConfig, seed: int, shape: tuple[int, int, in
     chest = ls.phantom.chest_ct(shape=(32, *shape[1:]), seed=PATIENT_SEED)
     image = ls.window_hu(chest.hu) * chest.lung_mask
     lesions = replace(ls.presets.get(settings.lesions), hu_threshold=settings.threshold_hu)
-    pair = ls.LesionSynthesizer(lesions, seed=seed)(image, chest.lung_mask, index=0)
+    pair = ls.LesionSynthesizer(lesions, seed=seed)(image, chest.lung_mask, index=0, lung_fraction=1.0)
     z = int(np.count_nonzero(pair.labels, axis=(1, 2)).argmax())
     rows, columns = lung_box(chest.lung_mask)
     slices = [volume[z, rows, columns] for volume in (image, pair.image, pair.target)]

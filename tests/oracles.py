@@ -22,7 +22,7 @@ import numpy as np
 from scipy import ndimage, sparse
 from scipy.sparse import csgraph
 
-from tests.tolerances import A2_ERROR, B2_ERROR, IMAGE, SURFACE
+from tests.tolerances import A2_ERROR, B2_ERROR, HALF, IMAGE, RANGE, SURFACE
 
 # --- Philox4x32-10 (Salmon, Moraes, Dror, Shaw: Parallel random numbers: as easy as 1, 2, 3. SC 2011,
 # section 3.3) ---
@@ -98,11 +98,35 @@ def displacement(plan: Any, blob: Any, axes: list[np.ndarray]) -> np.ndarray:
 
 
 def blob_centre(blob: Any, mask: np.ndarray) -> np.ndarray:
-    """Centre voxel (z, y, x): the floor(u |M|)-th voxel of the mask in C order, or the one the plan names."""
+    """Centre voxel (z, y, x): the one the plan names, or where the floor(u |M|)-th voxel in C order leads."""
     if blob.center is not None:
         return np.array(blob.center)
-    inside = np.flatnonzero(mask)
-    return np.array(np.unravel_index(inside[int(np.floor(blob.position * inside.size))], mask.shape))
+    inside = np.argwhere(mask)
+    p = blob.position * len(inside)
+    z, y, x = inside[min(int(np.floor(p)), len(inside) - 1)].tolist()
+    if blob.placement == "surface":
+        first = min(int(4 * (p - np.floor(p))), 3)
+        for k in range(4):
+            dy, dx = ((0, 1), (1, 0), (0, -1), (-1, 0))[(first + k) % 4]
+            way = [(y, x)]
+            while mask[z][way[-1]]:
+                to = way[-1][0] + dy, way[-1][1] + dx
+                if not (0 <= to[0] < mask.shape[1] and 0 <= to[1] < mask.shape[2]):
+                    break
+                way.append(to)
+            else:
+                return np.array([z, *way[-2]])
+    elif blob.placement == "depth":
+        x = middle_of_run(mask[z, y], x)
+        y = middle_of_run(mask[z, :, x], y)
+    return np.array([z, y, x])
+
+
+def middle_of_run(line: np.ndarray, at: int) -> int:
+    """Middle of the voxels of a line, one after the other, that contain `at`; the lower of two."""
+    label, _ = ndimage.label(line)
+    run = np.flatnonzero(label == label[at])
+    return int(run[0] + run[-1]) // 2
 
 
 def blob_level(plan: Any, blob: Any, mask: np.ndarray) -> np.ndarray:
@@ -221,6 +245,27 @@ class OraclePair:
     boxes: list[tuple[slice, ...]]
 
 
+def softness(plan: Any, lesion: np.ndarray) -> np.ndarray:
+    """Factor of a soft edge, by distance from the nearest voxel of the volume out of the lesion."""
+    if plan.edge == 0 or lesion.all():
+        return np.ones(lesion.shape)
+    # SciPy knows nothing beyond the array, so what lies beyond the volume counts as little as it should.
+    return np.minimum(ndimage.distance_transform_edt(lesion, sampling=plan.scale) / plan.edge, 1)
+
+
+def enter(plan: Any, h: np.ndarray, b: np.ndarray, e: np.ndarray, weight: float) -> np.ndarray:
+    """A of H, B and the soft edge; monotone in B in every mode."""
+    low, high = plan.value_range
+    if plan.mode == "max":
+        return np.maximum(h, low + b * (high - low))
+    if plan.mode == "min":
+        return np.minimum(h, low + (1 - b) * (high - low))
+    if plan.mode == "add":
+        return np.clip(h + weight * e * b * (high - low), low, high)
+    assert plan.mode == "blend"
+    return np.clip(h + weight * e * (low + b * (high - low) - h), low, high)
+
+
 def oracle_render(plan: Any, image: np.ndarray, mask: np.ndarray) -> OraclePair:
     """Render a plan on one (z, y, x) volume."""
     mask = np.asarray(mask) != 0
@@ -235,13 +280,21 @@ def oracle_render(plan: Any, image: np.ndarray, mask: np.ndarray) -> OraclePair:
         labels[lesion] = label
         (box,) = ndimage.find_objects(lesion.astype(np.uint8))
         b = texture(plan, plan.blobs[group[0]], box, lesion[box])
-        inside = lesion[box]
-        for bound, side in ((low, b.low), (high, b.high)):
-            bound[box][inside] = np.maximum(bound[box][inside], side[inside])
+        inside, h = lesion[box], np.asarray(image[box], np.float64)
+        e, weight = softness(plan, lesion)[box], plan.blobs[group[0]].weight
+        ends = [enter(plan, h, side, e, weight) for side in (b.low, b.high)]
+        low[box][inside], high[box][inside] = np.minimum(*ends)[inside], np.maximum(*ends)[inside]
         textures.append(b)
         boxes.append(box)
     lesions = labels > 0
-    low[lesions] -= IMAGE
-    high[lesions] += IMAGE
-    target = (image >= np.asarray(plan.tau, image.dtype)) & ~lesions
+    start, stop = plan.value_range
+    error = IMAGE * (stop - start)
+    if (start, stop) != (0, 1):
+        error += RANGE * max(abs(start), abs(stop))
+    if image.dtype == np.float16:
+        error += HALF * max(abs(start), abs(stop))
+    low[lesions] -= error
+    high[lesions] += error
+    threshold = plan.tau if (start, stop) == (0, 1) else start + plan.tau * (stop - start)
+    target = (image >= np.asarray(threshold, image.dtype)) & ~lesions
     return OraclePair(low, high, target, labels, groups, textures, boxes)

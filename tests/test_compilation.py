@@ -50,7 +50,7 @@ def test_a_change_of_what_a_kernel_calls_compiles_it_anew(tmp_path):
     shutil.copytree(REPOSITORY / "lesionsynth", package / "lesionsynth", ignore=ignored)
     assert hits_and_misses(package, cache) == [0, 2]
     assert hits_and_misses(package, cache) == [2, 0]
-    called = package / "lesionsynth" / "cpu" / "simd.py"
+    called = package / "lesionsynth" / "cpu" / "engine" / "simd.py"
     called.write_text(called.read_text() + "\n# changed\n")
     assert hits_and_misses(package, cache) == [0, 2]
 
@@ -60,9 +60,9 @@ def test_new_parameters_compile_nothing(lungs):
     from lesionsynth.cpu import inject, merge, shapes, texture
 
     kernels = [shapes._draw, shapes._measure, merge._collect_and_join, merge._finish, texture._synthesize]
-    kernels += [inject._copy_float_rows, inject._inject]
+    kernels += [inject._copy_vectors, inject._inject]
     image, mask = lungs
-    ls.LesionSynthesizer(ls.presets.covid_lung(), seed=0)(image, mask, index=0)
+    ls.LesionSynthesizer(ls.presets.covid_lung(), seed=0)(image, mask, index=0, lung_fraction=1.0)
     before = [len(kernel.signatures) for kernel in kernels]
     for k, preset in enumerate((ls.presets.no_shapes(), ls.presets.no_salt_noise(), ls.presets.covid_lung())):
         shape = (3 + k, 30 + k, 20 + 5 * k)
@@ -73,7 +73,7 @@ def test_new_parameters_compile_nothing(lungs):
             (bright[::-1], lung),
         ):
             ls.LesionSynthesizer(preset, seed=2**32 - 1 - k, threads=1 + k)(
-                a, b, index=7 * k, spacing=(2.0, 1.0, 0.7)
+                a, b, index=7 * k, lung_fraction=1.0, spacing=(2.0, 1.0, 0.7)
             )
     assert [len(kernel.signatures) for kernel in kernels] == before
     assert min(before) >= 1

@@ -66,7 +66,7 @@ def test_any_tensor_is_seen_where_it_is(data, kind, shape) -> None:
     expected = (tensor.view(torch.int16) if kind == "bfloat16" else tensor).numpy()
     assert_array_equal(host_view(found), expected)
     if tensor.ndim == 4:
-        assert found.volume().strides == tensor.stride()
+        assert found.batch_view().strides == tensor.stride()
 
 
 def test_the_view_keeps_the_tensor() -> None:

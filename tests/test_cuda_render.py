@@ -6,7 +6,10 @@ in test_generator_oracle.py; one test here goes to the oracle directly.
 
 from __future__ import annotations
 
+import ast
 import gc
+import weakref
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,6 +19,7 @@ from numpy.testing import assert_array_equal
 
 import lesionsynth as ls
 from lesionsynth.cuda.render import Renderer
+from lesionsynth.cuda.workspace import MOST_SLOTS
 from tests import oracles
 from tests.conftest import draw_lungs
 from tests.cuda_host.device import HostDevice
@@ -158,13 +162,12 @@ def test_lesions_that_find_no_room(lungs, monkeypatch) -> None:
     image, mask = lungs
     monkeypatch.setattr("lesionsynth.cuda.render.LEAST_FIELD", 0)
     gpu = host()
-    for one in (plan(*sheets()), plan(*sheets()[:2], index=5)):
-        agree(gpu, [one], image[None], np.ones_like(mask)[None])
-    tables = [gpu.workspace.buffers[f"table {side}"].array for side in (0, 1)]
     from lesionsynth.cuda.records import BATCH
 
-    crowded = [int(t[: BATCH.itemsize].view(BATCH)["crowded"][0]) for t in tables]
-    assert sorted(crowded) == [1, 2], "as many lesions as were meant to were without room"
+    for crowded, one in ((2, plan(*sheets())), (1, plan(*sheets()[:2], index=5))):
+        agree(gpu, [one], image[None], np.ones_like(mask)[None])
+        header = gpu.workspace.buffers["table"].array[: BATCH.itemsize].view(BATCH)
+        assert header["crowded"] == [crowded], "as many lesions as were meant to were without room"
 
 
 def test_more_blobs_than_lanes(lungs) -> None:
@@ -413,8 +416,8 @@ def counters(device: HostDevice) -> tuple[int, ...]:
     return device.allocations, device.uploads, device.downloads, device.waits, len(device.launches)
 
 
-def test_nothing_is_allocated_or_waited_for_in_steady_state(lungs) -> None:
-    """One copy up, thirteen launches whatever the plans and the batch, no memory, nothing down."""
+def test_nothing_is_waited_for_in_steady_state(lungs) -> None:
+    """One copy up, thirteen launches whatever the plans and the batch, the pair's memory, nothing down."""
     image, mask = lungs
     gpu = host()
     device = gpu.device
@@ -428,7 +431,7 @@ def test_nothing_is_allocated_or_waited_for_in_steady_state(lungs) -> None:
                 render(gpu, plans[k : k + size], images, masks)
                 gained = tuple(b - a for a, b in zip(before, counters(device), strict=True))
                 if round_ == 2:
-                    assert gained[:4] == (0, 1, 0, 0)
+                    assert gained[:4] == (1, 1, 0, 0)
                     counts.add(gained[4])
     assert counts == {13}
 
@@ -442,18 +445,46 @@ def test_no_blobs_take_two_launches(lungs) -> None:
 
 
 def test_pairs_outlive_the_workspace(lungs) -> None:
-    """Whoever keeps pairs finds their plans and labels right, however many came after."""
+    """Whoever keeps pairs finds their plans and labels right, whatever came after, `release` too."""
     image, mask = lungs
-    gpu, plans = host(), drawn(6, image.shape)
+    gpu, plans = host(), drawn(2 * MOST_SLOTS + 2, image.shape)
     pairs = [render(gpu, [one], image[None], mask[None]) for one in plans]
-    gpu.release()
-    for one, pair in zip(plans, pairs, strict=True):
-        expected = renderer().render([one], image[None], mask[None])
-        assert_array_equal(pair.labels, expected.labels)
-        assert_lesions(pair.components, [expected.plan[0].components])
+    for _ in range(2):
+        for one, pair in zip(plans, pairs, strict=True):
+            expected = renderer().render([one], image[None], mask[None])
+            for _ in range(2):
+                assert_array_equal(pair.labels, expected.labels)
+                assert_lesions(pair.components, [expected.plan[0].components])
+        gpu.release()
     del pairs, pair
     gc.collect()
     agree(gpu, plans[:2], np.stack([image] * 2), np.stack([mask] * 2))
+
+
+def test_a_pair_goes_when_nobody_holds_it(lungs) -> None:
+    """At once and with its memory: nothing holds it in a circle, or behind its back."""
+    gpu, gone = host(), []
+    one = plan(*sheets())
+    pair = render(gpu, [one], lungs[0][None], lungs[1][None])
+    for held in (pair.lesions, pair.lesions._copied):
+        weakref.finalize(held, gone.append, type(held).__name__)
+    gc.disable()
+    try:
+        del pair, held
+        assert sorted(gone) == ["DeviceLesions", "HostBuffer"]
+    finally:
+        gc.enable()
+
+
+def test_a_pair_knows_neither_the_renderer_nor_the_workspace() -> None:
+    """Not even for the type checker: of both modules, the findings alone."""
+    from lesionsynth.cuda import pair
+
+    tree = ast.parse(Path(pair.__file__).read_text(encoding="utf-8"))
+    imports = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
+    names = {f"{node.module}.{one.name}" for node in imports for one in node.names}
+    assert not [name for name in names if "render" in name]
+    assert [name for name in names if "workspace" in name] == ["lesionsynth.cuda.workspace.Findings"]
 
 
 def test_the_workspace_is_bounded_and_told(lungs) -> None:

@@ -88,7 +88,7 @@ def late(**options) -> Renderer:
 
 @pytest.mark.parametrize("ask", ["check_plan", "check_labels"])
 def test_asked_on_another_stream_after_the_workspace_moved_on(ask, samples) -> None:
-    """A pair of stream a moves out on stream b, whose copies have not run when a asks."""
+    """Batches of stream b, which have not run when a asks, use the same workspace."""
     gpu = late()
     with gpu.device.on("a"):
         first = samples.begin(gpu, [0, 1])
@@ -101,7 +101,7 @@ def test_asked_on_another_stream_after_the_workspace_moved_on(ask, samples) -> N
         begun.check_pair()
 
 
-def test_release_waits_for_what_moves_out(samples) -> None:
+def test_release_waits_for_what_pairs_copy(samples) -> None:
     """The copies read the memory that is given back, and whose next owner writes it at once."""
     gpu = late()
     with gpu.device.on("a"):
@@ -116,12 +116,13 @@ def test_release_waits_for_what_moves_out(samples) -> None:
             one.check_labels()
 
 
-def test_a_workspace_grows_under_batches_that_are_under_way(samples) -> None:
+@pytest.mark.parametrize(("streams", "sizes"), [("ab", (1, 2, 4, 7, 12)), ("abc", (1, 1, 4, 4, 12))])
+def test_a_workspace_grows_under_batches_that_are_under_way(streams, sizes, samples) -> None:
     """The smaller buffers are freed only behind the last batch that uses them, on whichever stream."""
     gpu = late()
     begun = []
-    for number, size in enumerate((1, 2, 4, 7, 12)):
-        with gpu.device.on("ab"[number % 2]):
+    for number, size in enumerate(sizes):
+        with gpu.device.on(streams[number % len(streams)]):
             begun.append(samples.begin(gpu, list(range(size))))
     gpu.device.finish()
     for one in begun:
@@ -179,8 +180,8 @@ def test_two_host_threads_on_two_streams(samples) -> None:
     assert failures == []
 
 
-def test_a_pair_that_finds_no_memory_to_move_to_is_not_lost(samples, monkeypatch) -> None:
-    """The batch that wanted its place fails; later ones try again."""
+def test_a_batch_that_finds_no_memory_for_its_pair(samples, monkeypatch) -> None:
+    """It fails; earlier pairs and later ones are whole."""
     gpu = late()
     first, second = samples.begin(gpu, [0]), samples.begin(gpu, [1])
     take = gpu.device.allocate
@@ -200,7 +201,7 @@ def test_a_pair_that_finds_no_memory_to_move_to_is_not_lost(samples, monkeypatch
         one.check_labels()
 
 
-@pytest.mark.parametrize("batches", [2, 4], ids=["in the workspace", "moved out"])
+@pytest.mark.parametrize("batches", [2, 4])
 def test_labels_under_way_when_their_pair_goes(batches, samples) -> None:
     """Later batches, and the next owner of the pair's memory, wait until they are painted."""
     gpu = late()
@@ -222,15 +223,15 @@ def test_labels_under_way_when_their_pair_goes(batches, samples) -> None:
 
 
 @pytest.mark.parametrize("then", ["asked", "release"])
-def test_a_pair_moved_out_for_a_batch_that_was_refused(then, samples) -> None:
-    """The batch ends with the error of an earlier one, and leaves no mark behind the copies."""
+def test_pairs_before_a_batch_that_was_refused(then, samples) -> None:
+    """The batch ends with the error of an earlier one, and leaves no mark."""
     gpu = late()
     with gpu.device.on("a"):
         strange = samples.image[None] + 2
         bad = begin(gpu, [samples.plans[0]], strange, samples.mask[None])
         gpu.device.held.append((strange, bad.image, bad.target))
-        del bad
         pairs = [samples.begin(gpu, [k]) for k in (1, 2)]
+        del bad
         gpu.device.finish()
     with gpu.device.on("b"), pytest.raises(ValueError, match="in an earlier call"):
         samples.begin(gpu, [3])
@@ -239,6 +240,22 @@ def test_a_pair_moved_out_for_a_batch_that_was_refused(then, samples) -> None:
             gpu.release()
         pairs[0].check_labels()
         pairs[0].check_plan()
+
+
+def test_labels_under_way_at_release(samples) -> None:
+    """Painted on a stream of their own: what they read is nobody else's before."""
+    gpu = late()
+    with gpu.device.on("a"):
+        pair = samples.begin(gpu, [0, 1])
+    wanted = pair.labels
+    with gpu.device.on("b"):
+        labels = pair.paint()
+    del pair
+    with gpu.device.on("a"):
+        gpu.release()
+        samples.begin(gpu, [2])
+    gpu.device.finish()
+    assert_array_equal(labels, wanted)
 
 
 STREAMS = st.sampled_from("abc")

@@ -292,12 +292,14 @@ class HostBackend:
     def accept(self, image, lung_mask, out) -> SimpleNamespace:
         return SimpleNamespace(shape=image.shape, image=image, mask=lung_mask, out=out)
 
-    def render(self, recipes, inputs, hu_range) -> SimpleNamespace:
+    def render(self, plans, inputs, hu_range) -> SimpleNamespace:
         renderer = self.renderers.setdefault(0, Renderer(GraphDevice(graphs=self.graphs)))
         image, target = inputs.out
         arrays = inputs.image, inputs.mask.view(np.uint8), image, target.view(np.uint8)
-        lesions = renderer.render(recipes, Job(*map(volume, arrays)), hu_range)
-        return SimpleNamespace(image=image, target=target, components=lesions.components, labels=None)
+        lesions = renderer.render(plans, Job(*map(volume, arrays)), hu_range)
+        return SimpleNamespace(
+            image=image, target=target, finished=False, components=lesions.components, labels=None
+        )
 
 
 class NumpyAsCupy(ModuleType):

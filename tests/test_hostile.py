@@ -230,7 +230,7 @@ def test_lung_fraction_out_of_range(value) -> None:
     )
 
 
-@pytest.mark.parametrize("value", ["0.5", None, 1j])
+@pytest.mark.parametrize("value", ["0.5", b"1", 1j])
 def test_lung_fraction_of_a_wrong_type(value) -> None:
     """Text is no fraction."""
     check(

@@ -61,12 +61,27 @@ def test_public_names_exist() -> None:
         _ = ls.no_such_name
 
 
-def test_the_picture_of_the_package_is_true() -> None:
-    """The arrows of docs/images/architecture.png are the imports, and there is no circle."""
+@pytest.fixture(scope="module")
+def architecture():
     spec = importlib.util.spec_from_file_location("architecture", DOCS / "architecture.py")
-    architecture = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(architecture)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
+
+def test_no_circles_in_lesionsynth(architecture) -> None:
+    """Imports inside functions and those of type checkers count, too."""
+    graph = architecture.imports(packages=(), root="lesionsynth")
+    assert {"sampling", "plan", "load", "cpu.engine.simd", "cuda.pair", "cuda.render"} <= set(graph)
+    assert networkx.is_directed_acyclic_graph(graph)
+    assert not networkx.has_path(graph, "cuda.pair", "cuda.render")
+    for module in ("simd", "lines", "bits", "rows", "threads", "memory", "jit"):
+        above = networkx.descendants(graph, f"cpu.engine.{module}")
+        assert all(name.startswith(("cpu.engine", "_", "strict", "commands")) for name in above)
+
+
+def test_the_picture_of_the_package_is_true(architecture) -> None:
+    """The arrows of docs/images/architecture.png are the imports, and there is no circle."""
     graph = architecture.imports()
     assert networkx.is_directed_acyclic_graph(architecture.imports(packages=()))
     assert {"train", "data", "prepare", "predict"} <= set(graph)

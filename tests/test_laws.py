@@ -319,7 +319,7 @@ def test_numbers_of_the_design() -> None:
     synth = ls.LesionSynthesizer(ls.presets.covid_lung(), seed=0)
     blobs, components, voxels, boxes, fallback = [], [], [], [], []
     for index in range(60):
-        rendered = synth(image, mask, index=index).plan
+        rendered = synth(image, mask, index=index, lung_fraction=1.0).plan
         blobs.append(len(rendered.blobs))
         components.append(len(rendered.components))
         voxels.append(sum(c.voxels for c in rendered.components))

@@ -17,7 +17,8 @@ import monai.transforms  # noqa: E402
 
 import lesionsynth as ls  # noqa: E402
 
-CONFIG = ls.LesionConfig(small=ls.BlobClass(count=(5.0, 10.0), radius=(3.0, 6.0)), medium=None, large=None)
+BALLS = ls.BlobClass(count=(5.0, 10.0), radius=(3.0, 6.0), scale_by_lung=False)
+CONFIG = ls.LesionConfig(small=BALLS, medium=None, large=None)
 
 
 @pytest.fixture(scope="module")

@@ -8,6 +8,7 @@ import re
 import shlex
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -45,13 +46,16 @@ def test_getting_started_python_runs(tmp_path, monkeypatch):
     import lesionsynth as ls
 
     chest = ls.phantom.chest_ct(shape=(8, 64, 80), seed=1)
-    for name, array in (("chest", chest.hu), ("lung", chest.lung_mask.astype("uint8"))):
+    mask = chest.lung_mask.astype("uint8")
+    abdomen = mask * np.int16(1110) - np.int16(1000)
+    for name, array in (("chest", chest.hu), ("lung", mask), ("abdomen", abdomen), ("liver", mask)):
         sitk.WriteImage(sitk.GetImageFromArray(array), str(tmp_path / f"{name}.nii.gz"))
     monkeypatch.chdir(tmp_path)
     names: dict[str, object] = {}
     for block in blocks(PAGES[1], "python"):
         exec(compile(block, "getting-started.md", "exec"), names)
     assert names["config"].spacing == names["volume"].spacing
+    assert (names["pair"].image < names["image"]).any()
 
 
 def test_generator_commands_run(tmp_path, monkeypatch):

@@ -25,7 +25,8 @@ from lesionsynth.cpu.engine.threads import (
 )  # fmt: skip
 from tests.hostile.tally import trial
 
-CONFIG = ls.LesionConfig(small=ls.BlobClass(count=(6.0, 6.0), radius=(3.0, 6.0)), medium=None, large=None)
+BALLS = ls.BlobClass(count=(6.0, 6.0), radius=(3.0, 6.0), scale_by_lung=False)
+CONFIG = ls.LesionConfig(small=BALLS, medium=None, large=None)
 
 
 def healthy_pair() -> tuple[np.ndarray, np.ndarray]:

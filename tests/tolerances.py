@@ -19,6 +19,13 @@ that are all salt; doubled."""
 IMAGE = 1e-5
 """Lesion voxels: DESIGN.md section 2 wants 1e-5 of float64; it covers the rounding of β times b2."""
 
+RANGE = 4e-7
+"""A lesion's value in another range than [0, 1], relative to the range's larger end: v, a difference and a
+sum in float32, half an ulp or 6e-8 each, and the ends themselves."""
+
+HALF = 2.0**-11
+"""Lesion voxels of float16, relative to the range's larger end: half an ulp."""
+
 SURFACE = 1e-9
 """A voxel whose level (q/s)^2 is within this of 1 lies on the blob's surface to rounding, and is inside.
 Undeformed spheres of radius 12 have 30 lattice points exactly on the surface; float64 rounds their levels

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from lesionsynth._arguments import accept_mask, accept_out, accept_pair
+from lesionsynth._arguments import accept_mask, accept_out, accept_pair, check_values
 from lesionsynth._dlpack import Restore, accept
 from lesionsynth.config import Range
 from lesionsynth.cpu.engine.bits import BitMask, pack
@@ -64,10 +64,10 @@ class CpuStages:
         return output(shape, dtype)
 
     def copy(
-        self, image: Array, tau: float, hu_range: Range, out: Array, target: Mask, tickets: Tickets
+        self, image: Array, plan: LesionPlan, hu_range: Range, out: Array, target: Mask, tickets: Tickets
     ) -> Callable[[], None]:
-        """Begin to write the pair without lesions, H to `out`, H >= tau to `target`; the answer ends it."""
-        return base_pair(image, tau, hu_range, out, target, team_for(out.size, self.threads), tickets)
+        """Begin to write the pair without lesions, H and H >= threshold; the answer ends it."""
+        return base_pair(image, plan, hu_range, out, target, team_for(out.size, self.threads), tickets)
 
     def place(
         self, plan: LesionPlan, lung_mask: Mask, allow_empty: bool = False
@@ -97,8 +97,8 @@ class CpuStages:
         components: list[Component] = []
         threads = team_for(out.size, self.threads)
         for textures in synthesize_textures(plan, lesions, threads):
-            inject(textures, lesions, out, target, threads)
-            components += textures.components
+            changed = inject(plan, textures, lesions, out, target, threads)
+            components += map(lesions.component, textures.fields, changed.tolist())
         return tuple(sorted(components, key=lambda c: c.label))
 
     def paint(self, lesions: Lesions, out: npt.NDArray[np.int32]) -> None:
@@ -169,6 +169,7 @@ class CpuBackend:
         self, plans: Sequence[LesionPlan], inputs: CpuInputs, hu_range: Range, *, allow_empty: bool = False
     ) -> CpuRendering:
         """Render one plan an item."""
+        check_values(inputs.image.dtype.name, plans)
         arrays = [inputs.image, inputs.mask, inputs.out, inputs.target]
         items = [x if x.ndim == 4 else x[None] for x in arrays]
         rendered = [
@@ -187,7 +188,7 @@ class CpuBackend:
         """Write one pair to `out` and `target`: read this downwards."""
         stages, tickets = self.stages, tickets_for(1)
         try:
-            finish_copy = stages.copy(image, plan.tau, hu_range, out, target, tickets)
+            finish_copy = stages.copy(image, plan, hu_range, out, target, tickets)
             try:
                 found, placed = stages.place(plan, mask, allow_empty)
                 lesions = stages.merge(found, placed, stages.draw(found, placed))

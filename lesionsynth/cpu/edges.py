@@ -14,7 +14,7 @@ from lesionsynth.cpu.engine.bits import BitMask, pack, unpack
 from lesionsynth.cpu.engine.jit import inner, kernel
 from lesionsynth.cpu.engine.memory import output
 from lesionsynth.cpu.engine.rows import row_of
-from lesionsynth.cpu.engine.simd import bits_at_least, load, ones, outside_unit, splat, store, where
+from lesionsynth.cpu.engine.simd import bits_at_least, load, ones, outside, splat, store, where
 from lesionsynth.cpu.engine.threads import parallel_for, team_for
 from lesionsynth.cpu.label import number_runs, runs_of
 from lesionsynth.cpu.shell import shell_of
@@ -106,7 +106,8 @@ def _threshold_rows(
 ) -> None:  # fmt: skip
     scratch = np.empty_like(like)
     lanes = np.int64(64 // scratch.itemsize)  # of a vector of 64 bytes
-    levels = splat(level)
+    number = scratch.dtype.type
+    levels, zeros, units = splat(level), splat(number(0.0)), splat(number(1.0))
     for r in range(lo, hi):
         row = row_of(base, dz, dy, dx, height, r, scratch)
         strange = np.uint64(0)
@@ -119,7 +120,7 @@ def _threshold_rows(
                 for k in range(0, 64, lanes):
                     values = load(row, 64 * w + k)
                     bright |= bits_at_least(values, levels) << np.uint64(k)
-                    strange |= (outside_unit(values) << np.uint64(k)) & lung
+                    strange |= (outside(values, zeros, units) << np.uint64(k)) & lung
             else:
                 for x in range(64 * w, row.size):
                     bit = np.uint64(x - 64 * w)

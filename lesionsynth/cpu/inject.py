@@ -1,54 +1,94 @@
 """Stage 4: the pair (PAPER.md eq. 1 and 9), exactly.
 
-A = max(H, B_j) in G_j and H elsewhere; GT = (H >= tau) & ~G. The volume is read once and written once, as if
-there were no lesion; then the lesions' voxels are visited, and no others.
+A = max(H, B_j) in G_j, or what another mode makes of H and B_j, and H elsewhere; GT = (H >= threshold) & ~G.
+The volume is read once and written once, as if there were no lesion; then the lesions' voxels are visited,
+and no others.
+
+Lesions are float32, as is all that is done with them until it meets H in the type of the image; a float16 is
+a float32 until it is stored. No product is fused with a sum.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import numba
 import numpy as np
 import numpy.typing as npt
 from numba.extending import overload
 
-from lesionsynth.cpu.engine.jit import kernel
+from lesionsynth.config import MODES, Range
+from lesionsynth.cpu.engine.jit import inner, kernel
+from lesionsynth.cpu.engine.lines import aligned
 from lesionsynth.cpu.engine.rows import row_of
 from lesionsynth.cpu.engine.simd import (
     LANES,
     STREAMED,
+    bits_other,
+    cast,
     fence,
     greatest,
-    half_of,
     least,
     load,
-    outside_unit,
+    number_of,
+    ones,
+    outside,
+    pixel_of,
     splat,
     store,
     store_at_least,
     store_stream,
 )  # fmt: skip
-from lesionsynth.cpu.engine.threads import Tickets, done, in_background, take, wait_for, work_together
-from lesionsynth.cpu.merge import Lesions
+from lesionsynth.cpu.engine.threads import (
+    Tickets,
+    done,
+    group_of,
+    in_background,
+    take,
+    wait_for,
+    work_together,
+)  # fmt: skip
+from lesionsynth.cpu.merge import LesionRows, Lesions
+from lesionsynth.cpu.soft_edge import Edge, edge_of, measure_slice, soften
 from lesionsynth.cpu.texture import Textures
+from lesionsynth.plan import LesionPlan
 
-HALF_ONE, HALF_MINUS_ZERO = np.int16(0x3C00), np.int16(-0x8000)
-"""1.0 and -0.0 as float16. For numbers that are not negative the bits of float16 are ordered as the numbers
-are."""
+MAX, MIN, ADD, BLEND = range(4)
+"""Places in `lesionsynth.config.MODES`, which kernels cannot take: they are kept by the CPU twin's files."""
+
+
+class CopyJob(NamedTuple):
+    """What a copy of the healthy image reads and writes."""
+
+    where: tuple[int, ...]
+    """Address and strides of the image; whoever calls holds it."""
+    height: int
+    like: Any
+    """A row of the image's type and width."""
+    out: Any
+    target: Any
+    level: Any
+    """Threshold, in the type of `out`; float32 for float16."""
+    low: Any
+    """Bounds of the voxels, in the same type; for Hounsfield units what becomes 0 and 1."""
+    high: Any
+    sane: Any
+    """Whether each row is within bounds."""
+    stream: bool
+    """Whether to write past the caches."""
 
 
 def base_pair(
     image: npt.NDArray[Any],
-    tau: float,
-    hu_range: tuple[float, float],
+    plan: LesionPlan,
+    hu_range: Range,
     out: npt.NDArray[Any],
     target: npt.NDArray[np.bool_],
     threads: int | None = None,
     tickets: Tickets | None = None,
 ) -> Callable[[], None]:
-    """Copy H and compute the target as if there were no lesion, refusing voxels outside [0, 1] on the way.
+    """Copy H and compute the target as if there were no lesion, refusing voxels out of range on the way.
 
     Reading and writing a volume keeps one thread waiting for memory while others compute, so it begins here
     and ends when the answer is called.
@@ -57,14 +97,14 @@ def base_pair(
     ----------
     image : (z, y, x) array
         Healthy image H, float16, float32 or float64 of any strides; or Hounsfield units in int16.
-    tau : float
-        Threshold, compared in the dtype of `out`.
+    plan : LesionPlan
+        Holds the threshold, which is compared in the dtype of `out`, and the range.
     hu_range : (2,) floats
         HU that become 0 and 1.
     out : (z, y, x) array
         Receives H: the dtype of `image`, float32 for int16. C-contiguous.
     target : (z, y, x) bool array
-        Receives H >= tau. C-contiguous.
+        Receives H >= threshold. C-contiguous.
     threads : int, optional
         See `parallel_for`.
     tickets : (1, 2) int64 array, optional
@@ -73,62 +113,83 @@ def base_pair(
     Returns
     -------
     callable
-        Waits for the copy, and raises ValueError where a voxel is NaN, infinite or outside [0, 1].
+        Waits for the copy, and raises ValueError where a voxel is NaN, infinite or out of range.
     """
-    where = (image.ctypes.data, *image.strides)  # `work` holds the image
     shape = image.shape
     if image[0].flags.c_contiguous:  # a slice is one long row
         shape = (len(image), 1, image[0].size)
     depth, height, width = shape
-    sane = np.ones(depth * height, dtype=np.bool_)
-    level = np.asarray(tau, dtype=out.dtype)[()]
-    sample = np.empty(width, dtype=image.dtype)
-    flat, flat_target = out.reshape(-1, width), target.reshape(-1, width).view(np.uint8)
-    if image.dtype == np.int16:
-        low, high = (np.float32(v) for v in hu_range)
-
-        def rows(lo: int, hi: int) -> None:
-            _window_rows(*where, height, sample, flat, flat_target, level, low, high, lo, hi)
-    elif image.dtype == np.float16:
-        bits = flat.view(np.int16), flat_target, level.view(np.int16), HALF_ONE, HALF_MINUS_ZERO
-
-        def rows(lo: int, hi: int) -> None:
-            _copy_rows(*where, height, sample.view(np.int16), *bits, sane, lo, hi)
-    elif image.dtype == np.float32:
-        stream = out.nbytes >= STREAMED and width % LANES == 0 and out.ctypes.data % 64 == 0
-
-        def rows(lo: int, hi: int) -> None:
-            _copy_float_rows(*where, height, sample, flat, flat_target, level, sane, stream, lo, hi)
-    else:
-
-        def rows(lo: int, hi: int) -> None:
-            _copy_rows(*where, height, sample, flat, flat_target, level, 1.0, -0.0, sane, lo, hi)
+    real = np.float64 if out.dtype == np.float64 else np.float32
+    bounds = hu_range if image.dtype == np.int16 else plan.value_range
+    low, high = (real(np.float32(bound)) for bound in bounds)
+    sample, flat = np.empty(width, dtype=image.dtype), out.reshape(-1, width)
+    if image.dtype == np.float16:
+        sample, flat = sample.view(np.int16), flat.view(np.int16)
+    job = CopyJob(
+        where=(image.ctypes.data, *image.strides),
+        height=height,
+        like=sample,
+        out=flat,
+        target=target.reshape(-1, width).view(np.uint8),
+        level=real(np.asarray(plan.threshold, dtype=out.dtype)),
+        low=low,
+        high=high,
+        sane=np.ones(depth * height, dtype=np.bool_),
+        stream=out.nbytes >= STREAMED and width % LANES == 0 and out.ctypes.data % 64 == 0,
+    )
+    kernels = {"int16": _window_rows, "float32": _copy_vectors}
+    copy = kernels.get(image.dtype.name, _copy_rows)
 
     def work() -> npt.NDArray[Any]:
-        rows(0, depth * height)
+        copy(job, 0, depth * height)
         return image
 
     finish_copy = in_background(work, threads, tickets)
 
     def finish() -> None:
         finish_copy()
-        if not sane.all():
-            _explain(image)
+        if not job.sane.all():
+            _explain(image, plan.value_range)
 
     return finish
 
 
+class InjectJob(NamedTuple):
+    """What `_inject` reads and writes."""
+
+    mode: int
+    """Place in `MODES`."""
+    low: Any
+    """Value that stands for 0, that for 1, and the latter less the former, in float32."""
+    high: Any
+    span: Any
+    lesions: LesionRows
+    fields: Any
+    """As in `Textures`; slice z of the box of field k is task ``slices[k] + z``."""
+    values: Any
+    slices: Any
+    edge: Edge
+    image: Any
+    """All voxels, which hold H and will hold A; float16 by its bits."""
+    target: Any
+    changed: Any
+    """Voxels of each slice of the boxes that become another."""
+
+
 def inject(
+    plan: LesionPlan,
     textures: Textures,
     lesions: Lesions,
     out: npt.NDArray[Any],
     target: npt.NDArray[np.bool_],
     threads: int | None = None,
-) -> None:
-    """Put lesions in: out = max(out, B) and target = False in their voxels, in place (eq. 1 and 9).
+) -> npt.NDArray[np.int64]:
+    """Put lesions in: A to `out` and False to `target` in their voxels, in place (eq. 1 and 9).
 
     Parameters
     ----------
+    plan : LesionPlan
+        Holds the mode, the range and the edge.
     textures : Textures
         Some of the lesions.
     lesions : Lesions
@@ -137,47 +198,47 @@ def inject(
         See `base_pair`.
     threads : int, optional
         See `parallel_for`.
+
+    Returns
+    -------
+    (n,) int64 array
+        Voxels of each of these lesions whose value is another now.
     """
-    cut = lesions.runs
-    width = cut.shape[2]
-    field_of = np.full(len(lesions) + 1, -1, dtype=np.int64)
-    field_of[textures.fields["label"]] = np.arange(len(textures.fields))
-    low = int(textures.fields["start"][:, 0].min())
-    high = int((textures.fields["start"][:, 0] + textures.fields["size"][:, 0]).max())
-    runs = (field_of, cut.first, cut.start, cut.stop, lesions.label, cut.shape[1])
-    pixels = out.view(np.int16) if out.dtype == np.float16 else out
-    flat, flat_target = pixels.reshape(-1), target.reshape(-1)
-    work_together(
-        _inject, [high - low], textures.fields, textures.values, *runs, flat, flat_target, width, low,
-        threads=threads,
+    low, high = plan.value_range
+    tasks = int(textures.slices[-1])
+    job = InjectJob(
+        MODES.index(plan.mode), np.float32(low), np.float32(high), np.float32(high - low), lesions.rows,
+        textures.fields, textures.values, textures.slices, edge_of(plan, len(textures.values)),
+        image=(out.view(np.int16) if out.dtype == np.float16 else out).reshape(-1),
+        target=target.reshape(-1),
+        changed=np.zeros(tasks, dtype=np.int64),
     )  # fmt: skip
+    work_together(_inject, [tasks if job.edge.width > 0 else 0, tasks], job, threads=threads)
+    return np.add.reduceat(job.changed, job.slices[:-1])
 
 
-def _explain(image: npt.NDArray[Any]) -> None:
+def _explain(image: npt.NDArray[Any], value_range: Range) -> None:
     finite = np.isfinite(image)
     if not finite.all():
         where = tuple(int(i) for i in np.argwhere(~finite)[0])
         raise ValueError(f"image must be finite, got {image[where]} at voxel {where}")
     low, high = image.min(), image.max()  # printed in their own type, with all digits that it tells apart
-    hint = (
-        "; Hounsfield units are taken as int16, or through lesionsynth.window_hu"
-        if low < -1.5 or high > 1.5
-        else ""
-    )
-    raise ValueError(f"image must be in [0, 1], got values from {low} to {high}{hint}")
+    hint = ""
+    if value_range == (0.0, 1.0) and (low < -1.5 or high > 1.5):
+        hint = "; Hounsfield units are taken as int16, or through lesionsynth.window_hu"
+    bounds = "{:.9g}, {:.9g}".format(*value_range)
+    raise ValueError(f"image must be in [{bounds}], got values from {low} to {high}{hint}")
 
 
 @kernel
-def _copy_float_rows(
-    base: int, dz: int, dy: int, dx: int, height: int, like: Any, out: Any, target: Any, level: Any,
-    sane: Any, stream: bool, lo: int, hi: int,
-) -> None:  # fmt: skip
+def _copy_vectors(job: Any, lo: int, hi: int) -> None:
     """Float32, sixteen voxels at a time."""
-    scratch = np.empty_like(like)
-    levels = splat(level)
-    whole = like.size // LANES * LANES
+    scratch = np.empty_like(job.like)
+    level, low, high, stream = job.level, job.low, job.high, job.stream
+    levels, lows, highs = splat(level), splat(low), splat(high)
+    whole = scratch.size // LANES * LANES
     for r in range(lo, hi):
-        row, to, bright = row_of(base, dz, dy, dx, height, r, scratch), out[r], target[r]
+        row, to, bright = row_of(*job.where, job.height, r, scratch), job.out[r], job.target[r]
         strange = np.uint64(0)
         for x in range(0, whole, LANES):
             values = load(row, x)
@@ -186,43 +247,39 @@ def _copy_float_rows(
             else:
                 store(to, x, values)
             store_at_least(bright, x, values, levels)
-            strange |= outside_unit(values)
+            strange |= outside(values, lows, highs)
         good = strange == 0
         for x in range(whole, row.size):
             to[x], bright[x] = row[x], row[x] >= level
-            good &= (row[x] >= 0) & (row[x] <= 1)
-        sane[r] = good
+            good &= (row[x] >= low) & (row[x] <= high)
+        job.sane[r] = good
     fence()
 
 
 @kernel
-def _copy_rows(
-    base: int, dz: int, dy: int, dx: int, height: int, like: Any, out: Any, target: Any, level: Any,
-    one: Any, minus_zero: Any, sane: Any, lo: int, hi: int,
-) -> None:  # fmt: skip
-    """Float64, or float16 by its bits; `one` and `minus_zero` are 1.0 and -0.0 in that form."""
-    scratch = np.empty_like(like)
+def _copy_rows(job: Any, lo: int, hi: int) -> None:
+    """Float64, or float16 by its bits."""
+    scratch = np.empty_like(job.like)
+    level, low, high = job.level, job.low, job.high
     for r in range(lo, hi):
-        row, to, bright = row_of(base, dz, dy, dx, height, r, scratch), out[r], target[r]
+        row, to, bright = row_of(*job.where, job.height, r, scratch), job.out[r], job.target[r]
         good = True
         for x in range(row.size):
-            value = row[x]
-            to[x] = value
+            to[x] = row[x]
+            value = number_of(row[x])
             bright[x] = value >= level
-            good &= ((value >= 0) & (value <= one)) | (value == minus_zero)  # NaN fails all
-        sane[r] = good
+            good &= (value >= low) & (value <= high)  # NaN fails
+        job.sane[r] = good
 
 
 @kernel
-def _window_rows(
-    base: int, dz: int, dy: int, dx: int, height: int, like: Any, out: Any, target: Any, level: Any,
-    low: Any, high: Any, lo: int, hi: int,
-) -> None:  # fmt: skip
+def _window_rows(job: Any, lo: int, hi: int) -> None:
     """Hounsfield units to [0, 1], as `lesionsynth.window_hu` rounds."""
-    scratch = np.empty_like(like)
+    scratch = np.empty_like(job.like)
+    level, low, high = job.level, job.low, job.high
     span = high - low
     for r in range(lo, hi):
-        row, to, bright = row_of(base, dz, dy, dx, height, r, scratch), out[r], target[r]
+        row, to, bright = row_of(*job.where, job.height, r, scratch), job.out[r], job.target[r]
         for x in range(row.size):
             value = (min(max(np.float32(row[x]), low), high) - low) / span
             to[x] = value
@@ -230,72 +287,118 @@ def _window_rows(
 
 
 @kernel
-def _inject(
-    progress: Any,
-    fields: Any,
-    values: Any,
-    field_of: Any,
-    first: Any,
-    start: Any,
-    stop: Any,
-    label: Any,
-    height: int,
-    out: Any,
-    target: Any,
-    width: int,
-    low: int,
-) -> None:
-    """Inject all lesions into one slice of the volume, a task."""
-    z = take(progress, 0)
-    while z >= 0:
-        for row in range((low + z) * height, (low + z + 1) * height):
-            for run in range(first[row], first[row + 1]):
-                k = field_of[label[run]]
-                if k >= 0:
-                    field, to, n = fields[k], row * width + start[run], stop[run] - start[run]
-                    line = (low + z - field.start[0]) * field.size[1] + row % height - field.start[1]
-                    at = field.at + line * field.pitch + start[run] - field.start[2]
-                    _raise_run(out, to, values, at, n, field.beta)
-                    target[to : to + n] = False
+def _inject(progress: Any, job: Any) -> None:
+    """Measure the edges where they are soft, then inject; a task is a slice of a box."""
+    widest, largest = 0, 0
+    for k in range(job.fields.size):
+        widest = max(widest, job.fields[k].pitch)
+        largest = max(largest, job.fields[k].size[1] * job.fields[k].pitch)
+    soft, plane = aligned(widest), aligned(largest if job.edge.width > 0 else 0)
+    soft[:] = np.float32(1.0)
+    t = take(progress, 0)
+    while t >= 0:
+        k = group_of(job.slices, t)
+        measure_slice(job.fields[k], t - job.slices[k], job.lesions, job.edge, plane)
         done(progress, 0)
-        z = take(progress, 0)
+        t = take(progress, 0)
     wait_for(progress, 0)
+    t = take(progress, 1)
+    while t >= 0:
+        k = group_of(job.slices, t)
+        job.changed[t] = _inject_slice(job.fields[k], t - job.slices[k], job, soft)
+        done(progress, 1)
+        t = take(progress, 1)
+    wait_for(progress, 1)
 
 
-def _raise_run(out: Any, to: int, values: Any, at: int, n: int, beta: Any) -> None:
-    """Raise ``out[to : to + n]`` to clip(beta b2, 0, 1), b2 = ``values[at : at + n]``."""
+@inner
+def _inject_slice(field: Any, z: int, job: Any, soft: Any) -> int:
+    """Inject a lesion into a slice of its box; returns how many voxels become another."""
+    runs, image, target, values = job.lesions, job.image, job.target, job.values
+    how = Blending(job.mode, job.low, job.high, job.span, np.float32(field.beta), np.float32(field.weight))
+    changed = 0
+    for y in range(field.size[1]):
+        row = (field.start[0] + z) * runs.height + field.start[1] + y
+        line = field.at + (z * field.size[1] + y) * field.pitch - field.start[2]
+        for run in range(runs.first[row], runs.first[row + 1]):
+            if runs.label[run] == field.label:
+                start, n = runs.start[run], runs.stop[run] - runs.start[run]
+                if job.edge.width > 0:
+                    soften(field, z, line + start, n, runs, job.edge, soft)
+                to = row * runs.width + start
+                changed += _inject_run(image, to, n, values, line + start, soft, how)
+                target[to : to + n] = False
+    return changed
 
 
-@overload(_raise_run)
-def _raise_run_of(out: Any, to: int, values: Any, at: int, n: int, beta: Any) -> Any:
-    if out.dtype == numba.float32:
-        return _raise_floats
-    return _raise_halves if out.dtype == numba.int16 else _raise_doubles
+class Blending(NamedTuple):
+    """How a lesion enters the image: of the job, and of the lesion. All but the mode are float32."""
+
+    mode: int
+    low: Any
+    high: Any
+    span: Any
+    beta: Any
+    weight: Any
 
 
-def _raise_floats(out: Any, to: int, values: Any, at: int, n: int, beta: Any) -> None:
-    zero, one, scale = splat(np.float32(0.0)), splat(np.float32(1.0)), splat(beta)
-    for x in range(0, n - LANES + 1, LANES):
-        b = least(greatest(load(values, at + x) * scale, zero), one)
-        store(out, to + x, greatest(load(out, to + x), b))
-    x = n // LANES * LANES
-    if x < n and n >= LANES:  # the last vector may repeat voxels: a maximum does not mind
-        x = n - LANES
-        b = least(greatest(load(values, at + x) * scale, zero), one)
-        store(out, to + x, greatest(load(out, to + x), b))
-        x = n
-    while x < n:
-        out[to + x] = max(out[to + x], min(max(values[at + x] * beta, np.float32(0.0)), np.float32(1.0)))
-        x += 1
+@inner
+def blend(how: Any, h: Any, b: Any, e: Any) -> Any:
+    """Make A of H, b2 and the soft edge e; of one voxel, or of a vector of them.
+
+    A is rounded where it is stored, which keeps the order: so a lesion that wins is compared with H as if it
+    had been rounded before.
+    """
+    zero, one = cast(np.float32(0.0), b), cast(np.float32(1.0), b)
+    low, span = cast(how.low, b), cast(how.span, b)
+    b = least(greatest(b * cast(how.beta, b), zero), one)
+    if how.mode == MAX:
+        return greatest(cast(b * span + low, h), h)
+    if how.mode == MIN:
+        return least(cast((one - b) * span + low, h), h)
+    share = cast(how.weight, b) * e
+    if how.mode == ADD:
+        a = h + cast(share * b * span, h)
+    else:
+        a = h + cast(share, h) * (cast(b * span + low, h) - h)
+    return least(cast(how.high, h), greatest(cast(how.low, h), a))
 
 
-def _raise_halves(out: Any, to: int, values: Any, at: int, n: int, beta: Any) -> None:
+def _inject_run(image: Any, to: int, n: int, values: Any, at: int, soft: Any, how: Any) -> int:
+    """Blend ``image[to : to + n]`` with b2 = ``values[at : at + n]``; counts the voxels that change."""
+    raise NotImplementedError
+
+
+@overload(_inject_run)
+def _inject_run_of(image: Any, to: int, n: int, values: Any, at: int, soft: Any, how: Any) -> Any:
+    return _inject_vectors if image.dtype == numba.float32 else _inject_voxels
+
+
+def _inject_vectors(image: Any, to: int, n: int, values: Any, at: int, soft: Any, how: Any) -> int:
+    changed, last = 0, n - LANES
+    if last < 0:
+        for x in range(n):
+            h = image[to + x]
+            a = blend(how, h, values[at + x], soft[x])
+            image[to + x] = a
+            changed += a != h
+        return changed
+    h_last = load(image, to + last)  # before the vectors that it overlaps are written
+    for x in range(0, last, LANES):
+        h = load(image, to + x)
+        a = blend(how, h, load(values, at + x), load(soft, x))
+        store(image, to + x, a)
+        changed += ones(bits_other(a, h))
+    a_last = blend(how, h_last, load(values, at + last), load(soft, last))
+    store(image, to + last, a_last)
+    return changed + ones(bits_other(a_last, h_last) >> np.uint64(-last % LANES))
+
+
+def _inject_voxels(image: Any, to: int, n: int, values: Any, at: int, soft: Any, how: Any) -> int:
+    changed = 0
     for x in range(n):
-        b = min(max(values[at + x] * beta, np.float32(0.0)), np.float32(1.0))
-        out[to + x] = max(out[to + x], half_of(b))
-
-
-def _raise_doubles(out: Any, to: int, values: Any, at: int, n: int, beta: Any) -> None:
-    for x in range(n):
-        b = min(max(values[at + x] * beta, np.float32(0.0)), np.float32(1.0))
-        out[to + x] = max(out[to + x], np.float64(b))
+        h = number_of(image[to + x])
+        pixel = pixel_of(blend(how, h, values[at + x], soft[x]), image[to + x])
+        image[to + x] = pixel
+        changed += number_of(pixel) != h
+    return changed

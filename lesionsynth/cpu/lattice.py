@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from lesionsynth.cpu.engine.jit import inner
+from lesionsynth.cpu.engine.jit import inner, maker
 from lesionsynth.cpu.engine.simd import fma, load, splat, store
 from lesionsynth.cpu.philox import blocks_of, fill_blocks
 
@@ -22,8 +22,8 @@ CHUNK = 8
 """Voxels of a row evaluated together, a vector of float64; chunks start at multiples of eight."""
 
 
-@inner
-def draw_lattice(blob: Any, lattice: Any, seed: Any, stream: Any, sample: Any) -> None:
+@maker
+def draw_lattice(blob: Any, job: Any) -> None:
     """Displacement of the nodes, (3, z, y, pitch), in length units; a row's padding repeats its last node."""
     nz, ny, nx = blob.nodes
     z0 = np.uint32(blob.first_node[0] + NODE_OFFSET[0])
@@ -33,10 +33,11 @@ def draw_lattice(blob: Any, lattice: Any, seed: Any, stream: Any, sample: Any) -
     at = blob.lattice
     for i in range(3):
         component = np.uint32(3 * blob.component + i)
-        fill_blocks(uniform, seed, stream, sample, component, z0, y0, x0, 0, blocks_of(nz, ny))
+        words = job.seed, job.stream, job.sample, component
+        fill_blocks(uniform, *words, z0, y0, x0, 0, blocks_of(nz, ny))
         for r in range(nz * ny):
             for k in range(blob.pitch):
-                lattice[at + k] = blob.bound * (
+                job.lattice[at + k] = blob.bound * (
                     2.0 * np.float64(uniform[r // ny, r % ny, min(k, nx - 1)]) - 1.0
                 )
             at += blob.pitch
@@ -53,14 +54,14 @@ def reads_of_a_chunk(blob: Any, scale: float) -> int:
 
 
 @inner
-def tabulate(blob: Any, scale: float, weights: Any, starts: Any) -> None:
+def tabulate(blob: Any, job: Any) -> None:
     """Splines of each chunk, (chunk, node, voxel), and the node that each begins with."""
-    first = blob.start[2] // CHUNK * CHUNK
-    table = weights[blob.weights : blob.weights + blob.chunks * blob.reads * CHUNK]
+    scale, first = job.scale[2], blob.start[2] // CHUNK * CHUNK
+    table = job.weights[blob.weights : blob.weights + blob.chunks * blob.reads * CHUNK]
     table[:] = 0.0
     for c in range(blob.chunks):
         node = min(_node_before(blob, scale, first + c * CHUNK), blob.nodes[2] - blob.reads)
-        starts[blob.starts + c] = node
+        job.starts[blob.starts + c] = node
         for lane in range(CHUNK):
             x = max(blob.start[2], min(first + c * CHUNK + lane, blob.start[2] + blob.size[2] - 1))
             t = (x - blob.center[2]) * scale / blob.spacing

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -41,6 +41,7 @@ from lesionsynth.cpu.engine.simd import (
 from lesionsynth.cpu.engine.threads import done, group_of, take, wait_for, work_together
 from lesionsynth.cpu.lattice import CHUNK, draw_lattice, reads_of_a_chunk, sum_nodes, tabulate
 from lesionsynth.cpu.philox import Stream
+from lesionsynth.cpu.records import extend, extended
 from lesionsynth.plan import LesionPlan
 
 SURFACE = 1.0 + 1e-9
@@ -52,32 +53,26 @@ MOST_NODES = 2**25
 
 LANE_OFFSETS = np.arange(8.0)
 
-BLOB = np.dtype(
-    [
-        ("component", np.uint32),
-        ("center", np.int64, 3),
-        ("rotation", np.float64, (3, 3)),  # columns are the directions of the semi-axes
-        ("semi_axes", np.float64, 3),
-        ("to_unit", np.float64, (3, 3)),  # q_j / s_j = sum_i v_i to_unit[i, j]
-        ("bound", np.float64),  # amplitude r, of each displacement component
-        ("spacing", np.float64),  # h
-        ("start", np.int64, 3),  # box: first voxel and size
-        ("size", np.int64, 3),
-        ("word", np.int64),  # first word of the box's rows, and how many
-        ("words", np.int64),
-        ("bits", np.int64),  # where the box's rows begin in `Shapes.bits`
-        ("first_node", np.int64, 3),  # lattice: first node and count
-        ("nodes", np.int64, 3),
-        ("pitch", np.int64),  # nodes along x, rounded up to whole vectors
-        ("lattice", np.int64),  # where the nodes begin in the lattices
-        ("chunks", np.int64),  # of eight voxels in a row of the box, aligned to the volume
-        ("reads", np.int64),  # nodes along x that a chunk depends on
-        ("weights", np.int64),  # where its splines begin in the weights, and its first nodes in the starts
-        ("starts", np.int64),
-    ],
-    align=True,
+BLOB = extended(
+    ("directions", np.float64, (3, 3)),  # of the semi-axes, in columns
+    ("to_unit", np.float64, (3, 3)),  # q_j / s_j = sum_i v_i to_unit[i, j]
+    ("bound", np.float64),  # amplitude r, of each displacement component
+    ("spacing", np.float64),  # h
+    ("start", np.int64, 3),  # box: first voxel and size
+    ("size", np.int64, 3),
+    ("word", np.int64),  # first word of the box's rows, and how many
+    ("words", np.int64),
+    ("bits", np.int64),  # where the box's rows begin in `Shapes.bits`
+    ("first_node", np.int64, 3),  # lattice: first node and count
+    ("nodes", np.int64, 3),
+    ("pitch", np.int64),  # nodes along x, rounded up to whole vectors
+    ("lattice", np.int64),  # where the nodes begin in the lattices
+    ("chunks", np.int64),  # of eight voxels in a row of the box, aligned to the volume
+    ("reads", np.int64),  # nodes along x that a chunk depends on
+    ("weights", np.int64),  # where its splines begin in the weights, and its first nodes in the starts
+    ("starts", np.int64),
 )
-"""A blob as the kernels see it; axis order (z, y, x)."""
+"""A blob as the kernels see it, its `center` found; axis order (z, y, x)."""
 
 
 @dataclass(frozen=True)
@@ -90,6 +85,28 @@ class Shapes:
     """Rows of all boxes: words ``word ... word + words`` of a row of the volume, (z, y, word) for each."""
     runs: npt.NDArray[np.int64]
     """(n, depth): runs of each blob in each slice of the volume."""
+
+
+class ShapeJob(NamedTuple):
+    """What `_draw` reads and writes."""
+
+    seed: Any
+    stream: Any
+    sample: Any
+    scale: Any
+    blobs: Any
+    tasks: Any
+    """(n + 1,): slice z of the box of blob b is task ``tasks[b] + z``."""
+    mask: Any
+    """Rows of the mask's bits, and how many a slice has."""
+    height: int
+    lattice: Any
+    """Displacements of all nodes, and the splines along x that interpolate them."""
+    weights: Any
+    starts: Any
+    bits: Any
+    """Results, as in `Shapes`."""
+    runs: Any
 
 
 def draw_shapes(
@@ -130,30 +147,29 @@ def draw_shapes(
                 f"nodes, more than {MOST_NODES}"
             )
     bits = scratch("shapes.bits", n_bits, np.uint64)
-    lattice = scratch("shapes.lattice", n_nodes, np.float64)
-    weights = scratch("shapes.weights", n_weights, np.float64)
-    starts = scratch("shapes.starts", n_starts, np.int64)
     runs = np.zeros((len(blobs), mask.shape[0]), dtype=np.int64)
     tasks = np.concatenate([[0], np.cumsum(blobs["size"][:, 0])])
-    words = [np.uint32(w) for w in (plan.seed, int(Stream.WARP), plan.index)]
-    work_together(
-        _draw, [len(blobs), int(tasks[-1])], tasks, blobs, scale, lattice, weights, starts, *words, mask.bits,
-        mask.shape[1], bits, runs, threads=threads,
+    job = ShapeJob(
+        np.uint32(plan.seed), np.uint32(Stream.WARP), np.uint32(plan.index),
+        scale, blobs, tasks, mask.bits, mask.shape[1],
+        lattice=scratch("shapes.lattice", n_nodes, np.float64),
+        weights=scratch("shapes.weights", n_weights, np.float64),
+        starts=scratch("shapes.starts", n_starts, np.int64),
+        bits=bits, runs=runs,
     )  # fmt: skip
+    work_together(_draw, [len(blobs), int(tasks[-1])], job, threads=threads)
     return Shapes(blobs, bits, runs)
 
 
 def _records(plan: LesionPlan, centers: npt.NDArray[np.int64]) -> npt.NDArray[Any]:
-    drawn, blobs = plan.records, np.zeros(len(plan.records), dtype=BLOB)
-    axes = drawn["semi_axes"]
+    blobs = extend(plan.records, BLOB)
+    axes = blobs["semi_axes"]
     radius = np.prod(axes, axis=1) ** (1.0 / 3.0)  # geometric mean, the unit of the warp
     blobs["center"] = centers
-    blobs["component"] = drawn["component"]
-    blobs["semi_axes"] = axes
-    blobs["rotation"] = rotation_matrices(drawn["rotation"])
-    blobs["to_unit"] = blobs["rotation"] / axes[:, None, :]
-    blobs["bound"] = radius * drawn["warp_amplitude"]
-    blobs["spacing"] = radius * drawn["warp_correlation"]
+    blobs["directions"] = rotation_matrices(blobs["rotation"])
+    blobs["to_unit"] = blobs["directions"] / axes[:, None, :]
+    blobs["bound"] = radius * blobs["warp_amplitude"]
+    blobs["spacing"] = radius * blobs["warp_correlation"]
     return blobs
 
 
@@ -177,7 +193,7 @@ def _measure(blobs: Any, scale: Any, shape: Any) -> tuple[int, int, int, int]:
         for i in range(3):
             extent = 0.0
             for j in range(3):
-                extent += (blob.rotation[i, j] * blob.semi_axes[j]) ** 2
+                extent += (blob.directions[i, j] * blob.semi_axes[j]) ** 2
             half = math.sqrt(extent) + blob.bound
             # Grown by twice what `SURFACE` adds to the radius, and by the rounding of a whole number of
             # voxels; not by a voxel, over which the lattice of a far smaller blob would have nodes without
@@ -208,23 +224,9 @@ def _measure(blobs: Any, scale: Any, shape: Any) -> tuple[int, int, int, int]:
 
 
 @kernel
-def _draw(
-    progress: Any,
-    tasks: Any,
-    blobs: Any,
-    scale: Any,
-    lattice: Any,
-    weights: Any,
-    starts: Any,
-    seed: Any,
-    stream: Any,
-    sample: Any,
-    mask: Any,
-    height: int,
-    bits: Any,
-    runs: Any,
-) -> None:
-    """Prepare each blob, a task; then draw each slice of each blob: slice t - tasks[b] of the box of b."""
+def _draw(progress: Any, job: Any) -> None:
+    """Prepare each blob, a task; then draw each slice of each blob."""
+    blobs, tasks = job.blobs, job.tasks
     most_x, most_yx = 1, 1
     for b in range(blobs.size):
         most_x = max(most_x, blobs[b].pitch)
@@ -233,54 +235,49 @@ def _draw(
     t = take(progress, 0)
     while t >= 0:
         if blobs[t].size[0] > 0:
-            draw_lattice(blobs[t], lattice, seed, stream, sample)
-            tabulate(blobs[t], scale[2], weights, starts)
+            draw_lattice(blobs[t], job)
+            tabulate(blobs[t], job)
         done(progress, 0)
         t = take(progress, 0)
     wait_for(progress, 0)
     t = take(progress, 1)
     while t >= 0:
         b = group_of(tasks, t)
-        runs[b, blobs[b].start[0] + t - tasks[b]] = _draw_slice(
-            blobs[b], t - tasks[b], scale, lattice, weights, starts, mask, height, bits, plane, row
-        )
+        z = t - tasks[b]
+        job.runs[b, blobs[b].start[0] + z] = _draw_slice(blobs[b], z, job, plane, row)
         done(progress, 1)
         t = take(progress, 1)
     wait_for(progress, 1)
 
 
 @inner
-def _draw_slice(
-    blob: Any, z: int, scale: Any, lattice: Any, weights: Any, starts: Any, mask: Any, height: int, bits: Any,
-    plane: Any, row: Any,
-) -> int:  # fmt: skip
+def _draw_slice(blob: Any, z: int, job: Any, plane: Any, row: Any) -> int:
     """Evaluate slice z of a blob's box; returns its number of runs."""
-    layer, pitch = blob.nodes[1] * blob.pitch, blob.pitch
+    scale, layer, pitch = job.scale, blob.nodes[1] * blob.pitch, blob.pitch
     pz = (blob.start[0] + z - blob.center[0]) * scale[0]
     sum_nodes(
-        lattice, blob.lattice, blob.nodes[0] * layer, layer, pz / blob.spacing, blob.first_node[0], plane
+        job.lattice, blob.lattice, blob.nodes[0] * layer, layer, pz / blob.spacing, blob.first_node[0], plane
     )
     runs = 0
     for y in range(blob.size[1]):
         at = blob.bits + (z * blob.size[1] + y) * blob.words
-        inside = bits[at : at + blob.words]
+        inside = job.bits[at : at + blob.words]
         inside[:] = np.uint64(0)
         py = (blob.start[1] + y - blob.center[1]) * scale[1]
         sum_nodes(plane, 0, layer, pitch, py / blob.spacing, blob.first_node[1], row)
         low, high = _possible(blob, pz, py, scale[2], row)
         if low <= high:
-            line = (blob.start[0] + z) * height + blob.start[1] + y
-            lungs = mask[line, blob.word : blob.word + blob.words]
-            _draw_row(blob, pz, py, scale[2], low, high, row, weights, starts, lungs, inside)
+            line = (blob.start[0] + z) * job.height + blob.start[1] + y
+            lungs = job.mask[line, blob.word : blob.word + blob.words]
+            _draw_row(blob, pz, py, low, high, row, job, lungs, inside)
             runs += count_runs(inside)
     return runs
 
 
 @inner
 def _draw_row(
-    blob: Any, pz: float, py: float, scale: float, low: int, high: int, row: Any, weights: Any, starts: Any,
-    lungs: Any, inside: Any,
-) -> None:  # fmt: skip
+    blob: Any, pz: float, py: float, low: int, high: int, row: Any, job: Any, lungs: Any, inside: Any
+) -> None:
     """Set the bits of voxels low ... high of a row; `row` holds the displacements at the nodes along x.
 
     The first and the last chunk reach beyond the box. There no displacement within the bound leads inside,
@@ -289,6 +286,7 @@ def _draw_row(
     # Locals: the compiler cannot know that writing a bit leaves the record alone.
     u, center, first = blob.to_unit, blob.center[2], blob.start[2] // CHUNK * CHUNK
     n, reads, table, nodes, word0 = blob.pitch, blob.reads, blob.weights, blob.starts, blob.word
+    scale, weights, starts = job.scale[2], job.weights, job.starts
     u00, u10, u20 = splat(u[0, 0]), splat(u[1, 0]), splat(u[2, 0])
     u01, u11, u21 = splat(u[0, 1]), splat(u[1, 1]), splat(u[2, 1])
     u02, u12, u22 = splat(u[0, 2]), splat(u[1, 2]), splat(u[2, 2])

@@ -16,12 +16,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from lesionsynth.cpu.engine.jit import inner, kernel
+from lesionsynth.cpu.engine.jit import inner, kernel, maker
 from lesionsynth.cpu.engine.lines import aligned, kernels_of, margin_of, pitch_of, smooth
 from lesionsynth.cpu.engine.memory import scratch
 from lesionsynth.cpu.engine.simd import (
@@ -37,9 +37,10 @@ from lesionsynth.cpu.engine.simd import (
 )  # fmt: skip
 from lesionsynth.cpu.engine.threads import done, group_of, take, wait_for, work_together
 from lesionsynth.cpu.filters import gather_rows, scatter_rows, scratch_for, smooth_columns
-from lesionsynth.cpu.merge import Lesions
+from lesionsynth.cpu.merge import LesionRows, Lesions
 from lesionsynth.cpu.philox import Stream, uniform_lines
-from lesionsynth.plan import Component, LesionPlan
+from lesionsynth.cpu.records import extend, extended
+from lesionsynth.plan import LesionPlan
 
 Float32 = npt.NDArray[np.float32]
 
@@ -50,24 +51,19 @@ PROBABILITY, SALT = np.uint32(Stream.PROBABILITY), np.uint32(Stream.SALT)
 MARGIN = 4
 """Rows to spare around scratch lines: noise comes in quads, which begin before a box and end after it."""
 
-FIELD = np.dtype(
-    [
-        ("label", np.int64),
-        ("component", np.uint32),  # of the noise
-        ("start", np.int64, 3),  # box (z, y, x)
-        ("size", np.int64, 3),
-        ("pitch", np.int64),  # row length of the field
-        ("at", np.int64),  # where it begins in the scratch
-        ("kernels", np.int64, (2, 3, 2)),  # weights of sigma_a and sigma_b along z, y, x: start, stop
-        ("a_low", np.float32),
-        ("a_range", np.float64),
-        ("low", np.float32),  # least a2 on the box
-        ("slope", np.float32),  # (a_U - a_L) / (greatest - least)
-        ("beta", np.float32),
-    ],
-    align=True,
+FIELD = extended(
+    ("label", np.int64),
+    ("start", np.int64, 3),  # box (z, y, x)
+    ("size", np.int64, 3),
+    ("pitch", np.int64),  # row length of the field
+    ("at", np.int64),  # where it begins in the scratch
+    ("kernels", np.int64, (2, 3, 2)),  # weights of sigma_a and sigma_b along z, y, x: start, stop
+    ("low", np.float32),  # least a2 on the box
+    ("slope", np.float32),  # (a_U - a_L) / (greatest - least)
+    ("beta", np.float64),
+    ("beta_fallback", np.bool_),  # no voxel passed the threshold of eq. 6
 )
-"""A lesion's box as the kernels see it; axis order (z, y, x)."""
+"""A lesion's first blob, and its box, as the kernels see them; axis order (z, y, x)."""
 
 
 @dataclass(frozen=True)
@@ -78,8 +74,30 @@ class Textures:
     """`FIELD` records."""
     values: Float32
     """b2, box after box, rows padded to whole vectors; the next lesions overwrite it."""
-    components: tuple[Component, ...]
-    """The lesions as recorded in the rendered plan."""
+    slices: npt.NDArray[np.int64]
+    """(n + 1,): slice z of the box of field k is number ``slices[k] + z`` of all."""
+
+
+class TextureJob(NamedTuple):
+    """What `_synthesize` reads and writes."""
+
+    seed: Any
+    sample: Any
+    threshold: Any
+    """t of eq. 6."""
+    lesions: LesionRows
+    fields: Any
+    values: Any
+    slices: Any
+    """As in `Textures`; slice z of the box of field k is task ``slices[k] + z``."""
+    columns: Any
+    """(n + 1,): the columns of row y of the box of field k are task ``columns[k] + y``."""
+    weights: Any
+    """Of all Gaussians."""
+    extremes: Any
+    """(columns, 2): least and greatest a2."""
+    sums: Any
+    """(columns, 2): voxels above the threshold, and their sum in units of 2**-26."""
 
 
 def synthesize_textures(plan: LesionPlan, lesions: Lesions, threads: int | None = None) -> Iterator[Textures]:
@@ -100,37 +118,33 @@ def synthesize_textures(plan: LesionPlan, lesions: Lesions, threads: int | None 
         Every lesion once.
     """
     everything, weights = _fields(plan, lesions)
-    words, runs = [np.uint32(w) for w in (plan.seed, plan.index)], lesions.runs
-    groups = list(_groups(everything, math.prod(runs.shape)))
+    groups = list(_groups(everything, math.prod(lesions.runs.shape)))
     values = scratch("texture.values", max(map(_room, groups), default=0), np.float32)
     for fields in groups:
         slices = np.concatenate([[0], np.cumsum(fields["size"][:, 0])])
         columns = np.concatenate([[0], np.cumsum(fields["size"][:, 1])])
-        extremes = np.empty((columns[-1], 2), dtype=np.float32)
-        sums = np.zeros((columns[-1], 2), dtype=np.int64)
-        rounds = int(slices[-1]), int(columns[-1]), 1, int(slices[-1]), int(columns[-1])
-        work_together(
-            _synthesize, rounds, slices, columns, fields, weights, values, *words, extremes, sums,
-            runs.first, runs.start, runs.stop, lesions.label, runs.shape[1],
-            np.float32(plan.mean_threshold), threads=threads,
+        job = TextureJob(
+            np.uint32(plan.seed), np.uint32(plan.index), np.float32(plan.mean_threshold), lesions.rows,
+            fields, values, slices, columns, weights,
+            extremes=np.empty((columns[-1], 2), dtype=np.float32),
+            sums=np.zeros((columns[-1], 2), dtype=np.int64),
         )  # fmt: skip
-        yield Textures(fields, values, _brightness(plan, lesions, fields, columns, sums))
+        rounds = int(slices[-1]), int(columns[-1]), 1, int(slices[-1]), int(columns[-1])
+        work_together(_synthesize, rounds, job, threads=threads)
+        _find_beta(job, plan.mean_threshold)
+        yield Textures(fields, values, slices)
 
 
 def _fields(plan: LesionPlan, lesions: Lesions) -> tuple[npt.NDArray[Any], Float32]:
     """Return the boxes, largest slices first so that none is left for the end, and all weights."""
-    fields = np.zeros(len(lesions), dtype=FIELD)
     if not len(lesions):
-        return fields, np.empty(0, dtype=np.float32)
-    blobs = plan.records[[members[0] for members in lesions.members]]
+        return np.zeros(0, dtype=FIELD), np.empty(0, dtype=np.float32)
+    fields = extend(plan.records[[members[0] for members in lesions.members]], FIELD)
     fields["label"] = np.arange(1, len(lesions) + 1)
-    fields["component"] = blobs["component"]
     fields["start"] = lesions.boxes[:, :, 0]
     fields["size"] = lesions.boxes[:, :, 1] - lesions.boxes[:, :, 0]
     fields["pitch"] = -(-fields["size"][:, 2] // LANES) * LANES
-    fields["a_low"] = blobs["a_low"]
-    fields["a_range"] = blobs["a_high"] - blobs["a_low"]
-    sigmas = np.stack([blobs["sigma_a"], blobs["sigma_b"]], axis=1)[:, :, None] / np.array(plan.scale)
+    sigmas = np.stack([fields["sigma_a"], fields["sigma_b"]], axis=1)[:, :, None] / np.array(plan.scale)
     lengths = np.broadcast_to(fields["size"][:, None, :], sigmas.shape)
     weights, ends = kernels_of(lengths.ravel(), sigmas.ravel())
     fields["kernels"] = np.stack([ends[:-1], ends[1:]], axis=1).reshape(len(fields), 2, 3, 2)
@@ -158,115 +172,88 @@ def _room(fields: npt.NDArray[Any]) -> int:
     return size + LANES * int(fields["pitch"].max())  # `gather_rows` reads up to 15 rows on
 
 
-def _brightness(
-    plan: LesionPlan, lesions: Lesions, fields: npt.NDArray[Any], columns: Any, sums: Any
-) -> tuple[Component, ...]:
+def _find_beta(job: TextureJob, threshold: float) -> None:
     """Compute beta of each lesion (eq. 6)."""
-    totals = np.add.reduceat(sums, columns[:-1], axis=0)
-    components = []
-    for field, (passing, total) in zip(fields, totals.tolist(), strict=True):
-        k = int(field["label"]) - 1
-        mu0 = float(plan.records["mu0"][lesions.members[k][0]])
-        beta = mu0 / (total / FIXED_POINT / passing if passing else plan.mean_threshold)
-        field["beta"] = beta
-        components.append(
-            Component(
-                label=k + 1, blobs=lesions.members[k], box=lesions.box(k), voxels=int(lesions.voxels[k]),
-                beta=beta, beta_fallback=passing == 0,
-            )
-        )  # fmt: skip
-    return tuple(components)
+    totals = np.add.reduceat(job.sums, job.columns[:-1], axis=0)
+    for field, (passing, total) in zip(job.fields, totals.tolist(), strict=True):
+        field["beta"] = field["mu0"] / (total / FIXED_POINT / passing if passing else threshold)
+        field["beta_fallback"] = passing == 0
 
 
 @inner
-def _kernel(field: Any, weights: Any, which: int, axis: int) -> Any:
-    return weights[field.kernels[which, axis, 0] : field.kernels[which, axis, 1]]
+def _kernel(field: Any, which: int, axis: int) -> tuple[int, int]:
+    """First weight of sigma_a or sigma_b along an axis, and the one after the last."""
+    return field.kernels[which, axis, 0], field.kernels[which, axis, 1]
 
 
-@inner
-def _scratch(fields: Any, weights: Any) -> tuple[Any, Any]:
+@maker
+def _scratch(job: Any) -> tuple[Any, Any]:
     """Lines and outputs that are long enough for every axis of every field."""
+    fields = job.fields
     lines, out = 0, 0
     for k in range(fields.size):
         for axis in range(3):
             n = fields[k].size[axis]
             out = max(out, pitch_of(n) * LANES)
             for which in range(2):
-                lines = max(lines, scratch_for(_kernel(fields[k], weights, which, axis), n))
+                begin, end = _kernel(fields[k], which, axis)
+                lines = max(lines, scratch_for(job.weights[begin:end], n))
     return aligned(lines), aligned(out)
 
 
 @kernel
-def _synthesize(
-    progress: Any,
-    slices: Any,
-    columns: Any,
-    fields: Any,
-    weights: Any,
-    values: Any,
-    seed: Any,
-    sample: Any,
-    extremes: Any,
-    sums: Any,
-    first: Any,
-    start: Any,
-    stop: Any,
-    label: Any,
-    rows: int,
-    threshold: Any,
-) -> None:
-    """Go through the rounds; slice t - slices[k], or row of columns t - columns[k], is a task of field k."""
-    lines, out = _scratch(fields, weights)
+def _synthesize(progress: Any, job: Any) -> None:
+    """Go through the rounds."""
+    fields, slices, columns = job.fields, job.slices, job.columns
+    lines, out = _scratch(job)
     t = take(progress, 0)
     while t >= 0:
         k = group_of(slices, t)
-        _noise_slice(fields[k], t - slices[k], weights, values, seed, sample, False, lines, out)
+        _noise_slice(fields[k], t - slices[k], job, False, lines, out)
         done(progress, 0)
         t = take(progress, 0)
     wait_for(progress, 0)
     t = take(progress, 1)
     while t >= 0:
         k = group_of(columns, t)
-        _smooth_noise(fields[k], t - columns[k], weights, values, extremes[t], lines, out)
+        _smooth_noise(fields[k], t - columns[k], job, job.extremes[t], lines, out)
         done(progress, 1)
         t = take(progress, 1)
     wait_for(progress, 1)
     if take(progress, 2) >= 0:
-        _rescale(fields, columns, extremes)
+        _rescale(job)
         done(progress, 2)
     wait_for(progress, 2)
     t = take(progress, 3)
     while t >= 0:
         k = group_of(slices, t)
-        _noise_slice(fields[k], t - slices[k], weights, values, seed, sample, True, lines, out)
+        _noise_slice(fields[k], t - slices[k], job, True, lines, out)
         done(progress, 3)
         t = take(progress, 3)
     wait_for(progress, 3)
     t = take(progress, 4)
     while t >= 0:
         k = group_of(columns, t)
-        field, y = fields[k], t - columns[k]
-        _smooth_salt(field, y, weights, values, lines, out)
-        sums[t, 0], sums[t, 1] = _sum_above(field, y, values, first, start, stop, label, rows, threshold)
+        _smooth_salt(fields[k], t - columns[k], job, lines, out)
+        job.sums[t, 0], job.sums[t, 1] = _sum_above(fields[k], t - columns[k], job)
         done(progress, 4)
         t = take(progress, 4)
     wait_for(progress, 4)
 
 
 @inner
-def _noise_slice(
-    field: Any, z: int, weights: Any, values: Any, seed: Any, sample: Any, salt: bool, lines: Any, out: Any
-) -> None:
+def _noise_slice(field: Any, z: int, job: Any, salt: bool, lines: Any, out: Any) -> None:
     """Fill a slice of a box with a1 or, where `salt`, with b1 under the a2 it holds; filter in plane."""
-    height, width, pitch = field.size[1], field.size[2], field.pitch
+    values, height, width, pitch = job.values, field.size[1], field.size[2], field.pitch
     at = field.at + z * height * pitch
-    along_y, along_x = _kernel(field, weights, int(salt), 1), _kernel(field, weights, int(salt), 2)
+    (y0, y1), (x0, x1) = _kernel(field, int(salt), 1), _kernel(field, int(salt), 2)
+    along_y, along_x = job.weights[y0:y1], job.weights[x0:x1]
     margin = margin_of(along_x, width) + MARGIN
     stream = SALT if salt else PROBABILITY
     for y in range(0, height, LANES):
         if salt:
             gather_rows(values, at + y * pitch, pitch, out, 0)
-        _draw_lines(field, z, y, seed, stream, sample, lines, margin)
+        _draw_lines(field, z, y, job, stream, lines, margin)
         if salt:
             _threshold_lines(field, width, out, lines, margin)
         else:
@@ -277,15 +264,14 @@ def _noise_slice(
 
 
 @inner
-def _draw_lines(
-    field: Any, z: int, y: int, seed: Any, stream: Any, sample: Any, lines: Any, margin: int
-) -> None:
+def _draw_lines(field: Any, z: int, y: int, job: Any, stream: Any, lines: Any, margin: int) -> None:
     """Uniforms of sixteen rows of a box, from the quad of its first voxel to that of its last."""
     x0 = field.start[2]
     first = x0 >> 2
     quads = ((x0 + field.size[2] - 1) >> 2) - first + 1
     plane = np.uint32(((field.start[0] + z) << 16) | (field.start[1] + y))
-    uniform_lines(lines, margin + 4 * first - x0, first, quads, plane, sample, field.component, seed, stream)
+    words = job.sample, field.component, job.seed, stream
+    uniform_lines(lines, margin + 4 * first - x0, first, quads, plane, *words)
 
 
 @inner
@@ -302,7 +288,7 @@ def _centre_lines(width: int, lines: Any, margin: int) -> None:
 @inner
 def _threshold_lines(field: Any, width: int, a2: Any, lines: Any, margin: int) -> None:
     """Turn uniforms v into salt noise [v < a], with a rescaled from a2 (eq. 2 and 8)."""
-    low, slope, a_low = splat(field.low), splat(field.slope), splat(field.a_low)
+    low, slope, a_low = splat(field.low), splat(field.slope), splat(np.float32(field.a_low))
     for x in range(width):
         a = (load(a2, x * LANES) - low) * slope + a_low
         at = (margin + x) * LANES
@@ -310,11 +296,12 @@ def _threshold_lines(field: Any, width: int, a2: Any, lines: Any, margin: int) -
 
 
 @inner
-def _smooth_noise(field: Any, y: int, weights: Any, values: Any, extremes: Any, lines: Any, out: Any) -> None:
+def _smooth_noise(field: Any, y: int, job: Any, extremes: Any, lines: Any, out: Any) -> None:
     """Filter the columns of one y along z, and find their least and greatest value."""
-    depth, step = field.size[0], field.size[1] * field.pitch
+    values, depth, step = job.values, field.size[0], field.size[1] * field.pitch
     at = field.at + y * field.pitch
-    smooth_columns(values, at, depth, step, field.pitch, _kernel(field, weights, 0, 0), lines, out)
+    begin, end = _kernel(field, 0, 0)
+    smooth_columns(values, at, depth, step, field.pitch, job.weights[begin:end], lines, out)
     low = high = load(values, at)
     for z in range(depth):
         for x in range(at + z * step, at + z * step + field.pitch, LANES):
@@ -323,36 +310,38 @@ def _smooth_noise(field: Any, y: int, weights: Any, values: Any, extremes: Any, 
 
 
 @inner
-def _rescale(fields: Any, columns: Any, extremes: Any) -> None:
+def _rescale(job: Any) -> None:
     """Find the map of a2 to [a_L, a_U]; a field without range (one voxel, say) becomes a_L everywhere."""
+    fields, columns, extremes = job.fields, job.columns, job.extremes
     for k in range(fields.size):
         low, high = np.float32(np.inf), np.float32(-np.inf)
         for t in range(columns[k], columns[k + 1]):
             low, high = min(low, extremes[t, 0]), max(high, extremes[t, 1])
         fields[k].low = low
         span = np.float64(high) - np.float64(low)
-        fields[k].slope = np.float32(fields[k].a_range / span) if span > 0.0 else np.float32(0.0)
+        a_range = fields[k].a_high - fields[k].a_low
+        fields[k].slope = np.float32(a_range / span) if span > 0.0 else np.float32(0.0)
 
 
 @inner
-def _smooth_salt(field: Any, y: int, weights: Any, values: Any, lines: Any, out: Any) -> None:
+def _smooth_salt(field: Any, y: int, job: Any, lines: Any, out: Any) -> None:
     """Filter the columns of one y along z."""
     at, step = field.at + y * field.pitch, field.size[1] * field.pitch
-    smooth_columns(values, at, field.size[0], step, field.pitch, _kernel(field, weights, 1, 0), lines, out)
+    begin, end = _kernel(field, 1, 0)
+    smooth_columns(job.values, at, field.size[0], step, field.pitch, job.weights[begin:end], lines, out)
 
 
 @inner
-def _sum_above(
-    field: Any, y: int, values: Any, first: Any, start: Any, stop: Any, label: Any, rows: int, threshold: Any
-) -> tuple[int, int]:
+def _sum_above(field: Any, y: int, job: Any) -> tuple[int, int]:
     """Count b2 above the threshold in the lesion's voxels of one y, and sum it in units of 2**-26."""
+    values, runs, threshold = job.values, job.lesions, job.threshold
     passing, total = 0, 0
     for z in range(field.size[0]):
-        row = (field.start[0] + z) * rows + field.start[1] + y
+        row = (field.start[0] + z) * runs.height + field.start[1] + y
         shift = field.at + (z * field.size[1] + y) * field.pitch - field.start[2]
-        for run in range(first[row], first[row + 1]):
-            if label[run] == field.label:
-                b2 = values[shift + start[run] : shift + stop[run]]
+        for run in range(runs.first[row], runs.first[row + 1]):
+            if runs.label[run] == field.label:
+                b2 = values[shift + runs.start[run] : shift + runs.stop[run]]
                 for x in range(b2.size):
                     above = b2[x] > threshold
                     passing += above

@@ -13,8 +13,9 @@ def memory_report() -> dict[int, dict[str, int]]:
 
     ``field0`` and ``field1`` are the scratch fields of lesion textures: one volume for every eight items of a
     batch, and at least one. ``lungs`` and ``rows`` are the mask's bits and counts; ``weights`` the folded
-    Gaussians; ``table`` and ``bits``, twice each, what pairs keep for their plans and labels.
-    `lesionsynth.release_memory` gives all of it back.
+    Gaussians; ``table`` what goes up for a batch, and the bits of its blobs.
+    `lesionsynth.release_memory` gives all of it back. A pair has a copy of that table for its plan and
+    labels, which is not counted here and is free when the pair goes.
     """
     from lesionsynth.cuda.backend import backend
 

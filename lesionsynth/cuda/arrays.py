@@ -17,7 +17,7 @@ import cupy
 import numpy as np
 
 from lesionsynth._dlpack import DLPACK_CUDA, check_dense, device_kind, library_of
-from lesionsynth.cuda.render import Volume
+from lesionsynth.cuda.render import View
 
 BFLOAT16 = "int16"
 """What stands for bfloat16, which CuPy lacks: bits of its size."""
@@ -45,11 +45,11 @@ class DeviceArray:
         """Number of the CUDA device."""
         return int(self.view.device.id)
 
-    def volume(self) -> Volume:
+    def batch_view(self) -> View:
         """Describe it to the kernels, with a batch axis."""
         view = self.view if self.view.ndim == 4 else self.view[None]
         strides = tuple(n // view.itemsize for n in view.strides)
-        return Volume(int(view.data.ptr), tuple(view.shape), strides, self.kind)
+        return View(int(view.data.ptr), tuple(view.shape), strides, self.kind)
 
 
 def accept(x: Any, name: str, *, bfloat16: bool = False) -> DeviceArray:

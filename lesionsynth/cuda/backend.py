@@ -25,7 +25,7 @@ from lesionsynth.plan import Component, LesionPlan
 
 if TYPE_CHECKING:
     from lesionsynth.cuda.arrays import DeviceArray
-    from lesionsynth.cuda.pair import Lesions
+    from lesionsynth.cuda.pair import DeviceLesions
     from lesionsynth.cuda.render import Renderer
 
 DTYPES = ("float32", "float16", "bfloat16", "float64", "int16")
@@ -64,7 +64,7 @@ class CudaRendering:
     target: Any
     """GT."""
     like: DeviceArray
-    lesions: Lesions = field(repr=False)
+    lesions: DeviceLesions = field(repr=False)
     finished: bool = False
 
     def components(self) -> tuple[tuple[Component, ...] | None, ...]:
@@ -80,7 +80,7 @@ class CudaRendering:
 
         with stream_of(self.image):
             labels, view = empty(self.like, tuple(self.image.shape), "int32")
-            self.lesions.paint(view.volume().pointer)
+            self.lesions.paint(view.batch_view().pointer)
         return labels
 
 
@@ -173,7 +173,7 @@ class CudaBackend:
             results = inputs.out or (made[0][0], made[1][0])
             views = inputs.views or (made[0][1], made[1][1])
             arrays = inputs.image, inputs.mask, *views
-            job = Job(*(array.volume() for array in arrays))
+            job = Job(*(array.batch_view() for array in arrays))
             lesions = renderer.render(plans, job, hu_range, allow_empty=allow_empty)
         return CudaRendering(*results, inputs.image, lesions)
 

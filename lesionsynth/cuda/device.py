@@ -6,6 +6,7 @@ on the host (tests/cuda_host), so everything above this module runs wherever the
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
@@ -92,3 +93,48 @@ class Device(Protocol):
 
     def launch(self, program: str, image: str, kernel: str, grid: int, *arguments: Any) -> None:
         """Launch a kernel on `grid` blocks; arguments are NumPy scalars, pointers ``np.uint64``."""
+
+
+class Turns:
+    """Who launches on a device: one call at a time, in ``with turns.lock``, from `begin` to `end`."""
+
+    def __init__(self, device: Device) -> None:
+        self.device = device
+        self.lock = threading.Lock()
+        self._torn = False  # whether a call was, between `begin` and `end`
+        self._kept: list[tuple[Mark | None, Buffer]] = []
+
+    def begin(self) -> None:
+        """Begin to use the device, with the lock held.
+
+        A turn that was left by an exception, Ctrl-C or another, may have launched what no mark stands
+        behind, so the next one first lets the device finish.
+        """
+        if self._torn:
+            self.device.finish()
+            self._kept.clear()
+        self._torn = True
+
+    def end(self) -> None:
+        """Say that all that was launched has a mark behind it."""
+        self._torn = False
+
+    def keep(self, buffer: Buffer) -> None:
+        """Hold a buffer until the device has passed this turn's `mark`, whatever stream uses it last.
+
+        Freed memory goes to the stream that it was allocated on, which waits for no other.
+        """
+        self._kept.append((None, buffer))
+
+    def mark(self) -> Mark:
+        """Mark the end of what this turn launches."""
+        mark = self.device.mark()
+        self._kept = [(to or mark, buffer) for to, buffer in self._kept if to is None or not to.done()]
+        return mark
+
+    def drop(self) -> None:
+        """Wait for all that buffers are held for, and let go of them."""
+        for mark, _ in self._kept:
+            if mark is not None:
+                mark.wait()
+        self._kept.clear()

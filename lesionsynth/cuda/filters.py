@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from lesionsynth.cpu.engine.lines import gaussian_taps, kernel_of
 from lesionsynth.cuda.device import Device
-from lesionsynth.cuda.grid import WORD, Shape, Volume, upload
+from lesionsynth.cuda.grid import WORD, Grid, Shape, upload
 
 SLAB = 2**23
 """Voxels of the slices averaged together: the sums take 64 MiB twice, whatever the volume."""
@@ -37,9 +37,9 @@ def fill_uniform(device: Device, shape: Shape, words: Sequence[int], offset: Seq
     out : int
         Address of float32.
     """
-    volume = Volume(device, shape)
-    quads = int(volume.rows) * (shape[2] // 4 + 1)
-    volume.by_threads("fill_uniform", quads, out, *volume.axes, *(np.uint32(w) for w in (*words, *offset)))
+    grid = Grid(device, shape)
+    quads = int(grid.rows) * (shape[2] // 4 + 1)
+    grid.by_threads("fill_uniform", quads, out, *grid.axes, *(np.uint32(w) for w in (*words, *offset)))
 
 
 def gaussian_filter(
@@ -74,32 +74,32 @@ def gaussian_filter(
     -----
     A copy of the weights up and a launch an axis.
     """
-    volume = Volume(device, shape)
+    grid = Grid(device, shape)
     found = [_weights_of(n, float(s), truncate) for n, s in zip(shape, sigmas, strict=True)]
     axes = [axis for axis in (2, 1, 0) if found[axis][0] > 0]
     if not axes:
-        device.copy(out, source, 4 * volume.voxels)
+        device.copy(out, source, 4 * grid.voxels)
         return
     held, places = upload(device, [found[axis][1] for axis in axes])
-    scratch = device.allocate(4 * volume.voxels) if len(axes) > 1 else None
+    scratch = device.allocate(4 * grid.voxels) if len(axes) > 1 else None
     at: Any = source
     for k, (axis, place) in enumerate(zip(axes, places, strict=True)):
         last = (len(axes) - 1 - k) % 2 == 0  # back and forth, so that the last pass writes `out`
         to: Any = out if last else scratch
         # The taps or the matrix: the kernel reads what its lines need.
-        _smooth(volume, axis, at, to, place, place, np.int32(found[axis][0]), np.int32(plain))
+        _smooth(grid, axis, at, to, place, place, np.int32(found[axis][0]), np.int32(plain))
         at = to
     del held  # the weights may go once everything that reads them is in the stream
 
 
-def _smooth(volume: Volume, axis: int, source: Any, out: Any, *weights: Any) -> None:
-    depth, height, width = volume.axes
+def _smooth(grid: Grid, axis: int, source: Any, out: Any, *weights: Any) -> None:
+    depth, height, width = grid.axes
     if axis == 2:
-        volume.launch("gauss_rows", -(-int(volume.rows) // WORD), source, out, volume.rows, width, *weights)
+        grid.launch("gauss_rows", -(-int(grid.rows) // WORD), source, out, grid.rows, width, *weights)
         return
     lines = (depth, height, np.int64(width)) if axis == 1 else (np.int32(1), depth, np.int64(height) * width)
     tasks = int(lines[0]) * -(-int(lines[2]) // WORD)
-    volume.launch("gauss_columns", tasks, source, out, *lines, *weights)
+    grid.launch("gauss_columns", tasks, source, out, *lines, *weights)
 
 
 def _weights_of(n: int, sigma: float, truncate: float) -> tuple[int, npt.NDArray[Any]]:
@@ -135,12 +135,12 @@ def uniform_filter(device: Device, source: int, kind: str, shape: Shape, sizes: 
     scratch = [device.allocate(8 * most * plane) for _ in range(2)]
     along_z = {"uint8": "box_z_byte", "float32": "box_z_float", "float64": "box_z_double"}[kind]
     for first in range(0, depth, most):
-        slab = Volume(device, (min(most, depth - first), height, width))
+        slab = Grid(device, (min(most, depth - first), height, width))
         _average(slab, along_z, source, (depth, first), sizes, scratch, out + 4 * first * plane)
 
 
 def _average(
-    slab: Volume, along_z: str, source: int, place: tuple[int, int], sizes: Shape, scratch: Any, out: int
+    slab: Grid, along_z: str, source: int, place: tuple[int, int], sizes: Shape, scratch: Any, out: int
 ) -> None:
     """Average the slices of a slab; `place` is the depth of the volume and the first of them."""
     (nz, ny, nx), (sums, more) = (np.int32(n) for n in sizes), scratch

@@ -24,7 +24,7 @@ BLOCKS = 8
 
 
 @dataclass(frozen=True)
-class Volume:
+class Grid:
     """A shape on a device.
 
     Parameters
@@ -66,9 +66,9 @@ class Volume:
 
     def launch(self, kernel: str, tasks: int, *arguments: Any) -> None:
         """Launch for tasks of a block each; buffers and integers of Python are passed as addresses."""
-        grid = max(1, min(tasks, BLOCKS * self.device.processors))
+        blocks = max(1, min(tasks, BLOCKS * self.device.processors))
         values = [_address(a) if isinstance(a, int) or hasattr(a, "pointer") else a for a in arguments]
-        self.device.launch("ops", "float32", kernel, grid, *values)
+        self.device.launch("ops", "float32", kernel, blocks, *values)
 
     def by_threads(self, kernel: str, tasks: int, *arguments: Any) -> None:
         """Launch for tasks of a thread each."""

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from lesionsynth.cuda.device import Buffer, Device
-from lesionsynth.cuda.grid import Shape, Volume
+from lesionsynth.cuda.grid import Grid, Shape
 from lesionsynth.cuda.programs import THREADS
 
 MOST_VOXELS = 2**31
@@ -58,11 +58,11 @@ def label(
     -----
     Six launches. Needs a bit for every voxel besides the result.
     """
-    volume = Volume(device, shape)
-    _check_voxels("input", volume)
-    found = _find(volume, volume.pack(mask), connectivity, out, mask if plain else None)
+    grid = Grid(device, shape)
+    _check_voxels("input", grid)
+    found = _find(grid, grid.pack(mask), connectivity, out, mask if plain else None)
     found.number()
-    volume.by_warps("label_paint", volume.words, found.bits, out, volume.rows, volume.width)
+    grid.by_warps("label_paint", grid.words, found.bits, out, grid.rows, grid.width)
     return found.count()  # the one wait
 
 
@@ -70,7 +70,7 @@ def label(
 class _Components:
     """What kernels/label.cu knows of a packed mask."""
 
-    volume: Volume
+    grid: Grid
     bits: Buffer
     table: int
     """Address of an int32 a voxel; see kernels/label.cu."""
@@ -81,35 +81,33 @@ class _Components:
 
     def number(self) -> None:
         """Turn roots into numbers."""
-        volume = self.volume
-        sums = self.before, volume.rows, volume.width
-        volume.by_threads("label_number", volume.words, self.bits, self.table, *sums)
+        grid = self.grid
+        sums = self.before, grid.rows, grid.width
+        grid.by_threads("label_number", grid.words, self.bits, self.table, *sums)
 
     def count(self) -> int:
         """Wait for the number of components."""
-        return self.volume.word(self.state, 1)
+        return self.grid.word(self.state, 1)
 
 
-def _check_voxels(name: str, volume: Volume) -> None:
-    if volume.voxels >= MOST_VOXELS:
-        raise ValueError(f"{name} must have fewer than 2**31 voxels, got shape {volume.shape}")
+def _check_voxels(name: str, grid: Grid) -> None:
+    if grid.voxels >= MOST_VOXELS:
+        raise ValueError(f"{name} must have fewer than 2**31 voxels, got shape {grid.shape}")
 
 
-def _find(
-    volume: Volume, bits: Buffer, connectivity: int, table: int, plain: int | None = None
-) -> _Components:
+def _find(grid: Grid, bits: Buffer, connectivity: int, table: int, plain: int | None = None) -> _Components:
     """Find the root of every run; `plain` is the same mask in bytes, to unite voxel by voxel."""
-    chunks = -(-volume.words // THREADS)
-    state, before = volume.device.allocate(8), volume.device.allocate(4 * chunks)
-    neighbours = *volume.axes, np.int32(connectivity)
+    chunks = -(-grid.words // THREADS)
+    state, before = grid.device.allocate(8), grid.device.allocate(4 * chunks)
+    neighbours = *grid.axes, np.int32(connectivity)
     if plain is None:
-        volume.by_threads("label_runs", volume.words, bits, table, state, volume.rows, volume.width)
-        volume.by_threads("label_unite", volume.words, bits, table, *neighbours)
+        grid.by_threads("label_runs", grid.words, bits, table, state, grid.rows, grid.width)
+        grid.by_threads("label_unite", grid.words, bits, table, *neighbours)
     else:
-        volume.by_threads("label_voxels_plain", volume.voxels, table, state, np.int64(volume.voxels))
-        volume.by_threads("label_unite_plain", volume.voxels, plain, table, *neighbours)
-    volume.launch("label_count", chunks, bits, table, before, state, volume.rows, volume.width)
-    return _Components(volume, bits, table, state, before)
+        grid.by_threads("label_voxels_plain", grid.voxels, table, state, np.int64(grid.voxels))
+        grid.by_threads("label_unite_plain", grid.voxels, plain, table, *neighbours)
+    grid.launch("label_count", chunks, bits, table, before, state, grid.rows, grid.width)
+    return _Components(grid, bits, table, state, before)
 
 
 # --- Growth ---
@@ -149,53 +147,53 @@ def grow(
     A launch a step, with a wait every 64. Without end there are no steps and no wait: what a region reaches
     in a mask are the components of both that hold a voxel of the region.
     """
-    volume = Volume(device, shape)
+    grid = Grid(device, shape)
     if plain:
-        _grow_plain(volume, region, room, iterations, connectivity, out)
+        _grow_plain(grid, region, room, iterations, connectivity, out)
         return
-    bits = volume.pack(region)
-    steps = iterations if iterations >= 1 else volume.voxels
-    if steps >= volume.voxels and volume.voxels < MOST_VOXELS:  # every step but the last adds a voxel
-        volume.unpack(_flood(volume, bits, room, connectivity), out)
+    bits = grid.pack(region)
+    steps = iterations if iterations >= 1 else grid.voxels
+    if steps >= grid.voxels and grid.voxels < MOST_VOXELS:  # every step but the last adds a voxel
+        grid.unpack(_flood(grid, bits, room, connectivity), out)
     else:
-        volume.unpack(_steps(volume, bits, volume.pack(room), steps, connectivity), out)
+        grid.unpack(_steps(grid, bits, grid.pack(room), steps, connectivity), out)
 
 
-def _flood(volume: Volume, region: Buffer, room: int, connectivity: int) -> Buffer:
-    both, table = volume.pack(room, also=region), volume.device.allocate(4 * volume.voxels)
-    _find(volume, both, connectivity, table.pointer)
-    volume.by_threads("grow_mark", volume.words, region, both, table, volume.rows, volume.width)
-    volume.by_threads("grow_select", volume.words, both, table, volume.rows, volume.width)
+def _flood(grid: Grid, region: Buffer, room: int, connectivity: int) -> Buffer:
+    both, table = grid.pack(room, also=region), grid.device.allocate(4 * grid.voxels)
+    _find(grid, both, connectivity, table.pointer)
+    grid.by_threads("grow_mark", grid.words, region, both, table, grid.rows, grid.width)
+    grid.by_threads("grow_select", grid.words, both, table, grid.rows, grid.width)
     return both
 
 
-def _steps(volume: Volume, region: Buffer, room: Buffer, iterations: int, connectivity: int) -> Buffer:
+def _steps(grid: Grid, region: Buffer, room: Buffer, iterations: int, connectivity: int) -> Buffer:
     """Grow between two buffers; each step tells the next on the device whether it changed anything."""
-    grown = volume.bits()
-    neighbours = *volume.axes, np.int32(connectivity)
+    grown = grid.bits()
+    neighbours = *grid.axes, np.int32(connectivity)
     while iterations > 0:
         steps = min(iterations, BUNDLE)
-        changed = volume.zeros(steps)
+        changed = grid.zeros(steps)
         for step in range(steps):
             flags = changed.pointer + 4 * (step - 1) if step else 0, changed.pointer + 4 * step
-            volume.by_threads("grow_step", volume.words, region, room, grown, *flags, *neighbours)
+            grid.by_threads("grow_step", grid.words, region, room, grown, *flags, *neighbours)
             region, grown = grown, region
         iterations -= steps
-        if iterations and not volume.word(changed, steps - 1):  # waits, once a bundle
+        if iterations and not grid.word(changed, steps - 1):  # waits, once a bundle
             break
     return region
 
 
-def _grow_plain(volume: Volume, region: int, room: int, iterations: int, connectivity: int, out: int) -> None:
-    neighbours = *volume.axes, np.int32(connectivity)
-    now, then = (volume.device.allocate(volume.voxels) for _ in range(2))
-    volume.device.copy(now.pointer, region, volume.voxels)
+def _grow_plain(grid: Grid, region: int, room: int, iterations: int, connectivity: int, out: int) -> None:
+    neighbours = *grid.axes, np.int32(connectivity)
+    now, then = (grid.device.allocate(grid.voxels) for _ in range(2))
+    grid.device.copy(now.pointer, region, grid.voxels)
     step, moving = 0, True
     while moving and (iterations < 1 or step < iterations):
-        changed = volume.zeros(1)
-        volume.by_threads("grow_step_plain", volume.voxels, now, room, then, changed, *neighbours)
-        now, then, step, moving = then, now, step + 1, bool(volume.word(changed))
-    volume.device.copy(out, now.pointer, volume.voxels)
+        changed = grid.zeros(1)
+        grid.by_threads("grow_step_plain", grid.voxels, now, room, then, changed, *neighbours)
+        now, then, step, moving = then, now, step + 1, bool(grid.word(changed))
+    grid.device.copy(out, now.pointer, grid.voxels)
 
 
 # --- Erroneous edges ---
@@ -239,42 +237,42 @@ def remove_edges(
     ValueError
         The mask is empty, a voxel inside it is NaN or outside [0, 1], or there are 2**31 voxels or more.
     """
-    volume = Volume(device, shape)
-    _check_voxels("image", volume)
-    name, where = "float" if kind == "float32" else "double", (volume.rows, volume.width)
-    lungs, bright, seen = volume.pack(mask), volume.bits(), volume.zeros(2)
+    grid = Grid(device, shape)
+    _check_voxels("image", grid)
+    name, where = "float" if kind == "float32" else "double", (grid.rows, grid.width)
+    lungs, bright, seen = grid.pack(mask), grid.bits(), grid.zeros(2)
     level = np.dtype(kind).type(threshold)
-    volume.by_warps(f"edges_bright_{name}", volume.words, image, lungs, bright, seen, *where, level)
-    table = device.allocate(4 * volume.voxels)
-    found = _find(volume, bright, connectivity, table.pointer)
+    grid.by_warps(f"edges_bright_{name}", grid.words, image, lungs, bright, seen, *where, level)
+    table = device.allocate(4 * grid.voxels)
+    found = _find(grid, bright, connectivity, table.pointer)
     found.number()
-    shell = _shell(volume, lungs, shell_width)
-    _check_lungs(volume, seen, image, kind, mask)  # waits: an error needs to be told, and the tallies need n
-    tallies = volume.zeros(2 * (found.count() + 1))
-    volume.by_threads("edges_measure", -(-volume.words // SECTOR), bright, shell, table, tallies, *where)
+    shell = _shell(grid, lungs, shell_width)
+    _check_lungs(grid, seen, image, kind, mask)  # waits: an error needs to be told, and the tallies need n
+    tallies = grid.zeros(2 * (found.count() + 1))
+    grid.by_threads("edges_measure", -(-grid.words // SECTOR), bright, shell, table, tallies, *where)
     fraction = np.float64(contact_fraction)
-    volume.by_threads("edges_clear", volume.words, bright, table, tallies, lungs, *where, fraction)
-    end = np.int64(volume.voxels), volume.width
-    volume.by_threads(f"edges_keep_{name}", -(-volume.voxels // 4), image, lungs, out, out_mask, *end)
+    grid.by_threads("edges_clear", grid.words, bright, table, tallies, lungs, *where, fraction)
+    end = np.int64(grid.voxels), grid.width
+    grid.by_threads(f"edges_keep_{name}", -(-grid.voxels // 4), image, lungs, out, out_mask, *end)
 
 
-def _shell(volume: Volume, lungs: Buffer, width: int) -> Buffer:
+def _shell(grid: Grid, lungs: Buffer, width: int) -> Buffer:
     """Mark the voxels of a mask within `width` steps of the outside, in plane."""
-    reach = np.int32(min(width, max(volume.shape[1:])))  # further than that everything is near the outside
-    columns, shell = volume.bits(), volume.bits()
-    volume.by_threads("edges_erode_y", volume.words, lungs, columns, *volume.axes, reach)
-    volume.by_threads("edges_shell", volume.words, lungs, columns, shell, volume.rows, volume.width, reach)
+    reach = np.int32(min(width, max(grid.shape[1:])))  # further than that everything is near the outside
+    columns, shell = grid.bits(), grid.bits()
+    grid.by_threads("edges_erode_y", grid.words, lungs, columns, *grid.axes, reach)
+    grid.by_threads("edges_shell", grid.words, lungs, columns, shell, grid.rows, grid.width, reach)
     return shell
 
 
-def _check_lungs(volume: Volume, seen: Buffer, image: int, kind: str, mask: int) -> None:
-    any_voxel, strange = volume.device.download(seen.pointer, 8).view(np.uint32)
+def _check_lungs(grid: Grid, seen: Buffer, image: int, kind: str, mask: int) -> None:
+    any_voxel, strange = grid.device.download(seen.pointer, 8).view(np.uint32)
     if not any_voxel:
-        raise ValueError(f"lung_mask must have at least one voxel, got none in shape {volume.shape}")
+        raise ValueError(f"lung_mask must have at least one voxel, got none in shape {grid.shape}")
     if strange:
         dtype = np.dtype(kind)
-        values = volume.device.download(image, volume.voxels * dtype.itemsize).view(dtype)
-        tissue = values[volume.device.download(mask, volume.voxels) != 0]
+        values = grid.device.download(image, grid.voxels * dtype.itemsize).view(dtype)
+        tissue = values[grid.device.download(mask, grid.voxels) != 0]
         raise ValueError(
             f"image must lie in [0, 1] inside lung_mask, got values from {tissue.min()} to {tissue.max()}"
         )

@@ -12,7 +12,7 @@ from lesionsynth.sampling import BLOB as DRAWN
 
 AXES = 3
 STAGES = 8
-"""Passes over the lesions' boxes that have a tile list: a along x, y, z; b along x, y, z; injection; edge."""
+"""Passes over the lesions' boxes that have a tile list: a along x, y, z; b likewise; injection; soft edge."""
 
 NOTHING = 2**31 - 1
 """First voxel of an empty box; its last is -1."""

@@ -47,8 +47,8 @@ class Table:
     room: Room
 
     @property
-    def offsets(self) -> tuple[int, int, int, int, int, int]:
-        """Where items, blobs, states, parents and taps begin behind the header; last, the size of all."""
+    def offsets(self) -> tuple[int, int, int, int, int, int, int]:
+        """Where items, blobs, states, parents, taps and a copy's header begin; last, the size of all."""
         n = len(self.blobs)
         sizes = (
             BATCH.itemsize,
@@ -57,27 +57,37 @@ class Table:
             n * STATE.itemsize,
             4 * n,
             self.taps.nbytes,
+            BATCH.itemsize,
         )
-        items, blobs, states, parents, taps, end = np.cumsum([-(-size // 16) * 16 for size in sizes]).tolist()
-        return items, blobs, states, parents, taps, end
+        starts: list[int] = np.cumsum([-(-size // 16) * 16 for size in sizes]).tolist()
+        items, blobs, states, parents, taps, copied, end = starts
+        return items, blobs, states, parents, taps, copied, end
 
     @property
     def size(self) -> int:
-        """Bytes."""
+        """Bytes that go up."""
         return self.offsets[-1]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes on the device, where the blobs' bits follow."""
+        return self.size + self.room.bits
 
     @property
     def soft(self) -> bool:
         """Whether any lesion has a soft edge."""
         return self.tasks > 0 and bool(self.items["edge"].any())
 
-    def point(self, header: npt.NDArray[Any], base: int) -> None:
-        """Write into the header where its records are, for a table at an address."""
-        for name, start in zip(("items", "blobs", "states", "parents", "taps"), self.offsets, strict=False):
-            header[name] = base + start
+    def write(self, out: npt.NDArray[np.uint8], header: npt.NDArray[Any], base: int, copy: int) -> None:
+        """Write header, items, blobs, states as they begin, parents, taps, and the header of a copy.
 
-    def write(self, out: npt.NDArray[np.uint8], header: npt.NDArray[Any]) -> None:
-        """Write header, items, blobs, states as they begin, parents and taps."""
+        A header says where its records and bits are: in the table at `base`, or in its copy at `copy`.
+        """
+        copied = header.copy()
+        for one, address in ((header, base), (copied, copy)):
+            names = "items", "blobs", "states", "parents", "taps"
+            for name, start in zip((*names, "bits"), (*self.offsets[:5], self.size), strict=True):
+                one[name] = address + start
         n = len(self.blobs)
         states = np.zeros(n, dtype=STATE)
         for name in ("low", "lesion_low"):
@@ -86,7 +96,7 @@ class Table:
             states[name] = -1
         states["least"] = 0xFFFFFFFF
         parents = np.arange(n, dtype=np.int32)
-        parts = header, self.items, self.blobs, states, parents, self.taps
+        parts = header, self.items, self.blobs, states, parents, self.taps, copied
         for start, part in zip((0, *self.offsets), parts, strict=False):
             raw = np.ascontiguousarray(part).view(np.uint8).reshape(-1)
             out[start : start + raw.size] = raw

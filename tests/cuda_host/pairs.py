@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from lesionsynth.cuda.render import Job, Renderer, Volume
+from lesionsynth.cuda.render import Job, Renderer, View
 
 HU_RANGE = (-800.0, 100.0)
 
@@ -41,10 +41,10 @@ def assert_lesions(found: Sequence[Any], expected: Sequence[Any]) -> None:
         assert ours == its
 
 
-def volume(array: np.ndarray, kind: str | None = None) -> Volume:
+def volume(array: np.ndarray, kind: str | None = None) -> View:
     """Describe a (b, z, y, x) array to the kernels."""
     strides = tuple(n // array.itemsize for n in array.strides)
-    return Volume(array.ctypes.data, array.shape, strides, kind or array.dtype.name)
+    return View(array.ctypes.data, array.shape, strides, kind or array.dtype.name)
 
 
 def begin(

@@ -465,7 +465,7 @@ def test_a_number_of_threads_that_numba_dies_of() -> None:
 
 BAD_NUMBERS = ["1", None, 1j, float("nan"), float("inf"), -1, b"1", [[1.0]], 1e300, True]
 NUMBER_ARGUMENTS = {
-    "lung_fraction": lambda v: SYNTH.sample(index=0, lung_fraction=v),
+    "lung_fraction": lambda v: SYNTH.sample(index=0, lung_fraction="" if v is None else v),
     "sigma": lambda v: ls.ops.gaussian_filter(IMAGE, v),
     "truncate": lambda v: ls.ops.gaussian_filter(IMAGE, 1.0, truncate=v),
     "threshold": lambda v: ls.remove_erroneous_edges(IMAGE, MASK, threshold=v),

@@ -37,7 +37,7 @@ for index in range(3000):
     if index % 500 == 0:
         state()
     kind = index % 4
-    pair = synth(image, mask, index=index, out=out if kind == 1 else None)
+    pair = synth(image, mask, index=index, lung_fraction=1.0, out=out if kind == 1 else None)
     if kind == 2:
         pair.labels
     if kind == 3:

@@ -364,7 +364,9 @@ def test_kernels_are_made_of_files_that_are_looked_at() -> None:
             name.id
             for function in ast.walk(tree)
             if isinstance(function, ast.FunctionDef)
-            and any(ast.unparse(d) in ("kernel", "inner", "compiled") for d in function.decorator_list)
+            and any(
+                ast.unparse(d) in ("kernel", "inner", "maker", "compiled") for d in function.decorator_list
+            )
             for statement in function.body
             for name in ast.walk(statement)
             if isinstance(name, ast.Name)

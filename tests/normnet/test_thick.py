@@ -80,7 +80,9 @@ def scan():
     image, mask = draw_lungs((16, 40, 44), seed=4)
     hu = np.where(mask, np.rint(-800 + 900 * image), 40).astype(np.int16)
     healthy = ls.window_hu(hu) * mask
-    pair = ls.LesionSynthesizer(ls.presets.covid_lung(), seed=0, threads=1)(healthy, mask, index=3)
+    pair = ls.LesionSynthesizer(ls.presets.covid_lung(), seed=0, threads=1)(
+        healthy, mask, index=3, lung_fraction=1.0
+    )
     assert pair.labels.any()
     return hu, mask, pair
 

@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from lesionsynth.cpu.engine.jit import inner, kernel
+from lesionsynth.cpu.engine.jit import inner, kernel, maker
 from lesionsynth.cpu.engine.simd import LANES, fma, load, splat, store
 
 BLOCK = 8
@@ -125,7 +125,7 @@ def _fill_kernels(weights: Any, ends: Any, lengths: Any, taps: Any, ends_of_taps
         _fill_kernel(weights[ends[k] : ends[k + 1]], lengths[k], taps[ends_of_taps[k] : ends_of_taps[k + 1]])
 
 
-@inner
+@maker
 def _fill_kernel(out: Any, n: int, taps: Any) -> None:
     if 2 * taps.size - 1 <= n:
         for k in range(taps.size):
@@ -159,7 +159,7 @@ def pitch_of(width: int) -> int:
     return (width + LANES - 1) // LANES * LANES
 
 
-@inner
+@maker
 def aligned(size: int) -> Any:
     """Return uninitialised float32 for vectors, on a cache line: a load across two takes twice as long."""
     block = np.empty(size + LANES, dtype=np.float32)

@@ -11,11 +11,11 @@ from typing import Any
 import numba
 import numpy as np
 
-from lesionsynth.cpu.engine.jit import inner
+from lesionsynth.cpu.engine.jit import maker
 from lesionsynth.cpu.engine.simd import pointer
 
 
-@inner
+@maker
 def row_of(base: int, dz: int, dy: int, dx: int, height: int, row: int, scratch: Any) -> Any:
     """Row of a strided volume at an address: a view where it is contiguous, else copied to `scratch`."""
     at = base + (row // height) * dz + (row % height) * dy

@@ -391,32 +391,70 @@ def _store_at_least(typingctx: Any, array: Any, index: Any, a: Any, b: Any) -> A
     return types.void(array, types.intp, a, b), codegen
 
 
-def _outside_unit(typingctx: Any, value: Any) -> Any:
-    """Bit k of the answer: lane k is NaN or outside [0, 1]."""
-    if value not in (F32, F64):
+def _outside(typingctx: Any, value: Any, low: Any, high: Any) -> Any:
+    """Bit k of the answer: lane k is NaN, or outside the range from that of `low` to that of `high`."""
+    if value not in (F32, F64) or not value == low == high:
         return None
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        zero, one = (ir.Constant(_llvm(context, value), [v] * value.lanes) for v in (0.0, 1.0))
+        number, least, most = args
         outside = builder.or_(
-            builder.fcmp_unordered("<", args[0], zero), builder.fcmp_unordered(">", args[0], one)
+            builder.fcmp_unordered("<", number, least), builder.fcmp_unordered(">", number, most)
         )
         return builder.zext(builder.bitcast(outside, ir.IntType(value.lanes)), LONG)
 
-    return types.uint64(value), codegen
+    return types.uint64(value, low, high), codegen
 
 
-def _half_of(typingctx: Any, value: Any) -> Any:
-    """Bits of a float32 in [0, 1] rounded to float16, to nearest, ties to even.
+def _cast(typingctx: Any, value: Any, like: Any) -> Any:
+    """Take a float32, or a vector of them, as the kind that `like` is: float64, or a vector."""
+    if value not in (types.float32, F32) or like not in (types.float32, types.float64, F32):
+        return None
+    if value == types.float32 and like == F32:
+        return like(value, like), _splat(typingctx, value)[1]
 
-    In integers: LLVM's own rounding calls a function that Numba lacks where a processor has no instruction.
-    """
-    if value != types.float32:
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.fpext(args[0], DOUBLE) if like == types.float64 else args[0]
+
+    return like(value, like), codegen
+
+
+def _number_of(typingctx: Any, pixel: Any) -> Any:
+    """Take the number that a voxel holds: a float, or float32 of a float16, of which int16 has the bits."""
+    if pixel not in (types.int16, types.float32, types.float64):
         return None
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        number = args[0]
-        bits = builder.bitcast(number, WORD)
+        if pixel != types.int16:
+            return args[0]
+        bits = builder.zext(args[0], WORD)
+        sign = builder.shl(builder.and_(bits, ir.Constant(WORD, 0x8000)), ir.Constant(WORD, 16))
+        size = builder.shl(builder.and_(bits, ir.Constant(WORD, 0x7FFF)), ir.Constant(WORD, 13))
+        # of another bias; exact, for numbers below the normal ones too
+        scaled = builder.fmul(builder.bitcast(size, FLOAT), ir.Constant(FLOAT, 2.0**112))
+        number = builder.bitcast(builder.or_(builder.bitcast(scaled, WORD), sign), FLOAT)
+        strange = builder.icmp_unsigned(">=", size, ir.Constant(WORD, 0x7C00 << 13))
+        return builder.select(strange, ir.Constant(FLOAT, float("nan")), number)
+
+    return (types.float32 if pixel == types.int16 else pixel)(pixel), codegen
+
+
+def _pixel_of(typingctx: Any, number: Any, like: Any) -> Any:
+    """Return a number as a voxel like another holds it: `_number_of` backwards.
+
+    To float16 it is rounded to nearest, ties to even, and must not be NaN. In integers: LLVM's own rounding
+    calls a function that Numba lacks where a processor has no instruction.
+    """
+    if number not in (types.float32, types.float64) or like not in (types.int16, number):
+        return None
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        if like != types.int16:
+            return args[0]
+        whole = builder.bitcast(args[0], WORD)
+        sign = builder.lshr(builder.and_(whole, ir.Constant(WORD, 0x80000000)), ir.Constant(WORD, 16))
+        bits = builder.and_(whole, ir.Constant(WORD, 0x7FFFFFFF))
+        number = builder.bitcast(bits, FLOAT)
         odd = builder.and_(builder.lshr(bits, ir.Constant(WORD, 13)), ir.Constant(WORD, 1))
         # of another bias, and rounded together with `odd`
         rebased = builder.add(bits, ir.Constant(WORD, ((15 - 127) << 23) + 0xFFF))
@@ -425,9 +463,12 @@ def _half_of(typingctx: Any, value: Any) -> Any:
         shifted = builder.bitcast(builder.fadd(number, ir.Constant(FLOAT, 0.5)), WORD)
         small = builder.sub(shifted, ir.Constant(WORD, 0x3F000000))
         is_small = builder.fcmp_ordered("<", number, ir.Constant(FLOAT, 2.0**-14))
-        return builder.trunc(builder.select(is_small, small, normal), ir.IntType(16))
+        is_large = builder.fcmp_ordered(">=", number, ir.Constant(FLOAT, 65520.0))
+        size = builder.select(is_small, small, normal)
+        size = builder.select(is_large, ir.Constant(WORD, 0x7C00), size)
+        return builder.trunc(builder.or_(size, sign), ir.IntType(16))
 
-    return types.int16(value), codegen
+    return like(number, like), codegen
 
 
 def _ones(typingctx: Any, word: Any) -> Any:
@@ -455,14 +496,15 @@ store: Any = intrinsic(_store)
 splat: Any = intrinsic(_splat)
 iota: Any = intrinsic(_iota)
 fma: Any = intrinsic(_fma)
-least: Any = _binary("least", (F32, F64), _select("<"))
-greatest: Any = _binary("greatest", (F32, F64), _select(">"))
+least: Any = _binary("least", (F32, F64, types.float32, types.float64), _select("<"))
+greatest: Any = _binary("greatest", (F32, F64, types.float32, types.float64), _select(">"))
 least_lane: Any = _lane("least_lane", "fmin")
 greatest_lane: Any = _lane("greatest_lane", "fmax")
 product: Any = _binary("product", (WORDS,), _product)
 upper: Any = intrinsic(_upper)
 bits_at_most: Any = _comparison("bits_at_most", "<=")
 bits_at_least: Any = _comparison("bits_at_least", ">=")
+bits_other: Any = _comparison("bits_other", "!=")
 where: Any = intrinsic(_where)
 store_bits: Any = intrinsic(_store_bits)
 one_where_less: Any = intrinsic(_one_where_less)
@@ -473,10 +515,12 @@ fetch: Any = intrinsic(_fetch)
 fetch_add: Any = intrinsic(_fetch_add)
 trailing_zeros: Any = intrinsic(_trailing_zeros)
 ones: Any = intrinsic(_ones)
-half_of: Any = intrinsic(_half_of)
+cast: Any = intrinsic(_cast)
+number_of: Any = intrinsic(_number_of)
+pixel_of: Any = intrinsic(_pixel_of)
 store_stream: Any = intrinsic(_store_stream)
 store_at_least: Any = intrinsic(_store_at_least)
-outside_unit: Any = intrinsic(_outside_unit)
+outside: Any = intrinsic(_outside)
 fence: Any = intrinsic(_fence)
 pointer: Any = intrinsic(_pointer)
 

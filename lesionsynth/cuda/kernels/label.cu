@@ -18,34 +18,6 @@ struct LabelState {
     u32 ticket, components;
 };
 
-// Root of a node.  Halves the path: else rows that all hang on their neighbour at once make a path of
-// thousands.  The write may undo another thread's atomicMin, but that thread goes on to unite what it
-// displaced, so no link is lost.
-__device__ __forceinline__ int find(volatile int* parent, int a) {
-    int p = parent[a];
-    while (p != a) {
-        int above = parent[p];
-        if (above == p) return p;
-        parent[a] = above;
-        a = above;
-        p = parent[a];
-    }
-    return a;
-}
-
-__device__ __forceinline__ void unite_runs(int* parent, int a, int b) {
-    while (true) {
-        a = find(parent, a);
-        b = find(parent, b);
-        if (a == b) return;
-        int high = imax(a, b), low = imin(a, b);
-        int old = atomicMin(&parent[high], low);
-        if (old == high) return;  // else another thread moved it meanwhile
-        a = old;
-        b = low;
-    }
-}
-
 // Number of a node's component behind label_number; its root may be painted already.
 __device__ __forceinline__ int number_of(const volatile int* table, i64 node) {
     int entry = table[node];
@@ -82,7 +54,7 @@ __device__ __forceinline__ void join_words(int* parent, const Triple& a, int fir
     u32 starts = both & ~(both << 1 | (a.before & b.before) >> 31);
     for (; starts; starts &= starts - 1) {
         int bit = __ffs(starts) - 1;
-        unite_runs(parent, first + run_start(a.here, bit), other + run_start(b.here, bit));
+        unite(parent, first + run_start(a.here, bit), other + run_start(b.here, bit));
     }
     if (!diagonal) return;
     // Runs that touch without a stretch in common: one begins right behind the other's end.
@@ -91,11 +63,11 @@ __device__ __forceinline__ void join_words(int* parent, const Triple& a, int fir
     for (; behind; behind &= behind - 1) {
         int bit = __ffs(behind) - 1;
         int node = bit > 0 ? run_start(b.here, bit - 1) : run_start(b.before, WARP - 1) - WARP;
-        unite_runs(parent, first + bit, other + node);
+        unite(parent, first + bit, other + node);
     }
     for (; ahead; ahead &= ahead - 1) {
         int bit = __ffs(ahead) - 1;
-        unite_runs(parent, first + run_start(a.here, bit), other + bit + 1);
+        unite(parent, first + run_start(a.here, bit), other + bit + 1);
     }
 }
 
@@ -143,11 +115,7 @@ KERNEL label_unite_plain(const u8* mask, int* parent, int depth, int height, int
 
 // Sum over the threads before this one, and over all.  `sums` is shared memory, a word a warp.
 __device__ __forceinline__ u32 sum_before(u32 n, u32* sums, u32* all) {
-    u32 sum = n, before = 0;
-    for (int d = 1; d < WARP; d *= 2) {
-        u32 other = __shfl_up_sync(ALL_LANES, sum, d);
-        if (lane_of_thread() >= d) sum += other;
-    }
+    u32 sum = inclusive_sum(n), before = 0;
     __syncthreads();  // the last sums are read
     if (lane_of_thread() == WARP - 1) sums[warp_of_thread()] = sum;
     __syncthreads();

@@ -233,14 +233,6 @@ KERNEL box_y(const double* sums, double* out, int slices, int height, int width,
     }
 }
 
-__device__ __forceinline__ double inclusive_sum(double x) {
-    for (int d = 1; d < WARP; d *= 2) {
-        double other = __shfl_up_sync(ALL_LANES, x, d);
-        if (lane_of_thread() >= d) x += other;
-    }
-    return x;
-}
-
 // A warp is a row: 32 windows at a time, scanning what enters less what leaves.  Floor: 8 read, 4 written.
 KERNEL box_x(const double* sums, float* out, i64 rows, int width, int size, double count) {
     int left = size / 2;
@@ -248,7 +240,7 @@ KERNEL box_x(const double* sums, float* out, i64 rows, int width, int size, doub
         const double* row = sums + r * width;
         double total = 0.0;
         for (int k = lane_of_thread(); k < size; k += WARP) total += row[mirrored(k - left, width)];
-        for (int d = WARP / 2; d; d /= 2) total += __shfl_xor_sync(ALL_LANES, total, d);
+        total = warp_sum(total);
         for (int x0 = 0; x0 < width; x0 += WARP) {
             int x = x0 + lane_of_thread();
             bool moved = x > 0 && x < width;

@@ -258,14 +258,3 @@ KERNEL paint_labels(const Batch* table, int* labels) {
         }
     }
 }
-
-// Correct the addresses in a table that was copied `by` bytes further, and whose bits went to `bits`.
-KERNEL move_table(Batch* table, i64 by, u64 bits) {
-    if (threadIdx.x) return;
-    table->items += by;
-    table->blobs += by;
-    table->states += by;
-    table->parents += by;
-    table->taps += by;
-    table->bits = bits;
-}

@@ -81,8 +81,19 @@ __device__ __forceinline__ u32 warp_or(u32 word) {
     return word;
 }
 
-__device__ __forceinline__ u32 warp_sum(u32 n) {
+template <class T>
+__device__ __forceinline__ T warp_sum(T n) {
     for (int d = WARP / 2; d; d /= 2) n += __shfl_xor_sync(ALL_LANES, n, d);
+    return n;
+}
+
+// Sum over the lanes up to this one.
+template <class T>
+__device__ __forceinline__ T inclusive_sum(T n) {
+    for (int d = 1; d < WARP; d *= 2) {
+        T other = __shfl_up_sync(ALL_LANES, n, d);
+        if (lane_of_thread() >= d) n += other;
+    }
     return n;
 }
 
@@ -111,10 +122,18 @@ __device__ __forceinline__ float float_of(u32 key) {
 
 // Union-find over any table of parents: a parent is never greater than its child, so the root of a set is
 // its least member, whatever the order of threads.
+//
+// Uniting halves the paths it walks: else rows that all hang on their neighbour at once make a path of
+// thousands.  The write may undo another thread's atomicMin, but that thread goes on to unite what it
+// displaced, so no link is lost.
+template <bool HALVE = false>
 __device__ __forceinline__ int root_of(volatile int* parent, int a) {
     int p = parent[a];
     while (p != a) {
-        a = p;
+        int above = parent[p];
+        if (above == p) return p;
+        if (HALVE) parent[a] = above;
+        a = above;
         p = parent[a];
     }
     return a;
@@ -122,17 +141,14 @@ __device__ __forceinline__ int root_of(volatile int* parent, int a) {
 
 __device__ __forceinline__ void unite(int* parent, int a, int b) {
     while (true) {
-        a = root_of(parent, a);
-        b = root_of(parent, b);
+        a = root_of<true>(parent, a);
+        b = root_of<true>(parent, b);
         if (a == b) return;
-        if (a < b) {
-            int t = a;
-            a = b;
-            b = t;
-        }
-        int old = atomicMin(&parent[a], b);  // hang a under b, unless another thread moved a meanwhile
-        if (old == a) return;
+        int high = imax(a, b), low = imin(a, b);
+        int old = atomicMin(&parent[high], low);
+        if (old == high) return;  // else another thread moved it meanwhile
         a = old;
+        b = low;
     }
 }
 

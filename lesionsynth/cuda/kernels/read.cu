@@ -82,14 +82,6 @@ __device__ void scan_block(i64* values) {
     }
 }
 
-__device__ __forceinline__ u32 inclusive_sum(u32 n) {
-    for (int d = 1; d < WARP; d *= 2) {
-        u32 other = __shfl_up_sync(ALL_LANES, n, d);
-        if (lane_of_thread() >= d) n += other;
-    }
-    return n;
-}
-
 // Among `n` counts from `counts(k)`, a whole warp: the k whose voxels contain the one of rank *left, which becomes
 // its rank there.
 template <class Counts>

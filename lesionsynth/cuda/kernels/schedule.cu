@@ -100,11 +100,7 @@ __device__ void number_tiles(const Batch& batch, int stage, int base, int count,
     i64* first = (i64*)batch.tiles + (i64)stage * (batch.n_blobs + 1) + base;
     for (int k0 = 0; k0 < count; k0 += WARP) {
         int k = k0 + lane_of_thread();
-        i64 here = k < count ? counts[k] : 0, sum = here;
-        for (int d = 1; d < WARP; d *= 2) {
-            i64 other = __shfl_up_sync(ALL_LANES, sum, d);
-            if (lane_of_thread() >= d) sum += other;
-        }
+        i64 here = k < count ? counts[k] : 0, sum = inclusive_sum(here);
         if (k < count) first[k] = before + sum - here;
         before += __shfl_sync(ALL_LANES, sum, WARP - 1);
     }

@@ -217,7 +217,7 @@ struct Brightness {
     __device__ void finish(State& s) {
         size = warp_sum(size);
         passing = warp_sum(passing);
-        for (int d = WARP / 2; d; d /= 2) total += __shfl_xor_sync(ALL_LANES, total, d);
+        total = warp_sum(total);
         if (lane_of_thread() == 0 && size) {
             atomicAdd(&s.voxels, (u64)size);
             atomicAdd(&s.passing, (u64)passing);

@@ -82,7 +82,7 @@ def crowded(round_: int, plant: str | None) -> None:
     renderer = render.Renderer(RacingDevice(yield_percent=5, seed=round_ + 1, plant=plant))
     with patch.object(render, "LEAST_FIELD", 0):
         agree(renderer, [plan(*sheets())], image[None], np.ones_like(mask)[None])
-    table = renderer.workspace.buffers["table 0"].array[: BATCH.itemsize].view(BATCH)
+    table = renderer.workspace.buffers["table"].array[: BATCH.itemsize].view(BATCH)
     assert table["crowded"] == [2]
 
 

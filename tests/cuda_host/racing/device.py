@@ -32,10 +32,10 @@ PLANTS = {
         "reach_x);\n    __syncthreads();",
         "reach_x);",
     ),
-    # Another thread may move a between the two.
+    # Another thread may move `high` between the two.
     "union": (
-        "int old = atomicMin(&parent[a], b);",
-        "int old = parent[a];\n        if (b < old) parent[a] = b;",
+        "int old = atomicMin(&parent[high], low);",
+        "int old = parent[high];\n        if (low < old) parent[high] = low;",
     ),
 }
 """Races by name: a text of the kernels, and what takes its place."""
