@@ -11,6 +11,8 @@ import numpy.typing as npt
 from lesionsynth._dlpack import Restore, accept, library_of
 from lesionsynth.plan import LesionPlan
 
+MOST_HALF = 65504.0
+"""Largest float16."""
 _AXES = {3: "(z, y, x)", 4: "(b, z, y, x)"}
 
 
@@ -102,6 +104,12 @@ def check_values(dtype: str, plans: Sequence[LesionPlan]) -> None:
     """Raise `TypeError` where Hounsfield units meet a plan of other values."""
     if dtype == "int16" and any(plan.value_range != (0.0, 1.0) for plan in plans):
         raise TypeError("image must be float where a plan has a value_range, got int16")
+    for low, high in (plan.value_range for plan in plans) if dtype == "float16" else ():
+        if max(-low, high) > MOST_HALF:
+            raise TypeError(
+                f"image must be float32 or float64 for value_range {(low, high)}, got float16, which ends at "
+                f"{MOST_HALF:g}"
+            )
 
 
 def accept_out(

@@ -121,7 +121,8 @@ def base_pair(
     depth, height, width = shape
     real = np.float64 if out.dtype == np.float64 else np.float32
     bounds = hu_range if image.dtype == np.int16 else plan.value_range
-    low, high = (real(np.float32(bound)) for bound in bounds)
+    kind = np.float32 if image.dtype == np.int16 else image.dtype
+    low, high = (real(np.asarray(bound, dtype=kind)) for bound in bounds)
     sample, flat = np.empty(width, dtype=image.dtype), out.reshape(-1, width)
     if image.dtype == np.float16:
         sample, flat = sample.view(np.int16), flat.view(np.int16)
@@ -160,9 +161,11 @@ class InjectJob(NamedTuple):
     mode: int
     """Place in `MODES`."""
     low: Any
-    """Value that stands for 0, that for 1, and the latter less the former, in float32."""
-    high: Any
+    """Value that stands for 0, and how far from there the one that stands for 1 is, in float32."""
     span: Any
+    least: Any
+    """The same two as the image holds them, float32 for float16."""
+    most: Any
     lesions: LesionRows
     fields: Any
     """As in `Textures`; slice z of the box of field k is task ``slices[k] + z``."""
@@ -205,9 +208,11 @@ def inject(
         Voxels of each of these lesions whose value is another now.
     """
     low, high = plan.value_range
+    real = np.float64 if out.dtype == np.float64 else np.float32
+    bottom, top = (real(np.asarray(bound, dtype=out.dtype)) for bound in plan.value_range)
     tasks = int(textures.slices[-1])
     job = InjectJob(
-        MODES.index(plan.mode), np.float32(low), np.float32(high), np.float32(high - low), lesions.rows,
+        MODES.index(plan.mode), np.float32(low), np.float32(high - low), bottom, top, lesions.rows,
         textures.fields, textures.values, textures.slices, edge_of(plan, len(textures.values)),
         image=(out.view(np.int16) if out.dtype == np.float16 else out).reshape(-1),
         target=target.reshape(-1),
@@ -315,7 +320,9 @@ def _inject(progress: Any, job: Any) -> None:
 def _inject_slice(field: Any, z: int, job: Any, soft: Any) -> int:
     """Inject a lesion into a slice of its box; returns how many voxels become another."""
     runs, image, target, values = job.lesions, job.image, job.target, job.values
-    how = Blending(job.mode, job.low, job.high, job.span, np.float32(field.beta), np.float32(field.weight))
+    how = Blending(
+        job.mode, job.low, job.span, job.least, job.most, np.float32(field.beta), np.float32(field.weight)
+    )
     changed = 0
     for y in range(field.size[1]):
         row = (field.start[0] + z) * runs.height + field.start[1] + y
@@ -332,12 +339,13 @@ def _inject_slice(field: Any, z: int, job: Any, soft: Any) -> int:
 
 
 class Blending(NamedTuple):
-    """How a lesion enters the image: of the job, and of the lesion. All but the mode are float32."""
+    """How a lesion enters the image: of the job, and of the lesion; float32 but for mode and ends."""
 
     mode: int
     low: Any
-    high: Any
     span: Any
+    least: Any
+    most: Any
     beta: Any
     weight: Any
 
@@ -352,16 +360,17 @@ def blend(how: Any, h: Any, b: Any, e: Any) -> Any:
     zero, one = cast(np.float32(0.0), b), cast(np.float32(1.0), b)
     low, span = cast(how.low, b), cast(how.span, b)
     b = least(greatest(b * cast(how.beta, b), zero), one)
+    bottom, top = cast(how.least, h), cast(how.most, h)  # which rounding must not leave
     if how.mode == MAX:
-        return greatest(cast(b * span + low, h), h)
+        return greatest(least(greatest(cast(b * span + low, h), bottom), top), h)
     if how.mode == MIN:
-        return least(cast((one - b) * span + low, h), h)
+        return least(least(greatest(cast((one - b) * span + low, h), bottom), top), h)
     share = cast(how.weight, b) * e
     if how.mode == ADD:
         a = h + cast(share * b * span, h)
     else:
         a = h + cast(share, h) * (cast(b * span + low, h) - h)
-    return least(cast(how.high, h), greatest(cast(how.low, h), a))
+    return least(greatest(a, bottom), top)
 
 
 def _inject_run(image: Any, to: int, n: int, values: Any, at: int, soft: Any, how: Any) -> int:

@@ -84,9 +84,10 @@ ITEM = np.dtype(
         ("tau", np.float64),  # as the image's values measure it, rounded to the image's type
         ("mode", np.int32),  # place in `MODES`
         ("edge", np.float32),  # width of a soft edge, in the unit of `scale`; 0: none
-        ("low", np.float32),  # values that stand for 0 and 1, and their distance
+        ("low", np.float32),  # value that stands for 0, and how far from there the one that stands for 1 is
         ("span", np.float32),
-        ("high", np.float32),
+        ("least", np.float64),  # the same two, rounded to the type of the image
+        ("most", np.float64),
         ("lung_voxels", np.int64),
     ],
     align=True,

@@ -18,7 +18,7 @@ from lesionsynth.config import Range
 from lesionsynth.cuda.device import Device, Turns
 from lesionsynth.cuda.pair import DeviceLesions
 from lesionsynth.cuda.records import BATCH
-from lesionsynth.cuda.table import WORD, Table, build
+from lesionsynth.cuda.table import WORD, Levels, Table, build
 from lesionsynth.cuda.workspace import STATUS_BYTES, Findings, Workspace
 from lesionsynth.plan import LesionPlan
 
@@ -100,7 +100,8 @@ class Renderer:
         ValueError
             An earlier batch, of which nobody asked for the plan or the labels, was wrong.
         """
-        table = build(plans, job.shape, [rounded(plan.threshold, job.image.kind) for plan in plans])
+        levels = [levels_of(plan, job.image.kind) for plan in plans]
+        table = build(plans, job.shape, levels)
         with self.turns.lock:
             self.turns.begin()
             space, kind = self.workspace, job.image.kind
@@ -184,8 +185,14 @@ class Renderer:
         return header
 
 
+def levels_of(plan: LesionPlan, kind: str) -> Levels:
+    """Return what a plan compares an image of a type with: the threshold, and the ends of its range."""
+    least, most = plan.value_range
+    return rounded(plan.threshold, kind), rounded(least, kind), rounded(most, kind)
+
+
 def rounded(value: float, kind: str) -> float:
-    """Return a threshold as the type of an image holds it; int16 is compared in float32."""
+    """Return a number as the type of an image holds it; int16 is compared in float32."""
     if kind == "bfloat16":
         bits = int(np.float32(value).view(np.uint32))
         return float(np.uint32((bits + 0x7FFF + (bits >> 16 & 1)) & 0xFFFF0000).view(np.float32))

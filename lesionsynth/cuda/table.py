@@ -22,6 +22,8 @@ from lesionsynth.sampling import BLOB as DRAWN
 
 FAR = 2**30
 """Reach beyond any volume."""
+Levels = tuple[float, float, float]
+
 WORD = 32
 """Voxels of a word."""
 
@@ -102,7 +104,7 @@ class Table:
             out[start : start + raw.size] = raw
 
 
-def build(plans: Sequence[LesionPlan], shape: tuple[int, int, int], taus: Sequence[float]) -> Table:
+def build(plans: Sequence[LesionPlan], shape: tuple[int, int, int], levels: Sequence[Levels]) -> Table:
     """Build the table of a batch.
 
     Parameters
@@ -111,8 +113,8 @@ def build(plans: Sequence[LesionPlan], shape: tuple[int, int, int], taus: Sequen
         One an item.
     shape : (3,) ints
         Volume (z, y, x) of an item.
-    taus : sequence of float
-        Threshold of each item, rounded to the type of the image.
+    levels : sequence of (3,) floats
+        Threshold of each item and the ends of its range, rounded to the type of the image.
     """
     counts = [len(plan.records) for plan in plans]
     # As bytes: NumPy takes its time to see that records of one dtype have one dtype.
@@ -127,10 +129,10 @@ def build(plans: Sequence[LesionPlan], shape: tuple[int, int, int], taus: Sequen
     taps = _add_taps(blobs, drawn, scale)
     floats = _starts(blobs["weights"], _matrix_sizes(blobs, shape))
     tiles = STAGES * (len(blobs) + 1) * 8
-    return Table(_items(plans, counts, taus), blobs, taps, tasks, Room(4 * words, 4 * floats, tiles))
+    return Table(_items(plans, counts, levels), blobs, taps, tasks, Room(4 * words, 4 * floats, tiles))
 
 
-def _items(plans: Sequence[LesionPlan], counts: Sequence[int], taus: Sequence[float]) -> npt.NDArray[Any]:
+def _items(plans: Sequence[LesionPlan], counts: Sequence[int], levels: Sequence[Levels]) -> npt.NDArray[Any]:
     items = np.zeros(len(plans), dtype=ITEM)
     items["seed"] = [plan.seed for plan in plans]
     items["sample"] = [plan.index for plan in plans]
@@ -139,11 +141,11 @@ def _items(plans: Sequence[LesionPlan], counts: Sequence[int], taus: Sequence[fl
     items["first_blob"] = np.cumsum([0, *counts[:-1]])
     items["mean_threshold"] = items["threshold"] = [plan.mean_threshold for plan in plans]
     items["scale"] = [plan.scale for plan in plans]
-    items["tau"] = taus
+    items["tau"], items["least"], items["most"] = np.array(levels, dtype=np.float64).reshape(-1, 3).T
     items["mode"] = [MODES.index(plan.mode) for plan in plans]
     items["edge"] = [plan.edge for plan in plans]
     low, high = np.array([plan.value_range for plan in plans], dtype=np.float64).reshape(-1, 2).T
-    items["low"], items["span"], items["high"] = low, high - low, high
+    items["low"], items["span"] = low, high - low
     return items
 
 

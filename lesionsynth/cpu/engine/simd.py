@@ -407,14 +407,14 @@ def _outside(typingctx: Any, value: Any, low: Any, high: Any) -> Any:
 
 
 def _cast(typingctx: Any, value: Any, like: Any) -> Any:
-    """Take a float32, or a vector of them, as the kind that `like` is: float64, or a vector."""
-    if value not in (types.float32, F32) or like not in (types.float32, types.float64, F32):
+    """Take a number, or a vector of float32, as the kind that `like` is: float64, or a vector."""
+    if value not in (types.float32, types.float64, F32) or like not in (types.float32, types.float64, F32):
         return None
     if value == types.float32 and like == F32:
         return like(value, like), _splat(typingctx, value)[1]
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return builder.fpext(args[0], DOUBLE) if like == types.float64 else args[0]
+        return args[0] if value == like else builder.fpext(args[0], DOUBLE)
 
     return like(value, like), codegen
 

@@ -70,7 +70,7 @@ struct Levels {
     Real tau, low, high;
 };
 
-__device__ __forceinline__ Levels levels_of(const Item& item) { return {(Real)item.tau, item.low, item.high}; }
+__device__ __forceinline__ Levels levels_of(const Item& item) { return {(Real)item.tau, (Real)item.least, (Real)item.most}; }
 
 __device__ __forceinline__ u32 copy_voxel(const Batch& batch, Pixel p, const Levels& levels, Result* out, bool* strange) {
     Real value = real_of(p, batch);
@@ -144,20 +144,25 @@ __device__ float beta_of(const Batch& batch, const Lesion& l) {
 
 enum Mode { MAX, MIN, ADD, BLEND };  // MODES of config.py
 
+// A value of the image's range: rounding must not leave it.
+__device__ __forceinline__ Real within(Real value, const Item& item) {
+    Real least = item.least, most = item.most;
+    return value < least ? least : value > most ? most : value;
+}
+
 // A voxel of a lesion as it is stored: b is the lesion's brightness, `share` what its weight and edge leave of it.
 // No product is fused with a sum: the CPU twin fuses none here.
 __device__ __forceinline__ Result blend(const Item& item, float b, float share, Result healthy, Real h) {
     if (item.mode <= MIN) {
         // Compared as it is stored: rounded to the type of the image.
-        Result lesion = stored((item.mode == MIN ? 1.0f - b : b) * item.span + item.low);
+        Result lesion = stored(within((item.mode == MIN ? 1.0f - b : b) * item.span + item.low, item));
         Real value = value_of(lesion);
         return (item.mode == MIN ? value < h : value > h) ? lesion : healthy;
     }
     Real value;
     if (item.mode == ADD) value = h + (Real)(share * b * item.span);
     else value = h + (Real)share * ((Real)(b * item.span + item.low) - h);
-    Real low = item.low, high = item.high;
-    return stored(value < low ? low : value > high ? high : value);
+    return stored(within(value, item));
 }
 
 // Sixty-four words of 32 voxels, a warp each in turn.  Without a soft edge it takes fewer registers.
