@@ -1,8 +1,9 @@
-"""How lesions enter the image, what they change there, and where they lie: the CPU twin against the oracle."""
+"""How lesions enter the image, what they change there, and where they lie: the CPU twin and the oracle."""
 
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import numba
@@ -269,7 +270,7 @@ def test_a_wider_edge_takes_more() -> None:
     added = [
         renderer().render(in_mode("two", "add", edge=e), image, mask).image for e in (0.0, 1.5, 2.0, 3.0, 9.0)
     ]
-    for less, more in zip(added, added[1:], strict=False):
+    for less, more in pairwise(added):
         assert (more <= less).all()
         assert (more < less).any()
 
