@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import itertools
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import numba
@@ -271,7 +271,7 @@ def test_a_wider_edge_takes_more() -> None:
     added = [
         renderer().render(in_mode("two", "add", edge=e), image, mask).image for e in (0.0, 1.5, 2.0, 3.0, 9.0)
     ]
-    for less, more in itertools.pairwise(added):
+    for less, more in pairwise(added):
         assert (more <= less).all()
         assert (more < less).any()
 
