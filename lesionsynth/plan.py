@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from dataclasses import MISSING, asdict, dataclass, fields, replace
 from functools import partial
 from itertools import pairwise
@@ -241,6 +242,15 @@ class LesionPlan:
         """τ as the image's values measure it."""
         low, high = self.value_range
         return self.tau if self.value_range == (0.0, 1.0) else low + self.tau * (high - low)
+
+    def ends(self, rounded: Callable[[float], float]) -> Range:
+        """Return the ends of `value_range` for images of a type, given how that rounds.
+
+        An image may hold them as its own type does or, converted, as float32 does: the wider ones count.
+        """
+        low, high = self.value_range
+        least, most = min(rounded(low), float(np.float32(low))), max(rounded(high), float(np.float32(high)))
+        return least, most
 
     def rendered(self, components: tuple[Component, ...] | None) -> LesionPlan:
         """Return the plan with what it became; None says that there was no lung."""

@@ -168,7 +168,11 @@ def exact_image(drawn: ls.LesionPlan, image: Any, mask: Any) -> Any:
     """A from H and B, operation by operation; B comes from the same lesions in an empty image."""
     plain = replace(drawn, mode="max", edge=0.0, value_range=(0.0, 1.0))
     pair = renderer().render(plain, np.zeros_like(image, dtype=F32), mask)
-    low, high = (F32(bound) for bound in drawn.value_range)
+    low = F32(drawn.value_range[0])
+    ends = [
+        [np.asarray(bound, kind).astype(float) for kind in (image.dtype, F32)] for bound in drawn.value_range
+    ]
+    least, most = min(ends[0]), max(ends[1])
     span, real = F32(drawn.value_range[1] - drawn.value_range[0]), np.result_type(image, F32).type
     out = image.copy()
     for component in pair.plan.components:
@@ -177,12 +181,12 @@ def exact_image(drawn: ls.LesionPlan, image: Any, mask: Any) -> Any:
         share = F32(drawn.blobs[component.blobs[0]].weight) * exact_edge(drawn, lesion)[lesion]
         v = (F32(1) - b if drawn.mode == "min" else b) * span + low
         if drawn.mode in ("max", "min"):
-            v = v.astype(image.dtype)
+            v = np.clip(v.astype(real), real(least), real(most)).astype(image.dtype)
             a = np.where(v > h if drawn.mode == "max" else v < h, v, image[lesion])
         elif drawn.mode == "add":
-            a = np.clip(h + (share * b * span).astype(real), low, high)
+            a = np.clip(h + (share * b * span).astype(real), real(least), real(most))
         else:
-            a = np.clip(h + share.astype(real) * (v.astype(real) - h), low, high)
+            a = np.clip(h + share.astype(real) * (v.astype(real) - h), real(least), real(most))
         assert a.dtype in (real, image.dtype)
         out[lesion] = a
     return out
@@ -384,3 +388,29 @@ def test_surface_and_depth_are_what_they_say(lungs) -> None:
     shallow, deep = depth[found["uniform"]], depth[found["depth"]]
     assert stats.ks_2samp(deep, shallow, alternative="less").pvalue < KS_LEVEL
     assert deep.mean() > shallow.mean() + 1
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("kind", ["float32", "float64", "float16"])
+@pytest.mark.parametrize("bounds", [(0.1, 0.9), (-0.3, 0.7), (-3.0, 5.1), (1000.3, 1007.7)])
+def test_nothing_leaves_the_range_of_the_image_s_type(bounds, kind, mode) -> None:
+    """The ends are taken, as the type and as float32 has them; what comes out is taken again."""
+    low, high = (np.asarray(bound, dtype=kind) for bound in bounds)
+    image = np.where(np.indices(SHAPE).sum(axis=0) % 3 == 0, low, high).astype(kind)
+    image[0] = np.where(image[0] == low, np.float32(bounds[0]), np.float32(bounds[1])).astype(kind)
+    bright = blob(mu0=1.0, a_low=0.8, a_high=1.0)
+    faint = blob(1, center=(6, 20, 30), semi_axes=(5.0, 5.0, 5.0), mu0=0.3)
+    drawn = plan(bright, faint, mode=mode, value_range=bounds)
+    mask = np.ones(SHAPE, dtype=bool)
+    pair = renderer().render(drawn, image, mask)
+    assert np.float32(low) == np.float32(pair.image.min())
+    assert np.float32(pair.image.max()) == np.float32(high)
+    renderer().render(drawn, pair.image, mask)
+
+
+def test_a_half_that_cannot_hold_the_range_is_refused() -> None:
+    image, mask = np.full(SHAPE, 1.0, np.float16), np.ones(SHAPE, dtype=bool)
+    with pytest.raises(
+        TypeError, match=r"image must be float32 or float64 for value_range \(0\.0, 70000\.0\)"
+    ):
+        renderer().render(plan(blob(), value_range=(0.0, 7e4)), image, mask)

@@ -120,9 +120,7 @@ def base_pair(
         shape = (len(image), 1, image[0].size)
     depth, height, width = shape
     real = np.float64 if out.dtype == np.float64 else np.float32
-    bounds = hu_range if image.dtype == np.int16 else plan.value_range
-    kind = np.float32 if image.dtype == np.int16 else image.dtype
-    low, high = (real(np.asarray(bound, dtype=kind)) for bound in bounds)
+    low, high = (real(end) for end in (hu_range if image.dtype == np.int16 else ends_of(plan, out.dtype)))
     sample, flat = np.empty(width, dtype=image.dtype), out.reshape(-1, width)
     if image.dtype == np.float16:
         sample, flat = sample.view(np.int16), flat.view(np.int16)
@@ -153,6 +151,11 @@ def base_pair(
             _explain(image, plan.value_range)
 
     return finish
+
+
+def ends_of(plan: LesionPlan, dtype: Any) -> Range:
+    """Return the ends of the range of a plan, for images of a type."""
+    return plan.ends(lambda value: float(np.asarray(value, dtype=dtype)))
 
 
 class InjectJob(NamedTuple):
@@ -209,7 +212,7 @@ def inject(
     """
     low, high = plan.value_range
     real = np.float64 if out.dtype == np.float64 else np.float32
-    bottom, top = (real(np.asarray(bound, dtype=out.dtype)) for bound in plan.value_range)
+    bottom, top = (real(end) for end in ends_of(plan, out.dtype))
     tasks = int(textures.slices[-1])
     job = InjectJob(
         MODES.index(plan.mode), np.float32(low), np.float32(high - low), bottom, top, lesions.rows,

@@ -187,8 +187,7 @@ class Renderer:
 
 def levels_of(plan: LesionPlan, kind: str) -> Levels:
     """Return what a plan compares an image of a type with: the threshold, and the ends of its range."""
-    least, most = plan.value_range
-    return rounded(plan.threshold, kind), rounded(least, kind), rounded(most, kind)
+    return rounded(plan.threshold, kind), *plan.ends(lambda value: rounded(value, kind))
 
 
 def rounded(value: float, kind: str) -> float:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -30,15 +30,6 @@ class HostPair:
         labels = np.full(self.image.shape, -7, dtype=np.int32)
         self.lesions.paint(labels.ctypes.data)
         return labels
-
-
-def assert_lesions(found: Sequence[Any], expected: Sequence[Any]) -> None:
-    """Hold the components of each item to the CPU twin's; `changed` only where that counts it."""
-    assert len(found) == len(expected)
-    for ours, its in zip(found, expected, strict=True):
-        if ours and its and its[0].changed is None:
-            ours = tuple(replace(component, changed=None) for component in ours)
-        assert ours == its
 
 
 def volume(array: np.ndarray, kind: str | None = None) -> View:
