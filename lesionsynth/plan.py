@@ -192,11 +192,7 @@ class LesionPlan:
         put("edge", check_number("edge", self.edge, 0.0, MOST_LENGTH))
         if self.edge and self.mode not in SOFT_MODES:
             raise ValueError(f"edge must be 0 in mode {self.mode!r}, got {self.edge}")
-        if self.edge > MOST_EDGE * min(self.scale):
-            raise ValueError(
-                f"edge must be at most {MOST_EDGE} voxels along each axis, got {self.edge} with steps "
-                f"{self.scale}"
-            )
+        check_edge(self.edge, self.scale)
         if not isinstance(self.value_range, tuple) or len(self.value_range) != 2:
             raise ValueError(f"value_range must be (low, high), got {shown(self.value_range)}")
         bounds = tuple(check_number("value_range", value, -MOST_HU, MOST_HU) for value in self.value_range)
@@ -377,6 +373,14 @@ def too_much(
             f"weights of Gaussians together, got {taps.max() / 4.0:.3g} and {weights:.3g}"
         )
     return None
+
+
+def check_edge(edge: float, scale: Triple) -> None:
+    """Raise `ValueError` where a soft edge is too many voxels wide."""
+    if edge > MOST_EDGE * min(scale):
+        raise ValueError(
+            f"edge must be at most {MOST_EDGE} voxels along each axis, got {edge} with steps {scale}"
+        )
 
 
 def check_word(name: str, value: Any) -> int:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
 import sys
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, NamedTuple, overload
+from typing import Any, overload
 
 import numpy as np
 import numpy.typing as npt
@@ -16,37 +15,14 @@ import numpy.typing as npt
 from lesionsynth._backend import Backend, Backends, Inputs, Rendering
 from lesionsynth._dlpack import DLPackArray, check_dense, untraced
 from lesionsynth._kept import kept
-from lesionsynth.config import LEAST_FRACTION, PAPER_LUNG, PAPER_VOXEL, LesionConfig, checked_spacing
-from lesionsynth.cpu.philox import plan_uniforms
-from lesionsynth.load import meet_load
+from lesionsynth.config import LesionConfig, checked_spacing
+from lesionsynth.drawing import Request, draw_plans
 from lesionsynth.plan import Component, LesionPlan, check_lung_fraction, check_word, too_much
-from lesionsynth.sampling import (
-    MOST_VOXELS,
-    UNIFORMS_PER_BLOB,
-    Triple,
-    draw_blobs,
-    draw_kinds,
-    draw_load,
-    draw_numbers,
-)
+from lesionsynth.sampling import MOST_VOXELS, Triple
 from lesionsynth.strict import check_integer, shown
 
-OF_SAMPLE = 2**32 - 1
-"""Philox component of the draws that belong to the sample, not to a blob."""
 IDLE = 0.05
 """Share of its voxels below which a lesion changes next to nothing; of one below 20 voxels it is no voxel."""
-
-
-class _Request(NamedTuple):
-    """What is to be drawn."""
-
-    indices: Sequence[int]
-    fractions: Sequence[float | None]
-    """λ of each; None is the default."""
-    volume: tuple[int, int, int] | None
-    """(z, y, x)."""
-    spacing: Triple
-    batched: bool
 
 
 @dataclass(frozen=True)
@@ -57,7 +33,8 @@ class LesionPair:
     """
 
     image: Any
-    """A, float: max(H, B) inside lesions, H elsewhere; the dtype of the input, float32 for int16."""
+    """A, float: max(H, B), or what another mode makes of both, inside lesions, H elsewhere; the dtype of the
+    input, float32 for int16."""
     target: Any
     """GT, bool: (H >= τ) & ~lesions."""
     _plan: Callable[[], LesionPlan | tuple[LesionPlan, ...]] = field(repr=False, compare=False)
@@ -191,9 +168,9 @@ class LesionSynthesizer:
             raise ValueError(
                 f"index must have one entry per item of the batch ({items}), got {len(request.indices)}"
             )
-        masks = backend.host_mask(lung_mask) if self.config.load is not None else None
+        masks = _items(backend.host_mask(lung_mask)) if self.config.load is not None else None
         organs = backend.count_organ(inputs) if None in request.fractions else None
-        plans = self._draw(request, organs, masks)
+        plans = draw_plans(self.config, self.seed, request, organs, masks, self._backends.stages)
         return self._render(backend, plans, inputs, volume, allow_empty, drawn=True)
 
     @overload
@@ -260,13 +237,14 @@ class LesionSynthesizer:
             raise ValueError(f"lung_mask must have the shape {tuple(plain(shape))}, got {masks.shape}")
         shape = shape if masks is None else masks.shape
         request = self._request(plain(index), plain(lung_fraction), shape, spacing)
-        organs = None if masks is None else [int(np.count_nonzero(m)) for m in _items(masks)]
-        plans = tuple(self._draw(request, organs, masks))
+        masks = None if masks is None else _items(masks)
+        organs = None if masks is None else [int(np.count_nonzero(mask)) for mask in masks]
+        plans = tuple(draw_plans(self.config, self.seed, request, organs, masks, self._backends.stages))
         return plans if request.batched else plans[0]
 
     def _request(
         self, index: Any, lung_fraction: Any, shape: Sequence[int] | None, spacing: Triple | None
-    ) -> _Request:
+    ) -> Request:
         """Check what is to be drawn."""
         spacing = self.config.spacing if spacing is None else checked_spacing(spacing)
         if shape is not None:
@@ -285,66 +263,7 @@ class LesionSynthesizer:
             check_word("index", number)
             if fraction is not None:
                 check_lung_fraction(fraction)
-        return _Request(indices, fractions, volume, spacing, batched)
-
-    def _draw(self, request: _Request, organs: Sequence[int] | None, masks: Any) -> list[LesionPlan]:
-        """Draw each item; `organs` are the voxels of their masks, where these are known."""
-        fractions = [
-            self._default_fraction(request.spacing, None if organs is None else organs[k]) if f is None else f
-            for k, f in enumerate(request.fractions)
-        ]
-        plans = self._draw_plans(request, fractions)
-        if masks is None or self.config.load is None:
-            return plans
-        for k, mask in enumerate(_items(masks)):
-
-            def draw(fraction: float, k: int = k) -> LesionPlan:
-                one = request._replace(indices=[request.indices[k]])
-                return self._draw_plans(one, [fractions[k]], of_number=fraction)[0]
-
-            plans[k] = meet_load(self.config, draw, mask, self._backends.stages)
-        return plans
-
-    def _draw_plans(
-        self, request: _Request, fractions: Sequence[float], of_number: float | None = None
-    ) -> list[LesionPlan]:
-        """Draw plans from (seed, index) and λ alone; `of_number` is the λ of a `load`, which wants a blob."""
-        config, seed, width = self.config, self.seed, UNIFORMS_PER_BLOB
-        samples = [plan_uniforms(seed, index, OF_SAMPLE, 1, width)[0] for index in request.indices]
-        kinds, words = [], []
-        for index, u, fraction in zip(request.indices, samples, fractions, strict=True):
-            numbers = draw_numbers(config, u, fraction if of_number is None else of_number)
-            if of_number is not None and not sum(numbers):
-                numbers[int(np.argmax([kind.mean_count for kind in config.blob_classes][: len(numbers)]))] = 1
-            words.append(plan_uniforms(seed, index, 0, sum(numbers), width))
-            kinds.append(draw_kinds(config, numbers, words[-1]))
-        records = draw_blobs(config, np.concatenate(kinds), np.concatenate(words))
-        common = {
-            "seed": seed,
-            "shape": request.volume,
-            "scale": request.spacing if config.lengths == "mm" else (1.0, 1.0, 1.0),
-            "connectivity": config.connectivity,
-            "tau": config.tau,
-            "mean_threshold": config.texture.mean_threshold,
-            "mode": config.mode,
-            "edge": config.edge,
-            "value_range": (0.0, 1.0) if config.value_range is None else config.value_range,
-        }
-        plans, end = [], 0
-        for index, fraction, u, own in zip(request.indices, fractions, samples, kinds, strict=True):
-            first, end = end, end + len(own)
-            records["component"][first:end] = np.arange(len(own))
-            load = None if config.load is None else draw_load(config.load, u)
-            own_fields = {"index": index, "lung_fraction": float(fraction), "load": load}
-            plans.append(LesionPlan.of_records(records[first:end], **common, **own_fields))
-        return plans
-
-    def _default_fraction(self, spacing: Triple, organ: int | None) -> float:
-        """Return λ where nobody says it: the organ against the paper's largest slab; 1 without a mask."""
-        if organ is None:
-            return 1.0
-        voxel = math.prod(spacing) / PAPER_VOXEL if self.config.lengths == "mm" else 1.0
-        return min(1.0, max(LEAST_FRACTION, organ * voxel / PAPER_LUNG))
+        return Request(indices, fractions, volume, spacing, batched)
 
     @untraced
     def render(

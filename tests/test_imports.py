@@ -72,7 +72,7 @@ def architecture():
 def test_no_circles_in_lesionsynth(architecture) -> None:
     """Imports inside functions and those of type checkers count, too."""
     graph = architecture.imports(packages=(), root="lesionsynth")
-    assert {"sampling", "plan", "load", "cpu.engine.simd", "cuda.pair", "cuda.render"} <= set(graph)
+    assert {"sampling", "plan", "drawing", "cpu.engine.simd", "cuda.pair", "cuda.render"} <= set(graph)
     assert networkx.is_directed_acyclic_graph(graph)
     assert not networkx.has_path(graph, "cuda.pair", "cuda.render")
     for module in ("simd", "lines", "bits", "rows", "threads", "memory", "jit"):

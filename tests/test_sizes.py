@@ -193,6 +193,16 @@ def test_what_a_configuration_refuses(rule) -> None:
         replace(COVID, **BAD[rule])
 
 
+def test_an_edge_of_too_many_voxels_is_refused_where_the_spacing_is_known() -> None:
+    synth = ls.LesionSynthesizer(replace(COVID, mode="blend", edge=65.0))
+    with pytest.raises(ValueError, match=r"edge must be at most 64 voxels along each axis, got 65\.0"):
+        synth.sample(index=0)
+    thin = ls.LesionSynthesizer(replace(COVID, mode="blend", edge=30.0, lengths="mm"))
+    thin.sample(index=0)
+    with pytest.raises(ValueError, match=r"with steps \(1\.0, 0\.4, 0\.4\)"):
+        thin.sample(index=0, spacing=(1.0, 0.4, 0.4))
+
+
 def test_what_a_texture_refuses() -> None:
     with pytest.raises(ValueError, match="contrast_hu must not contain 0, got"):
         ls.Texture(contrast_hu=(-10, 10))
