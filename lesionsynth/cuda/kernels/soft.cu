@@ -1,4 +1,4 @@
-// soft.cu: how near a voxel of a lesion is to the way out, for lesions with a soft edge.  Twin: cpu/inject.py
+// soft.cu: how near a voxel of a lesion is to the way out, for lesions with a soft edge.  Twin: cpu/soft_edge.py
 //
 //     d2 = min over dz of (t_z(dz) + min over dy of (t_y(dy) + min over dx of t_x(dx))),  t_i(k) = (k s_i)^2,
 //
