@@ -1,7 +1,8 @@
 """Golden pairs: plans, and the hashes of what the CPU twin made of them, for any device to replay.
 
 ``python -m tests.golden`` records those that ``tests/golden_pairs.json`` lacks, and never one anew: the bits
-of a plan are meant to stay. Those of the paper's mode are plans of version 1. The inputs are Philox noise in ellipsoids, the same on every machine.
+of a plan are meant to stay. Those of the paper's mode are plans of version 1. The inputs are Philox noise in
+ellipsoids, the same on every machine.
 """
 
 from __future__ import annotations
