@@ -367,9 +367,13 @@ class LesionSynthesizer:
 
 
 def _frames_to_caller() -> int:
-    """Count the frames from who asks to the first outside the package, as ``stacklevel`` counts them."""
+    """Count the frames from who asks to the first outside the package, as ``stacklevel`` counts them.
+
+    `untraced` may have torch's compiler between the two.
+    """
     frame, level = sys._getframe(1), 1
-    while frame.f_back is not None and frame.f_globals["__name__"].startswith("lesionsynth."):
+    inside = "lesionsynth.", "torch._dynamo."
+    while frame.f_back is not None and str(frame.f_globals.get("__name__")).startswith(inside):
         frame, level = frame.f_back, level + 1
     return level
 
