@@ -136,6 +136,7 @@ def _keep_rows(
 ) -> None:
     scratch = np.empty_like(lines[0])
     lanes = np.int64(64 // scratch.itemsize)  # of a vector of 64 bytes
+    zeros = splat(scratch.dtype.type(0))
     for r in range(lo, hi):
         out = lines[r]
         empty = True
@@ -149,7 +150,8 @@ def _keep_rows(
             lung = lungs[r, w]
             if 64 * w + 64 <= row.size:
                 for k in range(0, 64, lanes):
-                    store(out, 64 * w + k, where(lung >> np.uint64(k), load(row, 64 * w + k)))
+                    values = load(row, 64 * w + k)
+                    store(out, 64 * w + k, where(lung >> np.uint64(k), values, zeros))
             else:
                 for x in range(64 * w, row.size):
                     out[x] = row[x] if (lung >> np.uint64(x - 64 * w)) & np.uint64(1) else 0

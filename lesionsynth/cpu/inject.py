@@ -39,6 +39,7 @@ from lesionsynth.cpu.engine.simd import (
     store,
     store_at_least,
     store_stream,
+    where,
 )  # fmt: skip
 from lesionsynth.cpu.engine.threads import (
     Tickets,
@@ -54,6 +55,8 @@ from lesionsynth.cpu.soft_edge import Edge, edge_of, measure_slice, soften
 from lesionsynth.cpu.texture import Textures
 from lesionsynth.plan import LesionPlan
 
+FIRST = np.uint64(0xFFFF)
+"""All lanes of a vector."""
 MAX, MIN, ADD, BLEND = range(4)
 """Places in `lesionsynth.config.MODES`, which kernels cannot take: they are kept by the CPU twin's files."""
 
@@ -178,8 +181,12 @@ class InjectJob(NamedTuple):
     image: Any
     """All voxels, which hold H and will hold A; float16 by its bits."""
     target: Any
+    first: int
+    """Slice of the volume that is the first task."""
+    field_of: Any
+    """Field of each label; -1 for lesions of other groups."""
     changed: Any
-    """Voxels of each slice of the boxes that become another."""
+    """(slices of the volume, fields): voxels that become another."""
 
 
 def inject(
@@ -213,16 +220,22 @@ def inject(
     low, high = plan.value_range
     real = np.float64 if out.dtype == np.float64 else np.float32
     bottom, top = (real(end) for end in ends_of(plan, out.dtype))
-    tasks = int(textures.slices[-1])
+    fields = textures.fields
+    first, last = fields["start"][:, 0].min(), (fields["start"] + fields["size"])[:, 0].max()
+    field_of = np.full(len(lesions) + 1, -1, dtype=np.int64)
+    field_of[fields["label"]] = np.arange(len(fields))
     job = InjectJob(
         MODES.index(plan.mode), np.float32(low), np.float32(high - low), bottom, top, lesions.rows,
         textures.fields, textures.values, textures.slices, edge_of(plan, len(textures.values)),
         image=(out.view(np.int16) if out.dtype == np.float16 else out).reshape(-1),
         target=target.reshape(-1),
-        changed=np.zeros(tasks, dtype=np.int64),
+        first=int(first),
+        field_of=field_of,
+        changed=np.zeros((last - first, len(fields)), dtype=np.int64),
     )  # fmt: skip
-    work_together(_inject, [tasks if job.edge.width > 0 else 0, tasks], job, threads=threads)
-    return np.add.reduceat(job.changed, job.slices[:-1])
+    rounds = int(textures.slices[-1]) if job.edge.width > 0 else 0, len(job.changed)
+    work_together(_inject, rounds, job, threads=threads)
+    return np.asarray(job.changed.sum(axis=0))
 
 
 def _explain(image: npt.NDArray[Any], value_range: Range) -> None:
@@ -296,7 +309,7 @@ def _window_rows(job: Any, lo: int, hi: int) -> None:
 
 @kernel
 def _inject(progress: Any, job: Any) -> None:
-    """Measure the edges where they are soft, then inject; a task is a slice of a box."""
+    """Measure soft edges, a slice of a box a task; then inject, a slice of the volume a task."""
     widest, largest = 0, 0
     for k in range(job.fields.size):
         widest = max(widest, job.fields[k].pitch)
@@ -310,35 +323,35 @@ def _inject(progress: Any, job: Any) -> None:
         done(progress, 0)
         t = take(progress, 0)
     wait_for(progress, 0)
-    t = take(progress, 1)
-    while t >= 0:
-        k = group_of(job.slices, t)
-        job.changed[t] = _inject_slice(job.fields[k], t - job.slices[k], job, soft)
+    z = take(progress, 1)
+    while z >= 0:
+        _inject_slice(job.first + z, job, job.changed[z], soft)
         done(progress, 1)
-        t = take(progress, 1)
+        z = take(progress, 1)
     wait_for(progress, 1)
 
 
 @inner
-def _inject_slice(field: Any, z: int, job: Any, soft: Any) -> int:
-    """Inject a lesion into a slice of its box; returns how many voxels become another."""
-    runs, image, target, values = job.lesions, job.image, job.target, job.values
-    how = Blending(
-        job.mode, job.low, job.span, job.least, job.most, np.float32(field.beta), np.float32(field.weight)
-    )
-    changed = 0
-    for y in range(field.size[1]):
-        row = (field.start[0] + z) * runs.height + field.start[1] + y
-        line = field.at + (z * field.size[1] + y) * field.pitch - field.start[2]
+def _inject_slice(z: int, job: Any, changed: Any, soft: Any) -> None:
+    """Inject all lesions into a slice of the volume; counts the voxels of each that become another."""
+    runs, fields = job.lesions, job.fields
+    end = (z + 1) * runs.height * runs.width
+    for row in range(z * runs.height, (z + 1) * runs.height):
         for run in range(runs.first[row], runs.first[row + 1]):
-            if runs.label[run] == field.label:
-                start, n = runs.start[run], runs.stop[run] - runs.start[run]
+            k = job.field_of[runs.label[run]]
+            if k >= 0:
+                field, start, n = fields[k], runs.start[run], runs.stop[run] - runs.start[run]
+                line = (z - field.start[0]) * field.size[1] + row % runs.height - field.start[1]
+                at = field.at + line * field.pitch + start - field.start[2]
                 if job.edge.width > 0:
-                    soften(field, z, line + start, n, runs, job.edge, soft)
+                    soften(field, z - field.start[0], at, n, runs, job.edge, soft)
+                how = Blending(
+                    job.mode, job.low, job.span, job.least, job.most, np.float32(field.beta),
+                    np.float32(field.weight),
+                )  # fmt: skip
                 to = row * runs.width + start
-                changed += _inject_run(image, to, n, values, line + start, soft, how)
-                target[to : to + n] = False
-    return changed
+                changed[k] += _inject_run(job.image, to, n, end, job.values, at, soft, how)
+                job.target[to : to + n] = False
 
 
 class Blending(NamedTuple):
@@ -353,7 +366,7 @@ class Blending(NamedTuple):
     weight: Any
 
 
-@inner
+@numba.njit(no_cpython_wrapper=True, no_cfunc_wrapper=True, _nrt=False, forceinline=True)
 def blend(how: Any, h: Any, b: Any, e: Any) -> Any:
     """Make A of H, b2 and the soft edge e; of one voxel, or of a vector of them.
 
@@ -376,37 +389,38 @@ def blend(how: Any, h: Any, b: Any, e: Any) -> Any:
     return least(greatest(a, bottom), top)
 
 
-def _inject_run(image: Any, to: int, n: int, values: Any, at: int, soft: Any, how: Any) -> int:
-    """Blend ``image[to : to + n]`` with b2 = ``values[at : at + n]``; counts the voxels that change."""
+def _inject_run(image: Any, to: int, n: int, end: int, values: Any, at: int, soft: Any, how: Any) -> int:
+    """Blend ``image[to : to + n]`` with b2 = ``values[at : at + n]``; counts the voxels that change.
+
+    What follows may be written as it is, up to `end`.
+    """
     raise NotImplementedError
 
 
-@overload(_inject_run)
-def _inject_run_of(image: Any, to: int, n: int, values: Any, at: int, soft: Any, how: Any) -> Any:
+@overload(_inject_run, jit_options={"forceinline": True})
+def _inject_run_of(image: Any, to: int, n: int, end: int, values: Any, at: int, soft: Any, how: Any) -> Any:
     return _inject_vectors if image.dtype == numba.float32 else _inject_voxels
 
 
-def _inject_vectors(image: Any, to: int, n: int, values: Any, at: int, soft: Any, how: Any) -> int:
-    changed, last = 0, n - LANES
-    if last < 0:
-        for x in range(n):
-            h = image[to + x]
-            a = blend(how, h, values[at + x], soft[x])
-            image[to + x] = a
-            changed += a != h
-        return changed
-    h_last = load(image, to + last)  # before the vectors that it overlaps are written
-    for x in range(0, last, LANES):
+def _inject_vectors(image: Any, to: int, n: int, end: int, values: Any, at: int, soft: Any, how: Any) -> int:
+    changed = 0
+    for x in range(0, n, LANES):
+        if to + x + LANES > end:  # beyond is another thread's
+            for rest in range(x, n):
+                h_one = image[to + rest]
+                a_one = blend(how, h_one, values[at + rest], soft[rest])
+                image[to + rest] = a_one
+                changed += a_one != h_one
+            break
         h = load(image, to + x)
         a = blend(how, h, load(values, at + x), load(soft, x))
+        a = where(FIRST >> np.uint64(max(x + LANES - n, 0)), a, h)
         store(image, to + x, a)
         changed += ones(bits_other(a, h))
-    a_last = blend(how, h_last, load(values, at + last), load(soft, last))
-    store(image, to + last, a_last)
-    return changed + ones(bits_other(a_last, h_last) >> np.uint64(-last % LANES))
+    return changed
 
 
-def _inject_voxels(image: Any, to: int, n: int, values: Any, at: int, soft: Any, how: Any) -> int:
+def _inject_voxels(image: Any, to: int, n: int, end: int, values: Any, at: int, soft: Any, how: Any) -> int:
     changed = 0
     for x in range(n):
         h = number_of(image[to + x])

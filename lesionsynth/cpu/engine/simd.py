@@ -211,18 +211,17 @@ def _comparison(name: str, symbol: str) -> Any:
     return intrinsic(typed)
 
 
-def _where(typingctx: Any, bits: Any, value: Any) -> Any:
-    """Keep lane k of a vector where bit k is 1, else 0."""
-    if bits != types.uint64 or value not in (F32, F64):
+def _where(typingctx: Any, bits: Any, value: Any, other: Any) -> Any:
+    """Take lane k of a vector where bit k is 1, else that of the other."""
+    if bits != types.uint64 or value not in (F32, F64) or other != value:
         return None
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         flags = builder.trunc(args[0], ir.IntType(value.lanes))
         flags = builder.bitcast(flags, ir.VectorType(ir.IntType(1), value.lanes))
-        zero = ir.Constant(_llvm(context, value), [0.0] * value.lanes)
-        return builder.select(flags, args[1], zero)
+        return builder.select(flags, *args[1:])
 
-    return value(bits, value), codegen
+    return value(bits, value, other), codegen
 
 
 def _store_bits(typingctx: Any, array: Any, index: Any, bits: Any) -> Any:
