@@ -20,7 +20,6 @@ from numba.extending import overload
 
 from lesionsynth.config import MODES, Range
 from lesionsynth.cpu.engine.jit import inner, kernel
-from lesionsynth.cpu.engine.lines import aligned
 from lesionsynth.cpu.engine.rows import row_of
 from lesionsynth.cpu.engine.simd import (
     LANES,
@@ -44,14 +43,13 @@ from lesionsynth.cpu.engine.simd import (
 from lesionsynth.cpu.engine.threads import (
     Tickets,
     done,
-    group_of,
     in_background,
     take,
     wait_for,
     work_together,
 )  # fmt: skip
 from lesionsynth.cpu.merge import LesionRows, Lesions
-from lesionsynth.cpu.soft_edge import Edge, edge_of, measure_slice, soften
+from lesionsynth.cpu.soft_edge import soft_edges
 from lesionsynth.cpu.texture import Textures
 from lesionsynth.plan import LesionPlan
 
@@ -174,10 +172,12 @@ class InjectJob(NamedTuple):
     most: Any
     lesions: LesionRows
     fields: Any
-    """As in `Textures`; slice z of the box of field k is task ``slices[k] + z``."""
+    """As in `Textures`."""
     values: Any
-    slices: Any
-    edge: Edge
+    soft: bool
+    """Whether `edges` are laid out as the values."""
+    edges: Any
+    """e of the voxels; where they are hard, of any run."""
     image: Any
     """All voxels, which hold H and will hold A; float16 by its bits."""
     target: Any
@@ -221,20 +221,22 @@ def inject(
     real = np.float64 if out.dtype == np.float64 else np.float32
     bottom, top = (real(end) for end in ends_of(plan, out.dtype))
     fields = textures.fields
+    hard = np.ones(fields["pitch"].max(), dtype=np.float32)
+    soft = bool(np.float32(plan.edge) > 0)
+    edges = soft_edges(plan, textures, lesions, threads) if soft else hard
     first, last = fields["start"][:, 0].min(), (fields["start"] + fields["size"])[:, 0].max()
     field_of = np.full(len(lesions) + 1, -1, dtype=np.int64)
     field_of[fields["label"]] = np.arange(len(fields))
     job = InjectJob(
         MODES.index(plan.mode), np.float32(low), np.float32(high - low), bottom, top, lesions.rows,
-        textures.fields, textures.values, textures.slices, edge_of(plan, len(textures.values)),
+        fields, textures.values, soft, edges,
         image=(out.view(np.int16) if out.dtype == np.float16 else out).reshape(-1),
         target=target.reshape(-1),
         first=int(first),
         field_of=field_of,
         changed=np.zeros((last - first, len(fields)), dtype=np.int64),
     )  # fmt: skip
-    rounds = int(textures.slices[-1]) if job.edge.width > 0 else 0, len(job.changed)
-    work_together(_inject, rounds, job, threads=threads)
+    work_together(_inject, [len(job.changed)], job, threads=threads)
     return np.asarray(job.changed.sum(axis=0))
 
 
@@ -309,30 +311,17 @@ def _window_rows(job: Any, lo: int, hi: int) -> None:
 
 @kernel
 def _inject(progress: Any, job: Any) -> None:
-    """Measure soft edges, a slice of a box a task; then inject, a slice of the volume a task."""
-    widest, largest = 0, 0
-    for k in range(job.fields.size):
-        widest = max(widest, job.fields[k].pitch)
-        largest = max(largest, job.fields[k].size[1] * job.fields[k].pitch)
-    soft, plane = aligned(widest), aligned(largest if job.edge.width > 0 else 0)
-    soft[:] = np.float32(1.0)
-    t = take(progress, 0)
-    while t >= 0:
-        k = group_of(job.slices, t)
-        measure_slice(job.fields[k], t - job.slices[k], job.lesions, job.edge, plane)
-        done(progress, 0)
-        t = take(progress, 0)
-    wait_for(progress, 0)
-    z = take(progress, 1)
+    """Inject into a slice of the volume, a task."""
+    z = take(progress, 0)
     while z >= 0:
-        _inject_slice(job.first + z, job, job.changed[z], soft)
-        done(progress, 1)
-        z = take(progress, 1)
-    wait_for(progress, 1)
+        _inject_slice(job.first + z, job, job.changed[z])
+        done(progress, 0)
+        z = take(progress, 0)
+    wait_for(progress, 0)
 
 
 @inner
-def _inject_slice(z: int, job: Any, changed: Any, soft: Any) -> None:
+def _inject_slice(z: int, job: Any, changed: Any) -> None:
     """Inject all lesions into a slice of the volume; counts the voxels of each that become another."""
     runs, fields = job.lesions, job.fields
     end = (z + 1) * runs.height * runs.width
@@ -343,14 +332,12 @@ def _inject_slice(z: int, job: Any, changed: Any, soft: Any) -> None:
                 field, start, n = fields[k], runs.start[run], runs.stop[run] - runs.start[run]
                 line = (z - field.start[0]) * field.size[1] + row % runs.height - field.start[1]
                 at = field.at + line * field.pitch + start - field.start[2]
-                if job.edge.width > 0:
-                    soften(field, z - field.start[0], at, n, runs, job.edge, soft)
                 how = Blending(
                     job.mode, job.low, job.span, job.least, job.most, np.float32(field.beta),
                     np.float32(field.weight),
                 )  # fmt: skip
                 to = row * runs.width + start
-                changed[k] += _inject_run(job.image, to, n, end, job.values, at, soft, how)
+                changed[k] += _inject_run(job.image, job, how, to, n, end, at)
                 job.target[to : to + n] = False
 
 
@@ -366,7 +353,7 @@ class Blending(NamedTuple):
     weight: Any
 
 
-@numba.njit(no_cpython_wrapper=True, no_cfunc_wrapper=True, _nrt=False, forceinline=True)
+@inner
 def blend(how: Any, h: Any, b: Any, e: Any) -> Any:
     """Make A of H, b2 and the soft edge e; of one voxel, or of a vector of them.
 
@@ -389,7 +376,7 @@ def blend(how: Any, h: Any, b: Any, e: Any) -> Any:
     return least(greatest(a, bottom), top)
 
 
-def _inject_run(image: Any, to: int, n: int, end: int, values: Any, at: int, soft: Any, how: Any) -> int:
+def _inject_run(image: Any, job: Any, how: Any, to: int, n: int, end: int, at: int) -> int:
     """Blend ``image[to : to + n]`` with b2 = ``values[at : at + n]``; counts the voxels that change.
 
     What follows may be written as it is, up to `end`.
@@ -397,34 +384,36 @@ def _inject_run(image: Any, to: int, n: int, end: int, values: Any, at: int, sof
     raise NotImplementedError
 
 
-@overload(_inject_run, jit_options={"forceinline": True})
-def _inject_run_of(image: Any, to: int, n: int, end: int, values: Any, at: int, soft: Any, how: Any) -> Any:
+@overload(_inject_run, jit_options={"forceinline": True})  # a call of it takes as long as a short run
+def _inject_run_of(image: Any, job: Any, how: Any, to: int, n: int, end: int, at: int) -> Any:
     return _inject_vectors if image.dtype == numba.float32 else _inject_voxels
 
 
-def _inject_vectors(image: Any, to: int, n: int, end: int, values: Any, at: int, soft: Any, how: Any) -> int:
+def _inject_vectors(image: Any, job: Any, how: Any, to: int, n: int, end: int, at: int) -> int:
+    values, edges, soft = job.values, job.edges, at if job.soft else 0
     changed = 0
     for x in range(0, n, LANES):
         if to + x + LANES > end:  # beyond is another thread's
             for rest in range(x, n):
                 h_one = image[to + rest]
-                a_one = blend(how, h_one, values[at + rest], soft[rest])
+                a_one = blend(how, h_one, values[at + rest], edges[soft + rest])
                 image[to + rest] = a_one
                 changed += a_one != h_one
             break
         h = load(image, to + x)
-        a = blend(how, h, load(values, at + x), load(soft, x))
+        a = blend(how, h, load(values, at + x), load(edges, soft + x))
         a = where(FIRST >> np.uint64(max(x + LANES - n, 0)), a, h)
         store(image, to + x, a)
         changed += ones(bits_other(a, h))
     return changed
 
 
-def _inject_voxels(image: Any, to: int, n: int, end: int, values: Any, at: int, soft: Any, how: Any) -> int:
+def _inject_voxels(image: Any, job: Any, how: Any, to: int, n: int, end: int, at: int) -> int:
+    values, edges, soft = job.values, job.edges, at if job.soft else 0
     changed = 0
     for x in range(n):
         h = number_of(image[to + x])
-        pixel = pixel_of(blend(how, h, values[at + x], soft[x]), image[to + x])
+        pixel = pixel_of(blend(how, h, values[at + x], edges[soft + x]), image[to + x])
         image[to + x] = pixel
         changed += number_of(pixel) != h
     return changed
