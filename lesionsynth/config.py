@@ -50,9 +50,6 @@ PAPER_LUNG = 1.6e6
 32 x 512 x 512 voxels of 1 x 0.8 x 0.8 mm; in phantom chests 1.40 to 1.65 million of them are lung."""
 PAPER_VOXEL = 1.0 * 0.8 * 0.8
 """Volume of such a voxel in mm³."""
-LEAST_FRACTION = 0.06
-"""Least λ that is taken where nobody says one. N = round(U[5λ, 10λ]) is 0 below 0.05, so small patches would
-never have a lesion; at 0.06 each of the two classes has one in a third of them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -364,6 +361,15 @@ class LesionConfig:
         """`hu_threshold` on the [0, 1] scale: (T - low) / (high - low), 1/3 by default."""
         low, high = self.window
         return (self.hu_threshold - low) / (high - low)
+
+    @property
+    def least_fraction(self) -> float:
+        """Least λ that is taken where nobody says one: an ellipsoid in the mean, 0.066 for the paper's.
+
+        N = round(U[5λ, 10λ]) is 0 below 0.05, so that small patches would never have a lesion.
+        """
+        mean = sum(kind.mean_count for kind in self.blob_classes)
+        return min(1.0, 1.0 / mean) if mean else 1.0
 
     @property
     def blob_classes(self) -> tuple[BlobClass, ...]:

@@ -19,7 +19,6 @@ import numpy as np
 import numpy.typing as npt
 
 from lesionsynth.config import (
-    LEAST_FRACTION,
     MOST_BLOBS,
     MOST_LENGTH,
     PAPER_LUNG,
@@ -102,7 +101,7 @@ def default_fraction(config: LesionConfig, spacing: Triple, organ: int | None) -
     if organ is None:
         return 1.0
     voxel = math.prod(spacing) / PAPER_VOXEL if config.lengths == "mm" else 1.0
-    return min(1.0, max(LEAST_FRACTION, organ * voxel / PAPER_LUNG))
+    return min(1.0, max(config.least_fraction, organ * voxel / PAPER_LUNG))
 
 
 def _draw(

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 import lesionsynth as ls
-from lesionsynth.config import LEAST_FRACTION, MOST_LOAD, PAPER_LUNG, PAPER_VOXEL
+from lesionsynth.config import MOST_LOAD, PAPER_LUNG, PAPER_VOXEL
 from tests.plans import small_config
 from tests.tolerances import KS_LEVEL
 
@@ -219,7 +219,7 @@ def test_the_default_fraction_is_the_organ_against_the_paper_s(voxels, lengths, 
     config = replace(COVID, lengths=lengths)
     plan = ls.LesionSynthesizer(config).sample(index=0, lung_mask=mask, spacing=(size, size, size))
     volume = voxels * (size**3 / PAPER_VOXEL if lengths == "mm" else 1.0)
-    assert plan.lung_fraction == pytest.approx(min(1.0, max(LEAST_FRACTION, volume / PAPER_LUNG)))
+    assert plan.lung_fraction == pytest.approx(min(1.0, max(1 / 15.2, volume / PAPER_LUNG)))
 
 
 def test_small_patches_are_not_covered() -> None:
@@ -232,13 +232,23 @@ def test_small_patches_are_not_covered() -> None:
         assert max(shares) > 0
 
 
+@given(mean=st.floats(0.01, 100.0))
+def test_the_default_fraction_leaves_a_lesion_in_the_mean(mean) -> None:
+    """Whatever a class holds: numbers that people set for one organ are no paper's slab."""
+    balls = ls.BlobClass(count=(mean / 2, 1.5 * mean), radius=(1.0, 2.0))
+    config = replace(COVID, small=balls, medium=None, large=None)
+    mask = np.ones((1, 5, 5), bool)
+    fraction = ls.LesionSynthesizer(config).sample(index=0, lung_mask=mask).lung_fraction
+    assert fraction == pytest.approx(min(1.0, 1.0 / mean))
+
+
 def test_the_default_fraction_is_per_item_and_the_paper_s_is_there() -> None:
     image, mask = organ()
     images, masks = np.stack([image, image]), np.stack([mask, mask])
     masks[1, :, :30] = False
     synth = ls.LesionSynthesizer(replace(COVID, spacing=(4.0, 2.0, 2.0), lengths="mm"), seed=0)
     one, two = (plan.lung_fraction for plan in synth(images, masks, index=[1, 2]).plan)
-    assert 0.06 < two < one < 1.0
+    assert 1 / 15.2 < two < one < 1.0
     assert synth(images, masks, index=[1, 2], lung_fraction=1).plan[1].lung_fraction == 1.0
     assert synth.sample(index=1).lung_fraction == 1.0
 
