@@ -363,15 +363,6 @@ class LesionConfig:
         return (self.hu_threshold - low) / (high - low)
 
     @property
-    def least_fraction(self) -> float:
-        """Least λ that is taken where nobody says one: an ellipsoid in the mean, 0.066 for the paper's.
-
-        N = round(U[5λ, 10λ]) is 0 below 0.05, so that small patches would never have a lesion.
-        """
-        mean = sum(kind.mean_count for kind in self.blob_classes)
-        return min(1.0, 1.0 / mean) if mean else 1.0
-
-    @property
     def blob_classes(self) -> tuple[BlobClass, ...]:
         """The classes in use, in the order in which blobs are numbered: small, medium, large."""
         return tuple(c for c in (self.small, self.medium, self.large) if c is not None)

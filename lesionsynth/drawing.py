@@ -29,12 +29,15 @@ from lesionsynth.cpu.backend import CpuStages
 from lesionsynth.cpu.philox import plan_uniforms
 from lesionsynth.plan import LesionPlan, check_edge
 from lesionsynth.sampling import (
+    MOST_VOXELS,
     UNIFORMS_PER_BLOB,
+    Floats,
     Triple,
     draw_blobs,
     draw_kinds,
     draw_load,
     draw_numbers,
+    least_fraction,
 )
 
 OF_SAMPLE = 2**32 - 1
@@ -78,10 +81,9 @@ def draw_plans(
     stages : CpuStages
         What measures a load.
     """
-    voxels: Sequence[int | None] = [None] * len(request.indices) if organs is None else organs
     fractions = [
-        default_fraction(config, request.spacing, organ) if fraction is None else fraction
-        for fraction, organ in zip(request.fractions, voxels, strict=True)
+        default_fraction(config, seed, request, k, organs) if fraction is None else fraction
+        for k, fraction in enumerate(request.fractions)
     ]
     plans = _draw(config, seed, request, fractions, fractions)
     if masks is None or config.load is None:
@@ -96,12 +98,25 @@ def draw_plans(
     return plans
 
 
-def default_fraction(config: LesionConfig, spacing: Triple, organ: int | None) -> float:
-    """Return λ where nobody says it: the organ against the paper's largest slab; 1 for an unknown organ."""
-    if organ is None:
+def default_fraction(
+    config: LesionConfig, seed: int, request: Request, k: int, organs: Sequence[int] | None
+) -> float:
+    """Return λ of sample k, where nobody says it; 1 for an organ that nobody has counted.
+
+    The organ against the paper's largest slab, but no less than gives the sample a lesion: N = round(U[5λ,
+    10λ]) is 0 below 0.05, and small patches would never have one.
+    """
+    if organs is None:
         return 1.0
-    voxel = math.prod(spacing) / PAPER_VOXEL if config.lengths == "mm" else 1.0
-    return min(1.0, max(config.least_fraction, organ * voxel / PAPER_LUNG))
+    voxel = math.prod(request.spacing) / PAPER_VOXEL if config.lengths == "mm" else 1.0
+    least = least_fraction(config, _of_sample(seed, request.indices[k]))
+    return min(1.0, max(least, organs[k] * voxel / PAPER_LUNG, 1.0 / MOST_VOXELS))
+
+
+def _of_sample(seed: int, index: int) -> Floats:
+    """Return the uniforms that belong to a sample and not to a blob."""
+    uniforms: Floats = plan_uniforms(seed, index, OF_SAMPLE, 1, UNIFORMS_PER_BLOB)[0]
+    return uniforms
 
 
 def _draw(
@@ -113,7 +128,7 @@ def _draw(
     least: int = 0,
 ) -> list[LesionPlan]:
     """Draw plans of (seed, index), λ and the λ that their numbers follow; `least` blobs at least."""
-    samples = [plan_uniforms(seed, index, OF_SAMPLE, 1, UNIFORMS_PER_BLOB)[0] for index in request.indices]
+    samples = [_of_sample(seed, index) for index in request.indices]
     kinds, words = [], []
     for index, u, fraction in zip(request.indices, samples, of_numbers, strict=True):
         numbers = draw_numbers(config, u, fraction)

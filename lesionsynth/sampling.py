@@ -186,6 +186,24 @@ def draw_numbers(config: LesionConfig, u: Floats, lung_fraction: float) -> list[
     return [_number(kind, x, lung_fraction) for kind, x in zip(config.blob_classes, u.tolist(), strict=False)]
 
 
+def least_fraction(config: LesionConfig, u: Floats) -> float:
+    """Return the least λ with which a sample has an ellipsoid; 1 where it has none even then."""
+    if config.count is not None:
+        return 0.0
+    least = 1.0
+    for kind, x in zip(config.blob_classes, u.tolist(), strict=False):
+        if kind.count is None:  # x < probability λ
+            fraction = x / kind.probability if kind.probability else math.inf
+        else:  # round(number λ) >= 1
+            number = float(_lerp(kind.count, x))
+            fraction = 0.5 / number if number else math.inf
+        if not kind.scale_by_lung and fraction < 1.0:
+            return 0.0
+        if kind.scale_by_lung:
+            least = min(least, fraction * (1.0 + 1e-12))  # rounding must not miss it
+    return least
+
+
 def draw_load(load: Range, u: Floats) -> float:
     """Draw the wanted share of the organ."""
     return float(_lerp(load, u[_LOAD]))

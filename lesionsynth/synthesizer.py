@@ -134,7 +134,7 @@ class LesionSynthesizer:
             λ in (0, 1]: the organ's voxels in this slab over those of the largest slab of the data set
             (PAPER.md III-C.1); with `allow_empty` also 0, the share of a crop without lung. Where omitted,
             the largest slab is taken to hold 1.6 million voxels of the paper's, or their volume where lengths
-            are in mm, so that a small patch gets few lesions; but no less than gives one in the mean. The
+            are in mm, so that a small patch gets few lesions; but no less than gives the sample one. The
             mask is counted for this, for which a GPU is waited for.
         spacing : (3,) floats, optional
             Voxel size (z, y, x) in mm, for configurations in mm; the configuration's where omitted.
