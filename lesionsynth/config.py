@@ -10,7 +10,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
-from lesionsynth.strict import hints_of, plain_number, settle, shown
+from lesionsynth.strict import check_choice, hints_of, plain_number, settle, shown
 
 Range = tuple[float, float]
 """Bounds of a uniform distribution."""
@@ -87,7 +87,7 @@ class BlobClass:
             )
         name = "radius" if self.radius_mm is None else "radius_mm"
         _check_range(name, self.radii, above=0.0, least=LEAST_LENGTH, most=MOST_LENGTH)
-        _check_choice("placement", self.placement, PLACEMENTS)
+        check_choice("placement", self.placement, PLACEMENTS)
         if (self.count is None) == (self.probability is None):
             raise ValueError(
                 f"exactly one of count and probability must be given, got count={self.count}, "
@@ -265,7 +265,7 @@ class LesionConfig:
 
     def _check_lengths(self) -> None:
         """Settle the unit of lengths: mm where the classes say so."""
-        _check_choice("lengths", self.lengths, ("voxel", "mm"))
+        check_choice("lengths", self.lengths, ("voxel", "mm"))
         in_mm = [c.radius_mm is not None for c in self.blob_classes]
         if any(in_mm) and self.lengths == "voxel":
             if not all(in_mm):
@@ -309,7 +309,7 @@ class LesionConfig:
 
     def _check_mode(self) -> None:
         """Check that what the texture and the edge say has a meaning in this mode."""
-        _check_choice("mode", self.mode, MODES)
+        check_choice("mode", self.mode, MODES)
         _check_range("alpha", self.alpha, above=0.0, most=1.0)
         if self.alpha != (1.0, 1.0) and self.mode != "blend":
             raise ValueError(f"alpha must be (1, 1) in mode {self.mode!r}, got {self.alpha}")
@@ -340,14 +340,13 @@ class LesionConfig:
     def mu0(self) -> Range:
         """Range of μ0 (eq. 6): the texture's own, or what its `level_hu` or `contrast_hu` are in [0, 1]."""
         low, high = self.window
-        bounds = self.texture.mu0
         if self.texture.contrast_hu is not None:
-            bounds = _sorted(*(abs(hu) / (high - low) for hu in self.texture.contrast_hu))
-        elif self.texture.level_hu is not None:
-            bounds = _sorted(*((hu - low) / (high - low) for hu in self.texture.level_hu))
-            if self.mode == "min":
-                bounds = 1.0 - bounds[1], 1.0 - bounds[0]
-        return bounds
+            least, most = sorted(abs(hu) / (high - low) for hu in self.texture.contrast_hu)
+            return least, most
+        if self.texture.level_hu is not None:
+            least, most = ((hu - low) / (high - low) for hu in self.texture.level_hu)
+            return (1.0 - most, 1.0 - least) if self.mode == "min" else (least, most)
+        return self.texture.mu0
 
     @property
     def weight(self) -> Range:
@@ -394,15 +393,6 @@ def checked_spacing(spacing: Any, name: str = "spacing") -> tuple[float, float, 
 def check_spacing(spacing: Any, name: str = "spacing") -> None:
     """Raise `ValueError` unless `spacing` is as `checked_spacing` takes it."""
     checked_spacing(spacing, name)
-
-
-def _sorted(one: float, other: float) -> Range:
-    return min(one, other), max(one, other)
-
-
-def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {shown(value)}")
 
 
 def _settle(part: Any) -> None:

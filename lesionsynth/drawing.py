@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -81,54 +82,46 @@ def draw_plans(
     stages : CpuStages
         What measures a load.
     """
+    samples = [plan_uniforms(seed, index, OF_SAMPLE, 1, UNIFORMS_PER_BLOB)[0] for index in request.indices]
     fractions = [
-        default_fraction(config, seed, request, k, organs) if fraction is None else fraction
+        default_fraction(config, request.spacing, None if organs is None else organs[k], samples[k])
+        if fraction is None
+        else fraction
         for k, fraction in enumerate(request.fractions)
     ]
-    plans = _draw(config, seed, request, fractions, fractions)
-    if masks is None or config.load is None:
-        return plans
+    if config.load is None:
+        return _draw(config, seed, request, samples, fractions, fractions)
+    assert masks is not None
+    plans = []
     for k, mask in enumerate(masks):
         one = request._replace(indices=request.indices[k : k + 1])
-
-        def draw(number: float, one: Request = one, k: int = k) -> LesionPlan:
-            return _draw(config, seed, one, fractions[k : k + 1], [number], least=1)[0]
-
-        plans[k] = meet_load(config, draw, mask, stages)
+        draw = partial(_draw, config, seed, one, samples[k : k + 1], fractions[k : k + 1], least=1)
+        plans.append(meet_load(config, draw, mask, stages))
     return plans
 
 
-def default_fraction(
-    config: LesionConfig, seed: int, request: Request, k: int, organs: Sequence[int] | None
-) -> float:
-    """Return λ of sample k, where nobody says it; 1 for an organ that nobody has counted.
+def default_fraction(config: LesionConfig, spacing: Triple, organ: int | None, u: Floats) -> float:
+    """Return λ where nobody says it, of a sample with uniforms u; 1 for an organ that nobody has counted.
 
     The organ against the paper's largest slab, but no less than gives the sample a lesion: N = round(U[5λ,
     10λ]) is 0 below 0.05, and small patches would never have one.
     """
-    if organs is None:
+    if organ is None:
         return 1.0
-    voxel = math.prod(request.spacing) / PAPER_VOXEL if config.lengths == "mm" else 1.0
-    least = least_fraction(config, _of_sample(seed, request.indices[k]))
-    return min(1.0, max(least, organs[k] * voxel / PAPER_LUNG, 1.0 / MOST_VOXELS))
-
-
-def _of_sample(seed: int, index: int) -> Floats:
-    """Return the uniforms that belong to a sample and not to a blob."""
-    uniforms: Floats = plan_uniforms(seed, index, OF_SAMPLE, 1, UNIFORMS_PER_BLOB)[0]
-    return uniforms
+    voxel = math.prod(spacing) / PAPER_VOXEL if config.lengths == "mm" else 1.0
+    return min(1.0, max(least_fraction(config, u), organ * voxel / PAPER_LUNG, 1.0 / MOST_VOXELS))
 
 
 def _draw(
     config: LesionConfig,
     seed: int,
     request: Request,
+    samples: Sequence[Floats],
     fractions: Sequence[float],
     of_numbers: Sequence[float],
     least: int = 0,
 ) -> list[LesionPlan]:
-    """Draw plans of (seed, index), λ and the λ that their numbers follow; `least` blobs at least."""
-    samples = [_of_sample(seed, index) for index in request.indices]
+    """Draw plans of uniforms, λ and the λ that their numbers follow; `least` blobs at least."""
     kinds, words = [], []
     for index, u, fraction in zip(request.indices, samples, of_numbers, strict=True):
         numbers = draw_numbers(config, u, fraction)
@@ -162,7 +155,7 @@ def _draw(
 
 def meet_load(
     config: LesionConfig,
-    draw: Callable[[float], LesionPlan],
+    draw: Callable[[Sequence[float]], list[LesionPlan]],
     mask: npt.NDArray[np.bool_],
     stages: CpuStages,
 ) -> LesionPlan:
@@ -173,17 +166,17 @@ def meet_load(
     config : LesionConfig
         Whose classes the blobs are of.
     draw : callable
-        Draws the sample for a λ, of at least one blob.
+        Draws the sample for a λ, each of a sequence of one; a blob at least.
     mask : (z, y, x) bool array
         The organ; where it is empty, the plan is as drawn.
     stages : CpuStages
         What measures.
     """
-    plan = draw(1.0)
+    (plan,) = draw([1.0])
     organ = int(np.count_nonzero(mask))
     if organ == 0:
         return plan
-    plan = draw(_fraction(config, plan, organ))
+    (plan,) = draw([_fraction(config, plan, organ)])
     assert plan.load is not None
     _, placed = stages.place(plan, mask)
 

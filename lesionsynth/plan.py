@@ -40,11 +40,18 @@ from lesionsynth.sampling import (
     Blob,
     Triple,
     blobs_of,
-    check_integers,
-    put_checked,
     records_of,
 )
-from lesionsynth.strict import check_integer, check_number, parse_json, plain_number, shown
+from lesionsynth.strict import (
+    check_choice,
+    check_integer,
+    check_integers,
+    check_number,
+    parse_json,
+    plain_number,
+    put_checked,
+    shown,
+)
 
 FORMAT = "lesionsynth.plan"
 VERSION = 2
@@ -187,8 +194,7 @@ class LesionPlan:
 
     def _check_injection(self) -> None:
         put = partial(put_checked, self)
-        if self.mode not in MODES:
-            raise ValueError(f"mode must be one of {MODES}, got {shown(self.mode)}")
+        check_choice("mode", self.mode, MODES)
         put("edge", check_number("edge", self.edge, 0.0, MOST_LENGTH))
         if self.edge and self.mode not in SOFT_MODES:
             raise ValueError(f"edge must be 0 in mode {self.mode!r}, got {self.edge}")

@@ -29,7 +29,14 @@ from lesionsynth.config import (
     Placement,
     Range,
 )
-from lesionsynth.strict import check_integer, check_number, shown
+from lesionsynth.strict import (
+    check_choice,
+    check_floats,
+    check_integer,
+    check_integers,
+    check_number,
+    put_checked,
+)
 
 Floats = npt.NDArray[np.float64]
 Triple = tuple[float, float, float]
@@ -61,6 +68,25 @@ BLOB = np.dtype(
     align=True,
 )
 """A `Blob` as the kernels see it; axis order (z, y, x)."""
+NAMES = BLOB.names or ()
+
+
+def extended(*fields: Any) -> np.dtype[Any]:
+    """Return the type of a blob with more fields: what a stage works out besides.
+
+    A parameter that is added to `BLOB` so reaches the kernels of every stage, by its name.
+    """
+    drawn = [(name, BLOB[name].base, BLOB[name].shape) for name in NAMES]
+    return np.dtype([*drawn, *fields], align=True)
+
+
+def extend(blobs: npt.NDArray[Any], kind: np.dtype[Any]) -> npt.NDArray[Any]:
+    """Copy blobs into records of an `extended` type, whose other fields are 0."""
+    records = np.zeros(len(blobs), dtype=kind)
+    for name in NAMES:
+        records[name] = blobs[name]
+    return records
+
 
 _LENGTH = f"> 0, at least {LEAST_LENGTH:g} and at most {MOST_LENGTH:g}"
 BELOW_1 = math.nextafter(1.0, 0.0)
@@ -105,14 +131,13 @@ class Blob:
         # the three parts of the warp are components of their own
         rule = "in [0, 2**32 // 3), an integer"
         put("component", check_integer("component", self.component, 0, WORD // 3 - 1, rule))
-        put("semi_axes", _numbers("semi_axes", self.semi_axes, 3, LEAST_LENGTH, MOST_LENGTH, _LENGTH))
-        put("rotation", _numbers("rotation", self.rotation, 4, -2.0, 2.0))
+        put("semi_axes", check_floats("semi_axes", self.semi_axes, 3, LEAST_LENGTH, MOST_LENGTH, _LENGTH))
+        put("rotation", check_floats("rotation", self.rotation, 4, -2.0, 2.0))
         norm = math.sqrt(sum(v * v for v in self.rotation))
         if not abs(norm - 1.0) <= 1e-6:  # a hand-written quaternion carries about seven digits
             raise ValueError(f"rotation must be a unit quaternion, got norm {norm}")
         put("position", check_number("position", self.position, 0.0, BELOW_1, "in [0, 1)"))
-        if self.placement not in PLACEMENTS:
-            raise ValueError(f"placement must be one of {PLACEMENTS}, got {shown(self.placement)}")
+        check_choice("placement", self.placement, PLACEMENTS)
         if self.center is not None:
             put("center", check_integers("center", self.center, 3, 0, MOST_VOXELS))
         put("warp_amplitude", check_number("warp_amplitude", self.warp_amplitude, 0.0, MOST_AMPLITUDE))
@@ -134,7 +159,7 @@ class Blob:
 def records_of(blobs: Sequence[Blob]) -> npt.NDArray[Any]:
     """Write blobs as (n,) `BLOB` records."""
     records = np.zeros(len(blobs), dtype=BLOB)
-    for name in BLOB.names or ():
+    for name in NAMES:
         if blobs:
             records[name] = [_value(blob, name) for blob in blobs]
     return records
@@ -149,7 +174,7 @@ def _value(blob: Blob, name: str) -> Any:
 
 def blobs_of(records: npt.NDArray[Any]) -> tuple[Blob, ...]:
     """Read (n,) `BLOB` records as blobs."""
-    columns = {name: records[name].tolist() for name in BLOB.names or ()}
+    columns = {name: records[name].tolist() for name in NAMES}
     rows = (dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True))
     return tuple(Blob(**{name: _plain(name, value) for name, value in row.items()}) for row in rows)
 
@@ -292,31 +317,3 @@ def _quaternions(u: Any, out: Any) -> None:
         s, t = 2.0 * math.pi * u[k, 1], 2.0 * math.pi * u[k, 2]
         out[k, 0], out[k, 1] = a * math.sin(s), a * math.cos(s)
         out[k, 2], out[k, 3] = b * math.sin(t), b * math.cos(t)
-
-
-# --- What a field may hold ---
-
-
-def put_checked(instance: Any, name: str, value: Any) -> None:
-    """Store a checked value where it is another object than was given: NumPy's number, or a list."""
-    if getattr(instance, name) is not value:
-        object.__setattr__(instance, name, value)
-
-
-def check_integers(name: str, values: Any, count: int | None, least: int, most: int) -> Any:
-    """Return a tuple of `count` integers, or of any number, as Python's, or raise."""
-    if not isinstance(values, tuple) or (count is not None and len(values) != count):
-        raise ValueError(f"{name} must have {count or 'some'} values, got {shown(values)}")
-    for value in values:
-        if type(value) is not int or not least <= value <= most:
-            return tuple(check_integer(name, value, least, most) for value in values)
-    return values
-
-
-def _numbers(name: str, values: Any, count: int, least: float, most: float, rule: str = "") -> Any:
-    if not isinstance(values, tuple) or len(values) != count:
-        raise ValueError(f"{name} must have {count} values, got {shown(values)}")
-    for value in values:
-        if type(value) is not float or not least <= value <= most:
-            return tuple(check_number(name, value, least, most, rule) for value in values)
-    return values

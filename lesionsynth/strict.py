@@ -414,6 +414,38 @@ def check_integer(name: str, value: Any, least: int, most: int, rule: str = "") 
     return found
 
 
+def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
+    """Raise `ValueError` unless a value is one of some words."""
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {shown(value)}")
+
+
+def put_checked(instance: Any, name: str, value: Any) -> None:
+    """Store a checked value where it is another object than was given: NumPy's number, or a list."""
+    if getattr(instance, name) is not value:
+        object.__setattr__(instance, name, value)
+
+
+def check_integers(name: str, values: Any, count: int | None, least: int, most: int) -> Any:
+    """Return a tuple of `count` integers, or of any number, as Python's, or raise."""
+    if not isinstance(values, tuple) or (count is not None and len(values) != count):
+        raise ValueError(f"{name} must have {count or 'some'} values, got {shown(values)}")
+    for value in values:
+        if type(value) is not int or not least <= value <= most:
+            return tuple(check_integer(name, value, least, most) for value in values)
+    return values
+
+
+def check_floats(name: str, values: Any, count: int, least: float, most: float, rule: str = "") -> Any:
+    """Return a tuple of `count` numbers as Python's, or raise; see `check_number`."""
+    if not isinstance(values, tuple) or len(values) != count:
+        raise ValueError(f"{name} must have {count} values, got {shown(values)}")
+    for value in values:
+        if type(value) is not float or not least <= value <= most:
+            return tuple(check_number(name, value, least, most, rule) for value in values)
+    return values
+
+
 class _Short(reprlib.Repr):
     """Values in messages: short, on one line, in ASCII."""
 

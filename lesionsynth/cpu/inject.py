@@ -394,12 +394,7 @@ def _inject_vectors(image: Any, job: Any, how: Any, to: int, n: int, end: int, a
     changed = 0
     for x in range(0, n, LANES):
         if to + x + LANES > end:  # beyond is another thread's
-            for rest in range(x, n):
-                h_one = image[to + rest]
-                a_one = blend(how, h_one, values[at + rest], edges[soft + rest])
-                image[to + rest] = a_one
-                changed += a_one != h_one
-            break
+            return changed + _inject_rest(image, job, how, to + x, n - x, end, at + x)
         h = load(image, to + x)
         a = blend(how, h, load(values, at + x), load(edges, soft + x))
         a = where(FIRST >> np.uint64(max(x + LANES - n, 0)), a, h)
@@ -417,3 +412,7 @@ def _inject_voxels(image: Any, job: Any, how: Any, to: int, n: int, end: int, at
         image[to + x] = pixel
         changed += number_of(pixel) != h
     return changed
+
+
+_inject_rest = inner(_inject_voxels)
+"""Of a run of vectors, what would reach beyond `end`."""

@@ -41,8 +41,8 @@ from lesionsynth.cpu.engine.simd import (
 from lesionsynth.cpu.engine.threads import done, group_of, take, wait_for, work_together
 from lesionsynth.cpu.lattice import CHUNK, draw_lattice, reads_of_a_chunk, sum_nodes, tabulate
 from lesionsynth.cpu.philox import Stream
-from lesionsynth.cpu.records import extend, extended
 from lesionsynth.plan import LesionPlan
+from lesionsynth.sampling import extend, extended
 
 SURFACE = 1.0 + 1e-9
 """Level of the surface. The points of a sphere of whole radius that lie on voxels (30 for radius 12) must not
@@ -163,17 +163,22 @@ def draw_shapes(
 
 def _records(plan: LesionPlan, centers: npt.NDArray[np.int64]) -> npt.NDArray[Any]:
     blobs = extend(plan.records, BLOB)
-    axes = blobs["semi_axes"]
-    radius = np.prod(axes, axis=1) ** (1.0 / 3.0)  # geometric mean, the unit of the warp
     blobs["center"] = centers
-    blobs["directions"] = rotation_matrices(blobs["rotation"])
-    blobs["to_unit"] = blobs["directions"] / axes[:, None, :]
-    blobs["bound"] = radius * blobs["warp_amplitude"]
-    blobs["spacing"] = radius * blobs["warp_correlation"]
+    blobs["directions"] = work_out(blobs)
     return blobs
 
 
-def rotation_matrices(quaternions: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+def work_out(blobs: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
+    """Work out `to_unit`, `bound` and `spacing` of blobs for either twin; returns the (n, 3, 3) rotations."""
+    axes, rotation = blobs["semi_axes"], _matrices(blobs["rotation"])
+    radius = np.prod(axes, axis=1) ** (1.0 / 3.0)  # geometric mean, the unit of the warp
+    blobs["to_unit"] = rotation / axes[:, None, :]
+    blobs["bound"] = radius * blobs["warp_amplitude"]
+    blobs["spacing"] = radius * blobs["warp_correlation"]
+    return rotation
+
+
+def _matrices(quaternions: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
     """(n, 3, 3) matrices of unit quaternions (w, x, y, z), acting on (axis 0, axis 1, axis 2)."""
     w, x, y, z = quaternions.T
     rows = [

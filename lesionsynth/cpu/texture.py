@@ -39,8 +39,8 @@ from lesionsynth.cpu.engine.threads import done, group_of, take, wait_for, work_
 from lesionsynth.cpu.filters import gather_rows, scatter_rows, scratch_for, smooth_columns
 from lesionsynth.cpu.merge import LesionRows, Lesions
 from lesionsynth.cpu.philox import Stream, uniform_lines
-from lesionsynth.cpu.records import extend, extended
 from lesionsynth.plan import LesionPlan
+from lesionsynth.sampling import extend, extended
 
 Float32 = npt.NDArray[np.float32]
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from lesionsynth.sampling import BLOB as DRAWN
+from lesionsynth.sampling import extended
 
 AXES = 3
 STAGES = 8
@@ -20,25 +20,17 @@ NOTHING = 2**31 - 1
 STATUS = ("empty_mask", "mask_not_binary", "image_outside_range", "lattice_too_large")
 """What a rendering may find wrong, a word each in page-locked memory."""
 
-BLOB = np.dtype(
-    [
-        *((name, DRAWN[name].base, DRAWN[name].shape) for name in DRAWN.names or ()),
-        ("item", np.int32),
-        ("reach", np.int32, AXES),  # the box before clipping: center - reach ... center + reach
-        ("to_unit", np.float64, (AXES, AXES)),  # q_j / s_j = sum_i v_i to_unit[i, j]
-        ("bound", np.float64),  # of each displacement component
-        ("spacing", np.float64),  # of the displacement's lattice
-        ("first_task", np.int32),  # of the slices that may hold the blob
-        ("radius", np.int32, (2, AXES)),  # of the Gaussians: sigma_a, sigma_b
-        ("taps", np.int64, (2, AXES)),  # their first weight
-        (
-            "weights",
-            np.int64,
-            (2, AXES),
-        ),  # where their folded matrices go, should they be longer than the box
-        ("bits", np.int64),  # where the box's rows go
-    ],
-    align=True,
+BLOB = extended(
+    ("item", np.int32),
+    ("reach", np.int32, AXES),  # the box before clipping: center - reach ... center + reach
+    ("to_unit", np.float64, (AXES, AXES)),  # q_j / s_j = sum_i v_i to_unit[i, j]
+    ("bound", np.float64),  # of each displacement component
+    ("spacing", np.float64),  # of the displacement's lattice
+    ("first_task", np.int32),  # of the slices that may hold the blob
+    ("radius", np.int32, (2, AXES)),  # of the Gaussians: sigma_a, sigma_b
+    ("taps", np.int64, (2, AXES)),  # their first weight
+    ("weights", np.int64, (2, AXES)),  # where folded matrices go, should they be longer than the box
+    ("bits", np.int64),  # where the box's rows go
 )
 """A blob as drawn, and what the host knows of it besides."""
 

@@ -15,10 +15,11 @@ import numpy.typing as npt
 
 from lesionsynth.config import MODES
 from lesionsynth.cpu.engine.lines import PAIRS, taps_of
-from lesionsynth.cpu.shapes import SURFACE, rotation_matrices
+from lesionsynth.cpu.shapes import SURFACE, work_out
 from lesionsynth.cuda.records import AXES, BATCH, BLOB, ITEM, NOTHING, STAGES, STATE
 from lesionsynth.plan import LesionPlan
 from lesionsynth.sampling import BLOB as DRAWN
+from lesionsynth.sampling import extend
 
 FAR = 2**30
 """Reach beyond any volume."""
@@ -151,17 +152,10 @@ def _items(plans: Sequence[LesionPlan], counts: Sequence[int], levels: Sequence[
 
 def _blobs(drawn: npt.NDArray[Any], item: Any, scale: npt.NDArray[np.float64]) -> npt.NDArray[Any]:
     """Shapes and texture parameters; geometry as `lesionsynth.cpu.shapes` rounds it."""
-    blobs = np.zeros(len(drawn), dtype=BLOB)
-    axes = drawn["semi_axes"]
-    radius = np.prod(axes, axis=1) ** (1.0 / 3.0)
-    rotation = rotation_matrices(drawn["rotation"])
-    for name in DRAWN.names or ():
-        blobs[name] = drawn[name]
+    blobs = extend(drawn, BLOB)
+    rotation, axes = work_out(blobs), blobs["semi_axes"]
     blobs["item"] = item
     blobs["center"] = np.minimum(drawn["center"], FAR)
-    blobs["to_unit"] = rotation / axes[:, None, :]
-    blobs["bound"] = radius * drawn["warp_amplitude"]
-    blobs["spacing"] = radius * drawn["warp_correlation"]
     extent = np.zeros((len(drawn), AXES))
     for j in range(AXES):
         extent += (rotation[:, :, j] * axes[:, None, j]) ** 2
