@@ -17,7 +17,7 @@ from lesionsynth import commands as _commands  # noqa: F401  first: it sees to i
 from lesionsynth import presets
 from lesionsynth._backend import release_memory
 from lesionsynth._dlpack import DLPackArray
-from lesionsynth.config import BlobClass, LesionConfig, Texture, Warp
+from lesionsynth.config import BlobClass, LesionConfig, Part, Texture, Warp
 from lesionsynth.lungs import remove_erroneous_edges
 from lesionsynth.plan import Component, LesionPlan
 from lesionsynth.sampling import Blob
@@ -38,6 +38,7 @@ __all__ = [
     "LesionPair",
     "LesionPlan",
     "LesionSynthesizer",
+    "Part",
     "Texture",
     "Warp",
     "cuda",

@@ -7,7 +7,8 @@ was drawn. Every ``(low, high)`` pair is the closed range of a uniform distribut
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any, Literal, get_args
 
 from lesionsynth.strict import check_choice, hints_of, plain_number, settle, shown
@@ -33,6 +34,8 @@ LEAST_LENGTH, MOST_LENGTH = 1e-9, 1e4
 """Bounds of every radius and sigma, in voxels or mm."""
 LEAST_SPACING, MOST_SPACING = 1e-3, 1e3
 """Bounds of a voxel's size in mm."""
+LEAST_FLATNESS, MOST_FLATNESS = 0.01, 100.0
+"""Bounds of the factor of a semi-axis."""
 MOST_AMPLITUDE, MOST_CORRELATION = 1e4, 1e4
 """Largest warp, in units of a blob's radius."""
 LEAST_MU0 = 1e-6
@@ -72,6 +75,8 @@ class BlobClass:
     """Multiply `count` or `probability` by λ, the slab's share of the largest lung."""
     spherical: bool = False
     """Draw one radius for all three semi-axes."""
+    flatness: Range = (1.0, 1.0)
+    """Factor of the first semi-axis: plates below 1, rods above. They lie as they are turned, any way."""
     placement: Placement = "uniform"
     """Where centres lie. "uniform": any voxel of the mask. "surface": from such a voxel straight on, in the
     plane of a slice, to the last voxel before the organ ends. "depth": from such a voxel to the middle of
@@ -87,6 +92,9 @@ class BlobClass:
             )
         name = "radius" if self.radius_mm is None else "radius_mm"
         _check_range(name, self.radii, above=0.0, least=LEAST_LENGTH, most=MOST_LENGTH)
+        _check_range("flatness", self.flatness, least=LEAST_FLATNESS, most=MOST_FLATNESS)
+        low, high = (r * f for r, f in zip(self.radii, self.flatness, strict=True))
+        _check_range(f"{name} * flatness", (low, high), least=LEAST_LENGTH, most=MOST_LENGTH)
         check_choice("placement", self.placement, PLACEMENTS)
         if (self.count is None) == (self.probability is None):
             raise ValueError(
@@ -196,6 +204,42 @@ class Texture:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Part:
+    """One kind of lesions in a mixture (`LesionConfig.mixture`).
+
+    Examples
+    --------
+    Faint lesions in three samples of four, nodules in the fourth:
+
+    >>> import lesionsynth as ls
+    >>> faint = ls.Part(name="faint", share=3, lesions=ls.presets.faint())
+    >>> nodules = ls.Part(name="nodules", share=1, lesions=ls.presets.nodules())
+    >>> synth = ls.LesionSynthesizer(ls.LesionConfig(mixture=(faint, nodules)), seed=0)
+    >>> [synth.sample(index=k).mode for k in range(6)]
+    ['max', 'blend', 'max', 'max', 'max', 'max']
+    """
+
+    share: float
+    """Of the samples, in proportion to the shares of the other parts."""
+    lesions: LesionConfig
+    """What samples of this kind are drawn from; it has no mixture of its own."""
+    name: str = ""
+    """For people."""
+
+    def __post_init__(self) -> None:
+        """Check that it can be drawn."""
+        if not isinstance(self.lesions, LesionConfig):
+            raise TypeError(f"lesions must be a LesionConfig, got {shown(self.lesions)}")
+        _settle(self)
+        if not (0.0 < self.share < math.inf):
+            raise ValueError(f"share must be > 0 and finite, got {self.share}")
+        if self.lesions.mixture:
+            raise ValueError(
+                f"lesions must have no mixture of their own, got {len(self.lesions.mixture)} parts"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
 class LesionConfig:
     """Distribution of synthetic lesions; the defaults are the paper's.
 
@@ -245,6 +289,9 @@ class LesionConfig:
     """Values of the image that stand for 0 and 1, where they are no HU: (-3, 5) for MR in standard
     deviations, say. `hu_threshold`, `level_hu` and `contrast_hu` are in its unit, and voxels outside it are
     refused. None: images lie in [0, 1], and `hu_range` says which HU these are."""
+    mixture: tuple[Part, ...] = ()
+    """Several kinds of lesions: each sample is of one of them, by its share, in place of what is said above.
+    Window, `hu_threshold`, `connectivity` and `spacing` are this configuration's for all of them."""
 
     def __post_init__(self) -> None:
         """Check what the parts cannot."""
@@ -262,6 +309,7 @@ class LesionConfig:
             raise ValueError(f"connectivity must be one of {CONNECTIVITIES}, got {self.connectivity}")
         self._check_window()
         self._check_mode()
+        self._check_mixture()
 
     def _check_lengths(self) -> None:
         """Settle the unit of lengths: mm where the classes say so."""
@@ -330,6 +378,29 @@ class LesionConfig:
             raise ValueError(
                 f"texture.{name} must lie within the window {self.window}, got {getattr(texture, name)}"
             )
+
+    def _check_mixture(self) -> None:
+        """Check that the parts go with the window that they share."""
+        for number, part in enumerate(self.mixture):
+            try:
+                self._shared(part.lesions)
+            except ValueError as error:
+                raise ValueError(f"mixture[{number}]: {error}") from error
+
+    def _shared(self, lesions: LesionConfig) -> LesionConfig:
+        return replace(
+            lesions,
+            connectivity=self.connectivity,
+            hu_range=self.hu_range,
+            hu_threshold=self.hu_threshold,
+            spacing=self.spacing,
+            value_range=self.value_range,
+        )
+
+    @cached_property
+    def parts(self) -> tuple[LesionConfig, ...]:
+        """What samples are drawn from: the kinds of the mixture, or this alone."""
+        return tuple(self._shared(part.lesions) for part in self.mixture) or (self,)
 
     @property
     def window(self) -> Range:

@@ -38,6 +38,7 @@ from lesionsynth.sampling import (
     draw_kinds,
     draw_load,
     draw_numbers,
+    draw_part,
     least_fraction,
 )
 
@@ -83,6 +84,53 @@ def draw_plans(
         What measures a load.
     """
     samples = [plan_uniforms(seed, index, OF_SAMPLE, 1, UNIFORMS_PER_BLOB)[0] for index in request.indices]
+    if config.mixture:
+        return _draw_mixture(config, seed, request, samples, organs, masks, stages)
+    return _draw_kind(config, seed, request, samples, organs, masks, stages)
+
+
+def _draw_mixture(
+    config: LesionConfig,
+    seed: int,
+    request: Request,
+    samples: Sequence[Floats],
+    organs: Sequence[int] | None,
+    masks: npt.NDArray[np.bool_] | None,
+    stages: CpuStages,
+) -> list[LesionPlan]:
+    """Draw the samples of each kind together, and give them back in their order."""
+    plans: dict[int, LesionPlan] = {}
+    kinds = [draw_part(config, u) for u in samples]
+    for part in config.parts:
+        own = [k for k, kind in enumerate(kinds) if kind is part]
+        if not own:
+            continue
+        asked = request._replace(
+            indices=[request.indices[k] for k in own], fractions=[request.fractions[k] for k in own]
+        )
+        drawn = _draw_kind(
+            part,
+            seed,
+            asked,
+            [samples[k] for k in own],
+            None if organs is None else [organs[k] for k in own],
+            None if masks is None else masks[own],
+            stages,
+        )
+        plans.update(zip(own, drawn, strict=True))
+    return [plans[k] for k in range(len(samples))]
+
+
+def _draw_kind(
+    config: LesionConfig,
+    seed: int,
+    request: Request,
+    samples: Sequence[Floats],
+    organs: Sequence[int] | None,
+    masks: npt.NDArray[np.bool_] | None,
+    stages: CpuStages,
+) -> list[LesionPlan]:
+    """Draw samples of one configuration without a mixture."""
     fractions = [
         default_fraction(config, request.spacing, None if organs is None else organs[k], samples[k])
         if fraction is None

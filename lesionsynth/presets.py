@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
-from lesionsynth.config import BlobClass, LesionConfig, Texture, Warp
+from lesionsynth.config import BlobClass, LesionConfig, Part, Texture, Warp
 
 
 def covid_lung() -> LesionConfig:
@@ -40,6 +40,128 @@ def faint() -> LesionConfig:
     third kind of failure (V). For a threshold T below the paper's -500 HU.
     """
     return replace(covid_lung(), texture=Texture(mu0=(0.15, 0.8)))
+
+
+def lung_disease() -> LesionConfig:
+    """Return a mixture for training: what lungs may hold that is not healthy, faint to solid.
+
+    Give slabs or crops of lung in the paper's window, with λ; T is -700 HU. Each sample is of one kind. The
+    shipped weights of `normnet` were trained with it; what each kind adds is measured in docs/results.md.
+
+    Notes
+    -----
+    Shares, sizes and numbers are ours. What sources say of each disease is said by `ground_glass`,
+    `consolidation` and `nodules`, whose numbers are of whole lungs.
+
+    - paper, 15 %: III-C as it stands.
+    - faint, 20 %: the same, down to -665 HU in the mean.
+    - ground glass, 20 %: a blend, with vessels to be seen through it, from -720 HU up.
+    - nodules, 15 %: round, 3 to 20 mm, -300 to 60 HU.
+    - masses, 10 %: 12 to 50 mm, with spicules, -100 to 60 HU.
+    - part-solid, 5 %: 8 to 30 mm, haze and solid parts side by side.
+    - consolidation, 7 %: dense, with dots and streaks of air in it.
+    - pleura, 5 %: wedges, bands and plates that start at the pleura, -600 to 60 HU.
+    - lobar, 3 %: all of a lobe's size, -600 to 60 HU.
+    """
+    kinds: dict[str, tuple[float, LesionConfig]] = {
+        "paper": (0.15, covid_lung()),
+        "faint": (0.2, faint()),
+        "ground glass": (0.2, _haze()),
+        "nodules": (0.15, _nodules()),
+        "masses": (0.1, _masses()),
+        "part-solid": (0.05, _part_solid()),
+        "consolidation": (0.07, _dense()),
+        "pleura": (0.05, _pleural()),
+        "lobar": (0.03, _lobar()),
+    }
+    mixture = tuple(Part(name=name, share=share, lesions=lesions) for name, (share, lesions) in kinds.items())
+    return replace(covid_lung(), hu_threshold=-700.0, mixture=mixture)
+
+
+def _haze() -> LesionConfig:
+    return replace(
+        ground_glass(),
+        small=BlobClass(count=(3.0, 10.0), radius_mm=(4.0, 12.0)),
+        medium=BlobClass(count=(2.0, 8.0), radius_mm=(12.0, 30.0)),
+        large=BlobClass(probability=0.5, radius_mm=(30.0, 60.0)),
+        count=None,
+        alpha=(0.11, 0.45),
+        edge=2.0,
+    )
+
+
+def _nodules() -> LesionConfig:
+    return replace(
+        nodules(),
+        small=BlobClass(count=(4.0, 16.0), radius_mm=(1.5, 4.0)),
+        medium=BlobClass(count=(2.0, 10.0), radius_mm=(4.0, 10.0)),
+        large=None,
+        count=None,
+        texture=replace(_SOLID, level_hu=(-300.0, 60.0)),
+        edge=0.5,
+    )
+
+
+def _masses() -> LesionConfig:
+    return LesionConfig(
+        small=BlobClass(count=(1.0, 6.0), radius_mm=(6.0, 12.0)),
+        medium=BlobClass(count=(1.0, 4.0), radius_mm=(12.0, 25.0)),
+        large=None,
+        warp=Warp(amplitude=(0.3, 1.4), correlation=(0.15, 0.5)),
+        texture=replace(_SOLID, level_hu=(-100.0, 60.0)),
+        mode="blend",
+        edge=0.5,
+    )
+
+
+def _part_solid() -> LesionConfig:
+    return LesionConfig(
+        small=BlobClass(count=(2.0, 8.0), radius_mm=(4.0, 8.0)),
+        medium=BlobClass(count=(1.0, 5.0), radius_mm=(8.0, 15.0)),
+        large=None,
+        warp=Warp(amplitude=(0.3, 1.2), correlation=(0.2, 0.6)),
+        texture=Texture(
+            level_hu=(-450.0, -100.0),
+            a_range=(0.15, 1.0),
+            a_min_gap=0.7,
+            sigma_a=(2.0, 5.0),
+            sigma_b_low=(0.8, 1.2),
+            sigma_b_high=(1.2, 2.0),
+        ),
+        mode="blend",
+        edge=1.0,
+    )
+
+
+def _dense() -> LesionConfig:
+    return LesionConfig(
+        small=BlobClass(count=(1.0, 6.0), radius_mm=(6.0, 15.0), placement="surface"),
+        medium=BlobClass(count=(1.0, 5.0), radius_mm=(15.0, 35.0), placement="surface"),
+        large=BlobClass(probability=0.3, radius_mm=(35.0, 60.0)),
+        texture=_WITH_AIR,
+        mode="blend",
+    )
+
+
+def _pleural() -> LesionConfig:
+    return LesionConfig(
+        small=BlobClass(count=(2.0, 10.0), radius_mm=(5.0, 15.0), placement="surface"),
+        medium=BlobClass(count=(2.0, 8.0), radius_mm=(12.0, 35.0), flatness=(0.08, 0.5), placement="surface"),
+        large=None,
+        warp=Warp(amplitude=(0.1, 0.5)),
+        texture=replace(_WITH_AIR, level_hu=(-600.0, 60.0)),
+        mode="blend",
+    )
+
+
+def _lobar() -> LesionConfig:
+    return LesionConfig(
+        small=None,
+        medium=None,
+        large=BlobClass(count=(1.0, 3.0), radius_mm=(35.0, 80.0)),
+        texture=replace(_WITH_AIR, level_hu=(-600.0, 60.0)),
+        mode="blend",
+    )
 
 
 # --- Beyond the paper ---
@@ -323,6 +445,15 @@ _SOLID = Texture(
     sigma_b_high=(1.0, 1.5),
 )
 """Nearly uniform and as noisy as CT, for lesions in place of the organ."""
+_WITH_AIR = Texture(
+    level_hu=(-200.0, 60.0),
+    a_range=(0.45, 1.0),
+    a_min_gap=0.3,
+    sigma_a=(1.5, 5.0),
+    sigma_b_low=(0.6, 1.0),
+    sigma_b_high=(1.0, 1.5),
+)
+"""Dense, with dots and streaks that hold air: bronchi."""
 _SMOOTH = Texture(
     a_range=(0.5, 1.0),
     a_min_gap=0.2,
@@ -338,6 +469,7 @@ BY_NAME: dict[str, Callable[[], LesionConfig]] = {
     "no_probability_map": no_probability_map,
     "no_salt_noise": no_salt_noise,
     "faint": faint,
+    "lung_disease": lung_disease,
     "ground_glass": ground_glass,
     "consolidation": consolidation,
     "nodules": nodules,

@@ -190,6 +190,14 @@ def _plain(name: str, value: Any) -> Any:
 # --- The laws ---
 
 
+def draw_part(config: LesionConfig, u: Floats) -> LesionConfig:
+    """Draw the kind of lesions of a sample with uniforms u; the configuration itself without a mixture."""
+    if not config.mixture:
+        return config
+    shares = np.cumsum([part.share for part in config.mixture])
+    return config.parts[int(np.searchsorted(shares / shares[-1], u[_PART], side="right"))]
+
+
 def draw_numbers(config: LesionConfig, u: Floats, lung_fraction: float) -> list[int]:
     """Draw N of each class: N_s, N_m ~ round(U[5λ, 10λ]), N_l = 1 with probability 0.2λ in the paper.
 
@@ -262,8 +270,10 @@ def draw_blobs(config: LesionConfig, kinds: npt.NDArray[np.intp], u: Floats) -> 
     radii = np.array([kind.radii for kind in classes]).reshape(-1, 2).T[:, kinds]
     spherical = np.array([kind.spherical for kind in classes], dtype=bool)[kinds]
     b = np.empty(len(kinds), dtype=BLOB)
+    flatness = np.array([kind.flatness for kind in classes]).reshape(-1, 2).T[:, kinds]
     # III-C.1: shape and place
     b["semi_axes"] = _lerp(radii[:, :, None], np.where(spherical[:, None], u[:, :1], u[:, :3]))
+    b["semi_axes"][:, 0] *= _lerp(flatness, u[:, 17])
     _quaternions(np.ascontiguousarray(u[:, 3:6]), b["rotation"])
     b["position"] = u[:, 6]
     b["center"] = -1
@@ -284,7 +294,7 @@ def draw_blobs(config: LesionConfig, kinds: npt.NDArray[np.intp], u: Floats) -> 
     return b
 
 
-_COUNT, _LOAD = 3, 4
+_COUNT, _LOAD, _PART = 3, 4, 5
 """Uniforms of a sample behind those of its three classes."""
 
 

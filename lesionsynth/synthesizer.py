@@ -103,6 +103,7 @@ class LesionSynthesizer:
         self.seed = check_word("seed", plain(seed))
         self.allow_empty = _flag(allow_empty)
         self._backends = Backends(threads)
+        self._has_load = any(part.load is not None for part in config.parts)
         self._light: Any = None  # voxel and volume that the configuration was found light for
         self._warned = False
 
@@ -168,7 +169,7 @@ class LesionSynthesizer:
             raise ValueError(
                 f"index must have one entry per item of the batch ({items}), got {len(request.indices)}"
             )
-        masks = _items(backend.host_mask(lung_mask)) if self.config.load is not None else None
+        masks = _items(backend.host_mask(lung_mask)) if self._has_load else None
         organs = backend.count_organ(inputs) if None in request.fractions else None
         plans = draw_plans(self.config, self.seed, request, organs, masks, self._backends.stages)
         return self._render(backend, plans, inputs, volume, allow_empty, drawn=True)
@@ -231,7 +232,7 @@ class LesionSynthesizer:
             mask that is not binary or of another shape, or none where a `load` is wanted.
         """
         masks = None if lung_mask is None else self._backends.of(lung_mask).host_mask(lung_mask)
-        if masks is None and self.config.load is not None:
+        if masks is None and self._has_load:
             raise ValueError("lung_mask must be given for a configuration with a load, got None")
         if masks is not None and shape is not None and tuple(plain(shape)) != masks.shape:
             raise ValueError(f"lung_mask must have the shape {tuple(plain(shape))}, got {masks.shape}")
@@ -336,8 +337,12 @@ class LesionSynthesizer:
 
     def _check_work(self, plans: Sequence[LesionPlan], volume: Any, drawn: bool) -> None:
         """Refuse what would take minutes; of a configuration that never does, look at no sample."""
-        key = plans[0].scale, volume
-        if drawn and (self._light == key or _is_light(self.config, *key)):
+        scales = frozenset(plan.scale for plan in plans)  # one, but for a mixture in voxels and mm
+        key = scales, volume
+        if drawn and (
+            self._light == key
+            or all(_is_light(part, scale, volume) for part in self.config.parts for scale in scales)
+        ):
             self._light = key
             return
         for plan in plans:
@@ -386,7 +391,11 @@ def _is_light(config: LesionConfig, scale: Triple, shape: tuple[int, int, int]) 
         return False
     kinds, warp = config.blob_classes, config.warp
     counts = [kind.most_count for kind in kinds]
-    low, high = (np.repeat([kind.radii[side] for kind in kinds], counts) for side in (0, 1))
+    ends = [
+        (kind.radii[0] * min(1.0, kind.flatness[0]), kind.radii[1] * max(1.0, kind.flatness[1]))
+        for kind in kinds
+    ]
+    low, high = (np.repeat([end[side] for end in ends], counts) for side in (0, 1))
     sigma_b = max(config.texture.sigma_b_low[1], config.texture.sigma_b_high[1])
     sigmas = np.full((len(low), 2), (config.texture.sigma_a[1], sigma_b))
     extents = 2.0 * high * (1.0 + warp.amplitude[1])

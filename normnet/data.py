@@ -8,11 +8,12 @@ thread itself; on a CPU a background thread makes it while the network trains.
 from __future__ import annotations
 
 import importlib.util
+import re
 import time
 import warnings
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -25,11 +26,13 @@ import numpy.typing as npt
 import torch
 
 import lesionsynth as ls
+from lesionsynth.strict import name_of, shown
 from normnet.augment import Variation
 from normnet.config import Shape, Spacing, TrainConfig
 from normnet.device import free_memory
 from normnet.inflation import healthy_density, inflate
 from normnet.prepare.store import Store
+from normnet.sheets import read_rows
 from normnet.thick import Profile, draw_profile, thicken
 
 SLAB_STREAM = 64
@@ -81,7 +84,10 @@ def pair_streams(
         volumes = store_volumes(config.data)
     if config.inflation_hu is not None:
         volumes = [volume.inflated(config.inflation_hu) for volume in volumes]
-    training, held = split(volumes, config.held_out, config.slab)
+    if config.folds is None:
+        training, held = split(volumes, config.held_out, config.slab)
+    else:
+        training, held = split_by_fold(volumes, read_folds(config.folds), config.seed, config.slab)
     makes = pair_device(device)
     if makes.type != device.type:
         warnings.warn(
@@ -244,6 +250,65 @@ def split(volumes: Sequence[Volume], held_out: int, slab: int) -> tuple[list[Vol
         )
     held = sorted(usable, key=lambda v: (len(v.slabs(slab)), v.name))[:held_out]
     return [v for v in usable if v not in held], [v for v in usable if v in held]
+
+
+def read_folds(path: Path) -> dict[str, int]:
+    """Read a CSV of ``case,fold``: folds count from 0, and lines that start with ``#`` are skipped.
+
+    Raises
+    ------
+    ValueError
+        A line does not hold a name, given once, and an integer >= 0; there are fewer than two folds, or a
+        number is left out.
+    """
+    folds: dict[str, int] = {}
+    for number, row in read_rows(path):
+        cells = [cell.strip() for cell in row]
+        if not any(cells) or cells[0].startswith("#") or (number == 1 and cells[0] == "case"):
+            continue
+        if len(cells) != 2 or not cells[0] or cells[0] in folds or not re.fullmatch("[0-9]{1,6}", cells[1]):
+            rule = "case,fold, each case once and folds integers >= 0"
+            raise ValueError(f"{name_of(path)}, line {number}: must be {rule}, got {shown(','.join(row))}")
+        folds[cells[0]] = int(cells[1])
+    found = sorted(set(folds.values()))
+    if len(found) < 2 or found != list(range(len(found))):
+        raise ValueError(f"{name_of(path)}: folds must be 0, 1 and so on, two at least, got {shown(found)}")
+    return folds
+
+
+def split_by_fold(
+    volumes: Sequence[Volume], folds: Mapping[str, int], seed: int, slab: int
+) -> tuple[list[Volume], list[Volume]]:
+    """Keep the volumes of one fold for validation, the others for training.
+
+    Parameters
+    ----------
+    volumes : sequence of Volume
+        All of a store.
+    folds : mapping
+        Fold of each case; names that the store does not have are of no account.
+    seed : int
+        Of the run: its fold is ``seed`` modulo their number.
+    slab : int
+        Volumes without so many usable slices in a row are left out.
+
+    Raises
+    ------
+    ValueError
+        A volume is in no fold, or nothing would be left on one of the two sides.
+    """
+    if missing := sorted(v.name for v in volumes if v.name not in folds):
+        raise ValueError(f"folds must name every case of the store, got none for {shown(missing)}")
+    wanted = seed % (max(folds.values()) + 1)
+    usable = [v for v in volumes if v.slabs(slab)]
+    held = [v for v in usable if folds[v.name] == wanted]
+    training = [v for v in usable if folds[v.name] != wanted]
+    if not held or not training:
+        raise ValueError(
+            f"folds must leave volumes with {slab} usable slices in a row on both sides, got "
+            f"{len(held)} in fold {wanted} and {len(training)} in the others"
+        )
+    return training, held
 
 
 def choose_place(volumes: Sequence[Volume], cache: str, device: torch.device, *, processes: int = 1) -> Place:

@@ -201,10 +201,14 @@ def build_unet(config: ModelConfig) -> torch.nn.Module:
     One output is the logit of "healthy bright tissue"; two are those of right and left lung.
     """
     network: torch.nn.Module = UNet(
-        3, 1, config.outputs, config.channels, config.strides,
-        num_res_units=config.residual_units, norm=config.norm,
+        3, 1, config.head or config.outputs, config.channels, config.strides,
+        num_res_units=config.residual_units, norm=config.norm, act=config.activation,
     )  # fmt: skip
-    return network
+    return (
+        torch.nn.Sequential(network, torch.nn.Conv3d(config.head, config.outputs, 1))
+        if config.head
+        else network
+    )
 
 
 def bundled_models() -> list[Path]:

@@ -67,7 +67,7 @@ from normnet.workers import SLOT, Died, run_parallel
 CONFIG, STATE, BEST, METRICS = "config.json", "state.safetensors", "best.safetensors", "metrics.csv"
 RUN_FILES = (WEIGHTS, BEST, STATE, METRICS, CONFIG)
 """Files of a run, its settings last: they claim the others."""
-FREE = ("resume", "output", "iterations", "minutes", "device", "threads", "data", "cache")
+FREE = ("resume", "output", "iterations", "minutes", "device", "threads", "data", "folds", "cache")
 """Settings that a resumed run may change: they say how far and where, not what. Under a schedule the number
 of iterations says what."""
 BEST_SCORE = {"lesions": "val_auc", "lungs": "val_dice"}

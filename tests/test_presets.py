@@ -93,7 +93,7 @@ def rendered(request):
 
 
 def test_every_new_preset_is_tested() -> None:
-    paper = {"covid_lung", "no_shapes", "no_probability_map", "no_salt_noise", "faint"}
+    paper = {"covid_lung", "no_shapes", "no_probability_map", "no_salt_noise", "faint", "lung_disease"}
     assert set(ls.presets.BY_NAME) == paper | set(PRESETS)
     assert set(re.findall(r"^## (\w+)$", PAGE.read_text(encoding="utf-8"), re.MULTILINE)) == {
         *PRESETS,

@@ -14,7 +14,7 @@ from lesionsynth.commands import plainly, run
 from lesionsynth.io import SeriesInfo, dicom_folders, largest_series
 from normnet.cases import tell
 from normnet.config import Task
-from normnet.prepare.case import LungMethod, Side
+from normnet.prepare.case import Edges, LungMethod, Side
 from normnet.prepare.run import CaseSummary, prepare
 
 
@@ -51,6 +51,9 @@ class PrepareArgs:
     exclude: Path | None = None
     """CSV of case,first_slice,last_slice to leave out: slices of the file, from 0 at the feet, ends
     included."""
+    edges: Edges = "remove"
+    """Bright rims of the lung masks, III-B's erroneous edges: remove them, as the paper does; or keep them as
+    healthy tissue, as prediction does, so that a network learns to know them. --task lungs keeps them."""
     annotations: Path | None = None
     """LUNA16-style CSV seriesuid,coordX,coordY,coordZ,diameter_mm; slices with nodules are left out.
     seriesuid is a SeriesInstanceUID or the name of a file. Of LUNA16 folders the annotations.csv is found by
@@ -101,6 +104,7 @@ def _prepare(args: PrepareArgs) -> int:
         series=args.series,
         lungs=args.lungs,
         task=args.task,
+        edges=args.edges,
         spacing=args.spacing,
         size=args.size,
         overwrite=args.overwrite,

@@ -30,6 +30,7 @@ from normnet.prepare.lungs import (
 ISO_SPACING: Spacing = (1.0, 0.8, 0.8)
 """Working voxel in mm, axis order z, y, x (PAPER.md IV-B)."""
 Side = Literal["both", "right", "left"]
+Edges = Literal["remove", "keep"]
 LungMethod = str
 """How lungs are segmented: "network", "classical", "lungmask", or weights of `normnet.train --task lungs`."""
 METHODS = ("network", "classical", "lungmask")

@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -29,6 +29,7 @@ from normnet.draw import prepared_picture
 from normnet.inflation import healthy_density
 from normnet.prepare.case import (
     ISO_SPACING,
+    Edges,
     LoadedCase,
     LungMethod,
     Side,
@@ -172,6 +173,7 @@ def prepare(
     series: str = "largest",
     lungs: LungMethod | None = None,
     task: Task = "lesions",
+    edges: Edges = "remove",
     spacing: Spacing = ISO_SPACING,
     size: int = 512,
     overwrite: bool = False,
@@ -187,7 +189,7 @@ def prepare(
         `normnet.cases.find_cases`. A case is named after its file or folder.
     output : path
         Store to make or to go on with; finished cases are kept, what a killed run left is taken away.
-    masks, label, exclude, annotations, series, lungs, task, spacing, size, overwrite
+    masks, label, exclude, annotations, series, lungs, task, edges, spacing, size, overwrite
         As the options of the command, `normnet.prepare.__main__.PrepareArgs`, which says more.
     keep_lung : mapping, optional
         Case name to "right" or "left": only that lung is kept.
@@ -221,6 +223,8 @@ def prepare(
         raise ValueError(f"workers must be at least 1, got {workers}")
     if task not in OUTPUTS:
         raise ValueError(f"task must be one of {', '.join(OUTPUTS)}, got {task!r}")
+    if edges not in get_args(Edges):
+        raise ValueError(f"edges must be one of {', '.join(get_args(Edges))}, got {edges!r}")
     for_lungs = task == "lungs"
     if for_lungs and (keep_lung or annotations is not None):
         given = "keep_lung" if keep_lung else "annotations"
@@ -256,6 +260,7 @@ def prepare(
             side=sides.get(case_id, "both"),
             lungs=lungs,
             task=task,
+            edges=edges,
         )
         for case_id, case in cases.items()
     ]
@@ -326,6 +331,7 @@ class Work:
     side: Side
     lungs: LungMethod
     task: Task
+    edges: Edges
 
     def request(self) -> dict[str, Any]:
         """Give what of it changes the case, as kept in its meta data."""
@@ -339,6 +345,7 @@ class Work:
             **lungs,
             "label": list(self.label),
             "kept_lung": self.side,
+            "edges": self.edges,
         }
 
 
@@ -403,7 +410,7 @@ def _prepare(work: Work) -> dict[str, Any]:
         removed = np.zeros(hu.shape, bool)
     else:
         hu, grid, classical = case.hu, case.grid, case.native_classical
-        lungs, removed = _without_edges(case)
+        lungs, removed = _without_edges(case) if work.edges == "remove" else _with_edges(case)
         classical = None if classical is None else grid.to_iso(classical)
     keep = kept_slices(grid, [*work.left_out, *nodule_slices(case.volume, work.nodules)])
     for outline in (lungs, classical):
@@ -481,6 +488,11 @@ def _without_edges(case: LoadedCase) -> tuple[Mask, Mask]:
     mask = np.zeros(case.mask.shape, bool)
     mask[boxes[0]] = np.where(edges, plane_eroded(inner, EDGE_MM, case.spacing), inner)
     return mask, case.mask & ~mask
+
+
+def _with_edges(case: LoadedCase) -> tuple[Mask, Mask]:
+    """Leave the lung mask as it is."""
+    return case.mask.copy(), np.zeros(case.mask.shape, bool)
 
 
 def _cropped(case: LoadedCase, grid: IsoGrid) -> float:

@@ -23,7 +23,17 @@ import torch
 import lesionsynth as ls
 from normnet import data
 from normnet.config import ModelConfig, TrainConfig
-from normnet.data import Batches, PairStream, Volume, choose_place, pair_streams, split, store_volumes
+from normnet.data import (
+    Batches,
+    PairStream,
+    Volume,
+    choose_place,
+    pair_streams,
+    read_folds,
+    split,
+    split_by_fold,
+    store_volumes,
+)
 from normnet.inflation import healthy_density, inflate
 from normnet.prepare.store import Store
 
@@ -113,6 +123,75 @@ def test_held_out_volumes_are_the_smallest():
         ValueError, match=r"more than held_out=2 volumes with 8 usable slices in a row, got 2 of 2"
     ):
         split([segments("small", [(0, 9)]), segments()], 2, 8)
+
+
+@given(st.lists(st.integers(0, 3), min_size=4, max_size=12), st.integers(0, 40))
+def test_a_fold_is_held_out_whole(numbers, seed):
+    numbers = [0, 1, *numbers]
+    number = max(numbers) + 1
+    volumes = [segments(f"case{k}") for k in range(len(numbers))]
+    folds = {volume.name: fold for volume, fold in zip(volumes, numbers, strict=True)} | {"elsewhere": 0}
+    wanted = {name for name, fold in folds.items() if fold == seed % number} - {"elsewhere"}
+    if not wanted:
+        with pytest.raises(ValueError, match=f"got 0 in fold {seed % number}"):
+            split_by_fold(volumes, folds, seed, 8)
+        return
+    training, held = split_by_fold(volumes, folds, seed, 8)
+    assert {v.name for v in held} == wanted
+    assert {v.name for v in training} | wanted == {v.name for v in volumes}
+    assert not {v.name for v in training} & wanted
+
+
+def test_volumes_too_short_for_a_slab_are_on_neither_side():
+    volumes = [segments("a"), segments("b"), segments("short", [(0, 7)]), segments("c")]
+    folds = {"a": 0, "b": 1, "short": 1, "c": 2}
+    training, held = split_by_fold(volumes, folds, 1, 8)
+    assert ([v.name for v in training], [v.name for v in held]) == (["a", "c"], ["b"])
+    with pytest.raises(ValueError, match="both sides, got 0 in fold 0 and 3 in the others"):
+        split_by_fold(volumes, folds | {"a": 1, "short": 0}, 0, 8)
+    with pytest.raises(ValueError, match=r"name every case of the store, got none for \['c'\]"):
+        split_by_fold(volumes, {"a": 0, "b": 1, "short": 1}, 0, 8)
+
+
+def test_folds_are_read(tmp_path):
+    file = tmp_path / "folds.csv"
+    file.write_text("case,fold\n# a patient in two scans\na,0\n b , 1 \n\nc,0\n")
+    assert read_folds(file) == {"a": 0, "b": 1, "c": 0}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a,0\na,1\n", "folds.csv, line 2: must be case,fold, each case once .*, got 'a,1'"),
+        ("a,0\nb,-1\n", "folds.csv, line 2: .* got 'b,-1'"),
+        ("a,0\nb\n", "folds.csv, line 2: .* got 'b'"),
+        ("a,0\nb,1,2\n", "folds.csv, line 2: "),
+        ("a,0\n,1\n", "folds.csv, line 2: "),
+        ("a,0\nb,one\n", "folds.csv, line 2: "),
+        ("a,0\nb,0\n", r"folds must be 0, 1 and so on, two at least, got \[0\]"),
+        ("a,0\nb,2\n", r"folds must be 0, 1 and so on, two at least, got \[0, 2\]"),
+        ("", r"folds must be 0, 1 and so on, two at least, got \[\]"),
+    ],
+)
+def test_what_are_no_folds(tmp_path, text, message):
+    file = tmp_path / "folds.csv"
+    file.write_text(text)
+    with pytest.raises(ValueError, match=message):
+        read_folds(file)
+
+
+def test_a_run_holds_out_its_fold(tmp_path, monkeypatch):
+    volumes = [segments(name) for name in ("a", "b", "c")]
+    monkeypatch.setattr(data, "store_volumes", lambda path: volumes)
+    (tmp_path / "folds.csv").write_text("a,0\nb,1\nc,2\n")
+    seen = []
+    monkeypatch.setattr(
+        data, "PairStream", lambda v, *a, **k: seen.append([x.name for x in v]) or PairStream(v, *a, **k)
+    )
+    run = replace(CONFIG, data=tmp_path, folds=tmp_path / "folds.csv", seed=4, validation_pairs=1, crop=8)
+    _, checks = pair_streams(run, CPU)
+    assert seen == [["a", "c"], ["b"]]
+    assert len(checks) == 1
 
 
 @pytest.mark.parametrize("density", [-770, -905])

@@ -15,7 +15,17 @@ pytest.importorskip("monai")
 from safetensors.torch import load, save  # noqa: E402
 
 from normnet.config import BUNDLED_LUNGS, ModelConfig  # noqa: E402
-from normnet.model import HEADER, Model, build_unet, bundled_models, export_models, find_models, main  # noqa: E402
+from normnet.model import (  # noqa: E402
+    HEADER,
+    Model,
+    build_unet,
+    bundled_models,
+    export_models,
+    find_models,
+    main,
+    read_tensors,
+    write_tensors,
+)
 
 CONFIG = ModelConfig(channels=(8, 16), strides=(2,))
 
@@ -32,6 +42,40 @@ def runs(tmp_path):
     return tmp_path / "runs"
 
 
+# ---- the network
+
+
+@pytest.mark.parametrize("outputs", [1, 2])
+def test_a_head_makes_the_logits_of_features(outputs):
+    config = ModelConfig(channels=(2, 3), strides=(2,), outputs=outputs, head=5, activation="leakyrelu")
+    network = build_unet(config).eval()
+    features, last = network
+    assert not any(isinstance(m, torch.nn.PReLU) for m in network.modules())
+    image = torch.rand(2, 1, 4, 6, 8)
+    seen = features(image)
+    assert seen.shape == (2, 5, 4, 6, 8)
+    expected = torch.einsum("bczyx,oc->bozyx", seen, last.weight[:, :, 0, 0, 0]) + last.bias.view(
+        1, -1, 1, 1, 1
+    )
+    torch.testing.assert_close(network(image), expected)
+    plain = build_unet(ModelConfig(channels=(2, 3), strides=(2,), outputs=outputs))
+    assert plain(image).shape == (2, outputs, 4, 6, 8)
+    assert any(isinstance(m, torch.nn.PReLU) for m in plain.modules())
+
+
+def test_weights_of_before_there_were_heads(tmp_path):
+    """Their header says nothing of head and activation."""
+    model = Model(build_unet(CONFIG), CONFIG)
+    model.save(tmp_path / "m.safetensors")
+    tensors, metadata = read_tensors(tmp_path / "m.safetensors")
+    header = json.loads(metadata[HEADER])
+    del header["model"]["head"], header["model"]["activation"]
+    write_tensors(tmp_path / "old.safetensors", tensors, {HEADER: json.dumps(header)})
+    found = Model.load(tmp_path / "old.safetensors")
+    assert found.config == CONFIG
+    torch.testing.assert_close(found.network.state_dict(), model.network.state_dict())
+
+
 # ---- a model and its file
 
 
@@ -44,6 +88,8 @@ def models(draw):
         strides=draw(st.lists(st.integers(1, 2), min_size=levels - 1, max_size=levels - 1).map(tuple)),
         residual_units=draw(st.integers(0, 2)),
         norm=draw(st.sampled_from(["batch", "instance"])),
+        activation=draw(st.sampled_from(["prelu", "leakyrelu"])),
+        head=draw(st.integers(0, 3)),
         outputs={"lesions": 1, "lungs": 2}[task],
     )
     share = st.floats(0, 1, exclude_min=True, exclude_max=True)

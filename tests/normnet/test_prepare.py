@@ -482,6 +482,27 @@ def test_only_the_rim_of_an_edge_goes(cut: int, spacing: tuple[float, float, flo
     assert_array_equal(removed, mask & ~kept)
 
 
+def test_edges_are_kept_where_that_is_asked_for(tmp_path: Path) -> None:
+    """The mask that prediction has, and so more of it by a bright rim."""
+    hu, truth = chest(1)
+    rim = truth & ~ndimage.binary_erosion(truth, np.ones((1, 3, 3), bool))
+    write(tmp_path / "in/a.nii.gz", np.where(rim, 0, hu).astype(np.int16))
+    write(tmp_path / "masks/a.nii.gz", truth.astype(np.uint8))
+    given: dict[str, Any] = {"masks": tmp_path / "masks", **COARSE}
+    cases = [
+        prepare([tmp_path / "in"], tmp_path / edges, edges=edges, **given).store["a"]
+        for edges in ("remove", "keep")
+    ]
+    less, whole = (case.slab(0, case.shape[0])[1] for case in cases)
+    assert whole.sum() == truth.sum()
+    assert cases[0].meta["edge_voxels"] == (whole & ~less).sum() == rim.sum()
+    assert cases[1].meta["edge_voxels"] == 0
+    again = prepare([tmp_path / "in"], tmp_path / "keep", **given)
+    assert "prepared with another edges; overwrite" in " ".join(again.cases[0].message)
+    with pytest.raises(ValueError, match="edges must be one of remove, keep, got 'none'"):
+        prepare([tmp_path / "in"], tmp_path / "other", edges="none", **given)
+
+
 def test_the_density_of_healthy_lung_is_kept(prepared: Store) -> None:
     """Training takes it from there; a store of before tells none, and is read."""
     for name in prepared.case_ids:

@@ -354,6 +354,7 @@ def test_the_paper_s_values_are_the_defaults():
         ({"probability": 1.0}, r"probability must be < 1 or 'calibrated', got 1.0"),
         ({"probability": "calibrated", "held_out": 0}, "held_out must be >= 1 to calibrate .* got 0"),
         ({"seed": -1}, r"seed must be >= 0, got -1"),
+        ({"folds": Path("f.csv")}, "folds must be None for the task lungs, and without data, got .*f.csv"),
     ],
 )
 def test_bad_settings(changes, message):

@@ -1,0 +1,162 @@
+"""Ask networks about scans that they were not trained on: ``python docs/lesions_check.py STORE RUN...``.
+
+Of every RUN of a cross-validation (`TrainConfig.folds`) the held-out scans of STORE are predicted, by that
+network alone, and two things are printed as CSV, a line a scan:
+
+- ``false_ml``: what is marked in the healthy scan as it is, within the slices that training may use;
+- Dice of lesions painted into 48 of its slices, of one kind at a time, by `normnet.painting`, which shares
+  shapes with the generator and no texture. HU are those of a lung whose healthy tissue is at -870 HU.
+
+A STORE prepared with ``--edges keep`` has the masks that `normnet.predict` would make. Networks vote at their
+own threshold unless ``--probability`` gives some.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from scipy import ndimage
+
+import lesionsynth as ls
+from normnet.ablate import majority
+from normnet.config import PostprocessConfig, PredictConfig, TrainConfig, read_config
+from normnet.data import Volume, read_folds, store_volumes
+from normnet.model import Model, find_models
+from normnet.painting import Density, render
+from normnet.postprocess import postprocess
+from normnet.predict import slide
+from normnet.sheets import Sheet
+
+SLICES = 48
+"""Of a scan that lesions are painted into: those with most lung."""
+SEED = 7
+
+
+class Kind(NamedTuple):
+    """Lesions as they are painted, and the least volume of those that count."""
+
+    shapes: ls.LesionConfig
+    density: Density
+    least_ml: float = 0.0
+
+
+def shapes(count: tuple[float, float], radius: tuple[float, float], **more: Any) -> ls.LesionConfig:
+    """So many ellipsoids, of such semi-axes in mm."""
+    blobs = ls.BlobClass(count=count, radius_mm=radius, scale_by_lung=False, **more)
+    return ls.LesionConfig(small=None, medium=blobs, large=None)
+
+
+KINDS = {
+    "solid_1ml": Kind(shapes((4, 7), (7, 18)), Density(hu=30, spread=20), 1.0),
+    "nodules": Kind(shapes((8, 12), (3, 6)), Density(hu=20, spread=20), 0.1),
+    "glass_650": Kind(shapes((4, 8), (8, 25)), Density(hu=-650, spread=30)),
+    "glass_720": Kind(shapes((4, 8), (8, 25)), Density(hu=-720, spread=30)),
+    "consolidation": Kind(shapes((3, 5), (12, 35)), Density(hu=-50, spread=40, bronchi=0.08)),
+    "pleural": Kind(
+        shapes((5, 8), (8, 25), flatness=(0.2, 0.6), placement="surface"), Density(hu=-200, spread=60)
+    ),
+    "lobar": Kind(shapes((1, 2), (45, 80)), Density(hu=-300, spread=80)),
+}
+
+
+class Scan(NamedTuple):
+    """A held-out scan: HU as a network expects them, lungs, and slices that count."""
+
+    hu: Any
+    lungs: Any
+    usable: Any
+    spacing: tuple[float, float, float]
+
+
+def read(volume: Volume, inflation_hu: float | None) -> Scan:
+    """Read a volume within the box of its lungs."""
+    volume = volume if inflation_hu is None else volume.inflated(inflation_hu)
+    hu, lungs = (array.numpy() for array in volume.slab(0, volume.shape[0]))
+    usable = np.zeros(len(hu), bool)
+    for first, stop in volume.segments:
+        usable[first:stop] = True
+    (box,) = ndimage.find_objects(lungs.astype(np.uint8))
+    box = tuple(slice(max(s.start - 8, 0), s.stop + 8) for s in box)
+    return Scan(hu[box].astype(np.float32), lungs[box], usable[box[0]], volume.spacing)
+
+
+def lesions_of(scan: Scan, models: list[Model], probabilities: list[float]) -> Iterator[Any]:
+    """Final lesions of the vote at each threshold."""
+    image = ls.window_hu(scan.hu) * scan.lungs
+    device = torch.device("cpu")
+    blocks = slide(lambda a, b: image[a:b], scan.lungs, models, PredictConfig(), device)
+    chances = np.concatenate([chances.numpy() for _, chances in blocks], axis=1)
+    level = models[0].threshold_hu
+    bright = scan.lungs & (image >= np.float32(ls.threshold(level)))
+    for probability in probabilities:
+        healthy = majority([p > np.float32(probability) for p in chances]) & bright
+        yield postprocess(image, scan.lungs, healthy, PostprocessConfig(threshold_hu=level)).final
+
+
+def painted(scan: Scan, kind: Kind, number: int) -> tuple[Scan, Any]:
+    """Paint one kind of lesions into the slices with most lung, within one usable run; and which they are."""
+    counts = np.where(scan.usable, scan.lungs.sum((1, 2)), 0)
+    sums = np.convolve(counts, np.ones(min(SLICES, len(counts))), "valid")
+    first = int(sums.argmax())
+    at = slice(first, first + SLICES)
+    hu, lungs = np.ascontiguousarray(scan.hu[at]), np.ascontiguousarray(scan.lungs[at])
+    synth = ls.LesionSynthesizer(kind.shapes, seed=SEED, allow_empty=True)
+    empty = np.zeros(hu.shape, np.float32)
+    found = np.asarray(synth(empty, lungs, index=number, spacing=scan.spacing).labels)
+    voxels = np.bincount(found.ravel())
+    small = np.flatnonzero(voxels * np.prod(scan.spacing) / 1000 < kind.least_ml)
+    disease = (found > 0) & ~np.isin(found, small)
+    ill = render(hu, lungs.astype(np.uint8), disease, kind.density, seed=SEED, index=number)
+    return Scan(ill.hu, lungs, scan.usable[at], scan.spacing), ill.disease
+
+
+def dice(found: Any, truth: Any) -> float:
+    """Dice coefficient in percent."""
+    both = int(found.sum()) + int(truth.sum())
+    return 100 * 2 * int((found & truth).sum()) / both if both else float("nan")
+
+
+def main() -> None:
+    """Print a line a scan and threshold."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("store", type=Path)
+    parser.add_argument("runs", nargs="+", type=Path)
+    parser.add_argument("--probability", nargs="*", type=float)
+    parser.add_argument("--kinds", nargs="*", default=list(KINDS))
+    args = parser.parse_args()
+    volumes = {volume.name: volume for volume in store_volumes(args.store)}
+    table = Sheet(sys.stdout)
+    table.row(["run", "fold", "case", "probability", "false_ml", "dense_ml", *args.kinds])
+    for file in find_models(args.runs):
+        config = read_config(TrainConfig, file.parent / "config.json")
+        if config.folds is None:
+            raise SystemExit(f"{file.parent}: trained without folds, so nothing was held out")
+        folds = read_folds(config.folds)
+        fold = config.seed % (max(folds.values()) + 1)
+        model = Model.load(file).to("cpu")
+        levels = args.probability or [model.threshold()]
+        for number, name in enumerate(sorted(name for name in volumes if folds[name] == fold)):
+            scan = read(volumes[name], model.inflation_hu)
+            litre = float(np.prod(scan.spacing)) / 1000
+            found = list(lesions_of(scan, [model], levels))
+            false = [int((lesions & scan.usable[:, None, None]).sum()) * litre for lesions in found]
+            scores: list[list[float]] = []
+            for kind in args.kinds:
+                sick, truth = painted(scan, KINDS[kind], number)
+                scores.append([dice(lesions, truth) for lesions in lesions_of(sick, [model], levels)])
+            bright = scan.lungs & scan.usable[:, None, None] & (scan.hu >= model.threshold_hu)
+            for k, level in enumerate(levels):
+                cells = [f"{row[k]:.1f}" for row in scores]
+                dense = f"{bright.sum() * litre:.1f}"
+                table.row([file.parent.name, fold, name, f"{level:g}", f"{false[k]:.2f}", dense, *cells])
+            sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    main()
