@@ -7,6 +7,10 @@ network alone, and two things are printed as CSV, a line a scan:
 - Dice of lesions painted into 48 of its slices, of one kind at a time, by `normnet.painting`, which shares
   shapes with the generator and no texture. HU are those of a lung whose healthy tissue is at -870 HU.
 
+With ``--masses docs/masses.csv --scans FILES`` it is asked about real nodules and masses instead, in scans
+with lungs by the lung network: what is marked in a box around each, beside an estimate of its volume, the
+largest connected part of the lungs in the box that is at least -500 HU.
+
 A STORE prepared with ``--edges keep`` has the masks that `normnet.predict` would make. Networks vote at their
 own threshold unless ``--probability`` gives some.
 """
@@ -24,14 +28,17 @@ import torch
 from scipy import ndimage
 
 import lesionsynth as ls
+from lesionsynth.io import case_name
 from normnet.ablate import majority
 from normnet.config import PostprocessConfig, PredictConfig, TrainConfig, read_config
 from normnet.data import Volume, read_folds, store_volumes
+from normnet.inflation import inflate, inflation_factor
 from normnet.model import Model, find_models
 from normnet.painting import Density, render
 from normnet.postprocess import postprocess
 from normnet.predict import slide
-from normnet.sheets import Sheet
+from normnet.prepare.case import load_case
+from normnet.sheets import Sheet, read_rows
 
 SLICES = 48
 """Of a scan that lesions are painted into: those with most lung."""
@@ -116,6 +123,50 @@ def painted(scan: Scan, kind: Kind, number: int) -> tuple[Scan, Any]:
     return Scan(ill.hu, lungs, scan.usable[at], scan.spacing), ill.disease
 
 
+def mass(path: Path, box: list[int], model: Model, probability: float) -> tuple[float, float, float]:
+    """Volume of the estimate, volume found in the box, and their Dice."""
+    case = load_case(path)
+    z0, z1, y0, y1, x0, x1 = box
+    native = np.zeros(case.volume.hu.shape, bool)
+    native[z0 : z1 + 1, y0 : y1 + 1, x0 : x1 + 1] = True
+    inside = case.grid.to_iso(native) > 0
+    factor = inflation_factor(case.hu, case.mask, model.inflation_hu)
+    hu = inflate(case.hu, case.mask, factor).astype(np.float32)
+    scan = Scan(hu, case.mask, np.ones(len(hu), bool), case.grid.spacing)
+    (found,) = lesions_of(scan, [model], [probability])
+    found &= inside
+    labels, number = ndimage.label(inside & case.mask & (case.hu >= -500), np.ones((3, 3, 3)))
+    estimate = labels == 1 + np.argmax(np.bincount(labels.ravel())[1:]) if number else labels > 0
+    ml = float(np.prod(scan.spacing)) / 1000
+    return estimate.sum() * ml, found.sum() * ml, dice(found, estimate)
+
+
+def print_masses(csv: Path, scans: list[Path], files: list[Path], probability: list[float] | None) -> None:
+    """Print a line a mass, as the network of its fold sees it."""
+    paths = {case_name(path): path for path in scans}
+    table = Sheet(sys.stdout)
+    table.row(["run", "case", "probability", "outlined_ml", "estimate_ml", "found_ml", "dice"])
+    rows = [row for _, row in read_rows(csv) if row and not row[0].startswith("#")][1:]
+    for file in files:
+        model, folds, fold = held_out(file)
+        for name, *box, outlined in rows:
+            if folds[name] == fold and name in paths:
+                for level in probability or [model.threshold()]:
+                    numbers = mass(paths[name], list(map(int, box)), model, level)
+                    cells = [f"{number:.1f}" for number in numbers]
+                    table.row([file.parent.name, name, f"{level:g}", outlined, *cells])
+                    sys.stdout.flush()
+
+
+def held_out(file: Path) -> tuple[Model, dict[str, int], int]:
+    """Read a network, all folds, and the one that it has not seen."""
+    config = read_config(TrainConfig, file.parent / "config.json")
+    if config.folds is None:
+        raise SystemExit(f"{file.parent}: trained without folds, so nothing was held out")
+    folds = read_folds(config.folds)
+    return Model.load(file).to("cpu"), folds, config.seed % (max(folds.values()) + 1)
+
+
 def dice(found: Any, truth: Any) -> float:
     """Dice coefficient in percent."""
     both = int(found.sum()) + int(truth.sum())
@@ -129,17 +180,18 @@ def main() -> None:
     parser.add_argument("runs", nargs="+", type=Path)
     parser.add_argument("--probability", nargs="*", type=float)
     parser.add_argument("--kinds", nargs="*", default=list(KINDS))
+    parser.add_argument("--masses", type=Path)
+    parser.add_argument("--scans", nargs="*", type=Path, default=[])
     args = parser.parse_args()
+    files = find_models(args.runs)
+    if args.masses:
+        print_masses(args.masses, args.scans, files, args.probability)
+        return
     volumes = {volume.name: volume for volume in store_volumes(args.store)}
     table = Sheet(sys.stdout)
     table.row(["run", "fold", "case", "probability", "false_ml", "dense_ml", *args.kinds])
-    for file in find_models(args.runs):
-        config = read_config(TrainConfig, file.parent / "config.json")
-        if config.folds is None:
-            raise SystemExit(f"{file.parent}: trained without folds, so nothing was held out")
-        folds = read_folds(config.folds)
-        fold = config.seed % (max(folds.values()) + 1)
-        model = Model.load(file).to("cpu")
+    for file in files:
+        model, folds, fold = held_out(file)
         levels = args.probability or [model.threshold()]
         for number, name in enumerate(sorted(name for name in volumes if folds[name] == fold)):
             scan = read(volumes[name], model.inflation_hu)

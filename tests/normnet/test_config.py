@@ -233,7 +233,8 @@ WRITTEN = (
 """What files hold."""
 TOGETHER: dict[type[Any], dict[str, Any]] = {
     TrainConfig: {
-        "slab": 32, "crop": 144, "minutes": None, "accumulate": 1, "held_out": 2, "task": "lesions", "folds": None,
+        "slab": 32, "crop": 144, "minutes": None, "accumulate": 1, "held_out": 2, "task": "lesions",
+        "folds": None,
         "lesions": "faint", "thick_mm": [1.0, 2.0], "phantom_shape": [4, 500, 300],
         "model": {"channels": [8, 9, 10], "strides": [4, 4]}, "augment": {"gain": 0.5},
     },
