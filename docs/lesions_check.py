@@ -11,6 +11,10 @@ With ``--masses docs/masses.csv --scans FILES`` it is asked about real nodules a
 with lungs by the lung network: what is marked in a box around each, beside an estimate of its volume, the
 largest connected part of the lungs in the box that is at least -500 HU.
 
+``--summary TABLES`` reads such tables instead and prints, for each threshold, median and worst false volume
+and the mean Dice of each kind over patients, with 95 % intervals of a bootstrap over patients; scans of one
+patient are averaged first.
+
 A STORE prepared with ``--edges keep`` has the masks that `normnet.predict` would make. Networks vote at their
 own threshold unless ``--probability`` gives some.
 """
@@ -24,6 +28,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import pandas as pd
 import torch
 from scipy import ndimage
 
@@ -43,6 +48,9 @@ from normnet.sheets import Sheet, read_rows
 SLICES = 48
 """Of a scan that lesions are painted into: those with most lung."""
 SEED = 7
+RESAMPLES = 2000
+TWINS = {"lungdx_a0001_kernelB": "tumour_lungdx_A0001", "dicom_lungdx_A0002": "lungdx_a0002_b70f"}
+"""Scans of a patient of whom there is another."""
 
 
 class Kind(NamedTuple):
@@ -158,6 +166,29 @@ def print_masses(csv: Path, scans: list[Path], files: list[Path], probability: l
                     sys.stdout.flush()
 
 
+def summarise(tables: list[Path]) -> None:
+    """Print a line a threshold."""
+    frame = pd.concat(map(pd.read_csv, tables), ignore_index=True)
+    kinds = [name for name in frame if name in KINDS]
+    frame["patient"] = frame["case"].replace(TWINS)
+    out = Sheet(sys.stdout)
+    out.row(["probability", "patients", "false_ml_median", "interval", "false_ml_worst", "case", *kinds])
+    for level, rows in frame.groupby("probability"):
+        patients = rows.groupby("patient")[["false_ml", *kinds]].mean()
+        worst = rows.loc[rows["false_ml"].idxmax()]
+        cells = [f"{patients[k].mean():.1f} ({interval(patients[k], np.nanmean)})" for k in kinds]
+        median = patients["false_ml"].median()
+        found = [f"{median:.2f}", interval(patients["false_ml"], np.median, ".2f")]
+        out.row([f"{level:g}", len(patients), *found, f"{worst['false_ml']:.2f}", worst["case"], *cells])
+
+
+def interval(values: Any, statistic: Any, form: str = ".0f") -> str:
+    """95 % interval of a statistic over patients, by the percentiles of a bootstrap."""
+    draws = np.random.default_rng(0).choice(np.asarray(values), (RESAMPLES, len(values)))
+    low, high = np.percentile([statistic(draw) for draw in draws], [2.5, 97.5])
+    return f"{low:{form}} to {high:{form}}"
+
+
 def held_out(file: Path) -> tuple[Model, dict[str, int], int]:
     """Read a network, all folds, and the one that it has not seen."""
     config = read_config(TrainConfig, file.parent / "config.json")
@@ -176,13 +207,17 @@ def dice(found: Any, truth: Any) -> float:
 def main() -> None:
     """Print a line a scan and threshold."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("store", type=Path)
-    parser.add_argument("runs", nargs="+", type=Path)
+    parser.add_argument("store", nargs="?", type=Path)
+    parser.add_argument("runs", nargs="*", type=Path)
     parser.add_argument("--probability", nargs="*", type=float)
     parser.add_argument("--kinds", nargs="*", default=list(KINDS))
     parser.add_argument("--masses", type=Path)
     parser.add_argument("--scans", nargs="*", type=Path, default=[])
+    parser.add_argument("--summary", nargs="+", type=Path)
     args = parser.parse_args()
+    if args.summary:
+        summarise(args.summary)
+        return
     files = find_models(args.runs)
     if args.masses:
         print_masses(args.masses, args.scans, files, args.probability)

@@ -53,26 +53,26 @@ def lung_disease() -> LesionConfig:
     Shares, sizes and numbers are ours. What sources say of each disease is said by `ground_glass`,
     `consolidation` and `nodules`, whose numbers are of whole lungs.
 
-    - paper, 15 %: III-C as it stands.
-    - faint, 20 %: the same, down to -665 HU in the mean.
-    - ground glass, 20 %: a blend, with vessels to be seen through it, from -720 HU up.
+    - paper, 10 %: III-C as it stands.
+    - faint, 25 %: the same, down to -665 HU in the mean.
+    - ground glass, 25 %: a blend, with vessels to be seen through it, from -750 HU up.
     - nodules, 15 %: round, 3 to 20 mm, -300 to 60 HU.
-    - masses, 10 %: 12 to 50 mm, with spicules, -100 to 60 HU.
-    - part-solid, 5 %: 8 to 30 mm, haze and solid parts side by side.
-    - consolidation, 7 %: dense, with dots and streaks of air in it.
+    - masses, 8 %: 12 to 50 mm, with spicules, -100 to 60 HU.
+    - part-solid, 4 %: 8 to 30 mm, haze and solid parts side by side.
+    - consolidation, 6 %: dense, with dots and streaks of air in it.
     - pleura, 5 %: wedges, bands and plates that start at the pleura, -600 to 60 HU.
-    - lobar, 3 %: all of a lobe's size, -600 to 60 HU.
+    - lobar, 2 %: all of a lobe's size, -600 to 60 HU.
     """
     kinds: dict[str, tuple[float, LesionConfig]] = {
-        "paper": (0.15, covid_lung()),
-        "faint": (0.2, faint()),
-        "ground glass": (0.2, _haze()),
+        "paper": (0.1, covid_lung()),
+        "faint": (0.25, faint()),
+        "ground glass": (0.25, _haze()),
         "nodules": (0.15, _nodules()),
-        "masses": (0.1, _masses()),
-        "part-solid": (0.05, _part_solid()),
-        "consolidation": (0.07, _dense()),
+        "masses": (0.08, _masses()),
+        "part-solid": (0.04, _part_solid()),
+        "consolidation": (0.06, _dense()),
         "pleura": (0.05, _pleural()),
-        "lobar": (0.03, _lobar()),
+        "lobar": (0.02, _lobar()),
     }
     mixture = tuple(Part(name=name, share=share, lesions=lesions) for name, (share, lesions) in kinds.items())
     return replace(covid_lung(), hu_threshold=-700.0, mixture=mixture)
@@ -85,7 +85,7 @@ def _haze() -> LesionConfig:
         medium=BlobClass(count=(2.0, 8.0), radius_mm=(12.0, 30.0)),
         large=BlobClass(probability=0.5, radius_mm=(30.0, 60.0)),
         count=None,
-        alpha=(0.11, 0.45),
+        alpha=(0.07, 0.45),
         edge=2.0,
     )
 

@@ -359,17 +359,16 @@ def few() -> TrainConfig:
 def shipped() -> TrainConfig:
     """Return what the shipped weights were trained with: `few`, for more volumes and every kind of lesion.
 
-    Departs from `few`: the mixture of lesions `lung_disease`; slices of up to 10 mm, sharper and softer
-    kernels; a network with features at full resolution and a faster activation.
+    Departs from `few`: the mixture of lesions `lung_disease`; slices of up to 10 mm; a network with features
+    at full resolution and a faster activation.
     """
     return replace(
         few(),
         model=replace(few().model, activation="leakyrelu", head=4),
-        learning_rate=2e-3,
+        iterations=2000, learning_rate=2e-3,
         lesions="lung_disease",
         thick_mm=(3.0, 10.0),
-        augment=replace(few().augment, blur=0.8, noise=30.0),
-    )
+    )  # fmt: skip
 
 
 def lungs() -> TrainConfig:

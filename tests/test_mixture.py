@@ -201,7 +201,7 @@ def test_what_is_no_flatness(flatness, message) -> None:
 # --- the preset ---
 
 SAID = {
-    "ground glass": (-730.0, -400.0),
+    "ground glass": (-760.0, -400.0),
     "nodules": (-300.0, 60.0),
     "masses": (-100.0, 60.0),
     "part-solid": (-450.0, -100.0),
