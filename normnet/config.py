@@ -268,9 +268,8 @@ class TrainConfig:
             check(name, size, size is None or size % self.model.multiple == 0, rule)
         outputs, wanted = self.model.outputs, OUTPUTS[self.task]
         check("model.outputs", outputs, outputs == wanted, f"{wanted} for the task {self.task}")
-        rule = "None for the task lungs, and without data"
-        folds = self.folds is None or (self.task == "lesions" and self.data is not None)
-        check("folds", self.folds, folds, rule)
+        folds = self.folds is None or self.task == "lesions"
+        check("folds", self.folds, folds, "None for the task lungs")
         check("crop", self.crop, self.task != "lungs" or self.crop is not None, "given for the task lungs")
         check_phantoms(self.phantom_shape)
 

@@ -75,8 +75,11 @@ def pair_streams(
     Raises
     ------
     ValueError
-        `config.data` is no store for lesions, or nothing would be left to train on.
+        `config.data` is no store for lesions, nothing would be left to train on, or `config.folds` are none of
+        it.
     """
+    if config.data is None and config.folds is not None:
+        raise ValueError(f"folds must be None without data, which they name, got {config.folds}")
     if config.data is None:
         count = config.phantoms + config.held_out
         volumes = phantom_volumes(count, config.seed, config.phantom_shape, config.phantom_spacing)

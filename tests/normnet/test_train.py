@@ -354,7 +354,10 @@ def test_the_paper_s_values_are_the_defaults():
         ({"probability": 1.0}, r"probability must be < 1 or 'calibrated', got 1.0"),
         ({"probability": "calibrated", "held_out": 0}, "held_out must be >= 1 to calibrate .* got 0"),
         ({"seed": -1}, r"seed must be >= 0, got -1"),
-        ({"folds": Path("f.csv")}, "folds must be None for the task lungs, and without data, got .*f.csv"),
+        (
+            {"folds": Path("f.csv"), "task": "lungs", "crop": 32, "model": ModelConfig(outputs=2)},
+            "folds must be None for the task lungs, got .*f.csv",
+        ),
     ],
 )
 def test_bad_settings(changes, message):
@@ -380,7 +383,7 @@ def test_command_line(tmp_path, capsys):
     assert train.parse([]).config == PRESETS["phantom"]()
     assert train.parse(["--data", "x"]).config.crop == PRESETS["laptop"]().crop
     assert train.main(["--preset=nothing"]) == 2
-    said = "preset must be one of paper, laptop, few, lungs, phantom, got 'nothing'"
+    said = "preset must be one of paper, laptop, few, shipped, lungs, phantom, got 'nothing'"
     assert said in capsys.readouterr().err
     assert train.main(["--data", str(tmp_path / "nowhere"), "--output", str(tmp_path / "o")]) == 2
     assert "nowhere" in capsys.readouterr().err
