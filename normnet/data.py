@@ -75,8 +75,8 @@ def pair_streams(
     Raises
     ------
     ValueError
-        `config.data` is no store for lesions, nothing would be left to train on, or `config.folds` are none of
-        it.
+        `config.data` is no store for lesions, `config.folds` are none of it, or nothing would be left to
+        train on.
     """
     if config.data is None and config.folds is not None:
         raise ValueError(f"folds must be None without data, which they name, got {config.folds}")

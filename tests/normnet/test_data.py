@@ -192,7 +192,9 @@ def test_a_run_holds_out_its_fold(tmp_path, monkeypatch):
     _, checks = pair_streams(run, CPU)
     assert seen == [["a", "c"], ["b"]]
     assert len(checks) == 1
-    with pytest.raises(ValueError, match="folds must be None without data, which they name, got .*folds.csv"):
+    with pytest.raises(
+        ValueError, match=r"folds must be None without data, which they name, got .*folds\.csv"
+    ):
         pair_streams(replace(run, data=None), CPU)
 
 

@@ -499,7 +499,7 @@ def test_edges_are_kept_where_that_is_asked_for(tmp_path: Path) -> None:
     assert 0.99 * rim.sum() < (whole & ~less).sum() <= rim.sum()  # a tip of the lungs may be a lesion's size
     assert cases[1].meta["edge_voxels"] == 0
     again = prepare([tmp_path / "in"], tmp_path / "keep", **given)
-    assert "prepared with another edges; overwrite" in " ".join(again.cases[0].message)
+    assert "prepared with another edges; overwrite" in again.cases[0].message
     with pytest.raises(ValueError, match="edges must be one of remove, keep, got 'none'"):
         prepare([tmp_path / "in"], tmp_path / "other", edges="none", **given)
 
