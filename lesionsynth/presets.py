@@ -45,8 +45,7 @@ def faint() -> LesionConfig:
 def lung_disease() -> LesionConfig:
     """Return a mixture for training: what lungs may hold that is not healthy, faint to solid.
 
-    Give slabs or crops of lung in the paper's window, with λ; T is -700 HU. Each sample is of one kind. The
-    shipped weights of `normnet` were trained with it; what each kind adds is measured in docs/results.md.
+    Give slabs or crops of lung in the paper's window, with λ; T is -700 HU. Each sample is of one kind.
 
     Notes
     -----

@@ -383,7 +383,7 @@ def test_command_line(tmp_path, capsys):
     assert train.parse([]).config == PRESETS["phantom"]()
     assert train.parse(["--data", "x"]).config.crop == PRESETS["laptop"]().crop
     assert train.main(["--preset=nothing"]) == 2
-    said = "preset must be one of paper, laptop, few, shipped, lungs, phantom, got 'nothing'"
+    said = "preset must be one of paper, laptop, few, many, lungs, phantom, got 'nothing'"
     assert said in capsys.readouterr().err
     assert train.main(["--data", str(tmp_path / "nowhere"), "--output", str(tmp_path / "o")]) == 2
     assert "nowhere" in capsys.readouterr().err
