@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 torch = pytest.importorskip("torch")
 pytest.importorskip("monai")
 
-from safetensors.torch import load, save  # noqa: E402
+from safetensors.torch import load  # noqa: E402
 
 from normnet.config import BUNDLED_LUNGS, ModelConfig  # noqa: E402
 from normnet.model import (  # noqa: E402
