@@ -291,7 +291,7 @@ class LesionConfig:
     refused. None: images lie in [0, 1], and `hu_range` says which HU these are."""
     mixture: tuple[Part, ...] = ()
     """Several kinds of lesions: each sample is of one of them, by its share, in place of what is said above.
-    Window, `hu_threshold`, `connectivity` and `spacing` are this configuration's for all of them."""
+    Window, `hu_threshold`, `connectivity`, `spacing` and lengths in mm are this configuration's for all."""
 
     def __post_init__(self) -> None:
         """Check what the parts cannot."""
@@ -393,6 +393,7 @@ class LesionConfig:
             connectivity=self.connectivity,
             hu_range=self.hu_range,
             hu_threshold=self.hu_threshold,
+            lengths="mm" if self.lengths == "mm" else lesions.lengths,
             spacing=self.spacing,
             value_range=self.value_range,
         )

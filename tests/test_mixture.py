@@ -119,6 +119,8 @@ def test_replace_reaches_the_parts() -> None:
     other = replace(MIXED, hu_threshold=-450.0)
     assert {part.hu_threshold for part in other.parts} == {-450.0}
     assert {part.hu_threshold for part in MIXED.parts} == {-600.0}
+    assert [part.lengths for part in MIXED.parts] == ["voxel", "voxel", "mm"]
+    assert {part.lengths for part in replace(MIXED, lengths="mm").parts} == {"mm"}
     assert PAPER.parts == (PAPER,)
 
 
