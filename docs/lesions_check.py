@@ -36,7 +36,7 @@ import lesionsynth as ls
 from lesionsynth.io import case_name
 from normnet.ablate import majority
 from normnet.config import PostprocessConfig, PredictConfig, TrainConfig, read_config
-from normnet.data import Volume, read_folds, store_volumes
+from normnet.data import Volume, fold_of, read_folds, store_volumes
 from normnet.inflation import inflate, inflation_factor
 from normnet.model import Model, find_models
 from normnet.painting import Density, render
@@ -131,8 +131,10 @@ def painted(scan: Scan, kind: Kind, number: int) -> tuple[Scan, Any]:
     return Scan(ill.hu, lungs, scan.usable[at], scan.spacing), ill.disease
 
 
-def mass(path: Path, box: list[int], model: Model, probability: float) -> tuple[float, float, float]:
-    """Volume of the estimate, volume found in the box, and their Dice."""
+def mass(
+    path: Path, box: list[int], model: Model, probabilities: list[float]
+) -> Iterator[tuple[float, float, float]]:
+    """Volume of the estimate, volume found in the box, and their Dice, at each threshold."""
     case = load_case(path)
     z0, z1, y0, y1, x0, x1 = box
     native = np.zeros(case.volume.hu.shape, bool)
@@ -141,12 +143,12 @@ def mass(path: Path, box: list[int], model: Model, probability: float) -> tuple[
     factor = inflation_factor(case.hu, case.mask, model.inflation_hu)
     hu = inflate(case.hu, case.mask, factor).astype(np.float32)
     scan = Scan(hu, case.mask, np.ones(len(hu), bool), case.grid.spacing)
-    (found,) = lesions_of(scan, [model], [probability])
-    found &= inside
     labels, number = ndimage.label(inside & case.mask & (case.hu >= -500), np.ones((3, 3, 3)))
     estimate = labels == 1 + np.argmax(np.bincount(labels.ravel())[1:]) if number else labels > 0
     ml = float(np.prod(scan.spacing)) / 1000
-    return estimate.sum() * ml, found.sum() * ml, dice(found, estimate)
+    for lesions in lesions_of(scan, [model], probabilities):
+        found = lesions & inside
+        yield estimate.sum() * ml, found.sum() * ml, dice(found, estimate)
 
 
 def print_masses(csv: Path, scans: list[Path], files: list[Path], probability: list[float] | None) -> None:
@@ -157,10 +159,11 @@ def print_masses(csv: Path, scans: list[Path], files: list[Path], probability: l
     rows = [row for _, row in read_rows(csv) if row and not row[0].startswith("#")][1:]
     for file in files:
         model, folds, fold = held_out(file)
+        levels = probability or [model.threshold()]
         for name, *box, outlined in rows:
             if folds[name] == fold and name in paths:
-                for level in probability or [model.threshold()]:
-                    numbers = mass(paths[name], list(map(int, box)), model, level)
+                found = mass(paths[name], list(map(int, box)), model, levels)
+                for level, numbers in zip(levels, found, strict=True):
                     cells = [f"{number:.1f}" for number in numbers]
                     table.row([file.parent.name, name, f"{level:g}", outlined, *cells])
                     sys.stdout.flush()
@@ -195,7 +198,7 @@ def held_out(file: Path) -> tuple[Model, dict[str, int], int]:
     if config.folds is None:
         raise SystemExit(f"{file.parent}: trained without folds, so nothing was held out")
     folds = read_folds(config.folds)
-    return Model.load(file).to("cpu"), folds, config.seed % (max(folds.values()) + 1)
+    return Model.load(file).to("cpu"), folds, fold_of(folds, config.seed)
 
 
 def dice(found: Any, truth: Any) -> float:
@@ -230,9 +233,9 @@ def main() -> None:
         levels = args.probability or [model.threshold()]
         for number, name in enumerate(sorted(name for name in volumes if folds[name] == fold)):
             scan = read(volumes[name], model.inflation_hu)
-            litre = float(np.prod(scan.spacing)) / 1000
+            ml = float(np.prod(scan.spacing)) / 1000
             found = list(lesions_of(scan, [model], levels))
-            false = [int((lesions & scan.usable[:, None, None]).sum()) * litre for lesions in found]
+            false = [int((lesions & scan.usable[:, None, None]).sum()) * ml for lesions in found]
             scores: list[list[float]] = []
             for kind in args.kinds:
                 sick, truth = painted(scan, KINDS[kind], number)
@@ -240,7 +243,7 @@ def main() -> None:
             bright = scan.lungs & scan.usable[:, None, None] & (scan.hu >= model.threshold_hu)
             for k, level in enumerate(levels):
                 cells = [f"{row[k]:.1f}" for row in scores]
-                dense = f"{bright.sum() * litre:.1f}"
+                dense = f"{bright.sum() * ml:.1f}"
                 table.row([file.parent.name, fold, name, f"{level:g}", f"{false[k]:.2f}", dense, *cells])
             sys.stdout.flush()
 

@@ -84,68 +84,32 @@ def draw_plans(
         What measures a load.
     """
     samples = [plan_uniforms(seed, index, OF_SAMPLE, 1, UNIFORMS_PER_BLOB)[0] for index in request.indices]
-    if config.mixture:
-        return _draw_mixture(config, seed, request, samples, organs, masks, stages)
-    return _draw_kind(config, seed, request, samples, organs, masks, stages)
-
-
-def _draw_mixture(
-    config: LesionConfig,
-    seed: int,
-    request: Request,
-    samples: Sequence[Floats],
-    organs: Sequence[int] | None,
-    masks: npt.NDArray[np.bool_] | None,
-    stages: CpuStages,
-) -> list[LesionPlan]:
-    """Draw the samples of each kind together, and give them back in their order."""
-    plans: dict[int, LesionPlan] = {}
     kinds = [draw_part(config, u) for u in samples]
-    for part in config.parts:
-        own = [k for k, kind in enumerate(kinds) if kind is part]
-        if not own:
-            continue
-        asked = request._replace(
-            indices=[request.indices[k] for k in own], fractions=[request.fractions[k] for k in own]
-        )
-        drawn = _draw_kind(
-            part,
-            seed,
-            asked,
-            [samples[k] for k in own],
-            None if organs is None else [organs[k] for k in own],
-            None if masks is None else masks[own],
-            stages,
-        )
-        plans.update(zip(own, drawn, strict=True))
-    return [plans[k] for k in range(len(samples))]
-
-
-def _draw_kind(
-    config: LesionConfig,
-    seed: int,
-    request: Request,
-    samples: Sequence[Floats],
-    organs: Sequence[int] | None,
-    masks: npt.NDArray[np.bool_] | None,
-    stages: CpuStages,
-) -> list[LesionPlan]:
-    """Draw samples of one configuration without a mixture."""
     fractions = [
-        default_fraction(config, request.spacing, None if organs is None else organs[k], samples[k])
+        default_fraction(kinds[k], request.spacing, None if organs is None else organs[k], samples[k])
         if fraction is None
         else fraction
         for k, fraction in enumerate(request.fractions)
     ]
-    if config.load is None:
-        return _draw(config, seed, request, samples, fractions, fractions)
-    assert masks is not None
-    plans = []
-    for k, mask in enumerate(masks):
-        one = request._replace(indices=request.indices[k : k + 1])
-        draw = partial(_draw, config, seed, one, samples[k : k + 1], fractions[k : k + 1], least=1)
-        plans.append(meet_load(config, draw, mask, stages))
-    return plans
+
+    def draw(
+        part: LesionConfig, own: Sequence[int], of_numbers: Sequence[float], least: int = 0
+    ) -> list[LesionPlan]:
+        asked = request._replace(indices=[request.indices[k] for k in own])
+        chosen = [samples[k] for k in own], [fractions[k] for k in own]
+        return _draw(part, seed, asked, *chosen, of_numbers, least)
+
+    plans: dict[int, LesionPlan] = {}
+    for part in config.parts:  # the samples of a kind together
+        own = [k for k, kind in enumerate(kinds) if kind is part]
+        if config.mixture and not own:
+            continue
+        if part.load is None:
+            plans.update(zip(own, draw(part, own, [fractions[k] for k in own]), strict=True))
+        else:
+            assert masks is not None
+            plans |= {k: meet_load(part, partial(draw, part, [k], least=1), masks[k], stages) for k in own}
+    return [plans[k] for k in range(len(samples))]
 
 
 def default_fraction(config: LesionConfig, spacing: Triple, organ: int | None, u: Floats) -> float:

@@ -194,8 +194,7 @@ def draw_part(config: LesionConfig, u: Floats) -> LesionConfig:
     """Draw the kind of lesions of a sample with uniforms u; the configuration itself without a mixture."""
     if not config.mixture:
         return config
-    shares = np.cumsum([part.share for part in config.mixture])
-    return config.parts[int(np.searchsorted(shares / shares[-1], u[_PART], side="right"))]
+    return config.parts[int(_in_proportion([part.share for part in config.mixture], u[_PART]))]
 
 
 def draw_numbers(config: LesionConfig, u: Floats, lung_fraction: float) -> list[int]:
@@ -246,8 +245,7 @@ def draw_kinds(config: LesionConfig, numbers: Sequence[int], u: Floats) -> npt.N
     """Return the class of each blob: one after another or, of a `count`, in proportion to their means."""
     if config.count is None:
         return np.repeat(np.arange(len(numbers)), numbers)
-    shares = np.cumsum([kind.mean_count for kind in config.blob_classes])
-    return np.searchsorted(shares / shares[-1], u[:, 15], side="right").astype(np.intp)
+    return _in_proportion([kind.mean_count for kind in config.blob_classes], u[:, 15])
 
 
 def draw_blobs(config: LesionConfig, kinds: npt.NDArray[np.intp], u: Floats) -> npt.NDArray[Any]:
@@ -296,6 +294,12 @@ def draw_blobs(config: LesionConfig, kinds: npt.NDArray[np.intp], u: Floats) -> 
 
 _COUNT, _LOAD, _PART = 3, 4, 5
 """Uniforms of a sample behind those of its three classes."""
+
+
+def _in_proportion(weights: Sequence[float], u: Any) -> Any:
+    """Places in `weights`, each as likely as its weight."""
+    shares = np.cumsum(weights)
+    return np.searchsorted(shares / shares[-1], u, side="right").astype(np.intp)
 
 
 def _lerp(bounds: Any, u: Any) -> Any:

@@ -279,6 +279,11 @@ def read_folds(path: Path) -> dict[str, int]:
     return folds
 
 
+def fold_of(folds: Mapping[str, int], seed: int) -> int:
+    """Return the fold that the run of a seed holds out: ``seed`` modulo their number."""
+    return seed % (max(folds.values()) + 1)
+
+
 def split_by_fold(
     volumes: Sequence[Volume], folds: Mapping[str, int], seed: int, slab: int
 ) -> tuple[list[Volume], list[Volume]]:
@@ -291,7 +296,7 @@ def split_by_fold(
     folds : mapping
         Fold of each case; names that the store does not have are of no account.
     seed : int
-        Of the run: its fold is ``seed`` modulo their number.
+        Of the run; see `fold_of`.
     slab : int
         Volumes without so many usable slices in a row are left out.
 
@@ -302,7 +307,7 @@ def split_by_fold(
     """
     if missing := sorted(v.name for v in volumes if v.name not in folds):
         raise ValueError(f"folds must name every case of the store, got none for {shown(missing)}")
-    wanted = seed % (max(folds.values()) + 1)
+    wanted = fold_of(folds, seed)
     usable = [v for v in volumes if v.slabs(slab)]
     held = [v for v in usable if folds[v.name] == wanted]
     training = [v for v in usable if folds[v.name] != wanted]

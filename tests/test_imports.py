@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import subprocess
 import sys
@@ -11,6 +10,8 @@ from pathlib import Path
 import networkx
 import pytest
 from PIL import Image
+
+from tests.conftest import docs_script
 
 DOCS = Path(__file__).parents[1] / "docs"
 
@@ -63,10 +64,7 @@ def test_public_names_exist() -> None:
 
 @pytest.fixture(scope="module")
 def architecture():
-    spec = importlib.util.spec_from_file_location("architecture", DOCS / "architecture.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return docs_script("architecture")
 
 
 def test_no_circles_in_lesionsynth(architecture) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import importlib.util
 import io
 import sys
 from dataclasses import replace
@@ -25,7 +24,7 @@ from normnet.config import ModelConfig, TrainConfig, to_json
 from normnet.data import Volume
 from normnet.model import Model, build_unet
 from normnet.prepare.store import Store
-from tests.conftest import REPOSITORY
+from tests.conftest import docs_script
 
 SPACING = (2.0, 2.0, 2.0)
 CONFIG = ModelConfig(channels=(2, 3), strides=(2,), head=2)
@@ -33,13 +32,7 @@ CONFIG = ModelConfig(channels=(2, 3), strides=(2,), head=2)
 
 @pytest.fixture(scope="module")
 def check() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("lesions_check", REPOSITORY / "docs" / "lesions_check.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
+    return docs_script("lesions_check")
 
 
 def chest() -> ls.phantom.ChestCT:

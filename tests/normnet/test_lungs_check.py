@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import sys
 from itertools import islice
 from pathlib import Path
@@ -21,19 +20,13 @@ from lesionsynth.io import read_ct
 from normnet.config import BUNDLED_LUNGS
 from normnet.prepare.case import method_of
 from normnet.prepare.lungs import Lungs
-from tests.conftest import REPOSITORY
+from tests.conftest import docs_script
 from tests.normnet.test_network import SPACING, Drawn, drawn, write
 
 
 @pytest.fixture(scope="module")
 def lungs_check() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("lungs_check", REPOSITORY / "docs" / "lungs_check.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
+    return docs_script("lungs_check")
 
 
 FIELD = 205
